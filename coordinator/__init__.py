@@ -1,0 +1,1 @@
+"""The coordinator: plans each round, collects updates, aggregates them."""

@@ -1,0 +1,1 @@
+"""The coordinator's edges: event log, blob store, worker processes."""

@@ -1,0 +1,1 @@
+"""Aggregators: how the updates of a round become the next global adapter."""

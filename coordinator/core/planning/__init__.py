@@ -1,0 +1,1 @@
+"""Planners: what each device is asked to do in a round, and why."""

@@ -1,0 +1,59 @@
+"""`coordinator.toml`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from msgspec import Meta
+
+from shared.settings import BrokerSettings, Section
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")]
+Seconds = Annotated[float, Meta(gt=0)]
+
+
+class ApiSettings(Section, frozen=True, kw_only=True):
+    """The HTTP API; without a token file it answers only where the file system can vouch for the caller: it does not start."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8470
+    """0: a free port, written to `<state_dir>/api.json`."""
+    token_file: str = ""
+    """Empty: `<state_dir>/token`, made at the first start with mode 0600."""
+
+
+class WaitSettings(Section, frozen=True, kw_only=True):
+    """Every wait of the coordinator, in seconds."""
+
+    silent_s: Seconds = 12.0
+    """A participant that says nothing for so long is no longer waited for."""
+    cautious_periods: Annotated[float, Meta(gt=0)] = 3.0
+    """Telemetry older than so many periods leads to a cautious assignment."""
+    period_s: Seconds = 10.0
+    """The devices' telemetry period while idle."""
+    gather_s: Seconds = 2.0
+    """After enough devices are ready, how long to wait for more before planning."""
+    retry_s: Seconds = 5.0
+    """A wanted chunk that did not come is wanted again."""
+    worker_silence_s: Seconds = 600.0
+
+
+class CoordinatorSettings(Section, frozen=True, kw_only=True):
+    """All of `coordinator.toml`."""
+
+    fleet: Name
+    name: Name = "coord-1"
+    state_dir: str = "/var/lib/muster-coordinator"
+    broker: BrokerSettings = BrokerSettings(window=32, queue=4096)
+    api: ApiSettings = ApiSettings()
+    waits: WaitSettings = WaitSettings()
+    models: dict[str, str] = {}
+    """Name of a base model -> folder, as on the devices; a job may also name a folder."""
+    worker: list[str] = [sys.executable, "-m", "coordinator.workers.model_worker"]
+    credit_bytes: Annotated[int, Meta(ge=1024)] = 16 * 1024 * 1024
+    """Bytes of chunks that may be under way to the coordinator at once, over all devices."""
+    fsync: bool = True
+    keep_rounds: Annotated[int, Meta(ge=1)] = 3
+    """Committed rounds whose updates stay in the blob store."""
+    log_level: str = "INFO"

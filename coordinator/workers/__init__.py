@@ -1,0 +1,1 @@
+"""Subprocesses that need torch."""

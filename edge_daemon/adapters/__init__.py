@@ -1,0 +1,1 @@
+"""The daemon's edges: the agent's supervisor, telemetry, disk, systemd."""

@@ -1,0 +1,1 @@
+"""Readers of the device's load: host, cgroup, NVIDIA."""

@@ -1,0 +1,131 @@
+"""What the daemon and its agent say to each other over the pipe (`shared.frames`).
+
+The daemon starts `<agent command> --read-fd R --write-fd W` and sends `Probe` first. One agent serves one GPU (or the CPU)
+for as long as it lives and keeps the base loaded between rounds. The agent must answer `Pause` and `Stop` between micro-batches, and
+say something (`Beat` or `Progressed`) at least every `Probe.beat_s` seconds of work, from its *working* thread: a beat
+from a thread of its own would hide a hang.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from shared.messages import Assignment, Bits, DatasetFacts, UpdateFacts
+
+
+class PipeMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A message on the agent's pipe."""
+
+
+# ---- daemon -> agent
+
+
+class Probe(PipeMessage, frozen=True, kw_only=True):
+    """Find out what this device can do."""
+
+    datasets: dict[str, str]
+    """Name -> file, of the owner's `[data]` table."""
+    share_labels: bool = False
+    """Whether the owner lets label counts leave the device."""
+    threads: int = 1
+    gpu: str = ""
+    """UUID of the GPU to use; empty: the CPU."""
+    beat_s: float = 5.0
+
+
+class Train(PipeMessage, frozen=True, kw_only=True):
+    """Do this work; answer with `Trained` or `Failed`."""
+
+    assignment: Assignment
+    base_path: str
+    """Folder of the base model; for hub ids allowed by the owner the id itself."""
+    data_path: str
+    adapter_path: str
+    """The global adapter file to start from."""
+    update_path: str
+    """Where to write the update (temp file, then rename)."""
+    checkpoint_dir: str
+    """Folder for this work's checkpoints; a checkpoint of the same (job, round, attempt) is resumed."""
+    train_for_s: float = 0.0
+    """Seconds left of `Work.train_for_s`; 0: no limit."""
+    batch_limit: int = 0
+    """Largest batch known to fit; 0: not known. Set by the daemon after an agent was killed for memory."""
+
+
+class Pause(PipeMessage, frozen=True, kw_only=True):
+    """Stop between micro-batches until `Resume`."""
+
+    reason: str = ""
+
+
+class Resume(PipeMessage, frozen=True, kw_only=True):
+    """Go on."""
+
+
+class Stop(PipeMessage, frozen=True, kw_only=True):
+    """Finish the work under way with what is done (partial work counts). `discard`: forget it instead."""
+
+    discard: bool = False
+
+
+class Shutdown(PipeMessage, frozen=True, kw_only=True):
+    """Exit."""
+
+
+ToAgent = Probe | Train | Pause | Resume | Stop | Shutdown
+
+# ---- agent -> daemon
+
+
+class Probed(PipeMessage, frozen=True, kw_only=True):
+    """Capability, after real kernels ran."""
+
+    bits: list[Bits]
+    notes: dict[str, str] = {}
+    """Bits not offered -> why; data set -> what is wrong with it."""
+    datasets: dict[str, DatasetFacts] = {}
+    agent_bytes: int = 0
+    hardware: str = ""
+
+
+class Beat(PipeMessage, frozen=True, kw_only=True):
+    """Alive and working at `what` (loading, training, saving, paused)."""
+
+    what: str = ""
+
+
+class Progressed(PipeMessage, frozen=True, kw_only=True):
+    """After an optimizer step, at most twice a second."""
+
+    step: int
+    steps: int
+    samples: int
+    loss: float
+    samples_per_s: float
+
+
+class Trained(PipeMessage, frozen=True, kw_only=True):
+    """The update is on disk at `Train.update_path`, fsynced and renamed."""
+
+    job: str
+    round: int
+    attempt: int
+    sha: str
+    size: int
+    facts: UpdateFacts
+
+
+class Failed(PipeMessage, frozen=True, kw_only=True):
+    """The work can't be done. `memory` carries the largest batch that fits (0: none does)."""
+
+    job: str
+    round: int
+    attempt: int
+    kind: Literal["memory", "data", "model", "bits", "adapter", "stopped", "internal"]
+    reason: str
+    batch_limit: int = 0
+
+
+FromAgent = Probed | Beat | Progressed | Trained | Failed

@@ -1,0 +1,74 @@
+"""`edge.toml`: what the device's owner decides."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+from msgspec import Meta
+
+from shared.settings import BrokerSettings, Section
+
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")]
+
+
+class PolicySettings(Section, frozen=True, kw_only=True):
+    """When this device may train; a refusal or pause names the reading that met its limit."""
+
+    hours: list[Annotated[str, Meta(pattern=r"^\d\d:\d\d-\d\d:\d\d$")]] = []
+    """Local times of day, such as "22:00-06:00"; empty: always."""
+    foreign_limit: Annotated[float, Meta(gt=0)] = 0.9
+    """Share of the device's cores that other programs may use before training pauses."""
+    temperature_limit_c: float = 95.0
+    memory_reserve_bytes: Annotated[int, Meta(ge=0)] = 0
+    """Refuse work while less memory than this is available."""
+    disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 512 * 1024 * 1024
+    on_battery: bool = False
+    share_labels: bool = False
+    """Whether the label counts of the data sets may leave the device."""
+    hub: bool = False
+    """Whether models and data sets may be loaded from the Hugging Face hub."""
+
+
+class AgentSettings(Section, frozen=True, kw_only=True):
+    """The training subprocess."""
+
+    command: list[str] = [sys.executable, "-m", "edge_daemon.training.agent"]
+    gpus: list[str] = []
+    """UUIDs of the GPUs to use, one agent each; empty: all found, or the CPU where there is none."""
+    threads: Annotated[int, Meta(ge=0)] = 0
+    """CPU threads of an agent; 0: the cores of the quota, at least one."""
+    silence_s: Annotated[float, Meta(gt=0)] = 180.0
+    """An agent that says nothing for so long is killed and started again."""
+    tries: Annotated[int, Meta(ge=1)] = 3
+    """Starts of an agent for the same work before the work is reported as failed."""
+
+
+class TelemetrySettings(Section, frozen=True, kw_only=True):
+    """How often the load is read and sent."""
+
+    idle_s: Annotated[float, Meta(gt=0)] = 10.0
+    busy_s: Annotated[float, Meta(gt=0)] = 3.0
+    change: Annotated[float, Meta(gt=0)] = 0.2
+    """A change of a reading by this share is sent at once (read every second while training)."""
+
+
+class EdgeSettings(Section, frozen=True, kw_only=True):
+    """All of `edge.toml`."""
+
+    fleet: Name
+    device: Name
+    state_dir: str = "/var/lib/muster"
+    broker: BrokerSettings = BrokerSettings()
+    data: dict[str, str] = {}
+    """Name of a data set -> JSONL(.gz) file, or hub id."""
+    models: dict[str, str] = {}
+    """Name of a base model -> folder. Only these (and the hub, if `policy.hub`) are ever loaded."""
+    policy: PolicySettings = PolicySettings()
+    agent: AgentSettings = AgentSettings()
+    telemetry: TelemetrySettings = TelemetrySettings()
+    credit_bytes: Annotated[int, Meta(ge=1024)] = 1024 * 1024
+    """Bytes of chunks that may be under way to this device at once."""
+    reannounce_s: Annotated[float, Meta(gt=0)] = 5.0
+    """Seconds after which a finished update is announced again while no one took it."""
+    log_level: str = "INFO"

@@ -1,0 +1,1 @@
+"""The operator's side of Muster and the only documented import."""

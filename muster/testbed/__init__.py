@@ -1,0 +1,1 @@
+"""Emulated fleets: real processes, real broker, unequal cgroups."""

@@ -1,0 +1,1 @@
+"""What the coordinator and the edge daemon agree on; imports neither."""

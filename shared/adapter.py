@@ -1,0 +1,163 @@
+"""Adapter files: the global adapter that devices start from, and the updates they return.
+
+One msgpack map. Per tuned module W (out x in) the product `scaling * b @ diag(sigma) @ a` is what it adds to W, with
+b (out x rank), a (rank x in) and sigma (rank) present only in the global adapter's triplet form. Dense tensors (heads)
+ride along whole. Needs numpy, so the daemon does not import it: to it an adapter is a file.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgpack
+import msgspec
+
+from shared import tensors
+from shared.codec import SCHEMA
+from shared.errors import DecodeError
+from shared.jobs import Codec
+from shared.tensors import Array, WireTensor
+
+Kind = Literal["global", "update"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What an adapter adds to one module: `scaling * b @ diag(sigma) @ a`.
+
+    b (out x rank), a (rank x in), sigma (rank) or None for all ones; float32. `trained`: in an update, how many of the
+    global adapter's directions (its first, the largest) are contained in it and so must leave the rest.
+    """
+
+    b: Array
+    a: Array
+    scaling: float = 1.0
+    sigma: Array | None = None
+    trained: int = 0
+
+    @property
+    def rank(self) -> int:
+        """Columns of b."""
+        return int(self.b.shape[1])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A decoded adapter file; its arrays are views of the file's bytes."""
+
+    kind: Kind
+    job: str
+    round: int
+    base_digest: str
+    factors: dict[str, Factors]
+    dense: dict[str, Array]
+    attempt: int = 0
+    device: str = ""
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+class _WireModule(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    scaling: float
+    trained: int
+    b: WireTensor
+    a: WireTensor
+    sigma: WireTensor | None = None
+
+
+class _WireAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    schema: int
+    kind: Kind
+    job: str
+    round: int
+    base_digest: str
+    modules: list[_WireModule]
+    dense: list[tuple[str, WireTensor]]
+    attempt: int = 0
+    device: str = ""
+    notes: dict[str, str] = {}
+
+
+_DECODER = msgspec.msgpack.Decoder(_WireAdapter)
+
+
+def write(adapter: Adapter, codec: Codec = "fp32") -> bytes:
+    """`adapter` as bytes; modules and tensors by name, so equal adapters give equal bytes."""
+    modules = []
+    for name in sorted(adapter.factors):
+        part = adapter.factors[name]
+        modules.append(
+            {
+                "name": name,
+                "scaling": float(part.scaling),
+                "trained": part.trained,
+                "b": _plain(tensors.encode(part.b, codec)),
+                "a": _plain(tensors.encode(part.a, codec)),
+                "sigma": None if part.sigma is None else _plain(tensors.encode(part.sigma)),
+            }
+        )
+    packed = msgpack.packb(
+        {
+            "schema": SCHEMA,
+            "kind": adapter.kind,
+            "job": adapter.job,
+            "round": adapter.round,
+            "base_digest": adapter.base_digest,
+            "modules": modules,
+            "dense": [[name, _plain(tensors.encode(adapter.dense[name], codec))] for name in sorted(adapter.dense)],
+            "attempt": adapter.attempt,
+            "device": adapter.device,
+            "notes": dict(sorted(adapter.notes.items())),
+        },
+        use_bin_type=True,
+    )
+    assert isinstance(packed, bytes)
+    return packed
+
+
+def read(data: bytes | memoryview | mmap.mmap) -> Adapter:
+    """Decode an adapter. Raises `DecodeError` with a reason; shapes agree with each other afterwards."""
+    try:
+        wire = _DECODER.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        raise DecodeError(f"not an adapter: {error}"[:200]) from error
+    if wire.schema != SCHEMA:
+        raise DecodeError(f"adapter of schema {wire.schema}, this side speaks {SCHEMA}")
+    factors: dict[str, Factors] = {}
+    for module in wire.modules:
+        if module.name in factors:
+            raise DecodeError(f"module {module.name!r:.100} twice")
+        factors[module.name] = _factors(module)
+    dense = {name: tensors.decode(tensor) for name, tensor in wire.dense}
+    if len(dense) != len(wire.dense):
+        raise DecodeError("a dense tensor twice")
+    return Adapter(
+        kind=wire.kind, job=wire.job, round=wire.round, base_digest=wire.base_digest, factors=factors,
+        dense=dense, attempt=wire.attempt, device=wire.device, notes=wire.notes,
+    )  # fmt: skip
+
+
+def read_file(path: Path) -> Adapter:
+    """Decode the adapter at `path`, memory-mapped: arrays read from disk when they are used."""
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            raise DecodeError("not an adapter: empty file")
+        return read(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+
+
+def _factors(module: _WireModule) -> Factors:
+    b, a = tensors.decode(module.b), tensors.decode(module.a)
+    sigma = None if module.sigma is None else tensors.decode(module.sigma)
+    if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] or (sigma is not None and sigma.shape != a.shape[:1]):
+        raise DecodeError(f"module {module.name!r:.100}: shapes of b {b.shape} and a {a.shape} do not fit")
+    if not 0 <= module.trained <= a.shape[0]:
+        raise DecodeError(f"module {module.name!r:.100}: {module.trained} trained directions of rank {a.shape[0]}")
+    return Factors(b=b, a=a, scaling=module.scaling, sigma=sigma, trained=module.trained)
+
+
+def _plain(tensor: WireTensor) -> list[object]:
+    return [tensor.dtype, tensor.shape, tensor.data, tensor.scales]

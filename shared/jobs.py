@@ -1,0 +1,130 @@
+"""The job: what an operator asks for, as written in a TOML file and recorded by the coordinator.
+
+Every field has its unit in its docstring line; `shared.settings.check` reports all faults of a file at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+Positive = Annotated[int, Meta(ge=1)]
+Natural = Annotated[int, Meta(ge=0)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+Rate = Annotated[float, Meta(gt=0.0)]
+NonNegative = Annotated[float, Meta(ge=0.0)]
+
+TaskKind = Literal["classification", "causal", "least_squares"]
+Bits = Literal[4, 8, 16, 32]
+Codec = Literal["fp32", "bf16", "int8"]
+
+
+class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of the job file."""
+
+
+class BaseSpec(Spec, frozen=True, kw_only=True):
+    """The frozen base model."""
+
+    model: str
+    """A name from the devices' `[models]` table, a folder, or a hub id; for `least_squares`: "inputs x outputs"."""
+    revision: str = ""
+    """Commit of a hub model."""
+    targets: list[str] = []
+    """Last parts of the names of the linear layers to tune; empty: every linear layer of the blocks."""
+
+
+class TaskSpec(Spec, frozen=True, kw_only=True):
+    """What is learned, from which columns."""
+
+    kind: TaskKind
+    dataset: str
+    """Name of a data set in the devices' `[data]` table, or a hub data set id its owner allows."""
+    labels: list[str] = []
+    """Names of the classes in the order of the label numbers (classification)."""
+    text_field: str = "text"
+    label_field: str = "label"
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    max_tokens: Annotated[int, Meta(ge=4, le=32768)] = 64
+
+
+class RoundsSpec(Spec, frozen=True, kw_only=True):
+    """How many rounds there are, and when one closes."""
+
+    count: Positive = 3
+    min_devices: Positive = 1
+    """A round is planned once so many devices are ready."""
+    quorum: Share = 0.5
+    """Share of the participants whose updates suffice at the deadline."""
+    deadline_s: Rate = 900.0
+    """Seconds from planning to closing at the latest."""
+    train_for_s: NonNegative = 0.0
+    """Seconds a device may train in a round; 0: the steps decide alone."""
+    local_steps: Positive = 10
+    """Optimizer steps per device and round."""
+
+
+class StrategySpec(Spec, frozen=True, kw_only=True):
+    """Planner and aggregator, with their settings."""
+
+    name: str = "uniform"
+    aggregator: str = "fsr"
+    rank: Annotated[int, Meta(ge=1, le=1024)] = 8
+    batch: Positive = 16
+    """The batch a device of median speed gets."""
+    batch_min: Positive = 1
+    batch_max: Positive = 32
+    bits: Literal["auto", 4, 8, 16, 32] = "auto"
+    """Precision of the frozen base; auto: the largest proven on the device that its memory holds."""
+    global_rank: Annotated[int, Meta(ge=1, le=4096)] = 64
+    """Hard cap of the rank of the global adapter, per module."""
+    energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99
+    """Share of the squared singular values that recompression keeps."""
+
+
+class TrainingSpec(Spec, frozen=True, kw_only=True):
+    """The local optimisation, the same on every device."""
+
+    lr: Rate = 1e-3
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Over all rounds of the job, by round."""
+    warmup_steps: Natural = 0
+    weight_decay: NonNegative = 0.0
+    """On dense tensors only: decaying LoRA factors would decay the global model's directions."""
+    accumulation: Positive = 1
+    """Micro-batches per optimizer step; the batch is what one optimizer step sees."""
+    alpha_ratio: Rate = 2.0
+    """LoRA alpha divided by its rank, so the scaling."""
+    max_grad_norm: NonNegative = 1.0
+    checkpoint_every: Positive = 10
+    """Optimizer steps between checkpoints on the device."""
+    codec: Codec = "fp32"
+    """Precision of the tensors in an update."""
+
+
+class EvaluationSpec(Spec, frozen=True, kw_only=True):
+    """The held-out evaluation on the coordinator after each round."""
+
+    data: str = ""
+    """JSONL(.gz) file on the coordinator; empty: no evaluation, every aggregate is accepted."""
+    rows: Natural = 0
+    """Rows used after each round, the first ones; 0: all."""
+    batch: Positive = 64
+    worse_by: NonNegative = 0.1
+    """A round whose loss is more than this share above the best is refused; three in a row pause the job."""
+
+
+class JobSpec(Spec, frozen=True, kw_only=True):
+    """One fine-tuning run."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,40}$")]
+    base: BaseSpec
+    task: TaskSpec
+    seed: Natural = 0
+    rounds: RoundsSpec = RoundsSpec()
+    strategy: StrategySpec = StrategySpec()
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()

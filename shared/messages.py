@@ -1,0 +1,302 @@
+"""Every message that crosses the broker. Frozen, typed, versioned; see `docs/wire-format.md`.
+
+Rule of versions: unknown fields are ignored, unknown majors of `schema` are refused (`shared.codec.unpack`).
+The identity of work is `(fleet, job, round, attempt, device, kind)`: it makes every delivery idempotent.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from shared.codec import SCHEMA
+from shared.jobs import BaseSpec, Bits, TaskSpec, TrainingSpec
+
+Natural = Annotated[int, Meta(ge=0, le=2**53)]
+Text = Annotated[str, Meta(max_length=1000)]
+Sha = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+Lifecycle = Literal["init", "ready", "training", "draining", "disconnected", "lost"]
+MAX_BLOB_BYTES = 512 * 1024 * 1024
+MAX_CHUNK_BYTES = 122_880
+"""120 KiB, which also fits AWS IoT's 128 KB; the broker's announced maximum can only lower it."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True):
+    """A message of major version `SCHEMA`."""
+
+    schema: int = SCHEMA
+
+
+# ---- presence and load -------------------------------------------------------------------------------------------
+
+
+class DeviceState(Message, frozen=True, kw_only=True):
+    """Retained on `device/{device}/state`: birth, lifecycle, and the will (`lost`)."""
+
+    s: Lifecycle
+    epoch: Natural
+    """Rises with every connection; a state with a lower epoch than the highest seen is stale."""
+    boot_id: Text = ""
+    version: Text = ""
+    ts: float = 0.0
+    """Unix seconds of the device's clock; for people, never for decisions."""
+
+
+class Gpu(msgspec.Struct, frozen=True, kw_only=True):
+    """One GPU or MIG instance that the owner listed."""
+
+    uuid: Text
+    name: Text = ""
+    memory_bytes: Natural = 0
+    compute: Text = ""
+
+
+class DatasetFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """A data set as its device describes it."""
+
+    rows: Natural
+    labels: dict[str, int] = {}
+    """Label number as text -> rows; empty where the owner does not allow it."""
+
+
+class DeviceInfo(Message, frozen=True, kw_only=True):
+    """Retained on `device/{device}/info`: capability, which changes by the boot."""
+
+    epoch: Natural
+    version: Text = ""
+    hardware: Text = ""
+    cores: float = 0.0
+    """CPU cores usable, by quota."""
+    memory_bytes: Natural = 0
+    """Limit of the memory that training may use: cgroup limit, else RAM."""
+    gpus: list[Gpu] = []
+    bits: list[Bits] = []
+    """Precisions of the base that passed a real quantize-dequantize-matmul in bounds; empty: not yet probed."""
+    agent_bytes: Natural = 0
+    """Resident memory of the agent before it holds a model."""
+    datasets: dict[str, DatasetFacts] = {}
+    max_chunk: Natural = MAX_CHUNK_BYTES
+    problem: Text = ""
+    """Why this device cannot train now, if it can't (agent does not start, no data, ...)."""
+
+
+class GpuLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Reading of one GPU; None: the field is not supported there."""
+
+    uuid: Text
+    utilization: float | None = None
+    memory_free: Natural | None = None
+    memory_total: Natural | None = None
+    temperature_c: float | None = None
+    power_w: float | None = None
+    throttled: bool | None = None
+    foreign_memory: Natural | None = None
+    """Bytes held by processes other than the agent."""
+
+
+class Load(Message, frozen=True, kw_only=True):
+    """On `up/load`, QoS 0: every 10 s idle, every 3 s while assigned, and at once after a change of over 20 %."""
+
+    epoch: Natural
+    seq: Natural
+    phase: Text = "idle"
+    job: Text = ""
+    round: Natural = 0
+    attempt: Natural = 0
+    cores: float = 0.0
+    """CPU cores usable now, by quota."""
+    own_cores: float = 0.0
+    """Cores used by the daemon and its agents since the last reading."""
+    foreign_cores: float = 0.0
+    """Cores used by anything else in the same cgroup (or on the host where there is no quota)."""
+    throttled: float = 0.0
+    """Share of the scheduler's periods in which the quota stopped us since the last reading."""
+    memory_available: Natural = 0
+    memory_limit: Natural = 0
+    temperature_c: float | None = None
+    on_battery: bool | None = None
+    gpus: list[GpuLoad] = []
+    paused: Text = ""
+    """Reason of a pause under way."""
+
+
+# ---- work --------------------------------------------------------------------------------------------------------
+
+
+class Work(msgspec.Struct, frozen=True, kw_only=True):
+    """What the plan asks of one device in one round."""
+
+    ranks: dict[str, int]
+    """Module path -> LoRA rank; 0 or absent: not tuned."""
+    batch: Annotated[int, Meta(ge=1)]
+    """Samples per optimizer step."""
+    bits: Bits
+    steps: Annotated[int, Meta(ge=1)]
+    train_for_s: float = 0.0
+    """Seconds by the device's monotonic clock from receipt; 0: no limit."""
+    reasons: dict[str, str] = {}
+    """Name of a number above -> the reading, the bound it met, the number it produced."""
+
+
+class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
+    """A content by its digest."""
+
+    sha: Sha
+    size: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+    """Work with all a device needs to do it."""
+
+    job: Text
+    round: Annotated[int, Meta(ge=1)]
+    attempt: Annotated[int, Meta(ge=1)]
+    work: Work
+    base: BaseSpec
+    base_digest: Text
+    """Digest over the base's files; a device whose copy differs refuses."""
+    task: TaskSpec
+    training: TrainingSpec
+    rounds: Annotated[int, Meta(ge=1)]
+    """Rounds of the whole job, for the schedule."""
+    seed: Natural
+    adapter: BlobRef
+    """The global adapter to start from."""
+    chunk: Natural = MAX_CHUNK_BYTES
+
+
+class Assign(Message, frozen=True, kw_only=True):
+    """Retained on `down/assign`: the desired state of one device. No assignment: stop what you do."""
+
+    term: Natural = 0
+    """The coordinator's term; a lower one than the highest seen is an old coordinator."""
+    assignment: Assignment | None = None
+    reason: Text = ""
+
+
+class Ack(Message, frozen=True, kw_only=True):
+    """On `up/ack`: a device's answer to its assignment."""
+
+    epoch: Natural
+    job: Text
+    round: Natural
+    attempt: Natural
+    verdict: Literal["accept", "reject", "failed"]
+    reason: Text = ""
+    batch_limit: Natural = 0
+    """Largest batch that fits the device's memory, once out of memory was met; 0: not known."""
+
+
+class Progress(Message, frozen=True, kw_only=True):
+    """On `up/progress`, QoS 0."""
+
+    epoch: Natural
+    job: Text
+    round: Natural
+    attempt: Natural
+    step: Natural
+    steps: Natural
+    samples: Natural
+    loss: float
+    samples_per_s: float
+
+
+class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What training the update cost and gave, as the device measured it."""
+
+    samples: Natural
+    steps: Natural
+    batch: Natural
+    """The batch really used; below the assigned one after out of memory."""
+    batch_limit: Natural = 0
+    bits: Bits
+    loss_first: float
+    loss_last: float
+    step_s: float
+    """Median seconds per optimizer step, pauses excluded."""
+    train_s: float
+    """Seconds from the first to the last step, pauses excluded."""
+    load_s: float = 0.0
+    """Seconds to load the base and data; 0 where they stayed loaded."""
+    paused_s: float = 0.0
+    fetch_s: float = 0.0
+    peak_bytes: Natural = 0
+    """Highest resident (CPU) or allocated (CUDA) memory of the agent in this round."""
+    base_bytes: Natural = 0
+    """Memory of the agent with the base loaded, before the first step."""
+    cores_used: float = 0.0
+    """Mean cores the agent used while training."""
+    ended: Literal["complete", "time", "drain"] = "complete"
+    norm: float = 0.0
+    """Euclidean norm of all tensors of the update."""
+
+
+# ---- blobs -------------------------------------------------------------------------------------------------------
+
+
+class Manifest(Message, frozen=True, kw_only=True, tag="manifest"):
+    """Sender -> receiver: this blob is here for you. Nothing is sent before a `Want`."""
+
+    sha: Sha
+    size: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
+    chunk: Annotated[int, Meta(ge=1, le=1024 * 1024)]
+    kind: Literal["update"]
+    job: Text
+    round: Natural
+    attempt: Natural
+    facts: UpdateFacts
+
+
+class Want(Message, frozen=True, kw_only=True, tag="want"):
+    """Receiver -> sender: send these chunks, each `[first, count]` in units of `chunk` bytes."""
+
+    sha: Sha
+    chunk: Annotated[int, Meta(ge=1, le=1024 * 1024)]
+    ranges: Annotated[list[tuple[Natural, Annotated[int, Meta(ge=1)]]], Meta(max_length=1024)]
+
+
+class Done(Message, frozen=True, kw_only=True, tag="done"):
+    """Receiver -> sender: forget this blob. `stored`: it is on my disk and counts; else the reason."""
+
+    sha: Sha
+    verdict: Literal["stored", "refused", "late"]
+    reason: Text = ""
+
+
+class Missing(Message, frozen=True, kw_only=True, tag="missing"):
+    """Sender -> receiver: a wanted blob is not here (any more)."""
+
+    sha: Sha
+    reason: Text = ""
+
+
+BlobMessage = Manifest | Want | Done | Missing
+
+# ---- coordinator -------------------------------------------------------------------------------------------------
+
+
+class Command(Message, frozen=True, kw_only=True):
+    """On `down/cmd`: ask a device for something at once."""
+
+    kind: Literal["rebirth"]
+    reason: Text = ""
+
+
+class RoundInfo(Message, frozen=True, kw_only=True):
+    """Retained on `fleet/round`: what the fleet works on, for anyone who watches."""
+
+    job: Text
+    round: Natural
+    phase: Text
+    base_digest: Text = ""
+    adapter: Text = ""
+
+
+class CoordState(Message, frozen=True, kw_only=True):
+    """Retained on `coord/{coordinator}/state`, and its will. Devices hold their uploads while it is offline."""
+
+    online: bool
+    term: Natural
+    ts: float = 0.0

@@ -1,0 +1,110 @@
+"""Settings and job files: TOML, checked whole. Every fault is reported at once, with its key and the reason."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import msgspec
+from msgspec import Meta, structs
+
+from shared.errors import SettingsError, UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of a settings file."""
+
+
+class BrokerSettings(Section, frozen=True, kw_only=True):
+    """How to reach the broker. TLS is on when `cafile` is set."""
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Meta(ge=1, le=65535)] = 1883
+    cafile: str = ""
+    certfile: str = ""
+    keyfile: str = ""
+    username: str = ""
+    password_file: str = ""
+    keepalive_s: Annotated[int, Meta(ge=2, le=120)] = 30
+    session_expiry_s: Annotated[int, Meta(ge=0)] = 3600
+    will_delay_s: Annotated[int, Meta(ge=0)] = 5
+    reconnect_min_s: float = 1.0
+    reconnect_max_s: float = 120.0
+    window: Annotated[int, Meta(ge=1, le=1000)] = 16
+    """QoS 1 messages that may be unacknowledged at once."""
+    queue: Annotated[int, Meta(ge=1)] = 256
+    """QoS 1 messages that may wait for the window."""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises `UserError` where it is missing, unreadable or not TOML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
+    return parse_toml(text, str(path))
+
+
+def parse_toml(text: str, source: str) -> dict[str, Any]:
+    """The tables of TOML text; `source` names it in errors."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{source}: not TOML: {error}") from error
+
+
+def load(path: Path, wanted: type[T]) -> T:
+    """Read and check a settings file."""
+    return check(wanted, read_toml(path), str(path))
+
+
+def check(wanted: type[T], data: dict[str, Any], source: str) -> T:
+    """`data` as a `wanted`. Raises `SettingsError` with every fault: `table.key: reason`."""
+    faults: list[str] = []
+    value = _struct(wanted, data, "", faults)
+    if faults or value is None:
+        raise SettingsError(source, faults)
+    return value
+
+
+def _struct(wanted: type[T], data: object, prefix: str, faults: list[str]) -> T | None:
+    if not isinstance(data, dict):
+        faults.append(f"{prefix.rstrip('.') or 'file'}: expected a table, got {type(data).__name__}")
+        return None
+    fields = {field.encode_name: field for field in structs.fields(wanted)}
+    before = len(faults)
+    for key in data:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f", did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(fields))}"
+            faults.append(f"{prefix}{key}: unknown key{hint}")
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name not in data:
+            if field.required:
+                faults.append(f"{prefix}{name}: missing")
+            continue
+        values[field.name] = _value(field.type, data[name], f"{prefix}{name}", faults)
+    return wanted(**values) if len(faults) == before else None
+
+
+def _value(wanted: Any, data: object, key: str, faults: list[str]) -> Any:
+    inner = get_args(wanted)[0] if get_origin(wanted) is Annotated else wanted
+    if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
+        return _struct(inner, data, f"{key}.", faults)
+    try:
+        return msgspec.convert(data, wanted)
+    except msgspec.ValidationError as error:
+        faults.append(f"{key}: {str(error)[0].lower()}{str(error)[1:]}, got {data!r:.60}")
+        return None

@@ -1,0 +1,101 @@
+"""The topics, each declared once: pattern, message type, QoS, retain, publisher. The broker's ACL is generated from this.
+
+Levels: `muster/v1/{fleet}/...`. A device subscribes to its own `state`, `down/#`, `fleet/#` and `coord/+/state`; these
+four do not overlap, because mosquitto delivers one copy per overlapping subscription.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from shared import messages
+
+PREFIX = "muster/v1"
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A kind of topic. `message` None: the payload is raw bytes (a chunk)."""
+
+    pattern: str
+    """After `muster/v1/{fleet}/`, with `{device}` or `{coordinator}`, and for chunks `{sha}/{index}`."""
+    message: object
+    qos: Literal[0, 1]
+    retain: bool
+    publisher: Literal["device", "coordinator"]
+    expiry_s: int = 0
+    """Message expiry; 0: none."""
+
+    def name(self, fleet: str, **parts: object) -> str:
+        """The full topic name; every placeholder of the pattern must be given."""
+        return f"{PREFIX}/{fleet}/{self.pattern.format(**parts)}"
+
+
+STATE = Topic("device/{device}/state", messages.DeviceState, 1, True, "device")
+INFO = Topic("device/{device}/info", messages.DeviceInfo, 1, True, "device")
+LOAD = Topic("device/{device}/up/load", messages.Load, 0, False, "device", expiry_s=30)
+ACK = Topic("device/{device}/up/ack", messages.Ack, 1, False, "device")
+PROGRESS = Topic("device/{device}/up/progress", messages.Progress, 0, False, "device")
+UP_BLOB = Topic("device/{device}/up/blob", messages.BlobMessage, 1, False, "device")
+UP_CHUNK = Topic("device/{device}/up/chunk/{sha}/{index}", None, 1, False, "device")
+ASSIGN = Topic("device/{device}/down/assign", messages.Assign, 1, True, "coordinator")
+COMMAND = Topic("device/{device}/down/cmd", messages.Command, 1, False, "coordinator", expiry_s=60)
+DOWN_BLOB = Topic("device/{device}/down/blob", messages.BlobMessage, 1, False, "coordinator")
+DOWN_CHUNK = Topic("device/{device}/down/chunk/{sha}/{index}", None, 1, False, "coordinator")
+ROUND = Topic("fleet/round", messages.RoundInfo, 1, True, "coordinator")
+COORD_STATE = Topic("coord/{coordinator}/state", messages.CoordState, 1, True, "coordinator")
+
+ALL = (
+    STATE, INFO, LOAD, ACK, PROGRESS, UP_BLOB, UP_CHUNK,
+    ASSIGN, COMMAND, DOWN_BLOB, DOWN_CHUNK, ROUND, COORD_STATE,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """A topic name taken apart."""
+
+    topic: Topic
+    fleet: str
+    device: str = ""
+    coordinator: str = ""
+    sha: str = ""
+    index: int = 0
+
+
+_BY_SHAPE = {tuple("" if part.startswith("{") else part for part in topic.pattern.split("/")): topic for topic in ALL}
+
+
+def parse(name: str) -> Parsed | None:
+    """What `name` means, or None for a name that no topic has."""
+    parts = name.split("/")
+    if len(parts) < 4 or f"{parts[0]}/{parts[1]}" != PREFIX:
+        return None
+    fleet, rest = parts[2], parts[3:]
+    match rest:
+        case ["fleet", "round"]:
+            return Parsed(ROUND, fleet)
+        case ["coord", coordinator, "state"]:
+            return Parsed(COORD_STATE, fleet, coordinator=coordinator)
+        case ["device", device, direction, "chunk", sha, index] if index.isdecimal() and len(index) <= 9:
+            topic = _BY_SHAPE.get(("device", "", direction, "chunk", "", ""))
+            return Parsed(topic, fleet, device=device, sha=sha, index=int(index)) if topic else None
+        case ["device", device, *tail]:
+            topic = _BY_SHAPE.get(("device", "", *tail))
+            return Parsed(topic, fleet, device=device) if topic else None
+        case _:
+            return None
+
+
+def device_filters(fleet: str, device: str) -> list[tuple[str, int]]:
+    """What a device subscribes to: (filter, QoS)."""
+    root = f"{PREFIX}/{fleet}"
+    own = f"{root}/device/{device}"
+    return [(f"{own}/state", 1), (f"{own}/down/#", 1), (f"{root}/fleet/#", 1), (f"{root}/coord/+/state", 1)]
+
+
+def coordinator_filters(fleet: str) -> list[tuple[str, int]]:
+    """What the coordinator subscribes to: (filter, QoS)."""
+    root = f"{PREFIX}/{fleet}/device/+"
+    return [(f"{root}/state", 1), (f"{root}/info", 1), (f"{root}/up/#", 1)]

@@ -1,0 +1,1 @@
+"""Ways to carry messages: MQTT, and an in-memory network with seeded faults."""

@@ -14,7 +14,7 @@ Seconds = Annotated[float, Meta(gt=0)]
 
 
 class ApiSettings(Section, frozen=True, kw_only=True):
-    """The HTTP API; without a token file it answers only where the file system can vouch for the caller: it does not start."""
+    """The HTTP API: always behind a bearer token."""
 
     host: str = "127.0.0.1"
     port: Annotated[int, Meta(ge=0, le=65535)] = 8470

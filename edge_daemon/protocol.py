@@ -1,9 +1,9 @@
 """What the daemon and its agent say to each other over the pipe (`shared.frames`).
 
-The daemon starts `<agent command> --read-fd R --write-fd W` and sends `Probe` first. One agent serves one GPU (or the CPU)
-for as long as it lives and keeps the base loaded between rounds. The agent must answer `Pause` and `Stop` between micro-batches, and
-say something (`Beat` or `Progressed`) at least every `Probe.beat_s` seconds of work, from its *working* thread: a beat
-from a thread of its own would hide a hang.
+The daemon starts `<agent command> --read-fd R --write-fd W` and sends `Probe` first. One agent serves one GPU (or the
+CPU) for as long as it lives and keeps the base loaded between rounds. The agent must answer `Pause` and `Stop` between
+micro-batches, and say something (`Beat` or `Progressed`) at least every `Probe.beat_s` seconds of work, from its
+*working* thread: a beat from a thread of its own would hide a hang.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Literal
 
 import msgspec
 
-from shared.messages import Assignment, Bits, DatasetFacts, UpdateFacts
+from shared.jobs import Bits
+from shared.messages import Assignment, DatasetFacts, UpdateFacts
 
 
 class PipeMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):

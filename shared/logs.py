@@ -1,4 +1,4 @@
-"""Logging of both services: to the journal under systemd, else to standard error (JSON lines, or plain on a terminal)."""
+"""Logging of both services: to the journal under systemd, else to standard error (plain on a terminal, else JSON)."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def encode(array: Array, codec: Codec = "fp32") -> WireTensor:
 
 
 def decode(tensor: WireTensor) -> Array:
-    """The tensor as float32; for f4 a read-only view of the wire bytes. Raises `DecodeError` on sizes that do not fit."""
+    """The tensor as float32; for f4 a read-only view of the wire bytes. Raises `DecodeError` where sizes differ."""
     if any(not isinstance(n, int) or n < 0 for n in tensor.shape) or len(tensor.shape) > 4:
         raise DecodeError(f"tensor shape {tensor.shape!r:.60}")
     count = math.prod(tensor.shape)
@@ -71,4 +71,4 @@ def decode(tensor: WireTensor) -> Array:
 
 def _raw(array: npt.NDArray[Any]) -> memoryview:
     """The bytes of a contiguous array, without a copy."""
-    return memoryview(array.reshape(-1)).cast("B")
+    return array.reshape(-1).view("u1").data

@@ -1,4 +1,4 @@
-"""The topics, each declared once: pattern, message type, QoS, retain, publisher. The broker's ACL is generated from this.
+"""The topics, each declared once: pattern, message type, QoS, retain, publisher. The broker's ACL comes from here.
 
 Levels: `muster/v1/{fleet}/...`. A device subscribes to its own `state`, `down/#`, `fleet/#` and `coord/+/state`; these
 four do not overlap, because mosquitto delivers one copy per overlapping subscription.

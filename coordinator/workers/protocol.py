@@ -74,7 +74,7 @@ class Prepared(PipeMessage, frozen=True, kw_only=True):
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one evaluation. Accuracy for classification; for causal tasks `perplexity` = exp(loss per completion token)."""
+    """Of one evaluation: accuracy for classification, `perplexity` = exp(loss per completion token) for causal."""
 
     loss: float
     rows: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from coordinator.workers.protocol import Metrics
+from coordinator.core.facts import Metrics
 from shared.messages import DeviceInfo, Load, UpdateFacts, Work
 
 

@@ -1,0 +1,70 @@
+"""What a planner sees and returns. Planners are pure and hold no clock: `plan(view, job) -> Plan`, `learn(report) -> Planner`.
+
+A restart replays the recorded reports through `learn`, so no learning is lost; a round that has a recorded plan is never
+planned again.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from coordinator.core.facts import ModelFacts
+from shared.jobs import JobSpec
+from shared.messages import DeviceInfo, Load, UpdateFacts, Work
+
+
+class Candidate(msgspec.Struct, frozen=True, kw_only=True):
+    """A device that is ready, as seen when the round is planned."""
+
+    device: str
+    info: DeviceInfo
+    load: Load | None = None
+    load_age_s: float = 0.0
+    """Seconds since `load` arrived; meaningless without one."""
+
+
+class FleetView(msgspec.Struct, frozen=True, kw_only=True):
+    """All a planner may know. Candidates are sorted by device id."""
+
+    round: int
+    candidates: tuple[Candidate, ...]
+    facts: ModelFacts
+    fresh_s: float = 30.0
+    """A load older than this is stale: plan cautiously and say so."""
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a round asks of the fleet. `predicted_s`: seconds of training expected, per device."""
+
+    participants: dict[str, Work]
+    deadline_s: float
+    reason: str
+    predicted_s: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    """Candidate -> why it takes no part."""
+
+
+class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A committed round: what was asked and what came of it."""
+
+    round: int
+    works: dict[str, Work]
+    results: dict[str, UpdateFacts]
+    batch_limits: dict[str, int] = {}
+    """Device -> largest batch that fits, as met by running out of memory (0: none at those bits)."""
+    loads: dict[str, Load] = {}
+    """The last load of each participant before the plan, as the planner saw it."""
+
+
+class Planner(Protocol):
+    """A planning method; a state that is passed on from round to round."""
+
+    name: str
+
+    def plan(self, view: FleetView, job: JobSpec) -> Plan:
+        """Raises `shared.errors.UserError` where no candidate can do the job at all, with the reason per device."""
+
+    def learn(self, report: RoundReport) -> Planner:
+        """The planner that also knows this round."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from shared.settings import BrokerSettings, Section
@@ -17,6 +18,7 @@ class ApiSettings(Section, frozen=True, kw_only=True):
     """The HTTP API: always behind a bearer token."""
 
     host: str = "127.0.0.1"
+    """Address to listen on."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8470
     """0: a free port, written to `<state_dir>/api.json`."""
     token_file: str = ""
@@ -28,6 +30,8 @@ class WaitSettings(Section, frozen=True, kw_only=True):
 
     silent_s: Seconds = 12.0
     """A participant that says nothing for so long is no longer waited for."""
+    absent_s: Seconds = 60.0
+    """A device that said nothing for so long gets no work."""
     cautious_periods: Annotated[float, Meta(gt=0)] = 3.0
     """Telemetry older than so many periods leads to a cautious assignment."""
     period_s: Seconds = 10.0
@@ -37,23 +41,32 @@ class WaitSettings(Section, frozen=True, kw_only=True):
     retry_s: Seconds = 5.0
     """A wanted chunk that did not come is wanted again."""
     worker_silence_s: Seconds = 600.0
+    """A model worker that says nothing for so long is killed and started again."""
 
 
 class CoordinatorSettings(Section, frozen=True, kw_only=True):
     """All of `coordinator.toml`."""
 
     fleet: Name
+    """The fleet this coordinator works for."""
     name: Name = "coord-1"
+    """Id of this coordinator on the broker."""
     state_dir: str = "/var/lib/muster-coordinator"
+    """Folder of the event log, the blobs, the token and the exports."""
     broker: BrokerSettings = BrokerSettings(window=32, queue=4096)
     api: ApiSettings = ApiSettings()
     waits: WaitSettings = WaitSettings()
     models: dict[str, str] = {}
     """Name of a base model -> folder, as on the devices; a job may also name a folder."""
-    worker: list[str] = [sys.executable, "-m", "coordinator.workers.model_worker"]
+    worker: list[str] = msgspec.field(
+        default_factory=lambda: [sys.executable, "-m", "coordinator.workers.model_worker"]
+    )
+    """The program that loads models; the coordinator adds the numbers of the pipe's ends."""
     credit_bytes: Annotated[int, Meta(ge=1024)] = 16 * 1024 * 1024
     """Bytes of chunks that may be under way to the coordinator at once, over all devices."""
     fsync: bool = True
+    """Whether every record is forced to disk before it counts; off only in tests."""
     keep_rounds: Annotated[int, Meta(ge=1)] = 3
     """Committed rounds whose updates stay in the blob store."""
     log_level: str = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""

@@ -1,0 +1,172 @@
+"""The model worker's supervisor: one subprocess that needs torch, asked one thing at a time, replaced when it dies."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from coordinator.workers import protocol as wire
+from shared.errors import DecodeError
+from shared.frames import FrameReader, FrameWriter
+from shared.processes import die_with_parent
+
+log = logging.getLogger(__name__)
+TRIES = 3
+Answer = wire.Prepared | wire.Evaluated | wire.WorkerFailed
+Reply = Callable[[Answer], None]
+
+
+@dataclass(frozen=True)
+class WorkerSpoke:
+    """A message, or the end (None), of worker process number `run`; an event for the owner's queue."""
+
+    run: int
+    message: wire.FromWorker | None
+
+
+class Worker(Protocol):
+    """Answers questions about models."""
+
+    def ask(self, question: wire.Prepare | wire.Evaluate, reply: Reply) -> None:
+        """Queue `question`; `reply` gets the answer on the owner's thread."""
+
+    def on_spoke(self, event: WorkerSpoke) -> None:
+        """Take what the subprocess said."""
+
+    def tick(self, now: float) -> None:
+        """Let time pass."""
+
+    def stop(self) -> None:
+        """End the subprocess."""
+
+
+@dataclass
+class _Asked:
+    question: wire.Prepare | wire.Evaluate
+    reply: Reply
+    tries: int = 0
+
+
+class SubprocessWorker:
+    """`Worker` over a pipe. All methods run on the owner's thread; the reader thread only posts `WorkerSpoke`."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        post: Callable[[WorkerSpoke], None],
+        clock: Callable[[], float],
+        silence_s: float,
+    ) -> None:
+        self._command = list(command)
+        self._post = post
+        self._clock = clock
+        self._silence_s = silence_s
+        self._queue: deque[_Asked] = deque()
+        self._current: _Asked | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: FrameWriter | None = None
+        self._run = 0
+        self._heard_at = 0.0
+
+    def ask(self, question: wire.Prepare | wire.Evaluate, reply: Reply) -> None:
+        """Queue `question`; `reply` gets the answer on the owner's thread."""
+        self._queue.append(_Asked(question, reply))
+        self._next()
+
+    def on_spoke(self, event: WorkerSpoke) -> None:
+        """Take what the reader thread posted."""
+        if event.run != self._run:
+            return
+        self._heard_at = self._clock()
+        match event.message:
+            case None:
+                self._on_death()
+            case wire.WorkerBeat():
+                return
+            case answer:
+                asked, self._current = self._current, None
+                if asked is not None:
+                    asked.reply(answer)
+                self._next()
+
+    def tick(self, now: float) -> None:
+        """Kill a worker that has been silent for too long; its death is handled like any other."""
+        if self._current is not None and self._process is not None and now - self._heard_at > self._silence_s:
+            log.error("the worker said nothing for %.0f s: killed", self._silence_s)
+            self._heard_at = now
+            self._process.kill()
+
+    def stop(self) -> None:
+        """End the subprocess."""
+        self._run += 1
+        if self._process is not None:
+            self._process.send_signal(signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+    def _next(self) -> None:
+        if self._current is not None or not self._queue:
+            return
+        self._current = self._queue.popleft()
+        self._send()
+
+    def _send(self) -> None:
+        assert self._current is not None
+        self._current.tries += 1
+        try:
+            if self._process is None:
+                self._start()
+            assert self._writer is not None
+            self._writer.write(self._current.question)
+        except OSError as error:
+            log.warning("the worker can't be reached: %s", error)
+            self._post(WorkerSpoke(self._run, None))
+
+    def _on_death(self) -> None:
+        code = None
+        if self._process is not None:
+            self._process.kill()
+            code = self._process.wait()
+        self._process = None
+        self._run += 1
+        if self._current is None:
+            return
+        if self._current.tries < TRIES:
+            log.warning("the worker ended (%s), started again", code)
+            self._send()
+            return
+        asked, self._current = self._current, None
+        asked.reply(wire.WorkerFailed(reason=f"the worker ended {TRIES} times (exit status {code}); see its log"))
+        self._next()
+
+    def _start(self) -> None:
+        self._run += 1
+        self._heard_at = self._clock()
+        to_worker, from_worker = os.pipe(), os.pipe()
+        command = [*self._command, "--read-fd", str(to_worker[0]), "--write-fd", str(from_worker[1])]
+        try:
+            self._process = subprocess.Popen(
+                command, pass_fds=(to_worker[0], from_worker[1]), stdin=subprocess.DEVNULL,
+                stdout=2, preexec_fn=die_with_parent,
+            )  # fmt: skip
+        finally:
+            os.close(to_worker[0])
+            os.close(from_worker[1])
+        self._writer = FrameWriter(os.fdopen(to_worker[1], "wb"))
+        reader: FrameReader[wire.FromWorker] = FrameReader(os.fdopen(from_worker[0], "rb"), wire.FromWorker)  # type: ignore[arg-type]  # a union is no type
+        threading.Thread(target=self._read, args=(reader, self._run), name="worker-reader", daemon=True).start()
+
+    def _read(self, reader: FrameReader[wire.FromWorker], run: int) -> None:
+        try:
+            while (message := reader.read()) is not None:
+                self._post(WorkerSpoke(run, message))
+        except (DecodeError, OSError) as error:
+            log.error("the worker's pipe is broken: %s", error)
+        self._post(WorkerSpoke(run, None))

@@ -1,0 +1,169 @@
+"""While a round is open: answers and updates of its participants."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from coordinator.core import commands as cmd
+from coordinator.core import events as ev
+from coordinator.core import records as rec
+from coordinator.core.close import Status
+from coordinator.core.job import Job, Round
+from coordinator.core.turn import State, Turn
+from shared.messages import Ack, BlobRef, Manifest
+
+
+def on_ack(turn: Turn, device: str, ack: Ack) -> None:
+    """Take a device's answer to its assignment; answers to anything but the current attempt are counted and dropped."""
+    round = _open_round(turn.state, ack.job, ack.round, ack.attempt)
+    if round is None or device not in round.participants:
+        turn.count("stale acks")
+        return
+    if ack.verdict == "accept":
+        turn.update(accepted=turn.state.accepted | {device})
+    elif round.participants[device].outcome == "assigned":
+        verdict: Literal["refused", "failed"] = "refused" if ack.verdict == "reject" else "failed"
+        turn.record(
+            rec.DeviceAnswered(
+                job=ack.job,
+                round=ack.round,
+                attempt=ack.attempt,
+                device=device,
+                verdict=verdict,
+                reason=ack.reason,
+                batch_limit=ack.batch_limit,
+            )  # fmt: skip
+        )
+
+
+def on_manifest(turn: Turn, device: str, manifest: Manifest) -> None:
+    """Pull an announced update, or settle it at once where it can't count (any more)."""
+    verdict, reason = _verdict(turn.state, device, manifest)
+    if verdict == "pull":
+        ref = BlobRef(sha=manifest.sha, size=manifest.size)
+        turn.update(announced={**turn.state.announced, device: manifest})
+        turn.do(cmd.Pull(device, ref, manifest.chunk))
+        return
+    if verdict != "stored":
+        turn.count(f"{verdict} updates")
+    if verdict == "refused" and _waits_for(turn.state, device, manifest):
+        _refuse(turn, device, manifest, reason)
+    turn.do(cmd.Settle(device, manifest.sha, verdict, reason))
+
+
+def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
+    job = state.jobs.get(manifest.job)
+    round = job.round if job else None
+    if job is None or round is None or (round.number, round.attempt) != (manifest.round, manifest.attempt):
+        return "late", f"round {manifest.round} attempt {manifest.attempt} of {manifest.job} is not open"
+    if device not in round.participants:
+        return "refused", "this device takes no part in the round"
+    part = round.participants[device]
+    if part.outcome == "done" and part.blob is not None:
+        same = part.blob.sha == manifest.sha
+        return ("stored", "") if same else ("late", "another update of this device is already counted")
+    if job.phase != "open":
+        return "late", f"round {manifest.round} is closed"
+    if part.outcome == "refused" and part.reason.startswith("update refused"):
+        return "refused", part.reason
+    work, facts = round.plan.participants[device], manifest.facts
+    if not 0 < facts.samples <= work.steps * work.batch:
+        return (
+            "refused",
+            f"{facts.samples} samples claimed, {work.steps} steps of {work.batch} allow no more and no none",
+        )
+    return "pull", ""
+
+
+def on_stored(turn: Turn, event: ev.UpdateStored) -> None:
+    """The bytes are here: have them checked."""
+    manifest = turn.state.announced.get(event.device)
+    if manifest is None or manifest.sha != event.sha or not _waits_for(turn.state, event.device, manifest):
+        return
+    job = turn.state.jobs[manifest.job]
+    turn.do(cmd.CheckUpdate(job, event.device, BlobRef(sha=manifest.sha, size=manifest.size)))
+
+
+def on_lost(turn: Turn, event: ev.UpdateLost) -> None:
+    """The bytes can't be had: the device is told, and not waited for."""
+    manifest = turn.state.announced.get(event.device)
+    if manifest is None or manifest.sha != event.sha or not _waits_for(turn.state, event.device, manifest):
+        return
+    _refuse(turn, event.device, manifest, event.reason)
+    turn.do(cmd.Settle(event.device, event.sha, "refused", event.reason))
+
+
+def on_checked(turn: Turn, event: ev.UpdateChecked) -> None:
+    """Admission is through: write the update down, then tell the device that it may forget it."""
+    manifest = turn.state.announced.get(event.device)
+    if manifest is None or manifest.sha != event.sha:
+        return
+    if not _waits_for(turn.state, event.device, manifest):
+        turn.do(cmd.Settle(event.device, event.sha, *_verdict(turn.state, event.device, manifest)))
+        return
+    if event.reason:
+        _refuse(turn, event.device, manifest, event.reason)
+        turn.do(cmd.Settle(event.device, event.sha, "refused", event.reason))
+        return
+    turn.record(
+        rec.UpdateAdmitted(
+            job=manifest.job,
+            round=manifest.round,
+            attempt=manifest.attempt,
+            device=event.device,
+            blob=BlobRef(sha=manifest.sha, size=manifest.size),
+            facts=manifest.facts,
+        )  # fmt: skip
+    )
+    _forget(turn, event.device)
+    turn.do(cmd.Settle(event.device, event.sha, "stored"))
+
+
+def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
+    """Participant -> assigned, accepted, done, refused, failed or silent (a silent one's update is still taken)."""
+    round = job.round
+    if round is None:
+        return {}
+    found: dict[str, Status] = {}
+    for device, part in round.participants.items():
+        found[device] = part.outcome
+        if part.outcome != "assigned":
+            continue
+        known = state.fleet.get(device)
+        heard = max(known.heard_at if known else 0.0, state.since)
+        if now - heard > state.waits.silent_s or (known is not None and known.state is not None and not known.present):
+            found[device] = "silent"
+        elif device in state.accepted:
+            found[device] = "accepted"
+    return found
+
+
+def _refuse(turn: Turn, device: str, manifest: Manifest, reason: str) -> None:
+    turn.record(
+        rec.UpdateRefused(
+            job=manifest.job,
+            round=manifest.round,
+            attempt=manifest.attempt,
+            device=device,
+            sha=manifest.sha,
+            reason=reason,
+        )  # fmt: skip
+    )
+    turn.count("refused updates")
+    _forget(turn, device)
+
+
+def _forget(turn: Turn, device: str) -> None:
+    turn.update(announced={d: m for d, m in turn.state.announced.items() if d != device})
+
+
+def _open_round(state: State, job_id: str, number: int, attempt: int) -> Round | None:
+    job = state.jobs.get(job_id)
+    if job is None or job.phase != "open" or job.round is None:
+        return None
+    return job.round if (job.round.number, job.round.attempt) == (number, attempt) else None
+
+
+def _waits_for(state: State, device: str, manifest: Manifest) -> bool:
+    round = _open_round(state, manifest.job, manifest.round, manifest.attempt)
+    return round is not None and device in round.participants and round.participants[device].outcome != "done"

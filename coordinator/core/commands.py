@@ -1,0 +1,103 @@
+"""What the coordinator's machine asks of its runtime. Data only; each command is safe to repeat after a crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.core.job import Job
+from shared.messages import Assign, BlobRef, RoundInfo
+
+
+@dataclass(frozen=True)
+class PublishAssign:
+    """Set the retained desired state of a device."""
+
+    device: str
+    assign: Assign
+
+
+@dataclass(frozen=True)
+class PublishRound:
+    """Set the retained description of what the fleet works on."""
+
+    info: RoundInfo
+
+
+@dataclass(frozen=True)
+class AskRebirth:
+    """Ask a device for its state and info: its load came, but no birth of the same epoch."""
+
+    device: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pull:
+    """Fetch an announced update from its device."""
+
+    device: str
+    ref: BlobRef
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Settle:
+    """Tell a device that its update is settled, so that it may forget it."""
+
+    device: str
+    sha: str
+    verdict: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class CheckUpdate:
+    """Run admission on a stored update; answers with `UpdateChecked`."""
+
+    job: Job
+    device: str
+    ref: BlobRef
+
+
+@dataclass(frozen=True)
+class PrepareBase:
+    """Have the worker inspect the base; answers with `BasePrepared` or `WorkFailed`."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class EvaluateAdapter:
+    """Have the worker evaluate an adapter; answers with `Evaluated` or `WorkFailed`."""
+
+    job: Job
+    round: int
+    adapter: BlobRef
+
+
+@dataclass(frozen=True)
+class FoldRound:
+    """Fold the counted updates of the job's current round; answers with `Folded` or `WorkFailed`."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """Write the PEFT folder; answers with `Exported` or `WorkFailed`."""
+
+    job: Job
+
+
+Command = (
+    PublishAssign
+    | PublishRound
+    | AskRebirth
+    | Pull
+    | Settle
+    | CheckUpdate
+    | PrepareBase
+    | EvaluateAdapter
+    | FoldRound
+    | ExportJob
+)

@@ -1,0 +1,153 @@
+"""What the coordinator's machine is told. `now` is monotonic seconds; `ts` is wall-clock seconds, for reports only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coordinator.core.facts import Metrics, ModelFacts
+from shared.jobs import JobSpec
+from shared.messages import Ack, BlobRef, DeviceInfo, DeviceState, Load, Manifest, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Base of all events."""
+
+    now: float
+    ts: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started(Event):
+    """The log was replayed; take up what was under way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tick(Event):
+    """Time passed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromDevice(Event):
+    """A decoded message of a device."""
+
+    device: str
+    message: DeviceState | DeviceInfo | Load | Ack | Progress | Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heard(Event):
+    """Anything else came from a device (a chunk, a want): it is alive."""
+
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decommissioned(Event):
+    """A device's retained state was cleared: it has left the fleet."""
+
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateStored(Event):
+    """The wanted blob is complete on disk, its digest verified."""
+
+    device: str
+    sha: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateLost(Event):
+    """The wanted blob can't be had: the sender lacks it or it arrives corrupt."""
+
+    device: str
+    sha: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpdateChecked(Event):
+    """Admission looked at the stored update. `reason`: why it is refused; empty: admitted."""
+
+    job: str
+    round: int
+    attempt: int
+    device: str
+    sha: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRequested(Event):
+    """An operator submits a checked job under a fresh id."""
+
+    job: str
+    spec: JobSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class CancelRequested(Event):
+    """An operator cancels a job."""
+
+    job: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeRequested(Event):
+    """An operator resumes a paused job."""
+
+    job: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BasePrepared(Event):
+    """The worker inspected the base and wrote the first global adapter."""
+
+    job: str
+    facts: ModelFacts
+    adapter: BlobRef
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated(Event):
+    """The worker evaluated `round` (0: the base with the fresh head)."""
+
+    job: str
+    round: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folded(Event):
+    """The aggregate of the round is on disk."""
+
+    job: str
+    round: int
+    adapter: BlobRef
+    residual: BlobRef | None
+    ranks: dict[str, int]
+    lost_energy: float
+    norm: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported(Event):
+    """The PEFT folder is complete."""
+
+    job: str
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkFailed(Event):
+    """Preparing, evaluating, folding or exporting failed for good; one line."""
+
+    job: str
+    what: str
+    reason: str
+
+
+JobEvent = JobRequested | CancelRequested | ResumeRequested | BasePrepared | Evaluated | Folded | Exported | WorkFailed
+DeviceEvent = FromDevice | Heard | Decommissioned | UpdateStored | UpdateLost | UpdateChecked
+AnyEvent = Started | Tick | DeviceEvent | JobEvent

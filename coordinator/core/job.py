@@ -1,0 +1,185 @@
+"""The durable state of a job, as the fold of its records. Pure; a restart replays the log through `apply`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
+from typing_extensions import assert_never
+
+from coordinator.core import records as rec
+from coordinator.core.facts import Metrics, ModelFacts
+from coordinator.core.planning import registry
+from coordinator.core.planning.base import Plan, Planner, RoundReport
+from shared.errors import MusterError
+from shared.jobs import JobSpec
+from shared.messages import BlobRef, Load, UpdateFacts
+
+Phase = Literal[
+    "queued", "preparing", "baseline", "waiting", "open", "folding", "evaluating", "exporting",
+    "paused", "finished", "cancelled", "failed",
+]  # fmt: skip
+TERMINAL: frozenset[str] = frozenset({"finished", "cancelled", "failed"})
+"""Nothing happens to a job any more."""
+IDLE: frozenset[str] = TERMINAL | {"queued", "paused"}
+"""The job does not hold the fleet."""
+
+Outcome = Literal["assigned", "done", "refused", "failed"]
+
+
+class Participant(msgspec.Struct, frozen=True, kw_only=True):
+    """One device in the current round, as far as it is written down."""
+
+    outcome: Outcome = "assigned"
+    reason: str = ""
+    blob: BlobRef | None = None
+    facts: UpdateFacts | None = None
+    batch_limit: int = 0
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """The current round from its plan to its commit."""
+
+    number: int
+    attempt: int
+    plan: Plan
+    digest: str
+    loads: dict[str, Load]
+    participants: dict[str, Participant]
+    planned_ts: float = 0.0
+    """Wall-clock seconds; a restart takes what is left of the deadline from it."""
+    counted: tuple[str, ...] = ()
+    """Devices whose updates are folded, once closed."""
+    folded: BlobRef | None = None
+    residual: BlobRef | None = None
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One job. Bounded in size: committed rounds live in the log, not here."""
+
+    id: str
+    spec: JobSpec
+    phase: Phase
+    planner: Planner
+    reason: str = ""
+    facts: ModelFacts | None = None
+    adapter: BlobRef | None = None
+    residual: BlobRef | None = None
+    committed: int = 0
+    """Rounds that are over."""
+    attempt: int = 0
+    """Of the next or current round; rises when a round is repeated."""
+    round: Round | None = None
+    judged: tuple[Metrics, ...] = ()
+    """What the gate needs: the best accepted metrics and those of the refusals in a row after it."""
+    refusals: int = 0
+    export_path: str = ""
+
+
+class BrokenLog(MusterError):
+    """The event log contradicts itself; an operator must look at it."""
+
+
+def apply(job: Job | None, record: rec.AnyRecord) -> Job:
+    """`job` after `record`. Raises `BrokenLog` for a record that does not fit the state it meets."""
+    if isinstance(record, rec.JobSubmitted):
+        if job is not None:
+            raise BrokenLog(f"job {record.job} submitted twice")
+        planner = registry.create(record.spec.strategy)
+        return Job(id=record.job, spec=record.spec, phase="queued", planner=planner)
+    if job is None:
+        raise BrokenLog(f"{type(record).__name__} of the unknown job {record.job}")
+    match record:
+        case rec.JobStarted():
+            return replace(job, phase="preparing")
+        case rec.JobPrepared():
+            phase: Phase = "baseline" if job.spec.evaluation.data else "waiting"
+            return replace(job, phase=phase, facts=record.facts, adapter=record.adapter)
+        case rec.BaselineEvaluated():
+            return replace(job, phase="waiting", judged=(record.metrics,))
+        case rec.RoundPlanned():
+            return replace(job, phase="open", attempt=record.attempt, round=_planned(record))
+        case rec.DeviceAnswered() | rec.UpdateAdmitted() | rec.UpdateRefused():
+            return replace(job, round=_answered(_current(job, record.round), record))
+        case rec.RoundClosed():
+            closed = replace(_current(job, record.round), counted=tuple(record.devices))
+            return replace(job, phase="folding", round=closed)
+        case rec.RoundRepeated():
+            return replace(job, phase="waiting", round=None, attempt=record.attempt, reason=record.reason)
+        case rec.RoundFolded():
+            folded = replace(_current(job, record.round), folded=record.adapter, residual=record.residual)
+            return replace(job, phase="evaluating", round=folded)
+        case rec.RoundCommitted():
+            return _committed(job, record)
+        case rec.JobExported():
+            return replace(job, export_path=record.path)
+        case rec.JobEnded():
+            return replace(job, phase=record.state, reason=record.reason)
+        case rec.JobResumed():
+            return replace(job, phase="waiting", reason="", refusals=0, round=None)
+        case _:
+            assert_never(record)
+
+
+def _planned(record: rec.RoundPlanned) -> Round:
+    return Round(
+        number=record.round,
+        attempt=record.attempt,
+        plan=record.plan,
+        digest=record.digest,
+        loads=record.loads,
+        planned_ts=record.ts,
+        participants={device: Participant() for device in sorted(record.plan.participants)},
+    )
+
+
+def _current(job: Job, number: int) -> Round:
+    if job.round is None or job.round.number != number:
+        raise BrokenLog(f"job {job.id}: a record of round {number} in phase {job.phase}")
+    return job.round
+
+
+def _answered(round: Round, record: rec.DeviceAnswered | rec.UpdateAdmitted | rec.UpdateRefused) -> Round:
+    if record.device not in round.participants:
+        raise BrokenLog(f"round {round.number}: {record.device} takes no part")
+    if round.participants[record.device].outcome == "done":
+        raise BrokenLog(f"round {round.number}: {record.device} has already delivered")
+    match record:
+        case rec.DeviceAnswered():
+            part = Participant(outcome=record.verdict, reason=record.reason, batch_limit=record.batch_limit)
+        case rec.UpdateRefused():
+            part = Participant(outcome="refused", reason=f"update refused: {record.reason}")
+        case rec.UpdateAdmitted():
+            limit = record.facts.batch_limit
+            part = Participant(outcome="done", blob=record.blob, facts=record.facts, batch_limit=limit)
+        case _:
+            assert_never(record)
+    return replace(round, participants={**round.participants, record.device: part})
+
+
+def _committed(job: Job, record: rec.RoundCommitted) -> Job:
+    round = _current(job, record.round)
+    done: Phase = "exporting" if record.round >= job.spec.rounds.count else "waiting"
+    job = replace(
+        job, phase=done, round=None, committed=record.round, attempt=0, reason=record.reason,
+        planner=job.planner.learn(report(round)),
+    )  # fmt: skip
+    if record.accepted:
+        judged = job.judged if record.metrics is None else _best(job.judged, record.metrics)
+        return replace(job, adapter=round.folded, residual=round.residual, refusals=0, judged=judged)
+    return replace(job, refusals=job.refusals + 1)
+
+
+def _best(judged: tuple[Metrics, ...], new: Metrics) -> tuple[Metrics, ...]:
+    """The accepted metrics with the lowest loss, alone: all the gate compares with."""
+    return (min((*judged, new), key=lambda metrics: metrics.loss),)
+
+
+def report(round: Round) -> RoundReport:
+    """What the planner learns from `round`."""
+    results = {d: p.facts for d, p in round.participants.items() if p.facts is not None and d in round.counted}
+    limits = {d: p.batch_limit for d, p in round.participants.items() if p.batch_limit > 0}
+    return RoundReport(
+        round=round.number, works=round.plan.participants, results=results, batch_limits=limits, loads=round.loads
+    )

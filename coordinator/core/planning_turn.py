@@ -1,0 +1,84 @@
+"""When a round is planned, and over which devices."""
+
+from __future__ import annotations
+
+from coordinator.core import events as ev
+from coordinator.core import records as rec
+from coordinator.core.fleet import Presence
+from coordinator.core.job import Job
+from coordinator.core.planning.base import Candidate, FleetView
+from coordinator.core.planning.digest import plan_digest
+from coordinator.core.turn import State, Turn
+from shared.errors import UserError
+
+REPEAT_CAP_S = 60.0
+"""Longest pause before a round is planned once more."""
+PATIENCE = 5.0
+"""Times `gather_s` after which a restless fleet is planned all the same."""
+
+
+def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
+    """Record the next round's plan once enough devices are able and the fleet has settled; else say what is missing."""
+    state = turn.state
+    able = candidates(state, event.now)
+    need = job.spec.rounds.min_devices
+    if len(able) < need:
+        _notice(turn, job, f"waiting for {need} able devices, {len(able)} are")
+        return
+    gather = state.waits.gather_s
+    if job.attempt > 0 and event.now - state.since < min(REPEAT_CAP_S, gather * 2.0**job.attempt):
+        return
+    if event.now - state.settled_at < gather and event.now - state.since < PATIENCE * gather:
+        return
+    assert job.facts is not None
+    view = FleetView(
+        round=job.committed + 1,
+        candidates=tuple(_candidate(known, event.now) for known in able),
+        facts=job.facts,
+        fresh_s=state.waits.fresh_s,
+    )
+    try:
+        plan = job.planner.plan(view, job.spec)
+    except UserError as error:
+        _notice(turn, job, str(error))
+        return
+    if len(plan.participants) < need:
+        left = "; ".join(f"{device}: {why}" for device, why in sorted(plan.left_out.items())[:5])
+        _notice(turn, job, f"{len(plan.participants)} of {need} devices can take part ({left})")
+        return
+    loads = {known.device: known.load for known in able if known.load and known.device in plan.participants}
+    turn.record(
+        rec.RoundPlanned(
+            job=job.id,
+            round=view.round,
+            attempt=job.attempt + 1,
+            plan=plan,
+            digest=plan_digest(plan),
+            loads=loads,
+            ts=event.ts,
+        )  # fmt: skip
+    )
+    notices = {name: text for name, text in state.notices.items() if name != job.id}
+    turn.update(notices=notices, assigned=state.assigned | plan.participants.keys())
+
+
+def candidates(state: State, now: float) -> list[Presence]:
+    """Devices that may get work, by id: able, heard of lately, and not silent since they let a round down."""
+    return [
+        known
+        for _, known in sorted(state.fleet.items())
+        if known.able
+        and now - known.heard_at <= state.waits.absent_s
+        and known.heard_at > state.silenced.get(known.device, float("-inf"))
+    ]
+
+
+def _candidate(known: Presence, now: float) -> Candidate:
+    assert known.info is not None
+    age = now - known.load_at if known.load else 0.0
+    return Candidate(device=known.device, info=known.info, load=known.load, load_age_s=age)
+
+
+def _notice(turn: Turn, job: Job, text: str) -> None:
+    if turn.state.notices.get(job.id) != text:
+        turn.update(notices={**turn.state.notices, job.id: text})

@@ -1,0 +1,164 @@
+"""What the coordinator writes down. A job's durable state is the fold of its records (`coordinator.core.job.apply`).
+
+Wall-clock seconds (`ts`) are for reports only; no decision reads them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from coordinator.core.facts import Metrics, ModelFacts
+from coordinator.core.planning.base import Plan
+from shared.jobs import JobSpec
+from shared.messages import BlobRef, Load, UpdateFacts
+
+Ending = Literal["finished", "cancelled", "failed", "paused"]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One line of the event log."""
+
+    job: str
+
+
+class JobSubmitted(Record, frozen=True, kw_only=True):
+    """A job was accepted into the queue."""
+
+    spec: JobSpec
+    ts: float
+
+
+class JobStarted(Record, frozen=True, kw_only=True):
+    """The job left the queue."""
+
+
+class JobPrepared(Record, frozen=True, kw_only=True):
+    """The base was inspected; `adapter` is the global adapter of round 0."""
+
+    facts: ModelFacts
+    adapter: BlobRef
+
+
+class BaselineEvaluated(Record, frozen=True, kw_only=True):
+    """The base with the fresh head on the held-out data."""
+
+    metrics: Metrics
+
+
+class RoundPlanned(Record, frozen=True, kw_only=True):
+    """The plan of a round; from here on the round is never planned again unless it is repeated."""
+
+    round: int
+    attempt: int
+    plan: Plan
+    digest: str
+    loads: dict[str, Load]
+    """The load of each participant as the planner saw it, so that a replay learns the same."""
+    ts: float
+
+
+class DeviceAnswered(Record, frozen=True, kw_only=True):
+    """A participant will not deliver in this round, and says why."""
+
+    round: int
+    attempt: int
+    device: str
+    verdict: Literal["refused", "failed"]
+    reason: str
+    batch_limit: int = 0
+
+
+class UpdateAdmitted(Record, frozen=True, kw_only=True):
+    """An update is on disk, passed admission and counts."""
+
+    round: int
+    attempt: int
+    device: str
+    blob: BlobRef
+    facts: UpdateFacts
+
+
+class UpdateRefused(Record, frozen=True, kw_only=True):
+    """An update did not pass admission; the device is not waited for any more."""
+
+    round: int
+    attempt: int
+    device: str
+    sha: str
+    reason: str
+
+
+class RoundClosed(Record, frozen=True, kw_only=True):
+    """Nothing more is taken for this round; these devices' updates are folded."""
+
+    round: int
+    devices: list[str]
+    reason: str
+
+
+class RoundRepeated(Record, frozen=True, kw_only=True):
+    """The round could not close; it is planned again with the next attempt number."""
+
+    round: int
+    attempt: int
+    reason: str
+
+
+class RoundFolded(Record, frozen=True, kw_only=True):
+    """The aggregate exists on disk."""
+
+    round: int
+    adapter: BlobRef
+    residual: BlobRef | None = None
+    ranks: dict[str, int] = {}
+    lost_energy: float = 0.0
+    norm: float = 0.0
+
+
+class RoundCommitted(Record, frozen=True, kw_only=True):
+    """The round's end. Accepted: the aggregate is the new global adapter; else the old one stays, with the reason."""
+
+    round: int
+    accepted: bool
+    reason: str
+    metrics: Metrics | None
+    ts: float
+
+
+class JobExported(Record, frozen=True, kw_only=True):
+    """The PEFT folder is complete on disk."""
+
+    path: str
+
+
+class JobEnded(Record, frozen=True, kw_only=True):
+    """The job stopped, for good or (paused) until it is resumed."""
+
+    state: Ending
+    reason: str
+    ts: float
+
+
+class JobResumed(Record, frozen=True, kw_only=True):
+    """An operator resumed a paused job; the gate's count of refusals starts anew."""
+
+
+AnyRecord = (
+    JobSubmitted
+    | JobStarted
+    | JobPrepared
+    | BaselineEvaluated
+    | RoundPlanned
+    | DeviceAnswered
+    | UpdateAdmitted
+    | UpdateRefused
+    | RoundClosed
+    | RoundRepeated
+    | RoundFolded
+    | RoundCommitted
+    | JobExported
+    | JobEnded
+    | JobResumed
+)

@@ -1,0 +1,263 @@
+"""The coordinator's decisions: `step(state, event) -> Step(state, records, commands)`.
+
+Two rules:
+1. Durable state changes only through records, applied by `coordinator.core.job.apply`; the runtime writes them to disk
+   before it performs the commands.
+2. What a phase needs done is a function of the state alone (`entry`). Entering a phase and coming back to it after a
+   crash are the same call, so recovery has no code of its own.
+"""
+
+from __future__ import annotations
+
+from typing_extensions import assert_never
+
+from coordinator.core import collecting, fleet, planning_turn
+from coordinator.core import commands as cmd
+from coordinator.core import events as ev
+from coordinator.core import records as rec
+from coordinator.core.close import closing
+from coordinator.core.gate import judge
+from coordinator.core.job import TERMINAL, Job
+from coordinator.core.transitions import TABLE
+from coordinator.core.turn import State, Step, Turn
+from shared import machines
+from shared.messages import (
+    Ack,
+    Assign,
+    Assignment,
+    DeviceInfo,
+    DeviceState,
+    Load,
+    Manifest,
+    Progress,
+    RoundInfo,
+)
+
+REBIRTH_EVERY_S = 10.0
+ATTEMPTS = 8
+"""Times a round is tried before the job pauses for an operator."""
+
+
+def step(state: State, event: ev.AnyEvent) -> Step:
+    """What follows from `event`. Raises `shared.machines.InvalidTransition` if the machine would leave its table."""
+    before = {job.id: job.phase for job in state.jobs.values()}
+    turn = Turn(state)
+    match event:
+        case ev.Started():
+            _on_started(turn, event)
+        case ev.Tick():
+            _on_tick(turn, event)
+        case ev.FromDevice() | ev.Heard() | ev.Decommissioned():
+            _on_device(turn, event)
+        case ev.UpdateStored():
+            collecting.on_stored(turn, event)
+        case ev.UpdateLost():
+            collecting.on_lost(turn, event)
+        case ev.UpdateChecked():
+            collecting.on_checked(turn, event)
+        case _:
+            _on_job(turn, event)
+    for job in turn.state.jobs.values():
+        if job.id in before and before[job.id] != job.phase:
+            machines.check(TABLE, before[job.id], type(event).__name__, job.phase)
+            turn.update(since=event.now, accepted=frozenset(), announced={})
+            turn.do(*entry(turn.state, job))
+    return turn.step()
+
+
+def entry(state: State, job: Job) -> list[cmd.Command]:
+    """What `job` needs done in its phase; the same after a transition and after a restart."""
+    match job.phase:
+        case "preparing":
+            return [cmd.PrepareBase(job)]
+        case "baseline":
+            assert job.adapter is not None
+            return [cmd.EvaluateAdapter(job, 0, job.adapter)]
+        case "open":
+            return [cmd.PublishRound(_info(job)), *_assignments(state, job)]
+        case "folding":
+            return [cmd.PublishRound(_info(job)), cmd.FoldRound(job)]
+        case "evaluating":
+            assert job.round is not None and job.round.folded is not None
+            if not job.spec.evaluation.data:
+                return []
+            return [cmd.EvaluateAdapter(job, job.round.number, job.round.folded)]
+        case "exporting":
+            return [cmd.ExportJob(job)]
+        case "paused" | "finished" | "cancelled" | "failed":
+            stop = Assign(term=state.term, reason=f"job {job.id} is {job.phase}")
+            return [cmd.PublishRound(_info(job)), *(cmd.PublishAssign(d, stop) for d in sorted(state.assigned))]
+        case "queued" | "waiting":
+            return []
+        case _:
+            assert_never(job.phase)
+
+
+def _on_started(turn: Turn, event: ev.Started) -> None:
+    job = turn.state.active
+    since = event.now
+    if job is not None and job.round is not None:
+        # A clock that jumped must neither end the round at once nor prolong it.
+        spent = min(max(event.ts - job.round.planned_ts, 0.0), job.round.plan.deadline_s)
+        since = event.now - spent if job.phase == "open" else event.now
+    turn.update(since=since, settled_at=event.now)
+    if job is not None:
+        turn.do(*entry(turn.state, job))
+
+
+def _on_device(turn: Turn, event: ev.FromDevice | ev.Heard | ev.Decommissioned) -> None:
+    before = turn.state.fleet
+    able = event.device in before and before[event.device].able
+    match event:
+        case ev.Heard():
+            turn.update(fleet=fleet.hear(before, event.device, event.now))
+        case ev.Decommissioned():
+            turn.update(fleet={d: p for d, p in before.items() if d != event.device})
+        case ev.FromDevice():
+            _on_message(turn, event)
+        case _:
+            assert_never(event)
+    known = turn.state.fleet.get(event.device)
+    if (known.able if known else False) != able:
+        turn.update(settled_at=event.now)
+    if known is not None and fleet.unborn(known) and event.now - known.asked_at > REBIRTH_EVERY_S:
+        turn.update(fleet=fleet.asked(turn.state.fleet, event.device, event.now))
+        turn.do(cmd.AskRebirth(event.device, f"epoch {known.epoch} has sent no birth"))
+
+
+def _on_message(turn: Turn, event: ev.FromDevice) -> None:
+    match event.message:
+        case Ack():
+            turn.update(fleet=fleet.hear(turn.state.fleet, event.device, event.now))
+            collecting.on_ack(turn, event.device, event.message)
+        case Manifest():
+            turn.update(fleet=fleet.hear(turn.state.fleet, event.device, event.now))
+            collecting.on_manifest(turn, event.device, event.message)
+        case DeviceState() | DeviceInfo() | Load() | Progress():
+            turn.update(fleet=fleet.told(turn.state.fleet, event.device, event.message, event.now))
+        case _:
+            assert_never(event.message)
+
+
+def _on_job(turn: Turn, event: ev.JobEvent) -> None:
+    if isinstance(event, ev.JobRequested):
+        turn.record(rec.JobSubmitted(job=event.job, spec=event.spec, ts=event.ts))
+        return
+    job = turn.state.jobs.get(event.job)
+    if job is None or job.phase in TERMINAL or not machines.allows(TABLE, job.phase, type(event).__name__):
+        turn.count("answers out of phase")
+        return
+    match event:
+        case ev.CancelRequested():
+            _end(turn, job, "cancelled", "cancelled by an operator", event)
+        case ev.ResumeRequested():
+            turn.record(rec.JobResumed(job=job.id))
+        case ev.BasePrepared():
+            turn.record(rec.JobPrepared(job=job.id, facts=event.facts, adapter=event.adapter))
+        case ev.Evaluated(round=0):
+            turn.record(rec.BaselineEvaluated(job=job.id, metrics=event.metrics))
+        case ev.Evaluated():
+            if job.round is not None and job.round.number == event.round:
+                _commit(turn, job, event, event)
+        case ev.Folded():
+            if job.round is not None and job.round.number == event.round:
+                turn.record(
+                    rec.RoundFolded(
+                        job=job.id,
+                        round=event.round,
+                        adapter=event.adapter,
+                        residual=event.residual,
+                        ranks=event.ranks,
+                        lost_energy=event.lost_energy,
+                        norm=event.norm,
+                    )  # fmt: skip
+                )
+        case ev.Exported():
+            turn.record(rec.JobExported(job=job.id, path=event.path))
+            _end(turn, job, "finished", f"exported to {event.path}", event)
+        case ev.WorkFailed():
+            state: rec.Ending = "failed" if job.phase in ("preparing", "baseline") else "paused"
+            _end(turn, job, state, f"{event.what} failed: {event.reason}", event)
+        case _:
+            assert_never(event)
+
+
+def _on_tick(turn: Turn, event: ev.Tick) -> None:
+    job = turn.state.active
+    if job is None:
+        queued = next((j for j in turn.state.jobs.values() if j.phase == "queued"), None)
+        if queued is not None:
+            turn.record(rec.JobStarted(job=queued.id))
+    elif job.phase == "waiting":
+        planning_turn.plan_if_ready(turn, job, event)
+    elif job.phase == "open":
+        _close_if_due(turn, job, event)
+    elif job.phase == "evaluating" and not job.spec.evaluation.data:
+        _commit(turn, job, None, event)
+
+
+def _close_if_due(turn: Turn, job: Job, event: ev.Tick) -> None:
+    round = job.round
+    assert round is not None
+    found = collecting.statuses(turn.state, job, event.now)
+    deadline_at = turn.state.since + round.plan.deadline_s
+    verdict, reason = closing(found, job.spec.rounds.quorum, event.now, deadline_at)
+    if verdict == "wait":
+        return
+    quiet = {device: event.now for device, status in found.items() if status == "silent"}
+    turn.update(silenced={**turn.state.silenced, **quiet})
+    if verdict == "close":
+        done = sorted(device for device, status in found.items() if status == "done")
+        turn.record(rec.RoundClosed(job=job.id, round=round.number, devices=done, reason=reason))
+    else:
+        job = turn.record(rec.RoundRepeated(job=job.id, round=round.number, attempt=round.attempt, reason=reason))
+        if round.attempt >= ATTEMPTS:
+            _end(turn, job, "paused", f"round {round.number} failed {ATTEMPTS} times, last: {reason}", event)
+
+
+def _commit(turn: Turn, job: Job, evaluated: ev.Evaluated | None, event: ev.AnyEvent) -> None:
+    assert job.round is not None
+    metrics = evaluated.metrics if evaluated else None
+    verdict = judge(job.judged, metrics, job.spec.evaluation.worse_by, job.refusals)
+    number = job.round.number
+    job = turn.record(
+        rec.RoundCommitted(
+            job=job.id, round=number, accepted=verdict.accepted, reason=verdict.reason, metrics=metrics, ts=event.ts
+        )
+    )
+    if verdict.pause:
+        _end(turn, job, "paused", verdict.reason, event)
+
+
+def _end(turn: Turn, job: Job, state: rec.Ending, reason: str, event: ev.AnyEvent) -> None:
+    turn.record(rec.JobEnded(job=job.id, state=state, reason=reason, ts=event.ts))
+
+
+def _info(job: Job) -> RoundInfo:
+    return RoundInfo(
+        job=job.id,
+        round=job.round.number if job.round else job.committed,
+        phase=job.phase,
+        base_digest=job.facts.base_digest if job.facts else "",
+        adapter=job.adapter.sha if job.adapter else "",
+    )
+
+
+def _assignments(state: State, job: Job) -> list[cmd.Command]:
+    """The desired states of the round: work for those who still owe an update, nothing for those left out of it."""
+    round = job.round
+    assert round is not None and job.facts is not None and job.adapter is not None
+    commands: list[cmd.Command] = []
+    for device, part in round.participants.items():
+        if part.outcome != "assigned":
+            continue
+        assignment = Assignment(
+            job=job.id, round=round.number, attempt=round.attempt, work=round.plan.participants[device],
+            base=job.spec.base, base_digest=job.facts.base_digest, task=job.spec.task, training=job.spec.training,
+            rounds=job.spec.rounds.count, seed=job.spec.seed, adapter=job.adapter, chunk=state.chunk,
+        )  # fmt: skip
+        commands.append(cmd.PublishAssign(device, Assign(term=state.term, assignment=assignment)))
+    for device in sorted(state.assigned - round.participants.keys()):
+        reason = round.plan.left_out.get(device, "takes no part in this round")
+        commands.append(cmd.PublishAssign(device, Assign(term=state.term, reason=reason)))
+    return commands

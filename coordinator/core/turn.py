@@ -1,0 +1,97 @@
+"""The state of the coordinator's machine, and the bookkeeping of one step over it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from coordinator.core.commands import Command
+from coordinator.core.fleet import Fleet
+from coordinator.core.job import IDLE, Job, apply
+from coordinator.core.records import AnyRecord
+from shared.messages import Manifest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Waits:
+    """Seconds; from the coordinator's settings."""
+
+    silent_s: float = 12.0
+    absent_s: float = 60.0
+    fresh_s: float = 30.0
+    gather_s: float = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """All jobs and devices. Only `jobs` is durable; the rest is told again after a restart."""
+
+    waits: Waits = Waits()
+    term: int = 1
+    chunk: int = 122_880
+    """Bytes per chunk that the broker takes."""
+    jobs: dict[str, Job] = field(default_factory=dict)
+    """In the order of submission."""
+    fleet: Fleet = field(default_factory=dict)
+    since: float = 0.0
+    """When the active job entered its phase (monotonic; after a restart, less the time already spent)."""
+    settled_at: float = 0.0
+    """When the set of able devices last changed."""
+    announced: dict[str, Manifest] = field(default_factory=dict)
+    """Device -> its update that is being pulled or checked."""
+    accepted: frozenset[str] = frozenset()
+    """Participants that accepted their assignment."""
+    silenced: dict[str, float] = field(default_factory=dict)
+    """Device -> when a round closed without a sign of life from it."""
+    assigned: frozenset[str] = frozenset()
+    """Devices whose retained desired state holds an assignment."""
+    notices: dict[str, str] = field(default_factory=dict)
+    """Job -> what it waits for, in words."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """Refused, late and foreign messages by kind."""
+
+    @property
+    def active(self) -> Job | None:
+        """The job that holds the fleet."""
+        return next((job for job in self.jobs.values() if job.phase not in IDLE), None)
+
+
+class Step(NamedTuple):
+    """What a step decided. Records go to disk before any command is performed."""
+
+    state: State
+    records: list[AnyRecord]
+    commands: list[Command]
+
+
+class Turn:
+    """Collects the records and commands of one step while the state moves on. Lives no longer than the step."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.records: list[AnyRecord] = []
+        self.commands: list[Command] = []
+
+    def record(self, record: AnyRecord) -> Job:
+        """Write `record` and let it act on its job."""
+        job = apply(self.state.jobs.get(record.job), record)
+        self.records.append(record)
+        self.update(jobs={**self.state.jobs, job.id: job})
+        return job
+
+    def do(self, *commands: Command) -> None:
+        """Ask the runtime for these, in order, after the records are on disk."""
+        self.commands.extend(commands)
+
+    def update(self, **changes: object) -> None:
+        """Change volatile fields of the state."""
+        self.state = replace(self.state, **changes)  # type: ignore[arg-type]  # names are checked at run time
+
+    def count(self, what: str) -> None:
+        """Count one occurrence of `what`."""
+        counters = self.state.counters
+        self.update(counters={**counters, what: counters.get(what, 0) + 1})
+
+    def step(self) -> Step:
+        """The result."""
+        return Step(self.state, self.records, self.commands)

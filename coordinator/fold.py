@@ -1,0 +1,180 @@
+"""Fold a round: from the admitted update files to the next global adapter.
+
+Updates are memory-mapped one at a time, in device-id order. As many modules as the memory budget allows are folded
+in one pass over the files, so memory depends neither on the number of devices nor on the number of modules, and
+repeating the fold after a crash gives the same bytes. For that BLAS must run on one thread: the service sets
+`OPENBLAS_NUM_THREADS=1` before numpy is imported (two threads are slower at these sizes, too).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from coordinator.core.aggregation.base import START_NOTE, Aggregator, DenseFold, Folded, Part, shares
+from coordinator.core.aggregation.product_sum import workspace_bytes
+from coordinator.core.facts import ModuleSpec
+from shared import adapter as adapter_files
+from shared.adapter import Adapter, Factors
+from shared.tensors import Array
+
+FOLD_BYTES = 64 * 1024 * 1024
+"""Budget of the modules that are open at once; a single module may exceed it."""
+ROLE_NOTE = "role"
+
+
+class Reported(NamedTuple):
+    """An admitted update; `samples`: what its device trained on."""
+
+    device: str
+    samples: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class ModuleStats:
+    """One module after the fold; energies as in `Folded`."""
+
+    rank: int
+    lost_energy: float
+    forgotten_energy: float
+    norm: float
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """The next global adapter (for devices, evaluation, export), the residual that stays here, and how it went.
+
+    `weights`: each device's share of the result.
+    """
+
+    adapter: Adapter
+    residual: Adapter | None
+    modules: dict[str, ModuleStats]
+    weights: dict[str, float]
+
+    @property
+    def norm(self) -> float:
+        """Euclidean norm of what the adapter adds to all modules."""
+        return math.sqrt(sum(stats.norm**2 for stats in self.modules.values()))
+
+    @property
+    def lost_energy(self) -> float:
+        """Share of the squared singular values of all modules' sums that the adapter lacks."""
+        totals = [(stats.norm**2 / (1.0 - stats.lost_energy), stats.lost_energy) for stats in self.modules.values()]
+        total = sum(energy for energy, _ in totals)
+        return sum(energy * lost for energy, lost in totals) / total if total > 0.0 else 0.0
+
+
+def fold_round(
+    aggregator: Aggregator,
+    modules: Sequence[ModuleSpec],
+    previous: Adapter,
+    residual: Adapter | None,
+    updates: Sequence[Reported],
+    *,
+    round: int,
+    max_share: float = 1.0,
+    memory_bytes: int = FOLD_BYTES,
+) -> FoldResult:
+    """The global adapter after `round`, from `previous` and the updates the aggregator admitted, in any order.
+
+    `modules`: all that can be tuned; `residual`: of the last fold; `max_share`: cap of one device's share.
+    Raises `ValueError` where a device is counted twice or nobody reported, `DecodeError` for a file that rotted.
+    """
+    ordered = sorted(updates)
+    weights = dict(zip((u.device for u in ordered), shares([u.samples for u in ordered], max_share), strict=True))
+    if not ordered or len(weights) != len(ordered):
+        raise ValueError("a fold needs at least one update, and each device once")
+    carried = {} if residual is None else residual.factors
+    dense: dict[str, Array] | None = None
+    folded: dict[str, Folded] = {}
+    for group in _groups(modules, memory_bytes):
+        pass_ = _Pass(aggregator, group, previous.factors, carried, previous.dense if dense is None else {})
+        for update in ordered:
+            pass_.add(weights[update.device], adapter_files.read_file(update.path))
+        folded.update(pass_.finish_modules())
+        dense = pass_.finish_dense() if dense is None else dense
+    return _result(aggregator, previous, folded, dense or {}, weights, round)
+
+
+class _Pass:
+    """One walk over all update files, for one group of modules."""
+
+    def __init__(
+        self,
+        aggregator: Aggregator,
+        group: Sequence[ModuleSpec],
+        current: dict[str, Factors],
+        residual: dict[str, Factors],
+        dense: dict[str, Array],
+    ) -> None:
+        self._folds = {m.name: aggregator.begin(m, current.get(m.name), residual.get(m.name)) for m in group}
+        self._dense = {name: DenseFold(tensor) for name, tensor in dense.items()}
+
+    def add(self, weight: float, update: Adapter) -> None:
+        """Take one device's update; nothing of it is kept."""
+        for name, fold in self._folds.items():
+            factors = update.factors.get(name)
+            if factors is not None:
+                fold.add(Part(weight, factors))
+        for name, mean in self._dense.items():
+            mean.add(weight, update.dense[name])
+
+    def finish_modules(self) -> Iterator[tuple[str, Folded]]:
+        """The modules one by one, each freed before the next."""
+        while self._folds:
+            name = next(iter(self._folds))
+            yield name, self._folds.pop(name).finish()
+
+    def finish_dense(self) -> dict[str, Array]:
+        """The means of the dense tensors."""
+        return {name: mean.finish() for name, mean in self._dense.items()}
+
+
+def _groups(modules: Sequence[ModuleSpec], memory_bytes: int) -> Iterator[list[ModuleSpec]]:
+    """Modules in their order, cut so that each group fits the budget; one empty group where there are no modules."""
+    group: list[ModuleSpec] = []
+    used = 0
+    for module in modules:
+        need = workspace_bytes(module.out, module.inp)
+        if group and used + need > memory_bytes:
+            yield group
+            group, used = [], 0
+        group.append(module)
+        used += need
+    yield group
+
+
+def _result(
+    aggregator: Aggregator,
+    previous: Adapter,
+    folded: dict[str, Folded],
+    dense: dict[str, Array],
+    weights: dict[str, float],
+    round: int,
+) -> FoldResult:
+    carried = {name: fold.residual for name, fold in folded.items() if fold.residual is not None}
+    adapter = Adapter(
+        kind="global",
+        job=previous.job,
+        round=round,
+        base_digest=previous.base_digest,
+        factors={name: fold.factors for name, fold in folded.items() if fold.factors is not None},
+        dense=dense,
+        notes={START_NOTE: aggregator.start},
+    )
+    residual = replace(adapter, factors=carried, dense={}, notes={ROLE_NOTE: "residual"}) if carried else None
+    modules = {
+        name: ModuleStats(
+            rank=0 if fold.factors is None else fold.factors.rank,
+            lost_energy=fold.lost_energy,
+            forgotten_energy=fold.forgotten_energy,
+            norm=fold.norm,
+        )
+        for name, fold in folded.items()
+    }
+    return FoldResult(adapter=adapter, residual=residual, modules=modules, weights=weights)

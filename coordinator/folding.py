@@ -1,0 +1,83 @@
+"""The coordinator's use of aggregation: admission of a stored update, and the fold of a closed round, on its blobs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.core.aggregation import registry
+from coordinator.core.aggregation.base import Expectation
+from coordinator.core.job import Job
+from coordinator.fold import Reported, fold_round
+from shared import adapter as adapter_files
+from shared.blob_folder import BlobFolder
+from shared.errors import DecodeError, MusterError
+from shared.messages import BlobRef
+
+
+class MissingBlob(MusterError):
+    """The log refers to a blob that is not in the store."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A folded round on disk."""
+
+    adapter: BlobRef
+    residual: BlobRef | None
+    ranks: dict[str, int]
+    lost_energy: float
+    norm: float
+
+
+def check_update(job: Job, device: str, path: Path, blobs: BlobFolder) -> str:
+    """Why the update at `path` must be refused; empty: it is admitted."""
+    assert job.round is not None and job.facts is not None and job.adapter is not None
+    expected = Expectation(
+        job=job.id,
+        round=job.round.number,
+        attempt=job.round.attempt,
+        device=device,
+        base_digest=job.facts.base_digest,
+        ranks=job.round.plan.participants[device].ranks,
+        modules={module.name: module for module in job.facts.modules},
+        alpha_ratio=job.spec.training.alpha_ratio,
+        before=adapter_files.read_file(_path(job.adapter, blobs)),
+    )
+    try:
+        update = adapter_files.read_file(path)
+    except DecodeError as error:
+        return str(error)
+    return registry.create(job.spec.strategy).admit(update, expected) or ""
+
+
+def fold_job(job: Job, blobs: BlobFolder) -> Made:
+    """Fold the counted updates of the job's current round. Repeated after a crash it makes the same bytes."""
+    assert job.round is not None and job.facts is not None and job.adapter is not None
+    reported = []
+    for device in job.round.counted:
+        part = job.round.participants[device]
+        assert part.blob is not None and part.facts is not None
+        reported.append(Reported(device, part.facts.samples, _path(part.blob, blobs)))
+    result = fold_round(
+        registry.create(job.spec.strategy),
+        job.facts.modules,
+        adapter_files.read_file(_path(job.adapter, blobs)),
+        adapter_files.read_file(_path(job.residual, blobs)) if job.residual else None,
+        reported,
+        round=job.round.number,
+    )
+    return Made(
+        adapter=blobs.put(adapter_files.write(result.adapter)),
+        residual=blobs.put(adapter_files.write(result.residual)) if result.residual else None,
+        ranks={name: stats.rank for name, stats in result.modules.items()},
+        lost_energy=result.lost_energy,
+        norm=result.norm,
+    )
+
+
+def _path(ref: BlobRef, blobs: BlobFolder) -> Path:
+    path = blobs.path(ref.sha)
+    if path is None:
+        raise MissingBlob(f"blob {ref.sha[:12]} is not in the store")
+    return path

@@ -1,0 +1,223 @@
+"""Performs the commands of the coordinator's machine through its edges, and turns the outcomes into events."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from typing_extensions import assert_never
+
+from coordinator import export, folding
+from coordinator.adapters.worker import Answer, WorkerSpoke
+from coordinator.core import commands as cmd
+from coordinator.core import events as ev
+from coordinator.core import records as rec
+from coordinator.core.job import Job
+from coordinator.workers import protocol as wire
+from shared import topics
+from shared.blob_folder import NoRoom
+from shared.errors import MusterError, RemoteError
+from shared.messages import BlobRef, Command, Done
+
+if TYPE_CHECKING:
+    from coordinator.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+class Performer:
+    """Carries out commands. Slow work goes off the loop and comes back as an event."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def perform(self, command: cmd.Command) -> None:
+        """Carry out one command; every one may be repeated after a crash."""
+        runtime = self._runtime
+        match command:
+            case cmd.PublishAssign():
+                runtime.send(topics.ASSIGN, command.assign, device=command.device)
+            case cmd.PublishRound():
+                runtime.send(topics.ROUND, command.info)
+            case cmd.AskRebirth():
+                runtime.send(topics.COMMAND, Command(kind="rebirth", reason=command.reason), device=command.device)
+            case cmd.Settle():
+                done = Done(sha=command.sha, verdict=command.verdict, reason=command.reason)  # type: ignore[arg-type]  # from the machine
+                runtime.send(topics.DOWN_BLOB, done, device=command.device)
+            case cmd.Pull():
+                self._pull(command)
+            case cmd.CheckUpdate():
+                self._check(command)
+            case cmd.FoldRound():
+                self._fold(command.job)
+            case cmd.ExportJob():
+                self._export(command.job)
+            case cmd.PrepareBase():
+                self._prepare(command.job)
+            case cmd.EvaluateAdapter():
+                self._evaluate(command)
+            case _:
+                assert_never(command)
+
+    def on_worker(self, event: WorkerSpoke) -> None:
+        """Hand the worker's message to its supervisor."""
+        self._runtime.ports.worker.on_spoke(event)
+
+    def tick(self, now: float) -> None:
+        """Let the worker's supervisor watch its clock."""
+        self._runtime.ports.worker.tick(now)
+
+    def _pull(self, command: cmd.Pull) -> None:
+        runtime = self._runtime
+        try:
+            complete = runtime.receiver.want(command.device, command.ref, command.chunk, runtime.ports.clock())
+        except NoRoom as error:
+            log.error("no room for the update of %s, it will be announced again: %s", command.device, error)
+            return
+        except RemoteError as error:
+            lost = ev.UpdateLost(device=command.device, sha=command.ref.sha, reason=str(error), **runtime.now())
+            runtime.step(lost)
+            return
+        if complete:
+            runtime.step(ev.UpdateStored(device=command.device, sha=command.ref.sha, **runtime.now()))
+
+    def _check(self, command: cmd.CheckUpdate) -> None:
+        job, device, sha = command.job, command.device, command.ref.sha
+        assert job.round is not None
+        number, attempt, path = job.round.number, job.round.attempt, self._path(command.ref)
+
+        def work() -> ev.AnyEvent:
+            reason = (
+                "the blob vanished"
+                if path is None
+                else folding.check_update(job, device, path, self._runtime.ports.blobs)
+            )
+            return ev.UpdateChecked(
+                job=job.id, round=number, attempt=attempt, device=device, sha=sha, reason=reason, **self._runtime.now()
+            )
+
+        self._offload(work, job, "admission")
+
+    def _fold(self, job: Job) -> None:
+        blobs = self._runtime.ports.blobs
+        assert job.round is not None
+        number = job.round.number
+
+        def work() -> ev.AnyEvent:
+            made = folding.fold_job(job, blobs)
+            return ev.Folded(
+                job=job.id, round=number, adapter=made.adapter, residual=made.residual, ranks=made.ranks,
+                lost_energy=made.lost_energy, norm=made.norm, **self._runtime.now(),
+            )  # fmt: skip
+
+        self._offload(work, job, "aggregation")
+
+    def _export(self, job: Job) -> None:
+        runtime = self._runtime
+        folder = Path(runtime.settings.state_dir) / "exports" / job.id
+        assert job.adapter is not None
+        adapter = self._path(job.adapter)
+
+        def work() -> ev.AnyEvent:
+            if adapter is None:
+                return self._failed(job, "export", "the global adapter is not in the blob store")
+            export.export_job(job, adapter, self._base(job), folder)
+            return ev.Exported(job=job.id, path=str(folder), **runtime.now())
+
+        self._offload(work, job, "export")
+
+    def _prepare(self, job: Job) -> None:
+        runtime = self._runtime
+        target = Path(runtime.settings.state_dir) / "work" / f"{job.id}-round-0.adapter"
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def reply(answer: Answer) -> None:
+            if isinstance(answer, wire.Prepared):
+                ref = runtime.ports.blobs.adopt(target)
+                runtime.step(ev.BasePrepared(job=job.id, facts=answer.facts, adapter=ref, **runtime.now()))
+            else:
+                self._worker_failed(job, "preparing the base", answer)
+
+        question = wire.Prepare(job=job.spec, base_path=self._base(job), adapter_path=str(target))
+        runtime.ports.worker.ask(question, reply)
+
+    def _evaluate(self, command: cmd.EvaluateAdapter) -> None:
+        runtime, job = self._runtime, command.job
+        path = self._path(command.adapter)
+        if path is None:
+            runtime.step(self._failed(job, "evaluation", "the adapter is not in the blob store"))
+            return
+
+        def reply(answer: Answer) -> None:
+            if isinstance(answer, wire.Evaluated):
+                done = ev.Evaluated(job=job.id, round=command.round, metrics=answer.metrics, **runtime.now())
+                runtime.step(done)
+            else:
+                self._worker_failed(job, "evaluation", answer)
+
+        question = wire.Evaluate(
+            job=job.spec, base_path=self._base(job), adapter_path=str(path), rows=job.spec.evaluation.rows
+        )
+        runtime.ports.worker.ask(question, reply)
+
+    def _offload(self, work: Callable[[], ev.AnyEvent], job: Job, what: str) -> None:
+        def safely() -> ev.AnyEvent:
+            try:
+                return work()
+            except (MusterError, OSError, MemoryError, ValueError, ArithmeticError) as error:
+                log.exception("%s of job %s failed", what, job.id)
+                return self._failed(job, what, f"{type(error).__name__}: {error}")
+
+        self._runtime.ports.offload(safely, self._runtime.ports.post)
+
+    def _worker_failed(self, job: Job, what: str, answer: Answer) -> None:
+        reason = answer.reason if isinstance(answer, wire.WorkerFailed) else f"unexpected {type(answer).__name__}"
+        self._runtime.step(self._failed(job, what, reason))
+
+    def _failed(self, job: Job, what: str, reason: str) -> ev.WorkFailed:
+        return ev.WorkFailed(job=job.id, what=what, reason=reason, **self._runtime.now())
+
+    def _path(self, ref: BlobRef) -> Path | None:
+        return self._runtime.ports.blobs.path(ref.sha)
+
+    def _base(self, job: Job) -> str:
+        return self._runtime.settings.models.get(job.spec.base.model, job.spec.base.model)
+
+
+def referenced(job: Job) -> set[str]:
+    """Digests of the blobs that the live state of `job` refers to."""
+    refs = [job.adapter, job.residual]
+    if job.round is not None:
+        refs += [job.round.folded, job.round.residual, *(part.blob for part in job.round.participants.values())]
+    return {ref.sha for ref in refs if ref is not None}
+
+
+def line(record: rec.AnyRecord) -> str:
+    """A record as one line of the log."""
+    head = f"job {record.job}"
+    match record:
+        case rec.RoundPlanned():
+            return f"{head} round {record.round}.{record.attempt} planned: {record.plan.reason}"
+        case rec.DeviceAnswered():
+            return f"{head} round {record.round}: {record.device} {record.verdict}: {record.reason}"
+        case rec.UpdateAdmitted():
+            facts = record.facts
+            return (
+                f"{head} round {record.round}: update of {record.device} admitted, {facts.samples} samples, "
+                f"loss {facts.loss_first:.3f} -> {facts.loss_last:.3f}, {record.blob.size} bytes"
+            )
+        case rec.UpdateRefused():
+            return f"{head} round {record.round}: update of {record.device} refused: {record.reason}"
+        case rec.RoundClosed():
+            return f"{head} round {record.round} closed over {len(record.devices)} updates: {record.reason}"
+        case rec.RoundCommitted():
+            word = "accepted" if record.accepted else "refused"
+            return f"{head} round {record.round} committed, {word}: {record.reason}"
+        case rec.RoundRepeated():
+            return f"{head} round {record.round} repeats: {record.reason}"
+        case rec.JobEnded():
+            return f"{head} {record.state}: {record.reason}"
+        case _:
+            return f"{head}: {type(record).__name__}"

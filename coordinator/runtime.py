@@ -1,0 +1,313 @@
+"""The coordinator's only loop: events in, `round_machine.step`, records to disk, commands performed.
+
+It has no clock and no thread of its own: the service feeds it from a queue, a simulation from a virtual clock.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from typing_extensions import assert_never
+
+from coordinator import performing
+from coordinator.adapters.event_log import EventLog, LogUnavailable
+from coordinator.adapters.worker import Worker, WorkerSpoke
+from coordinator.core import events as ev
+from coordinator.core.job import apply
+from coordinator.core.records import RoundCommitted
+from coordinator.core.round_machine import step
+from coordinator.core.turn import State, Waits
+from coordinator.settings import CoordinatorSettings
+from shared import messages, topics
+from shared.blob_folder import BlobFolder
+from shared.blobs import BlobReceiver, BlobSender
+from shared.codec import pack, unpack
+from shared.errors import DecodeError
+from shared.ids import is_name
+from shared.messages import CoordState, Done, Missing, Want
+from shared.transport import base
+
+log = logging.getLogger(__name__)
+LOG_RETRY_S = 1.0
+CONTROL_ROOM = 64
+"""Places in the transport's queue that chunks leave free for control messages."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Work done off the loop is through; `event` goes into the machine."""
+
+    event: ev.AnyEvent
+
+
+@dataclass(frozen=True)
+class Call:
+    """Something another thread wants done on the loop (the HTTP API)."""
+
+    run: Callable[[], None]
+
+
+class Offload:
+    """Runs slow work somewhere and posts `Finished`. This one runs it at once; the service has a thread."""
+
+    def __call__(self, work: Callable[[], ev.AnyEvent], post: Callable[[Finished], None]) -> None:
+        post(Finished(work()))
+
+
+@dataclass
+class Ports:
+    """The edges the runtime works through."""
+
+    transport: base.Transport
+    log: EventLog
+    blobs: BlobFolder
+    worker: Worker
+    clock: Callable[[], float]
+    wall: Callable[[], float]
+    post: Callable[[Any], None]
+    offload: Callable[[Callable[[], ev.AnyEvent], Callable[[Finished], None]], None]
+
+
+class Runtime:
+    """One coordinator. `handle` and `tick` run on the owner's thread only."""
+
+    def __init__(self, settings: CoordinatorSettings, ports: Ports) -> None:
+        waits = settings.waits
+        self.settings = settings
+        self.ports = ports
+        self.term = ports.log.next_term()
+        self.state = State(
+            waits=Waits(
+                silent_s=waits.silent_s,
+                absent_s=waits.absent_s,
+                fresh_s=waits.cautious_periods * waits.period_s,
+                gather_s=waits.gather_s,
+            ),
+            term=self.term,
+            jobs=_replay(ports.log),
+        )
+        self.receiver = BlobReceiver(ports.blobs, credit_bytes=settings.credit_bytes, retry_s=waits.retry_s)
+        self.sender = BlobSender(ports.blobs, messages.MAX_CHUNK_BYTES)
+        self.connected = False
+        self.problem = ""
+        self.bytes_by_round: dict[str, int] = {}
+        self._waiting: deque[base.Outgoing] = deque()
+        self._recent: deque[set[str]] = deque(maxlen=settings.keep_rounds)
+        self._performer = performing.Performer(self)
+        self._started = False
+        self._unwritten: deque[ev.AnyEvent] = deque()
+        self._retry_at = 0.0
+
+    # ---- in
+
+    def handle(self, event: object) -> None:
+        """Take one event of any edge, then let time pass and send what is due."""
+        match event:
+            case base.Received():
+                self._on_received(event)
+                self.ports.transport.ack(event)
+            case base.Connected():
+                self._on_connected(event)
+            case base.Disconnected():
+                self.connected = False
+                self.problem = event.reason
+                log.warning("disconnected from the broker: %s", event.reason)
+            case base.TransportFailed():
+                self.problem = event.reason
+                log.error("the broker refuses us: %s", event.reason)
+            case base.Published():
+                if event.reason:
+                    log.error("the broker refused a message (%s): %s", event.token, event.reason)
+            case Finished():
+                self.step(event.event)
+            case WorkerSpoke():
+                self._performer.on_worker(event)
+            case Call():
+                event.run()
+            case _:
+                log.error("unknown event %s", type(event).__name__)
+        self.tick()
+
+    def tick(self) -> None:
+        """Let time pass: deadlines, re-requests, queued messages."""
+        now = self.ports.clock()
+        if not self._started:
+            self._started = True
+            self.step(ev.Started(now=now, ts=self.ports.wall()))
+        if self._unwritten and now >= self._retry_at:
+            self.step(self._unwritten.popleft())
+        self.step(ev.Tick(now=now, ts=self.ports.wall()))
+        self._performer.tick(now)
+        for device, want in self.receiver.due(now):
+            self.send(topics.DOWN_BLOB, want, device=device)
+        self._flush()
+
+    def step(self, event: ev.AnyEvent) -> None:
+        """One decision: durable records first, then commands."""
+        result = step(self.state, event)
+        if result.records:
+            try:
+                self.ports.log.append(result.records)
+            except LogUnavailable as error:
+                self._on_unwritten(event, error)
+                return
+            self.problem = ""
+            for record in result.records:
+                log.info("%s", performing.line(record))
+        self.state = result.state
+        for command in result.commands:
+            self._performer.perform(command)
+        if any(isinstance(record, RoundCommitted) for record in result.records):
+            self._collect_garbage()
+
+    def _on_unwritten(self, event: ev.AnyEvent, error: LogUnavailable) -> None:
+        """The state did not move: what would have been decided is decided again once the disk takes it."""
+        log.error("the event log can't be written, trying again: %s", error)
+        self.problem = str(error)
+        self._retry_at = self.ports.clock() + LOG_RETRY_S
+        if not isinstance(event, ev.Tick):
+            self._unwritten.appendleft(event)
+
+    # ---- out
+
+    def send(self, topic: topics.Topic, message: object, **parts: str) -> None:
+        """Publish a control message; waits in memory while the transport's queue is full."""
+        name = topic.name(self.settings.fleet, **parts)
+        self._waiting.append(base.Outgoing(topic, name, pack(message), token=name))
+
+    def stop(self) -> None:
+        """Say goodbye and end the worker."""
+        self.send(topics.COORD_STATE, self._presence(online=False), coordinator=self.settings.name)
+        self._flush()
+        self.ports.worker.stop()
+        self.ports.transport.stop(graceful=True)
+
+    def now(self) -> dict[str, float]:
+        """The two clocks, for building events."""
+        return {"now": self.ports.clock(), "ts": self.ports.wall()}
+
+    def _flush(self) -> None:
+        transport = self.ports.transport
+        while self._waiting:
+            try:
+                transport.publish(self._waiting[0])
+            except base.BackPressure:
+                break
+            except base.Oversize as error:
+                log.error("not sent: %s", error)
+            self._waiting.popleft()
+        room = transport.room() - CONTROL_ROOM if self.connected else 0
+        for chunk in self.sender.take(room) if room > 0 else []:
+            name = topics.DOWN_CHUNK.name(self.settings.fleet, device=chunk.peer, sha=chunk.sha, index=chunk.index)
+            transport.publish(base.Outgoing(topics.DOWN_CHUNK, name, chunk.data))
+        transport.pump()
+
+    def _presence(self, *, online: bool) -> CoordState:
+        return CoordState(online=online, term=self.term, ts=self.ports.wall())
+
+    # ---- messages
+
+    def _on_connected(self, event: base.Connected) -> None:
+        self.connected, self.problem = True, ""
+        self.receiver.limit_packet(event.max_packet)
+        self.sender.limit_packet(event.max_packet)
+        chunk = min(messages.MAX_CHUNK_BYTES, self.receiver.max_chunk)
+        self.state = replace(self.state, chunk=chunk)
+        self.send(topics.COORD_STATE, self._presence(online=True), coordinator=self.settings.name)
+
+    def _on_received(self, received: base.Received) -> None:
+        parsed = topics.parse(received.name)
+        if parsed is None or parsed.fleet != self.settings.fleet or not is_name(parsed.device):
+            self._count("foreign messages", received.name, "no such topic")
+            return
+        try:
+            self._dispatch(parsed, received)
+        except DecodeError as error:
+            self._count("undecodable messages", received.name, str(error))
+
+    def _dispatch(self, parsed: topics.Parsed, received: base.Received) -> None:
+        device = parsed.device
+        if parsed.topic is topics.UP_CHUNK:
+            self._on_chunk(parsed, received.payload)
+        elif parsed.topic is topics.UP_BLOB:
+            self._on_blob(device, unpack(received.payload, cast(type[messages.BlobMessage], messages.BlobMessage)))
+        elif parsed.topic.retain and not received.payload:
+            self.step(ev.Decommissioned(device=device, **self.now()))
+        else:
+            message: Any = unpack(received.payload, cast(type[Any], parsed.topic.message))
+            known = self.state.fleet.get(device)
+            if known is not None and message.epoch > known.epoch:
+                self._forget_session(device)
+            self.step(ev.FromDevice(device=device, message=message, **self.now()))
+
+    def _on_blob(self, device: str, message: messages.BlobMessage) -> None:
+        match message:
+            case messages.Manifest():
+                self.step(ev.FromDevice(device=device, message=message, **self.now()))
+                return
+            case Want():
+                missing = self.sender.on_want(device, message)
+                if missing is not None:
+                    self.send(topics.DOWN_BLOB, missing, device=device)
+            case Missing():
+                if self.receiver.on_missing(device, message.sha):
+                    reason = f"the device lost the update: {message.reason}"
+                    self.step(ev.UpdateLost(device=device, sha=message.sha, reason=reason, **self.now()))
+            case Done():
+                pass
+            case _:
+                assert_never(message)
+        self.step(ev.Heard(device=device, **self.now()))
+
+    def _forget_session(self, device: str) -> None:
+        """A device in a new session has forgotten what it was asked for and what it asked for."""
+        self.receiver.cancel_peer(device)
+        self.sender.cancel_peer(device)
+
+    def _on_chunk(self, parsed: topics.Parsed, payload: bytes) -> None:
+        now = self.now()
+        arrival = self.receiver.on_chunk(parsed.device, parsed.sha, parsed.index, payload, now["now"])
+        self.step(ev.Heard(device=parsed.device, **now))
+        match arrival.kind:
+            case "complete":
+                for device in arrival.peers:
+                    self.step(ev.UpdateStored(device=device, sha=parsed.sha, **now))
+            case "corrupt":
+                for device in arrival.peers:
+                    self.step(ev.UpdateLost(device=device, sha=parsed.sha, reason=arrival.reason, **now))
+            case "unexpected":
+                self._count("unexpected chunks", parsed.device, arrival.reason)
+            case "no_room":
+                log.error("no room for an update, it will be announced again: %s", arrival.reason)
+            case "more":
+                pass
+            case _:
+                assert_never(arrival.kind)
+
+    def _count(self, what: str, where: str, why: str) -> None:
+        counters = self.state.counters
+        self.state = replace(self.state, counters={**counters, what: counters.get(what, 0) + 1})
+        log.warning("%s: %s: %s", what, where, why)
+
+    # ---- blobs
+
+    def _collect_garbage(self) -> None:
+        """Drop blobs that neither a live job nor one of the last rounds refers to."""
+        live: set[str] = {manifest.sha for manifest in self.state.announced.values()}
+        for job in self.state.jobs.values():
+            live |= performing.referenced(job)
+        self._recent.append(live)
+        keep = set().union(*self._recent)
+        for sha in self.ports.blobs.digests() - keep:
+            self.ports.blobs.remove(sha)
+
+
+def _replay(event_log: EventLog) -> dict[str, Any]:
+    jobs: dict[str, Any] = {}
+    for record in event_log.replay():
+        jobs[record.job] = apply(jobs.get(record.job), record)
+    return jobs

@@ -1,0 +1,184 @@
+"""`muster-coordinator`: reads its settings, wires the edges together, runs the loop until a signal."""
+
+from __future__ import annotations
+
+import os
+
+# One thread per product: two were slower, and bytes must not depend on the number of cores.
+for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ[_name] = "1"
+
+import argparse  # noqa: E402 - numpy reads the above when it is first imported
+import json  # noqa: E402
+import logging  # noqa: E402
+import queue  # noqa: E402
+import random  # noqa: E402
+import secrets  # noqa: E402
+import signal  # noqa: E402
+import socket  # noqa: E402
+import sys  # noqa: E402
+import threading  # noqa: E402
+import time  # noqa: E402
+from collections.abc import Callable, Sequence  # noqa: E402
+from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import uvicorn  # noqa: E402
+
+from coordinator.adapters.event_log import SqliteEventLog  # noqa: E402
+from coordinator.adapters.worker import SubprocessWorker  # noqa: E402
+from coordinator.core.events import AnyEvent  # noqa: E402
+from coordinator.runtime import Finished, Ports, Runtime  # noqa: E402
+from coordinator.settings import CoordinatorSettings  # noqa: E402
+from coordinator.web import api  # noqa: E402
+from coordinator.web.desk import Desk  # noqa: E402
+from shared import logs, settings, topics  # noqa: E402
+from shared.blob_folder import BlobFolder  # noqa: E402
+from shared.codec import pack  # noqa: E402
+from shared.errors import MusterError, UserError  # noqa: E402
+from shared.messages import CoordState  # noqa: E402
+from shared.processes import lock_folder  # noqa: E402
+from shared.transport.base import Outgoing  # noqa: E402
+from shared.transport.mqtt import MqttTransport  # noqa: E402
+
+log = logging.getLogger("coordinator")
+TICK_S = 0.25
+
+
+class Service:
+    """The coordinator as a process."""
+
+    def __init__(self, config: CoordinatorSettings) -> None:
+        self._config = config
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fold")
+        state_dir = Path(config.state_dir)
+        try:
+            state_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
+        except OSError as error:
+            raise UserError(f"state_dir {state_dir}: can't be made: {error.strerror}") from error
+        self._lock = lock_folder(state_dir, "coordinator")
+        event_log = SqliteEventLog(state_dir / "events.sqlite", fsync=config.fsync)
+        self._socket = _listen(config.api.host, config.api.port)
+        transport = MqttTransport(
+            config.broker, config.name, next_epoch=lambda: self._runtime.term, will=self._will, rng=random.Random()
+        )
+        transport.subscribe(topics.coordinator_filters(config.fleet))
+        worker = SubprocessWorker(config.worker, self._queue.put, time.monotonic, config.waits.worker_silence_s)
+        ports = Ports(
+            transport=transport,
+            log=event_log,
+            blobs=BlobFolder(state_dir / "blobs", fsync=config.fsync),
+            worker=worker,
+            clock=time.monotonic,
+            wall=time.time,
+            post=self._queue.put,
+            offload=self._offload,
+        )
+        self._runtime = Runtime(config, ports)
+        self._transport = transport
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT."""
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: self._stopping.set())
+        self._transport.start(self._queue.put)
+        server = self._start_api()
+        log.info("coordinator %s of fleet %s runs", self._config.name, self._config.fleet)
+        self._guarded(self._runtime.tick)
+        while not self._stopping.is_set():
+            try:
+                event = self._queue.get(timeout=TICK_S)
+            except queue.Empty:
+                self._guarded(self._runtime.tick)
+                continue
+            self._guarded(lambda event=event: self._runtime.handle(event))  # type: ignore[misc]  # bound now
+        log.info("stopping")
+        server.should_exit = True
+        self._runtime.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _guarded(self, run: Callable[[], None]) -> None:
+        """One turn of the loop. Disk faults end the process: the log must not fall behind the state."""
+        try:
+            run()
+        except (MusterError, ArithmeticError, LookupError, TypeError, ValueError, AssertionError):
+            log.exception("a turn of the loop failed")
+
+    def _offload(self, work: Callable[[], AnyEvent], post: Callable[[Finished], None]) -> None:
+        self._pool.submit(lambda: post(Finished(work())))
+
+    def _will(self, epoch: int) -> Outgoing:
+        name = topics.COORD_STATE.name(self._config.fleet, coordinator=self._config.name)
+        return Outgoing(topics.COORD_STATE, name, pack(CoordState(online=False, term=epoch)))
+
+    def _start_api(self) -> uvicorn.Server:
+        token = _token(self._config)
+        application = api.create(Desk(self._runtime, self._queue.put), token)
+        server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False, lifespan="off"))
+        threading.Thread(target=server.run, kwargs={"sockets": [self._socket]}, name="api", daemon=True).start()
+        host, port = self._socket.getsockname()[:2]
+        where: dict[str, Any] = {"url": f"http://{host}:{port}", "token_file": str(_token_file(self._config))}
+        path = Path(self._config.state_dir) / "api.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(where), encoding="utf-8")
+        temporary.replace(path)
+        log.info("HTTP API at %s", where["url"])
+        return server
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        hint = "choose another with [api] port, or 0 for a free one"
+        raise UserError(f"API address {host}:{port}: {error.strerror}; {hint}") from error
+    listener.listen(128)
+    return listener
+
+
+def _token_file(config: CoordinatorSettings) -> Path:
+    return Path(config.api.token_file or Path(config.state_dir) / "token")
+
+
+def _token(config: CoordinatorSettings) -> str:
+    path = _token_file(config)
+    if not path.exists() and not config.api.token_file:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(32))
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise UserError(f"[api] token_file {path}: {error.strerror}") from error
+    if len(token) < 16:
+        raise UserError(f"[api] token_file {path}: a token has at least 16 characters")
+    return token
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the coordinator. Exit code 2: bad configuration, said in one line."""
+    parser = argparse.ArgumentParser(
+        prog="muster-coordinator", description="Plans rounds and aggregates their updates."
+    )
+    parser.add_argument("--config", default="/etc/muster/coordinator.toml", help="settings file (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="only check the settings file")
+    arguments = parser.parse_args(argv)
+    try:
+        config = settings.load(Path(arguments.config), CoordinatorSettings)
+        if arguments.check:
+            return 0
+        logs.set_up("muster-coordinator", config.log_level)
+        Service(config).run()
+    except UserError as error:
+        print(f"muster-coordinator: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""The coordinator's machine: its phases, its refusals, and the same state from every half-done place after a kill."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from coordinator.core import commands as cmd
+from coordinator.core import events as ev
+from coordinator.core import records as rec
+from coordinator.core.transitions import TABLE
+from shared import jobs, machines
+from shared.messages import DeviceState
+from tests.unit.machine_rig import Rig, facts, spec
+
+A, B = "a" * 64, "b" * 64
+HELD_OUT = jobs.EvaluationSpec(data="held-out.jsonl")
+
+
+def of(commands: list[cmd.Command], kind: type) -> list[Any]:
+    return [command for command in commands if isinstance(command, kind)]
+
+
+def records(rig: Rig, kind: type) -> list[Any]:
+    return [record for record in rig.log if isinstance(record, kind)]
+
+
+def test_a_job_runs_through_all_its_rounds() -> None:
+    rig = Rig()
+    rig.open()
+    assert {c.device for c in of(rig.last, cmd.PublishAssign)} == {"dev-a", "dev-b"}
+    for number in (1, 2):
+        rig.deliver("dev-a", A)
+        commands = rig.deliver("dev-b", B)
+        assert of(commands, cmd.FoldRound) and rig.job.phase == "folding"
+        commands = rig.folded()
+        assert rig.job.committed == number
+    assert of(commands, cmd.ExportJob)
+    rig.feed(ev.Exported, job="job-1", path="/x")
+    assert rig.job.phase == "finished"
+    assert of(rig.last, cmd.PublishAssign)[0].assign.assignment is None
+
+
+def test_stored_is_said_only_after_the_record() -> None:
+    rig = Rig()
+    rig.open()
+    commands = rig.deliver("dev-a", A)
+    assert [c.verdict for c in of(commands, cmd.Settle)] == ["stored"]
+    assert records(rig, rec.UpdateAdmitted)[0].device == "dev-a"
+
+
+def test_announced_again_it_is_stored_again_and_counted_once() -> None:
+    rig = Rig()
+    rig.open()
+    rig.deliver("dev-a", A)
+    commands = rig.deliver("dev-a", A)
+    assert [c.verdict for c in of(commands, cmd.Settle)] == ["stored"] and not of(commands, cmd.Pull)
+    commands = rig.deliver("dev-a", B)
+    assert [c.verdict for c in of(commands, cmd.Settle)] == ["late"]
+    assert len(records(rig, rec.UpdateAdmitted)) == 1
+
+
+@pytest.mark.parametrize("samples", [0, 17, 10**9])
+def test_impossible_sample_counts_are_refused_unseen(samples: int) -> None:
+    rig = Rig()
+    rig.open()
+    commands = rig.deliver("dev-a", A, facts=facts(samples))
+    assert not of(commands, cmd.Pull)
+    assert of(commands, cmd.Settle)[0].verdict == "refused" and str(samples) in of(commands, cmd.Settle)[0].reason
+
+
+def test_updates_of_other_rounds_attempts_and_devices_do_not_count() -> None:
+    rig = Rig()
+    rig.open()
+    for device, changes, verdict in (
+        ("dev-a", {"round": 7}, "late"),
+        ("dev-a", {"attempt": 9}, "late"),
+        ("dev-x", {}, "refused"),
+    ):
+        commands = rig.deliver(device, A, **changes)
+        assert [c.verdict for c in of(commands, cmd.Settle)] == [verdict]
+    assert not records(rig, rec.UpdateAdmitted)
+
+
+def test_a_refused_update_ends_the_wait_and_the_round_repeats_without_quorum() -> None:
+    rig = Rig()
+    rig.open()
+    rig.deliver("dev-a", A)
+    rig.deliver("dev-b", B, refusal="not finite")
+    assert records(rig, rec.UpdateRefused)[0].reason == "not finite"
+    assert rig.job.phase == "waiting" and rig.job.attempt == 1
+    rig.now += 10
+    rig.feed(ev.Heard, device="dev-a")
+    rig.feed(ev.Heard, device="dev-b")
+    assert rig.job.phase == "open" and rig.job.round is not None and rig.job.round.attempt == 2
+    commands = rig.deliver("dev-a", A, attempt=1)
+    assert [c.verdict for c in of(commands, cmd.Settle)] == ["late"], "work of the first attempt must not count"
+
+
+def test_a_job_that_never_gets_its_quorum_pauses() -> None:
+    rig = Rig()
+    rig.open()
+    for _ in range(400):
+        if rig.job.phase == "paused":
+            break
+        if rig.job.phase == "open":
+            rig.ack("dev-a", "reject", "too warm")
+            rig.ack("dev-b", "reject", "too warm")
+        rig.now += 5
+        rig.feed(ev.Heard, device="dev-a")
+        rig.feed(ev.Heard, device="dev-b")
+    assert rig.job.phase == "paused" and "8 times" in rig.job.reason
+
+
+def test_silence_ends_the_wait_and_a_late_update_still_counts() -> None:
+    rig = Rig()
+    rig.open(spec(rounds={"quorum": 0.5, "min_devices": 3}), devices=("dev-a", "dev-b", "dev-c"))
+    rig.deliver("dev-a", A)
+    rig.now += 11
+    rig.feed(ev.Heard, device="dev-c")
+    assert rig.job.phase == "open"
+    rig.now += 2
+    rig.feed(ev.Heard, device="dev-c")
+    assert rig.job.phase == "open", "dev-b is silent, dev-c is not"
+    rig.deliver("dev-b", B)
+    assert records(rig, rec.UpdateAdmitted)[-1].device == "dev-b"
+    rig.now += 13
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "folding"
+    assert records(rig, rec.RoundClosed)[0].devices == ["dev-a", "dev-b"]
+
+
+def test_the_will_ends_the_wait_at_once_and_is_no_sign_of_life() -> None:
+    rig = Rig()
+    rig.open(spec(rounds={"quorum": 0.5}))
+    rig.deliver("dev-a", A)
+    rig.feed(ev.FromDevice, device="dev-b", message=DeviceState(s="lost", epoch=1))
+    assert rig.job.phase == "folding"
+
+
+def test_a_stale_will_changes_nothing() -> None:
+    rig = Rig()
+    rig.birth("dev-a", epoch=5)
+    rig.feed(ev.FromDevice, device="dev-a", message=DeviceState(s="lost", epoch=4))
+    assert rig.state.fleet["dev-a"].present
+
+
+def test_the_deadline_closes_with_quorum() -> None:
+    rig = Rig()
+    rig.open(spec(rounds={"quorum": 0.5}))
+    rig.deliver("dev-a", A)
+    for _ in range(11):
+        rig.now += 10
+        rig.feed(ev.Heard, device="dev-b")
+    assert rig.job.phase == "folding"
+    assert "deadline" in records(rig, rec.RoundClosed)[0].reason
+
+
+def test_load_without_a_birth_asks_for_one() -> None:
+    rig = Rig()
+    from shared.messages import Load
+
+    rig.feed(ev.FromDevice, device="dev-a", message=Load(epoch=3, seq=1))
+    assert of(rig.last, cmd.AskRebirth)
+    rig.feed(ev.FromDevice, device="dev-a", message=Load(epoch=3, seq=2))
+    assert not of(rig.last, cmd.AskRebirth), "not at every message"
+
+
+def test_worse_aggregates_are_refused_and_three_pause_the_job() -> None:
+    rig = Rig()
+    for device in ("dev-a", "dev-b"):
+        rig.birth(device)
+    rig.submit(spec(evaluation=HELD_OUT, rounds={"count": 9}))
+    rig.prepared()
+    assert rig.job.phase == "baseline"
+    rig.evaluated(1.0, round=0)
+    kept = rig.job.adapter
+    for _ in range(3):
+        rig.deliver("dev-a", A)
+        rig.deliver("dev-b", B)
+        rig.folded()
+        assert rig.job.phase == "evaluating"
+        rig.evaluated(5.0)
+    assert rig.job.adapter == kept and rig.job.phase == "paused"
+    rig.feed(ev.ResumeRequested, job="job-1")
+    assert rig.job.phase == "open" and rig.job.round is not None and rig.job.round.number == 4
+
+
+def test_the_second_job_waits_for_the_first() -> None:
+    rig = Rig()
+    rig.open()
+    rig.submit(job="job-2")
+    assert rig.state.jobs["job-2"].phase == "queued"
+    rig.feed(ev.CancelRequested, job="job-1")
+    assert rig.state.jobs["job-1"].phase == "cancelled"
+    assert rig.state.jobs["job-2"].phase == "preparing"
+
+
+def test_answers_out_of_phase_are_dropped() -> None:
+    rig = Rig()
+    rig.open()
+    before = rig.state.jobs
+    rig.evaluated(0.1, round=1)
+    rig.feed(ev.Exported, job="job-1", path="/x")
+    rig.feed(ev.WorkFailed, job="job-1", what="fold", reason="late answer")
+    assert rig.state.jobs == before and rig.state.counters["answers out of phase"] == 3
+
+
+def test_the_machine_raises_rather_than_leave_its_table() -> None:
+    with pytest.raises(machines.InvalidTransition):
+        machines.check(TABLE, "queued", "Tick", "finished")
+
+
+def _to(phase: str) -> Rig:
+    """A rig whose job is in `phase`."""
+    rig = Rig()
+    if phase == "queued":
+        rig.open()
+        rig.submit(job="job-2")
+        return rig
+    for device in ("dev-a", "dev-b"):
+        rig.birth(device)
+    rig.submit(spec(evaluation=HELD_OUT, rounds={"count": 1}))
+    if phase == "preparing":
+        return rig
+    if phase == "failed":
+        rig.feed(ev.WorkFailed, job="job-1", what="preparing", reason="no such model")
+        return rig
+    rig.prepared()
+    if phase == "baseline":
+        return rig
+    if phase == "waiting":
+        for device in ("dev-a", "dev-b"):
+            rig.feed(ev.FromDevice, device=device, message=DeviceState(s="lost", epoch=1))
+        rig.evaluated(9.0, round=0)
+        return rig
+    rig.evaluated(9.0, round=0)
+    if phase == "open":
+        rig.deliver("dev-a", A)
+        return rig
+    if phase == "cancelled":
+        rig.feed(ev.CancelRequested, job="job-1")
+        return rig
+    rig.deliver("dev-a", A)
+    rig.deliver("dev-b", B)
+    if phase == "folding":
+        return rig
+    if phase == "paused":
+        rig.feed(ev.WorkFailed, job="job-1", what="fold", reason="disk full")
+        return rig
+    rig.folded()
+    if phase == "evaluating":
+        return rig
+    rig.evaluated(1.0)
+    if phase == "exporting":
+        return rig
+    rig.feed(ev.Exported, job="job-1", path="/x")
+    return rig
+
+
+EXPECTED = {
+    "queued": cmd.PublishAssign,  # of the job before it
+    "preparing": cmd.PrepareBase,
+    "baseline": cmd.EvaluateAdapter,
+    "open": cmd.PublishAssign,
+    "folding": cmd.FoldRound,
+    "evaluating": cmd.EvaluateAdapter,
+    "exporting": cmd.ExportJob,
+}
+
+
+@pytest.mark.parametrize("phase", machines.phases(TABLE))
+def test_a_kill_in_any_phase_takes_the_work_up_again(phase: str) -> None:
+    """Parametrised over the table: a phase that `_to` does not reach fails here."""
+    rig = _to(phase)
+    assert rig.state.jobs["job-2" if phase == "queued" else "job-1"].phase == phase
+    round = rig.job.round
+    commands = rig.restart()
+    assert rig.job.round == round, "the same round, attempt and plan digest"
+    if phase in EXPECTED:
+        assert of(commands, EXPECTED[phase])
+    if phase == "open":
+        assert [c.device for c in of(commands, cmd.PublishAssign)] == ["dev-b"], "what the log holds is not asked again"
+        rig.deliver("dev-b", B)
+        assert rig.job.phase == "folding"
+
+
+def test_a_restart_keeps_what_is_left_of_the_deadline() -> None:
+    rig = _to("open")
+    rig.now += 60
+    rig.restart()
+    assert rig.state.since == pytest.approx(rig.now - 60)

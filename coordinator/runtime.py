@@ -86,6 +86,7 @@ class Runtime:
                 absent_s=waits.absent_s,
                 fresh_s=waits.cautious_periods * waits.period_s,
                 gather_s=waits.gather_s,
+                repeat_s=waits.repeat_s,
             ),
             term=self.term,
             jobs=_replay(ports.log),
@@ -140,21 +141,22 @@ class Runtime:
             self.step(ev.Started(now=now, ts=self.ports.wall()))
         if self._unwritten and now >= self._retry_at:
             self.step(self._unwritten.popleft())
-        self.step(ev.Tick(now=now, ts=self.ports.wall()))
+        while self.step(ev.Tick(now=now, ts=self.ports.wall())):
+            pass  # a decision may make the next one due: committed, so plan
         self._performer.tick(now)
         for device, want in self.receiver.due(now):
             self.send(topics.DOWN_BLOB, want, device=device)
         self._flush()
 
-    def step(self, event: ev.AnyEvent) -> None:
-        """One decision: durable records first, then commands."""
+    def step(self, event: ev.AnyEvent) -> bool:
+        """One decision: durable records first, then commands. Whether anything was written down."""
         result = step(self.state, event)
         if result.records:
             try:
                 self.ports.log.append(result.records)
             except LogUnavailable as error:
                 self._on_unwritten(event, error)
-                return
+                return False
             self.problem = ""
             for record in result.records:
                 log.info("%s", performing.line(record))
@@ -163,6 +165,7 @@ class Runtime:
             self._performer.perform(command)
         if any(isinstance(record, RoundCommitted) for record in result.records):
             self._collect_garbage()
+        return bool(result.records)
 
     def _on_unwritten(self, event: ev.AnyEvent, error: LogUnavailable) -> None:
         """The state did not move: what would have been decided is decided again once the disk takes it."""

@@ -38,6 +38,8 @@ class WaitSettings(Section, frozen=True, kw_only=True):
     """The devices' telemetry period while idle."""
     gather_s: Seconds = 2.0
     """After enough devices are ready, how long to wait for more before planning."""
+    repeat_s: Seconds = 2.0
+    """Pause before a round that failed is planned again; doubles with every failure, up to a minute."""
     retry_s: Seconds = 5.0
     """A wanted chunk that did not come is wanted again."""
     worker_silence_s: Seconds = 600.0

@@ -130,7 +130,7 @@ def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
         if part.outcome != "assigned":
             continue
         known = state.fleet.get(device)
-        heard = max(known.heard_at if known else 0.0, state.since)
+        heard = max(known.heard_at if known else 0.0, state.since, state.restarted_at)
         if now - heard > state.waits.silent_s or (known is not None and known.state is not None and not known.present):
             found[device] = "silent"
         elif device in state.accepted:

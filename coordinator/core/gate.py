@@ -26,8 +26,8 @@ class Verdict(msgspec.Struct, frozen=True, kw_only=True):
 def judge(history: Sequence[Metrics], new: Metrics | None, worse_by: float, refusals: int = 0) -> Verdict:
     """Judge the aggregate evaluated as `new` (None: no evaluation) against the best loss of `history`.
 
-    `history`: metrics of what was accepted before, the untuned base included. `worse_by`: share above the best loss that
-    is still accepted. `refusals`: how many rounds in a row were refused just before this one.
+    `history`: metrics of what was accepted before, the untuned base included. `worse_by`: share above the best loss
+    that is still accepted. `refusals`: how many rounds in a row were refused just before this one.
     """
     if new is None:
         return Verdict(accepted=True, reason="accepted without a judgement: no held-out data")

@@ -26,7 +26,7 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
         _notice(turn, job, f"waiting for {need} able devices, {len(able)} are")
         return
     gather = state.waits.gather_s
-    if job.attempt > 0 and event.now - state.since < min(REPEAT_CAP_S, gather * 2.0**job.attempt):
+    if job.attempt > 0 and event.now - state.since < min(REPEAT_CAP_S, state.waits.repeat_s * 2.0 ** (job.attempt - 1)):
         return
     if event.now - state.settled_at < gather and event.now - state.since < PATIENCE * gather:
         return

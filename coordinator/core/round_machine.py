@@ -100,7 +100,7 @@ def _on_started(turn: Turn, event: ev.Started) -> None:
         # A clock that jumped must neither end the round at once nor prolong it.
         spent = min(max(event.ts - job.round.planned_ts, 0.0), job.round.plan.deadline_s)
         since = event.now - spent if job.phase == "open" else event.now
-    turn.update(since=since, settled_at=event.now)
+    turn.update(since=since, settled_at=event.now, restarted_at=event.now)
     if job is not None:
         turn.do(*entry(turn.state, job))
 

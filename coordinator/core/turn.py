@@ -20,6 +20,7 @@ class Waits:
     absent_s: float = 60.0
     fresh_s: float = 30.0
     gather_s: float = 2.0
+    repeat_s: float = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class State:
     fleet: Fleet = field(default_factory=dict)
     since: float = 0.0
     """When the active job entered its phase (monotonic; after a restart, less the time already spent)."""
+    restarted_at: float = 0.0
+    """When this process took the log up: silence counts from here at the earliest."""
     settled_at: float = 0.0
     """When the set of able devices last changed."""
     announced: dict[str, Manifest] = field(default_factory=dict)

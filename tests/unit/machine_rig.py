@@ -58,7 +58,9 @@ class Rig:
     def feed(self, kind: type[ev.Event], **values: Any) -> list[cmd.Command]:
         """One event; returns the commands. A tick follows, as in the runtime."""
         commands = self._step(kind(now=self.now, ts=self.now, **values))
-        if kind is not ev.Tick:
+        written = -1
+        while written != len(self.log):
+            written = len(self.log)
             commands += self._step(ev.Tick(now=self.now, ts=self.now))
         self.last = commands
         return commands

@@ -93,16 +93,16 @@ def fold_round(
     dense: dict[str, Array] | None = None
     folded: dict[str, Folded] = {}
     for group in _groups(modules, memory_bytes):
-        pass_ = _Pass(aggregator, group, previous.factors, carried, previous.dense if dense is None else {})
+        walk = _Walk(aggregator, group, previous.factors, carried, previous.dense if dense is None else {})
         for update in ordered:
-            pass_.add(weights[update.device], adapter_files.read_file(update.path))
-        folded.update(pass_.finish_modules())
-        dense = pass_.finish_dense() if dense is None else dense
+            walk.add(weights[update.device], adapter_files.read_file(update.path))
+        folded.update(walk.finish_modules())
+        dense = walk.finish_dense() if dense is None else dense
     return _result(aggregator, previous, folded, dense or {}, weights, round)
 
 
-class _Pass:
-    """One walk over all update files, for one group of modules."""
+class _Walk:
+    """One pass over all update files, for one group of modules."""
 
     def __init__(
         self,

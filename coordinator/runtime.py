@@ -24,7 +24,8 @@ from coordinator.core.turn import State, Waits
 from coordinator.settings import CoordinatorSettings
 from shared import messages, topics
 from shared.blob_folder import BlobFolder
-from shared.blobs import BlobReceiver, BlobSender
+from shared.blob_sender import BlobSender
+from shared.blobs import BlobReceiver
 from shared.codec import pack, unpack
 from shared.errors import DecodeError
 from shared.ids import is_name

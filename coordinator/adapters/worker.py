@@ -154,7 +154,7 @@ class SubprocessWorker:
         try:
             self._process = subprocess.Popen(
                 command, pass_fds=(to_worker[0], from_worker[1]), stdin=subprocess.DEVNULL,
-                stdout=2, preexec_fn=die_with_parent,
+                stdout=2, preexec_fn=die_with_parent, env=_worker_environment(),
             )  # fmt: skip
         finally:
             os.close(to_worker[0])
@@ -170,3 +170,8 @@ class SubprocessWorker:
         except (DecodeError, OSError) as error:
             log.error("the worker's pipe is broken: %s", error)
         self._post(WorkerSpoke(run, None))
+
+
+def _worker_environment() -> dict[str, str]:
+    """Ours without the service's limits on threads, which are for its own folds."""
+    return {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}

@@ -1,7 +1,7 @@
-"""What a planner sees and returns. Planners are pure and hold no clock: `plan(view, job) -> Plan`, `learn(report) -> Planner`.
+"""What a planner sees and returns: `plan(view, job) -> Plan`, `learn(report) -> Planner`; pure, without a clock.
 
-A restart replays the recorded reports through `learn`, so no learning is lost; a round that has a recorded plan is never
-planned again.
+A restart replays the recorded reports through `learn`, so no learning is lost; a round that has a recorded plan is
+never planned again.
 """
 
 from __future__ import annotations
@@ -56,12 +56,17 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     """Device -> largest batch that fits, as met by running out of memory (0: none at those bits)."""
     loads: dict[str, Load] = {}
     """The last load of each participant before the plan, as the planner saw it."""
+    facts: ModelFacts | None = None
+    """The base that was tuned; without it and `job` speed and memory can't be learned."""
+    job: JobSpec | None = None
 
 
 class Planner(Protocol):
     """A planning method; a state that is passed on from round to round."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """As in `strategy.name`."""
 
     def plan(self, view: FleetView, job: JobSpec) -> Plan:
         """Raises `shared.errors.UserError` where no candidate can do the job at all, with the reason per device."""

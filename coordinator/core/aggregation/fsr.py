@@ -1,0 +1,110 @@
+"""`fsr`: fold, stack, recompress. Our own method, the default; exact sum for unequal ranks, without restarts.
+
+G, what the global adapter adds to a module, is kept as U diag(sigma) V^T. A device trains the first `trained` of its
+directions (the rest rides along frozen), so its local model is G without those, plus s_i B_i A_i. The mean of the
+local models over the devices that reported, p_i their share of the samples, is therefore
+
+    G' = U diag(sigma * (1 - q)) V^T + sum_i p_i s_i B_i A_i,   q_k = sum of p_i over devices that trained direction k.
+
+A device that did not tune the module counts as zero change. G' plus the residual of the last round is exact (float64
+products of float32 factors). Recompression keeps the fewest directions that hold `energy` of the squared singular
+values, at most `global_rank`, and carries the next `global_rank` directions into the next round as residual.
+
+The rank is not capped at out * in / (out + in), above which factors are larger than the matrix itself: a file grows
+to twice the dense size at most, whereas a cap would put models of full rank out of reach. `global_rank` is the
+operator's bound.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from coordinator.core.aggregation import admission
+from coordinator.core.aggregation.base import Expectation, Folded, Part, Start, Wide, column_weights, narrow
+from coordinator.core.aggregation.product_sum import ProductSum
+from coordinator.core.facts import ModuleSpec
+from shared.adapter import Adapter, Factors
+
+_NOISE = float(np.finfo(np.float32).eps)
+"""Singular values below this share of the largest are rounding of the float32 factors."""
+_UNTRAINED = 1e-12
+"""A direction of which less than this share remains was trained by every device, up to rounding of the shares."""
+
+
+class FoldStackRecompress:
+    """The aggregator `fsr`. `energy`: share of the squared singular values kept; `global_rank`: cap per module."""
+
+    name = "fsr"
+    start: Start = "directions"
+
+    def __init__(self, energy: float, global_rank: int) -> None:
+        self.energy = energy
+        self.global_rank = global_rank
+
+    def admit(self, update: Adapter, expected: Expectation) -> str | None:
+        """Why `update` must be refused, or None."""
+        return admission.refusal(update, expected, trains_directions=True)
+
+    def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> StackFold:
+        """Open the fold of `module`."""
+        return StackFold(module, current, residual, self.energy, self.global_rank)
+
+
+class StackFold:
+    """The fold of one module by the formula above."""
+
+    def __init__(
+        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int
+    ) -> None:
+        self._sum = ProductSum(module.out, module.inp)
+        self._current = current
+        self._residual = residual
+        self._energy = energy
+        self._cap = cap
+        self._trained_share: Wide = np.zeros(0 if current is None else current.rank)
+        self._touched = False
+
+    def add(self, part: Part) -> None:
+        """Take one device's part."""
+        if part.weight == 0.0:
+            return
+        self._touched = True
+        self._sum.add(part.factors.b, part.factors.a, part.weight * column_weights(part.factors))
+        self._trained_share[: part.factors.trained] += part.weight
+
+    def finish(self) -> Folded:
+        """The next state of the module; unchanged where no device tuned it."""
+        if not self._touched:
+            norm = 0.0 if self._current is None else admission.product_norm(self._current)
+            return Folded(factors=self._current, residual=self._residual, norm=norm)
+        if self._current is not None:
+            remains = 1.0 - self._trained_share
+            remains[np.abs(remains) < _UNTRAINED] = 0.0
+            self._sum.add(self._current.b, self._current.a, remains * column_weights(self._current))
+        if self._residual is not None:
+            self._sum.add(self._residual.b, self._residual.a, column_weights(self._residual))
+        return self._recompress(*self._sum.svd())
+
+    def _recompress(self, u: Wide, sigma: Wide, vt: Wide) -> Folded:
+        """Cut the exact sum in what is kept, what is carried over, and what is forgotten."""
+        tails = np.append(np.cumsum(sigma[::-1] ** 2)[::-1], 0.0)
+        total = float(tails[0])
+        if total == 0.0:
+            return Folded(factors=None)
+        real = int(np.count_nonzero(sigma > _NOISE * sigma[0]))
+        enough = int(np.flatnonzero(tails <= (1.0 - self._energy) * total)[0])
+        kept = min(enough, real, self._cap)
+        carried = min(real, kept + self._cap)
+        return Folded(
+            factors=_triplets(u, sigma, vt, 0, kept),
+            residual=_triplets(u, sigma, vt, kept, carried),
+            lost_energy=float(tails[kept]) / total,
+            forgotten_energy=float(tails[carried]) / total,
+            norm=float(np.sqrt(total - tails[kept])),
+        )
+
+
+def _triplets(u: Wide, sigma: Wide, vt: Wide, first: int, end: int) -> Factors | None:
+    if first == end:
+        return None
+    return Factors(b=narrow(u[:, first:end]), a=narrow(vt[first:end]), sigma=narrow(sigma[first:end]))

@@ -1,0 +1,282 @@
+"""The cost model of all planners: step time and memory of a work on a device, corrected by what it measured.
+
+**Step time** = overhead_s / min(1, e) + FLOP * per_flop_s / e, with e = the cores (or share of the GPU) the agent can
+use. Speeds are per core and an observation counts by the cores the agent really used, so a prediction follows the live
+load at once while foreign load never spoils what was learned. One `Fit` per device and bits; bits not yet met on a
+device take the speed of those that were, times `BITS_TIME`; a device not yet met takes the median of the fleet.
+
+**Memory** = agent + weights(bits) + 16 B per trained parameter + 4 B per frozen one + the larger of the micro-batch's
+activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and one layer twice in fp32 lie beside it at
+the worst moment. Once the device has trained at these bits, its measured peak replaces the sum, moved only by the
+difference in batch and adapter. A batch that ran out of memory is a hard bound for those bits.
+
+Every prediction comes with the readings it rests on.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from coordinator.core.facts import ModelFacts
+from coordinator.core.planning.base import RoundReport
+from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
+from coordinator.core.planning.fit import BAND, Fit
+from coordinator.core.planning.readings import MIB, Capacity, capacity
+from coordinator.core.planning.reasons import mebibytes, plural, seconds
+from shared.jobs import Bits, JobSpec
+from shared.messages import DeviceInfo, Load, UpdateFacts, Work
+
+BITS_TIME: Mapping[int, float] = {32: 1.0, 16: 1.0, 8: 1.05, 4: 1.3}
+"""Step time against fp32 before a device measured its own."""
+CPU_FLOPS, GPU_FLOPS = 8e9, 5e12
+"""Per core and per GPU, before anything was measured. Only ratios matter then: all devices start alike."""
+AGENT_BYTES, SMALL_AGENT_BYTES = 256 * MIB, 48 * MIB
+"""Agent without a model where a device tells none: with torch, and the one of `least_squares`."""
+CUDA_BYTES = 400 * MIB
+"""A CUDA context, which the allocator's figures do not contain."""
+LOADING_BYTES = 32 * MIB
+LEAST_CORES = 0.01
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """Peak of the agent's memory with this work, in bytes."""
+
+    peak: int
+    micro: int
+    adapter_params: int
+
+
+class DeviceModel(msgspec.Struct, frozen=True, kw_only=True):
+    """What one device taught. Keys are bits as text, since maps on disk have text keys."""
+
+    fits: dict[str, Fit] = {}
+    peaks: dict[str, Measured] = {}
+    limits: dict[str, int] = {}
+    """Largest batch that fits, as met by running out of memory; 0: none."""
+    gpu: bool = False
+    occupancy: float = 1.0
+    """Share of an undisturbed device's cores that the agent uses; held like the values of a `Fit`."""
+    occupancy_now: float = 1.0
+    activation_scale: float = 0.0
+    """Measured against estimated activations; 0: not yet known."""
+    agent_bytes: int = 0
+    """Agent as measured with a base loaded, less what the base should take."""
+    own_bytes: int = 0
+    """What the agent held at the end of the last round."""
+
+
+class Pace(NamedTuple):
+    """Step time at one capacity, linear in the batch."""
+
+    fixed_s: float
+    per_sample_s: float
+    source: str
+
+    def step_s(self, batch: int) -> float:
+        """Seconds per optimizer step."""
+        return self.fixed_s + self.per_sample_s * batch
+
+
+class CostModel(msgspec.Struct, frozen=True, kw_only=True):
+    """All that was learned of a fleet; `learn` returns a new one."""
+
+    devices: dict[str, DeviceModel] = {}
+    cpu: tuple[float, float] = (0.0, 1 / CPU_FLOPS)
+    """(overhead_s, per_flop_s) per core at 32 bits: the median of the fleet."""
+    gpu: tuple[float, float] = (0.0, 1 / GPU_FLOPS)
+    activation_scale: float = 1.0
+    """Median of the fleet."""
+
+    def pace(self, device: str, need: Demand, bits: Bits, free: Capacity) -> Pace:
+        """Step time of `device` over a base of `bits` with `free` to use."""
+        known = self.devices.get(device)
+        overhead, per_flop, source = self._speed(known, bits, free.gpu)
+        used = usable(free, known)
+        return Pace(overhead / min(used, 1.0), need.flop * per_flop / used, source)
+
+    def step(self, device: str, need: Demand, bits: Bits, batch: int, free: Capacity) -> tuple[float, str]:
+        """Seconds per optimizer step, with the readings used."""
+        pace = self.pace(device, need, bits, free)
+        value = pace.step_s(batch)
+        return value, f"step {seconds(value)} ({pace.source}) at {free}"
+
+    def memory(self, device: str, need: Demand, bits: Bits, batch: int, info: DeviceInfo) -> tuple[float, str]:
+        """Bytes at the worst moment of a round, with the readings used; never falling with the batch."""
+        known = self.devices.get(device) or _UNKNOWN
+        per_sample = need.activation_bytes(bits) * (known.activation_scale or self.activation_scale)
+        context = CUDA_BYTES if info.gpus else 0
+        agent = context + (known.agent_bytes or info.agent_bytes or _agent_bytes(need))
+        met = known.peaks.get(str(bits))
+        if met is not None:
+            peak = context + met.peak
+            changed = (need.micro(batch) - met.micro) * per_sample
+            changed += BYTES_TRAINED * (need.adapter_params - met.adapter_params)
+            # Less work can't free the base itself, however large the estimate of its activations.
+            least = min(peak, agent + need.weight_bytes(bits))
+            return max(peak + changed, least), f"measured {mebibytes(peak)} with {met.micro} samples at once"
+        activations = need.micro(batch) * per_sample
+        loading = LOADING_BYTES + 8 * need.largest
+        # The worst moment is loading or training, never both.
+        value = agent + need.fixed_bytes(bits) + max(activations, loading)
+        parts = f"agent {mebibytes(agent)}, base {mebibytes(need.weight_bytes(bits))}"
+        return value, f"{parts}, activations {mebibytes(activations)} or loading {mebibytes(loading)}"
+
+    def batch_limit(self, device: str, bits: Bits) -> int | None:
+        """The largest batch that fits, where memory ran out before; 0: none at these bits."""
+        known = self.devices.get(device)
+        return None if known is None else known.limits.get(str(bits))
+
+    def own_bytes(self, device: str, info: DeviceInfo) -> int:
+        """What the agent holds now, by its last measurement or its size before a model is loaded."""
+        known = self.devices.get(device)
+        return max(info.agent_bytes, known.own_bytes if known is not None else 0)
+
+    def learn(self, report: RoundReport) -> CostModel:
+        """The model that also knows `report`. Speeds are learned where the report names the job and the base."""
+        devices = dict(self.devices)
+        known_needs: dict[tuple[tuple[str, int], ...], Demand] = {}
+        for device, work in sorted(report.works.items()):
+            found = devices.get(device) or _UNKNOWN
+            result, load = report.results.get(device), report.loads.get(device)
+            found = _with_limits(found, work, result, report.batch_limits.get(device))
+            if result is not None:
+                if report.facts is not None and report.job is not None:
+                    need = _demand_of(report.facts, report.job, work, known_needs)
+                    found = _with_speed(found, need, result, load)
+                    found = _with_memory(found, need, result, self.activation_scale)
+                found = replace(found, own_bytes=result.peak_bytes or found.own_bytes)
+            if found is not _UNKNOWN:
+                devices[device] = found
+        return CostModel(
+            devices=devices,
+            cpu=_median_speed(devices, gpu=False) or self.cpu,
+            gpu=_median_speed(devices, gpu=True) or self.gpu,
+            activation_scale=statistics.median(
+                [d.activation_scale for d in devices.values() if d.activation_scale] or [1.0]
+            ),
+        )
+
+    def _speed(self, known: DeviceModel | None, bits: Bits, gpu: bool) -> tuple[float, float, str]:
+        """(overhead_s, per_flop_s, where they are from)."""
+        if known is not None and known.fits:
+            fit = known.fits.get(str(bits))
+            if fit is not None:
+                return fit.overhead_s, fit.per_flop_s, f"fitted on {plural(fit.rounds, 'round')}"
+            other, fit = max(known.fits.items(), key=lambda item: (item[1].rounds, item[0]))
+            ratio = BITS_TIME[bits] / BITS_TIME[int(other)]
+            return fit.overhead_s * ratio, fit.per_flop_s * ratio, f"from {plural(fit.rounds, 'round')} at {other} bits"
+        overhead, per_flop = self.gpu if gpu else self.cpu
+        ratio = BITS_TIME[bits]
+        return overhead * ratio, per_flop * ratio, "median of the fleet" if self.devices else "assumed speed"
+
+
+_UNKNOWN = DeviceModel()
+
+
+def usable(free: Capacity, known: DeviceModel | None) -> float:
+    """Cores (or share of the GPU) the agent will get: what is free, but no more than it uses undisturbed."""
+    if free.gpu or known is None:
+        return max(free.free, LEAST_CORES)
+    return max(min(free.free, known.occupancy * free.cores), LEAST_CORES)
+
+
+def _agent_bytes(need: Demand) -> int:
+    return SMALL_AGENT_BYTES if need.kind == "least_squares" else AGENT_BYTES
+
+
+def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: dict[tuple[tuple[str, int], ...], Demand]) -> Demand:
+    """The demand of `work`; most works of a round share one."""
+    key = tuple(sorted(work.ranks.items()))
+    if key not in known:
+        known[key] = demand(facts, job, work.ranks)
+    return known[key]
+
+
+def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met: int | None) -> DeviceModel:
+    bits = str(result.bits if result is not None else work.bits)
+    told = [limit for limit in (found.limits.get(bits), met) if limit is not None]
+    if result is not None and result.batch_limit:
+        told.append(result.batch_limit)
+    return replace(found, limits={**found.limits, bits: min(told)}) if told else found
+
+
+def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Load | None) -> DeviceModel:
+    if result.step_s <= 0 or result.steps < 1 or result.batch < 1:
+        return found
+    free = capacity(None, load)
+    found = replace(found, gpu=free.gpu)
+    if free.gpu:
+        used = free.free
+    elif result.cores_used > 0:
+        found = _with_occupancy(found, free, result.cores_used) if load is not None else found
+        used = result.cores_used
+    elif load is not None:
+        used = usable(free, found)
+    else:
+        return found  # Nothing says how much of the device was used.
+    used = max(used, LEAST_CORES)
+    bits = str(result.bits)
+    fit = found.fits.get(bits, Fit()).learn(1 / min(used, 1.0), need.flop * result.batch / used, result.step_s)
+    return replace(found, fits={**found.fits, bits: fit})
+
+
+def _with_occupancy(found: DeviceModel, free: Capacity, used: float) -> DeviceModel:
+    """Learned undisturbed only; it rises fast and falls slowly, for a load that came late is no lasting loss."""
+    if free.foreign > 0:
+        return found
+    seen = min(1.0, used / free.cores)
+    if not found.fits:
+        return replace(found, occupancy=seen, occupancy_now=seen)
+    now = found.occupancy_now + (0.5 if seen > found.occupancy_now else 0.2) * (seen - found.occupancy_now)
+    held = found.occupancy if 1 / BAND <= now / found.occupancy <= BAND else now
+    return replace(found, occupancy=held, occupancy_now=now)
+
+
+def _with_memory(found: DeviceModel, need: Demand, result: UpdateFacts, fleet_scale: float) -> DeviceModel:
+    if not result.peak_bytes or result.batch < 1:
+        return found
+    bits = str(result.bits)
+    met = Measured(peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params)
+    before = found.peaks.get(bits)
+    if before is not None and (before.micro, before.adapter_params) == (met.micro, met.adapter_params):
+        # A slightly lower peak is noise: keep the higher one, so that no batch flaps at the edge of memory.
+        met = before if 0.9 * before.peak <= met.peak <= before.peak else met
+    found = replace(found, peaks={**found.peaks, bits: met})
+    if not 0 < result.base_bytes <= result.peak_bytes:
+        return found
+    base = need.weight_bytes(result.bits) + BYTES_LOADED * need.adapter_params
+    agent = max(1, int(result.base_bytes - base))
+    return replace(
+        found, agent_bytes=agent, activation_scale=_scale(found.activation_scale or fleet_scale, need, result)
+    )
+
+
+def _scale(before: float, need: Demand, result: UpdateFacts) -> float:
+    """Measured against estimated activations.
+
+    Peak less base is an upper bound of the activations in any round, so a lower ratio is believed half; a higher one at
+    once, unless the base was loaded in that round: then loading may have made the peak.
+    """
+    states = (BYTES_TRAINED - BYTES_LOADED) * need.adapter_params
+    estimate = need.micro(result.batch) * need.activation_bytes(result.bits)
+    if estimate <= 0:
+        return before
+    seen = min(20.0, max(0.05, (result.peak_bytes - result.base_bytes - states) / estimate))
+    return seen if seen > before and result.load_s == 0 else (before + seen) / 2
+
+
+def _median_speed(devices: Mapping[str, DeviceModel], *, gpu: bool) -> tuple[float, float] | None:
+    """(overhead_s, per_flop_s) at 32 bits of the median device of a kind."""
+    overheads: list[float] = []
+    per_flops: list[float] = []
+    for known in devices.values():
+        if known.gpu == gpu and known.fits:
+            bits, fit = max(known.fits.items(), key=lambda item: (item[1].rounds, item[0]))
+            overheads.append(fit.overhead_s / BITS_TIME[int(bits)])
+            per_flops.append(fit.per_flop_s / BITS_TIME[int(bits)])
+    return (statistics.median(overheads), statistics.median(per_flops)) if per_flops else None

@@ -1,0 +1,158 @@
+"""What a piece of work costs, whichever device does it: FLOP, parameters, activations, bytes on the link.
+
+    FLOP per sample = tokens * [2*P_f + 2*P_b + 6*sum_m r_m*(o_m + n_m)]
+
+P_f: parameters a forward pass multiplies with; P_b: those above the lowest tuned block, through which the gradient goes
+(frozen weights need no weight gradient). Our own derivation; the activations are an estimate that measurement corrects.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from coordinator.core.facts import ModelFacts, ModuleSpec
+from coordinator.core.planning.reasons import mebibytes
+from shared.errors import UserError
+from shared.jobs import BaseSpec, Bits, Codec, JobSpec, TaskKind
+
+BYTES_LINEAR: Mapping[int, float] = {32: 4.0, 16: 2.0, 8: 1 + 4 / 64, 4: 0.5 + 4 / 64}
+"""Bytes per weight of a linear layer; below 16 bits with an fp32 scale per block of 64."""
+BYTES_CODEC: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}
+BYTES_TRAINED = 16
+"""Per trained parameter: weight, gradient and two moments of AdamW, all fp32."""
+BYTES_LOADED = 4
+"""Of these, what already lies in memory before the first step."""
+
+
+class Demand(msgspec.Struct, frozen=True, kw_only=True):
+    """Costs of a work; `flop` and `activations` (bytes at fp32) are per sample."""
+
+    flop: float
+    activations: float
+    adapter_params: int
+    """Trained: the factors of all modules and the dense tensors."""
+    frozen_params: int
+    """The rest of the global adapter, riding along frozen; an upper bound."""
+    linear_params: int
+    other_params: int
+    largest: int
+    """Parameters of the largest single linear layer: what quantizing holds beside the model."""
+    accumulation: int
+    kind: TaskKind
+
+    def micro(self, batch: int) -> int:
+        """Samples whose activations are in memory at once."""
+        return -(-batch // self.accumulation)
+
+    def activation_bytes(self, bits: Bits) -> float:
+        """Activations per sample at the precision that a base of `bits` computes in."""
+        # bf16 halves all but the softmax and the loss.
+        return self.activations * (1.0 if bits == 32 else 0.6)
+
+    def weight_bytes(self, bits: Bits) -> float:
+        """The frozen base in memory: linear layers at `bits`, the rest in fp32 or, below 32 bits, bf16."""
+        return self.linear_params * BYTES_LINEAR[bits] + self.other_params * (4 if bits == 32 else 2)
+
+    def fixed_bytes(self, bits: Bits) -> float:
+        """All that does not grow with the batch, without the agent itself."""
+        return self.weight_bytes(bits) + BYTES_TRAINED * self.adapter_params + 4 * self.frozen_params
+
+
+def tuned_modules(facts: ModelFacts, base: BaseSpec) -> list[ModuleSpec]:
+    """The modules that the job tunes, by name. Raises `UserError` where there are none."""
+    wanted = base.targets
+    found = [
+        module
+        for module in facts.modules
+        if not wanted or any(module.name == last or module.name.endswith(f".{last}") for last in wanted)
+    ]
+    if not found:
+        names = sorted({module.name.rpartition(".")[2] for module in facts.modules})
+        raise UserError(f"base.targets {wanted}: no such linear layer; there are {', '.join(names) or 'none'}")
+    return sorted(found, key=lambda module: module.name)
+
+
+def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_rank: int = 0) -> Demand:
+    """The costs of tuning with `ranks` (module -> rank; 0 or absent: not tuned).
+
+    `global_rank`: an upper bound of the global adapter's rank per module.
+    """
+    tuned = [(module, rank) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
+    factors = sum(rank * (module.out + module.inp) for module, rank in tuned)
+    tokens = 1 if job.task.kind == "least_squares" else job.task.max_tokens
+    # A causal model multiplies with its token matrix once more for the logits.
+    logits = facts.other_params if job.task.kind == "causal" else 0
+    depth = _depth(facts, [module for module, _ in tuned])
+    forward = facts.linear_params + logits
+    backward = facts.linear_params * depth + logits
+    return Demand(
+        flop=float(tokens * (2 * forward + 2 * backward + 6 * factors)),
+        activations=_activations(facts, job, tokens, depth),
+        adapter_params=factors + dense_params(facts),
+        frozen_params=global_params(facts.modules, global_rank),
+        linear_params=facts.linear_params,
+        other_params=facts.other_params,
+        largest=max((module.out * module.inp for module in facts.modules), default=0),
+        accumulation=job.training.accumulation,
+        kind=job.task.kind,
+    )
+
+
+def dense_params(facts: ModelFacts) -> int:
+    """Parameters that are tuned densely."""
+    return sum(math.prod(shape) for shape in facts.dense.values())
+
+
+def global_params(modules: Iterable[ModuleSpec], rank: int) -> int:
+    """Parameters of a global adapter of at most `rank` per module: factors, or the whole matrix where that is less."""
+    return sum(
+        min(kept * (module.out + module.inp + 1), module.out * module.inp)
+        for module in modules
+        if (kept := min(rank, module.out, module.inp)) > 0
+    )
+
+
+def traffic(facts: ModelFacts, ranks: Mapping[str, int], global_rank: int, codec: Codec) -> tuple[int, int, str]:
+    """(download, upload, explanation) of one device and round, in bytes.
+
+    Down: the global adapter of at most `global_rank`, once, in fp32. Up: the trained factors and the head at `codec`.
+    """
+    dense = dense_params(facts)
+    tuned = [(module, rank) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
+    down = 4 * (global_params([module for module, _ in tuned], global_rank) + dense)
+    width = BYTES_CODEC[codec]
+    up = width * (sum(rank * (module.out + module.inp) for module, rank in tuned) + dense)
+    if codec == "int8":
+        up += 4 * (sum(rank + module.out for module, rank in tuned) + sum(shape[0] for shape in facts.dense.values()))
+    why = (
+        f"download {mebibytes(down)} (global rank {global_rank}), upload {mebibytes(up)} "
+        f"({len(tuned)} modules and {dense} dense parameters at {width} B)"
+    )
+    return down, up, why
+
+
+def _depth(facts: ModelFacts, tuned: list[ModuleSpec]) -> float:
+    """Share of the blocks that the gradient passes: from the lowest tuned one to the output."""
+    if facts.blocks <= 0 or not tuned:
+        return 1.0 if tuned else 0.0
+    # A module outside the blocks may lie before them.
+    lowest = min(max(module.block, 0) for module in tuned)
+    return 1.0 - lowest / facts.blocks
+
+
+def _activations(facts: ModelFacts, job: JobSpec, tokens: int, depth: float) -> float:
+    """Bytes per sample that backward needs, at fp32.
+
+    Per token and block: 8 widths around attention and norms, 2 in the feed-forward part, and 2 rows of attention scores
+    per head. MiniLM (6 blocks, 384, 12 heads) with 16 x 64 tokens: 180 MiB, 172 MiB measured. A causal model adds
+    logits, their softmax and their gradient.
+    """
+    intermediate = facts.intermediate or 4 * facts.hidden
+    if job.task.kind == "least_squares":
+        return 4.0 * (facts.hidden + facts.linear_params / max(1, facts.hidden)) * 2
+    per_block = 8 * facts.hidden + 2 * intermediate + 2 * facts.heads * tokens
+    vocabulary = facts.other_params / max(1, facts.hidden) if job.task.kind == "causal" else 0.0
+    return 4.0 * tokens * (facts.blocks * per_block * depth + 3 * vocabulary)

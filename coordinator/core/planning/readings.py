@@ -1,0 +1,117 @@
+"""What a device has free for training by its telemetry: compute and memory. The one place that interprets a load.
+
+**Compute.** A quota of `cores`, of which something else takes `foreign`. An idle agent sees a foreign process take all
+of the quota, and the same process take half of it while the agent trains; the scheduler shares fairly by thread, so the
+agent can count on `own threads / all threads`, even where nothing seems left. Both readings then give the same share:
+the plan does not depend on the moment of the reading. On a GPU, the share not used by others; time slices leave half.
+
+**Memory.** `limit` is what training may use (cgroup limit or RAM, or the smallest GPU). A reserve of 5 %, at least
+64 MiB, stays free. What is used beyond the agent's own last measured size is foreign: below the reserve it is absorbed
+by it (so that a jitter of page cache moves nothing), above it is subtracted.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from coordinator.core.planning.reasons import mebibytes
+from shared.messages import DeviceInfo, Load
+
+MIB = 2**20
+DAEMON_BYTES = 48 * MIB
+"""Resident memory of the daemon itself: own use that no agent's measurement contains."""
+QUIET_CORES, QUIET_SHARE = 0.05, 0.1
+"""Foreign use below so many cores or this share of the device is jitter and counts as none."""
+
+
+class Capacity(NamedTuple):
+    """Compute of a device: `cores` in all (1.0 for a GPU), `foreign` used by others, `free` for the agent."""
+
+    cores: float
+    foreign: float
+    free: float
+    gpu: bool
+
+    def undisturbed(self) -> Capacity:
+        """The same device with nothing else running on it."""
+        return Capacity(self.cores, 0.0, self.cores, self.gpu)
+
+    def __str__(self) -> str:
+        if self.gpu:
+            return f"{self.free:.2f} of the GPU free (foreign {self.foreign:.2f} of 1.00)"
+        return f"{self.free:.2f} free cores (foreign {self.foreign:.2f} of {self.cores:.2f})"
+
+
+class Budget(NamedTuple):
+    """Memory that a plan may fill, in bytes. `limit` 0: the device told none, nothing is bounded."""
+
+    bytes: int
+    limit: int
+    reserve: int
+    foreign: int
+
+    def __str__(self) -> str:
+        if not self.limit:
+            return "no memory limit (0 MiB reported)"
+        parts = f"limit {mebibytes(self.limit)}, reserve {mebibytes(self.reserve)}, foreign {mebibytes(self.foreign)}"
+        return f"{mebibytes(self.bytes)} memory budget ({parts})"
+
+    def holds(self, size: float) -> bool:
+        """Whether `size` bytes fit."""
+        return not self.limit or size <= self.bytes
+
+
+def capacity(info: DeviceInfo | None, load: Load | None) -> Capacity:
+    """The compute free for training by the last load, or by the capability alone where there is none."""
+    if (info is not None and info.gpus) or (info is None and load is not None and load.gpus):
+        foreign = _quiet(_foreign_gpu(load), 1.0)
+        return Capacity(1.0, foreign, max(1.0 - foreign, 0.5), True)
+    cores = (load.cores if load is not None else 0.0) or (info.cores if info is not None else 0.0) or 1.0
+    foreign = _quiet(min(load.foreign_cores, cores) if load is not None else 0.0, cores)
+    if foreign == 0.0:
+        return Capacity(cores, 0.0, cores, False)
+    own_threads, foreign_threads = math.ceil(cores), math.ceil(foreign)
+    fair = cores * own_threads / (own_threads + foreign_threads)
+    return Capacity(cores, foreign, max(cores - foreign, fair), False)
+
+
+def budget(info: DeviceInfo, load: Load | None, own_bytes: int) -> Budget:
+    """The memory a plan may fill. `own_bytes`: what the agent holds by its last measurement."""
+    found = _gpu_memory(info, load) if info.gpus else None
+    # A Jetson's GPU has no memory of its own: the machine's is shared.
+    limit, foreign = found or _host_memory(info, load, own_bytes)
+    reserve = max(limit // 20, 64 * MIB) if limit else 0
+    if foreign <= reserve:
+        foreign = 0
+    return Budget(max(0, limit - reserve - foreign), limit, reserve, foreign)
+
+
+def _quiet(foreign: float, cores: float) -> float:
+    return foreign if foreign >= max(QUIET_CORES, QUIET_SHARE * cores) else 0.0
+
+
+def _foreign_gpu(load: Load | None) -> float:
+    """Share of the busiest GPU that others use: while our agent idles, all that is used is theirs."""
+    if load is None or load.phase != "idle":
+        return 0.0
+    return min(1.0, max((gpu.utilization or 0.0 for gpu in load.gpus), default=0.0))
+
+
+def _gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int] | None:
+    """(limit, foreign): of the smallest listed GPU, and of the one that others fill most. One agent serves each GPU."""
+    seen = load.gpus if load is not None else []
+    sizes = [gpu.memory_bytes for gpu in info.gpus if gpu.memory_bytes]
+    sizes = sizes or [gpu.memory_total for gpu in seen if gpu.memory_total]
+    return (min(sizes), max((gpu.foreign_memory or 0 for gpu in seen), default=0)) if sizes else None
+
+
+def _host_memory(info: DeviceInfo, load: Load | None, own_bytes: int) -> tuple[int, int]:
+    """(limit, foreign). An owner's limit below the machine's bounds us, not the others."""
+    if load is None or not load.memory_limit:
+        return info.memory_bytes, 0
+    limit = min(load.memory_limit, info.memory_bytes or load.memory_limit)
+    if not load.memory_available:
+        return limit, 0
+    foreign = max(0, load.memory_limit - load.memory_available - own_bytes - DAEMON_BYTES)
+    return limit, max(0, foreign - (load.memory_limit - limit))

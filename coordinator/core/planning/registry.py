@@ -1,0 +1,25 @@
+"""Planners by the name a job gives in `strategy.name`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+
+from coordinator.core.planning.base import Planner
+from coordinator.core.planning.uniform import UniformPlanner
+from shared.errors import UserError
+from shared.jobs import StrategySpec
+
+PLANNERS: Mapping[str, Callable[[], Planner]] = {"uniform": UniformPlanner}
+"""Name -> a planner that has seen nothing yet."""
+
+
+def create(strategy: StrategySpec) -> Planner:
+    """A fresh planner for `strategy`. Raises `UserError` naming the known ones."""
+    if strategy.name not in PLANNERS:
+        near = difflib.get_close_matches(strategy.name, PLANNERS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"strategy.name {strategy.name!r:.80}: no such planner, use {', '.join(sorted(PLANNERS))}{hint}"
+        )
+    return PLANNERS[strategy.name]()

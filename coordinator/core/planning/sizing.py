@@ -1,0 +1,161 @@
+"""Bits from memory, batch from speed and live load: what every planner asks for each device, with the reasons.
+
+Nothing here remembers the last plan: a foreign load lowers the batch in the very next plan, and its removal gives the
+old plan back. What keeps noise from moving batches lies elsewhere: speeds are held within a band (`fit`), small foreign
+readings count as none (`readings`), the round target does not depend on live load and leaves `SLACK`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from coordinator.core.planning.base import Candidate
+from coordinator.core.planning.cost_model import CostModel
+from coordinator.core.planning.demand import Demand
+from coordinator.core.planning.readings import Budget, Capacity, budget, capacity
+from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
+from shared.jobs import Bits, JobSpec, StrategySpec
+from shared.messages import DeviceInfo
+
+SLACK = 1.1
+"""The round target is the median device's time with so much allowance: a device a little slower keeps its batch."""
+SMALL_MARGIN = 0.8
+"""Cautious bits are taken where more than this share of the memory budget would be filled."""
+
+
+class Seat(NamedTuple):
+    """A device that may take part: what it offers in this round. `caution`: why to be careful, else empty."""
+
+    device: str
+    info: DeviceInfo
+    free: Capacity
+    budget: Budget
+    rows: int
+    caution: str
+
+
+class Target(NamedTuple):
+    """Seconds that all devices' local steps should take together at most."""
+
+    seconds: float
+    steps: int
+
+
+def batch_sizes(strategy: StrategySpec, accumulation: int) -> tuple[int, ...]:
+    """The batches to choose from, rising: the job's batch halved and doubled inside its bounds, and the lower bound.
+
+    Multiples of `accumulation` where there are any, so that no micro-batch is smaller than the others.
+    """
+    least, most = strategy.batch_min, max(strategy.batch_min, strategy.batch_max)
+    size = middle = min(max(strategy.batch, least), most)
+    found = {least, middle}
+    while size % 2 == 0 and size // 2 >= least:
+        size //= 2
+        found.add(size)
+    size = middle
+    while size * 2 <= most:
+        size *= 2
+        found.add(size)
+    whole = {size for size in found if size % accumulation == 0}
+    return tuple(sorted(whole or found))
+
+
+def seat(candidate: Candidate, job: JobSpec, fresh_s: float, model: CostModel) -> Seat | str:
+    """What the candidate offers, or why it can't take part."""
+    info, load = candidate.info, candidate.load
+    if info.problem:
+        return f"reports a problem: {info.problem}"
+    if not info.bits:
+        return "no precision proven yet"
+    data = info.datasets.get(job.task.dataset)
+    if data is None:
+        has = ", ".join(sorted(info.datasets)[:5]) or "none"
+        return f"no data set {job.task.dataset!r} (it has {has})"
+    if data.rows < 1:
+        return f"data set {job.task.dataset!r} has 0 rows"
+    caution = ""
+    if load is None:
+        caution = "no telemetry yet"
+    elif candidate.load_age_s > fresh_s:
+        caution = f"telemetry is {candidate.load_age_s:.0f} s old (limit {fresh_s:g} s)"
+    own = model.own_bytes(candidate.device, info)
+    return Seat(candidate.device, info, capacity(info, load), budget(info, load, own), data.rows, caution)
+
+
+def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least: int) -> tuple[Bits, str] | str:
+    """The largest proven bits whose memory holds `least` samples per step, with the reason; or why none will do."""
+    asked = job.strategy.bits
+    proven: list[Bits] = sorted(place.info.bits, reverse=True)
+    if asked != "auto":
+        if asked not in proven:
+            return f"{asked} bits not proven here (proven: {', '.join(map(str, sorted(proven)))})"
+        proven = [asked]
+    told: list[str] = []
+    fitting: list[tuple[Bits, float, str]] = []
+    for bits in proven:
+        limit = model.batch_limit(place.device, bits)
+        if limit is not None and limit < least:
+            told.append(f"{bits} bits ran out of memory above batch {limit}")
+            continue
+        size, why = model.memory(place.device, need, bits, least, place.info)
+        if place.budget.holds(size):
+            fitting.append((bits, size, why))
+            if not place.caution or len(fitting) == 2:
+                break
+        else:
+            told.append(f"{bits} bits would take {mebibytes(size)}")
+    if not fitting:
+        return f"memory: {'; '.join(told)} at batch {least}, over {place.budget}"
+    bits, size, why = fitting[0]
+    if len(fitting) == 2 and place.budget.limit and size > SMALL_MARGIN * place.budget.bytes:
+        told.append(f"{place.caution}: cautious {fitting[1][0]} bits instead of {bits}, which takes {mebibytes(size)}")
+        bits, size, why = fitting[1]
+    return bits, word("bits", bits, f"{mebibytes(size)} at batch {least} ({why})", str(place.budget), *told)
+
+
+def choose_batch(
+    place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...], target: Target
+) -> tuple[int, float, str]:
+    """(batch, seconds per step, reason): the largest of `sizes` that data and memory hold and that meets the target.
+
+    `bits` must hold the smallest size (`choose_bits`). Where telemetry is old, the next batch of at most half.
+    """
+    held, note = _held(place, need, bits, model, sizes)
+    pace = model.pace(place.device, need, bits, place.free)
+    in_time = [size for size in held if target.steps * pace.step_s(size) <= target.seconds]
+    batch = in_time[-1] if in_time else held[0]
+    if batch < held[-1]:
+        above = held[held.index(batch) + 1]
+        note = f"{above} would take {seconds(target.steps * pace.step_s(above))}"
+    notes = [note]
+    if place.caution:
+        halved = [size for size in held if size <= batch // 2] or held[:1]
+        notes.append(
+            f"{place.caution}: cautious batch {halved[-1]} instead of {batch}"
+            if halved[-1] < batch
+            else f"{place.caution}: batch {batch} is the least already"
+        )
+        batch = halved[-1]
+    step_s, why = model.step(place.device, need, bits, batch, place.free)
+    met = target.steps * step_s <= target.seconds
+    if not met:
+        notes.append("the least batch all the same")
+    reading = f"{why}, {plural(target.steps, 'step')} {seconds(target.steps * step_s)}"
+    bound = f"{seconds(target.seconds)} round target"
+    return batch, step_s, word("batch", batch, reading, bound, *notes, verb="meets" if met else "exceeds")
+
+
+def _held(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...]) -> tuple[list[int], str]:
+    """The sizes that data and memory hold, rising and never empty, and what stopped the next one."""
+    limit = model.batch_limit(place.device, bits)
+    held: list[int] = []
+    for size in sizes:
+        if size > place.rows:
+            return held or [place.rows], f"the data set has {plural(place.rows, 'row')}"
+        if limit is not None and size > limit:
+            return held, f"{size} ran out of memory before (limit {limit})"
+        taken, _ = model.memory(place.device, need, bits, size, place.info)
+        if held and not place.budget.holds(taken):
+            return held, f"{size} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
+        held.append(size)
+    return held, f"{sizes[-1]} is the largest batch of the job"

@@ -1,0 +1,203 @@
+"""The worker that knows the model: facts of a base, round 0's adapter, evaluation on held-out data.
+
+`python -m coordinator.workers.model_worker --read-fd R --write-fd W`; keeps the base and the data loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from coordinator.core.facts import Metrics, ModelFacts, ModuleSpec
+from coordinator.workers.protocol import (
+    Evaluate,
+    Evaluated,
+    Exit,
+    Prepare,
+    Prepared,
+    ToWorker,
+    WorkerBeat,
+    WorkerFailed,
+)
+from shared import logs
+from shared.errors import DecodeError, UserError
+from shared.frames import FrameReader, FrameWriter
+from shared.jobs import JobSpec
+
+log = logging.getLogger(__name__)
+BEAT_S = 2.0
+
+
+@dataclass
+class _Held:
+    """What stays loaded: one base, its digest, its tokenised data."""
+
+    key: tuple[object, ...] = ()
+    base: Any = None
+    digest: str = ""
+    store: Any = None
+
+
+@dataclass
+class ModelWorker:
+    """Answers requests with the answer to send; `beat` is called now and then while one is served."""
+
+    writer: FrameWriter
+    _held: _Held = field(default_factory=_Held)
+    _last_beat: float = 0.0
+
+    def answer(self, request: Prepare | Evaluate) -> Prepared | Evaluated | WorkerFailed:
+        """Serve one request. The operator's faults become `WorkerFailed`, one line each."""
+        try:
+            if isinstance(request, Prepare):
+                return Prepared(facts=self._prepare(request))
+            return Evaluated(metrics=self._evaluate(request))
+        except (UserError, DecodeError) as error:
+            return WorkerFailed(reason=str(error), operator=isinstance(error, UserError))
+        except MemoryError:
+            return WorkerFailed(reason="out of memory while the model was loaded or evaluated", operator=True)
+
+    def beat(self, what: str) -> None:
+        """Say that work goes on, at most every `BEAT_S` seconds."""
+        now = time.monotonic()
+        if now - self._last_beat >= BEAT_S:
+            self._last_beat = now
+            self.writer.write(WorkerBeat(what=what))
+
+    def _prepare(self, request: Prepare) -> ModelFacts:
+        from shared import adapter
+        from shared.modeling import base_model
+
+        job = request.job
+        base = self._base(job, request.base_path)
+        if job.evaluation.data:
+            self._data(job)
+        modules = base.tunable(job.base.targets)
+        covered, others = base_model.count_parameters(base)
+        start = adapter.Adapter(
+            kind="global", job=job.name, round=0, base_digest=self._held.digest, factors={},
+            dense=base_model.fresh_head(base, job.seed),
+        )  # fmt: skip
+        _write(Path(request.adapter_path), adapter.write(start))
+        config = base.model.config
+        return ModelFacts(
+            modules=[ModuleSpec(name=m.name, out=m.out, inp=m.inp, block=m.block) for m in modules],
+            dense={name: list(tensor.shape) for name, tensor in sorted(base.head.items())},
+            base_digest=self._held.digest,
+            linear_params=covered,
+            other_params=others,
+            blocks=1 + max(linear.block for linear in base.linears.values()),
+            hidden=int(config.hidden_size),
+            heads=int(getattr(config, "num_attention_heads", 1)),
+            intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),
+        )
+
+    def _evaluate(self, request: Evaluate) -> Metrics:
+        from shared import adapter
+        from shared.modeling import evaluation, lora
+        from shared.modeling.faults import AdapterFault
+
+        job = request.job
+        if not job.evaluation.data:
+            raise UserError("evaluation.data: not set, so there is nothing to evaluate on")
+        base = self._base(job, request.base_path)
+        data = self._data(job, request.rows)
+        path = Path(request.adapter_path)
+        if not path.is_file():
+            raise AdapterFault(f"{path}: no such adapter file")
+        given = adapter.read_file(path)
+        if given.base_digest != self._held.digest:
+            raise AdapterFault(f"{path}: made for another base than {request.base_path}")
+        lora.merge(base, given)
+        found = evaluation.evaluate(base, data, job.evaluation.batch, self.beat)
+        return Metrics(
+            loss=found.loss, rows=found.rows, accuracy=found.accuracy, perplexity=found.perplexity,
+            seconds=found.seconds,
+        )  # fmt: skip
+
+    def _base(self, job: JobSpec, base_path: str) -> Any:
+        from shared.modeling import base_model, data, weights
+
+        _check_task(job)
+        folder = weights.resolve(base_path, job.base.revision)
+        digest = weights.base_digest(folder, _digest_cache())
+        key = (str(folder), digest, job.task.kind, len(job.task.labels))
+        if key != self._held.key:
+            self._held = _Held()
+            base = base_model.load(folder, job.task, beat=self.beat)
+            self._held = _Held(key, base, digest, data.DataStore())
+        return self._held.base
+
+    def _data(self, job: JobSpec, rows: int = 0) -> Any:
+        return self._held.store.load(
+            job.evaluation.data, job.task, self._held.base.tokenizer, self._held.digest, rows=rows, beat=self.beat
+        )
+
+
+def _check_task(job: JobSpec) -> None:
+    if job.task.kind == "classification" and len(job.task.labels) < 2:
+        raise UserError("task.labels: a classification needs two labels at least")
+    if job.task.kind == "least_squares":
+        raise UserError("task.kind least_squares: served by the least-squares worker, not by this one")
+
+
+def _digest_cache() -> Path | None:
+    folder = os.environ.get("MUSTER_WORKER_CACHE", "")
+    return Path(folder) / "digests.json" if folder else None
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def serve(read: BinaryIO, write: BinaryIO) -> int:
+    """Answer requests until `Exit` or the end of the pipe; the exit status."""
+    writer = FrameWriter(write)
+    reader: FrameReader[ToWorker] = FrameReader(read, ToWorker)  # type: ignore[arg-type]  # a union is no class
+    worker = ModelWorker(writer)
+    while True:
+        request = reader.read()
+        match request:
+            case Prepare() | Evaluate():
+                try:
+                    answer = worker.answer(request)
+                except Exception as error:  # noqa: BLE001  # the request loop: a fault of ours becomes an answer
+                    log.exception("request failed")
+                    answer = WorkerFailed(reason=f"{type(error).__name__}: {error}"[:300])
+                writer.write(answer)
+            case Exit() | None:
+                return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the subprocess."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--read-fd", type=int, required=True)
+    parser.add_argument("--write-fd", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    logs.set_up("muster-worker", os.environ.get("MUSTER_LOG_LEVEL", "INFO"))
+    threads = max(1, int(os.environ.get("MUSTER_WORKER_THREADS", "1")))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
+    with os.fdopen(arguments.read_fd, "rb") as read, os.fdopen(arguments.write_fd, "wb") as write:
+        import torch
+
+        torch.set_num_threads(threads)
+        try:
+            return serve(read, write)
+        except BrokenPipeError:
+            return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

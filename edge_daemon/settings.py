@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta
 
 from shared.settings import BrokerSettings, Section
@@ -20,10 +21,13 @@ class PolicySettings(Section, frozen=True, kw_only=True):
     foreign_limit: Annotated[float, Meta(gt=0)] = 0.9
     """Share of the device's cores that other programs may use before training pauses."""
     temperature_limit_c: float = 95.0
+    """Training pauses while the hottest sensor is above this."""
     memory_reserve_bytes: Annotated[int, Meta(ge=0)] = 0
     """Refuse work while less memory than this is available."""
     disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 512 * 1024 * 1024
+    """Refuse work while less than this is free where `state_dir` lies."""
     on_battery: bool = False
+    """Whether this device may train while it runs on battery."""
     share_labels: bool = False
     """Whether the label counts of the data sets may leave the device."""
     hub: bool = False
@@ -33,7 +37,8 @@ class PolicySettings(Section, frozen=True, kw_only=True):
 class AgentSettings(Section, frozen=True, kw_only=True):
     """The training subprocess."""
 
-    command: list[str] = [sys.executable, "-m", "edge_daemon.training.agent"]
+    command: list[str] = msgspec.field(default_factory=lambda: [sys.executable, "-m", "edge_daemon.training.agent"])
+    """The program; the daemon adds the numbers of the pipe's ends."""
     gpus: list[str] = []
     """UUIDs of the GPUs to use, one agent each; empty: all found, or the CPU where there is none."""
     threads: Annotated[int, Meta(ge=0)] = 0
@@ -48,7 +53,9 @@ class TelemetrySettings(Section, frozen=True, kw_only=True):
     """How often the load is read and sent."""
 
     idle_s: Annotated[float, Meta(gt=0)] = 10.0
+    """Seconds between two readings while there is no work."""
     busy_s: Annotated[float, Meta(gt=0)] = 3.0
+    """Seconds between two readings while there is work; the coordinator gives up a device after 12 s of silence."""
     change: Annotated[float, Meta(gt=0)] = 0.2
     """A change of a reading by this share is sent at once (read every second while training)."""
 
@@ -57,8 +64,11 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     """All of `edge.toml`."""
 
     fleet: Name
+    """The fleet this device belongs to."""
     device: Name
+    """Id of this device, unique in its fleet."""
     state_dir: str = "/var/lib/muster"
+    """Folder for models, adapters, checkpoints and updates not yet taken."""
     broker: BrokerSettings = BrokerSettings()
     data: dict[str, str] = {}
     """Name of a data set -> JSONL(.gz) file, or hub id."""
@@ -72,3 +82,4 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     reannounce_s: Annotated[float, Meta(gt=0)] = 5.0
     """Seconds after which a finished update is announced again while no one took it."""
     log_level: str = "INFO"
+    """DEBUG, INFO, WARNING or ERROR."""

@@ -40,21 +40,28 @@ class TaskSpec(Spec, frozen=True, kw_only=True):
     """What is learned, from which columns."""
 
     kind: TaskKind
+    """`least_squares` is the task of the test agent: no torch, no base model."""
     dataset: str
     """Name of a data set in the devices' `[data]` table, or a hub data set id its owner allows."""
     labels: list[str] = []
     """Names of the classes in the order of the label numbers (classification)."""
     text_field: str = "text"
+    """Column of the text (classification)."""
     label_field: str = "label"
+    """Column of the label number, from 0 (classification)."""
     prompt_field: str = "prompt"
+    """Column of the text that is given (causal)."""
     completion_field: str = "completion"
+    """Column of the text to generate; the loss is over its tokens alone (causal)."""
     max_tokens: Annotated[int, Meta(ge=4, le=32768)] = 64
+    """Tokens of a sample; longer ones are cut."""
 
 
 class RoundsSpec(Spec, frozen=True, kw_only=True):
     """How many rounds there are, and when one closes."""
 
     count: Positive = 3
+    """Rounds to commit."""
     min_devices: Positive = 1
     """A round is planned once so many devices are ready."""
     quorum: Share = 0.5
@@ -71,12 +78,17 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """Planner and aggregator, with their settings."""
 
     name: str = "uniform"
+    """The planner."""
     aggregator: str = "fsr"
+    """How updates become the next global adapter."""
     rank: Annotated[int, Meta(ge=1, le=1024)] = 8
+    """LoRA rank of every tuned layer; planners may ask less of a device."""
     batch: Positive = 16
     """The batch a device of median speed gets."""
     batch_min: Positive = 1
+    """The smallest batch a plan may ask for."""
     batch_max: Positive = 32
+    """The largest batch a plan may ask for."""
     bits: Literal["auto", 4, 8, 16, 32] = "auto"
     """Precision of the frozen base; auto: the largest proven on the device that its memory holds."""
     global_rank: Annotated[int, Meta(ge=1, le=4096)] = 64
@@ -89,9 +101,11 @@ class TrainingSpec(Spec, frozen=True, kw_only=True):
     """The local optimisation, the same on every device."""
 
     lr: Rate = 1e-3
+    """Learning rate of AdamW."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Over all rounds of the job, by round."""
     warmup_steps: Natural = 0
+    """Optimizer steps over which the learning rate rises from 0."""
     weight_decay: NonNegative = 0.0
     """On dense tensors only: decaying LoRA factors would decay the global model's directions."""
     accumulation: Positive = 1
@@ -99,6 +113,7 @@ class TrainingSpec(Spec, frozen=True, kw_only=True):
     alpha_ratio: Rate = 2.0
     """LoRA alpha divided by its rank, so the scaling."""
     max_grad_norm: NonNegative = 1.0
+    """Gradients are clipped to this norm; 0: not clipped."""
     checkpoint_every: Positive = 10
     """Optimizer steps between checkpoints on the device."""
     codec: Codec = "fp32"
@@ -113,6 +128,7 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     rows: Natural = 0
     """Rows used after each round, the first ones; 0: all."""
     batch: Positive = 64
+    """Rows evaluated at once."""
     worse_by: NonNegative = 0.1
     """A round whose loss is more than this share above the best is refused; three in a row pause the job."""
 
@@ -121,9 +137,11 @@ class JobSpec(Spec, frozen=True, kw_only=True):
     """One fine-tuning run."""
 
     name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,40}$")]
+    """What people call the job; its id adds a number."""
     base: BaseSpec
     task: TaskSpec
     seed: Natural = 0
+    """Of every random choice: order of samples, fresh factors, head."""
     rounds: RoundsSpec = RoundsSpec()
     strategy: StrategySpec = StrategySpec()
     training: TrainingSpec = TrainingSpec()

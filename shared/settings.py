@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -28,17 +29,29 @@ class BrokerSettings(Section, frozen=True, kw_only=True):
     """How to reach the broker. TLS is on when `cafile` is set."""
 
     host: str = "127.0.0.1"
+    """Name or address of the broker."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 1883
+    """TCP port of the broker; 8883 by custom with TLS."""
     cafile: str = ""
+    """PEM file of the authority that signed the broker's certificate; turns TLS on."""
     certfile: str = ""
+    """PEM file of this side's certificate, for brokers that ask for one."""
     keyfile: str = ""
+    """PEM file of the key of `certfile`."""
     username: str = ""
+    """Empty: log in without a name."""
     password_file: str = ""
+    """File that holds the password of `username`, alone."""
     keepalive_s: Annotated[int, Meta(ge=2, le=120)] = 30
+    """The broker takes a connection for lost after one and a half times this silence."""
     session_expiry_s: Annotated[int, Meta(ge=0)] = 3600
+    """How long the broker keeps the session of a client that is away."""
     will_delay_s: Annotated[int, Meta(ge=0)] = 5
+    """How long the broker waits before it tells the fleet that a client was lost."""
     reconnect_min_s: float = 1.0
+    """Bound of the first wait before a new connection; it doubles with every failure, the wait is random below it."""
     reconnect_max_s: float = 120.0
+    """Highest bound of that wait; a refused login waits so long at once."""
     window: Annotated[int, Meta(ge=1, le=1000)] = 16
     """QoS 1 messages that may be unacknowledged at once."""
     queue: Annotated[int, Meta(ge=1)] = 256
@@ -60,7 +73,7 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
     """The tables of TOML text; `source` names it in errors."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"{source}: not TOML: {error}") from error
 
 
@@ -103,6 +116,11 @@ def _value(wanted: Any, data: object, key: str, faults: list[str]) -> Any:
     inner = get_args(wanted)[0] if get_origin(wanted) is Annotated else wanted
     if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
         return _struct(inner, data, f"{key}.", faults)
+    if get_origin(inner) is dict and isinstance(data, dict):
+        return {name: _value(get_args(inner)[1], item, f"{key}.{name}", faults) for name, item in data.items()}
+    if isinstance(data, float) and not math.isfinite(data):
+        faults.append(f"{key}: expected a finite number, got {data}")
+        return None
     try:
         return msgspec.convert(data, wanted)
     except msgspec.ValidationError as error:

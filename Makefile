@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all check bench soak docs clean
+
+PYTHON := .venv/bin/python
+MUSTER := .venv/bin/muster
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Install what is missing (apt packages, .venv); quick when nothing changed
+	@scripts/setup.sh
+
+demo: setup ## Fine-tune MiniLM on four emulated devices over mosquitto; report and adapter in runs/demo
+	$(MUSTER) emulate --devices 4 --profile mixed --data docstrings --job examples/demo.toml --out runs/demo
+
+test: setup ## What every change must pass: checks, then all tests but the slow ones
+	@scripts/check
+	@scripts/test
+
+test-all: setup ## The same with the slow tests: the whole fault matrix, long runs
+	@scripts/check
+	@scripts/test --all
+
+check: setup ## Lint, format, types, import contracts
+	@scripts/check
+
+bench: setup ## Measure; writes bench/results.json and docs/benchmarks.md (keep the machine idle)
+	$(PYTHON) bench/run.py
+
+soak: setup ## Many rounds on a small fleet; fails when memory or file descriptors grow
+	$(PYTHON) bench/run.py --soak
+
+docs: setup ## Write the generated pages anew: docs/jobs.md, state-machines.md, benchmarks.md
+	$(PYTHON) scripts/settings_doc.py
+	$(PYTHON) scripts/machines_doc.py
+	$(PYTHON) bench/run.py --render
+
+clean: ## Remove .venv, caches, builds and runs
+	rm -rf .venv build dist runs .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

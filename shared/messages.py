@@ -185,8 +185,10 @@ class Ack(Message, frozen=True, kw_only=True):
     attempt: Natural
     verdict: Literal["accept", "reject", "failed"]
     reason: Text = ""
+    out_of_memory: bool = False
+    """Whether this answer was given because memory ran out."""
     batch_limit: Natural = 0
-    """Largest batch that fits the device's memory, once out of memory was met; 0: not known."""
+    """Largest batch that fits, where memory ran out; 0: none did."""
 
 
 class Progress(Message, frozen=True, kw_only=True):

@@ -31,6 +31,7 @@ def on_ack(turn: Turn, device: str, ack: Ack) -> None:
                 device=device,
                 verdict=verdict,
                 reason=ack.reason,
+                out_of_memory=ack.out_of_memory,
                 batch_limit=ack.batch_limit,
             )  # fmt: skip
         )

@@ -35,7 +35,9 @@ class Participant(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     blob: BlobRef | None = None
     facts: UpdateFacts | None = None
+    out_of_memory: bool = False
     batch_limit: int = 0
+    """Largest batch that fits, where memory ran out; 0: none did."""
 
 
 class Round(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,7 +108,10 @@ def apply(job: Job | None, record: rec.AnyRecord) -> Job:
             closed = replace(_current(job, record.round), counted=tuple(record.devices))
             return replace(job, phase="folding", round=closed)
         case rec.RoundRepeated():
-            return replace(job, phase="waiting", round=None, attempt=record.attempt, reason=record.reason)
+            learned = job.planner.learn(report(job, _current(job, record.round)))
+            return replace(
+                job, phase="waiting", round=None, attempt=record.attempt, reason=record.reason, planner=learned
+            )
         case rec.RoundFolded():
             folded = replace(_current(job, record.round), folded=record.adapter, residual=record.residual)
             return replace(job, phase="evaluating", round=folded)
@@ -147,12 +152,19 @@ def _answered(round: Round, record: rec.DeviceAnswered | rec.UpdateAdmitted | re
         raise BrokenLog(f"round {round.number}: {record.device} has already delivered")
     match record:
         case rec.DeviceAnswered():
-            part = Participant(outcome=record.verdict, reason=record.reason, batch_limit=record.batch_limit)
+            part = Participant(
+                outcome=record.verdict,
+                reason=record.reason,
+                out_of_memory=record.out_of_memory,
+                batch_limit=record.batch_limit,
+            )
         case rec.UpdateRefused():
             part = Participant(outcome="refused", reason=f"update refused: {record.reason}")
         case rec.UpdateAdmitted():
             limit = record.facts.batch_limit
-            part = Participant(outcome="done", blob=record.blob, facts=record.facts, batch_limit=limit)
+            part = Participant(
+                outcome="done", blob=record.blob, facts=record.facts, out_of_memory=limit > 0, batch_limit=limit
+            )
         case _:
             assert_never(record)
     return replace(round, participants={**round.participants, record.device: part})
@@ -163,7 +175,7 @@ def _committed(job: Job, record: rec.RoundCommitted) -> Job:
     done: Phase = "exporting" if record.round >= job.spec.rounds.count else "waiting"
     job = replace(
         job, phase=done, round=None, committed=record.round, attempt=0, reason=record.reason,
-        planner=job.planner.learn(report(round)),
+        planner=job.planner.learn(report(job, round)),
     )  # fmt: skip
     if record.accepted:
         judged = job.judged if record.metrics is None else _best(job.judged, record.metrics)
@@ -176,10 +188,16 @@ def _best(judged: tuple[Metrics, ...], new: Metrics) -> tuple[Metrics, ...]:
     return (min((*judged, new), key=lambda metrics: metrics.loss),)
 
 
-def report(round: Round) -> RoundReport:
+def report(job: Job, round: Round) -> RoundReport:
     """What the planner learns from `round`."""
     results = {d: p.facts for d, p in round.participants.items() if p.facts is not None and d in round.counted}
-    limits = {d: p.batch_limit for d, p in round.participants.items() if p.batch_limit > 0}
+    limits = {d: p.batch_limit for d, p in round.participants.items() if p.out_of_memory}
     return RoundReport(
-        round=round.number, works=round.plan.participants, results=results, batch_limits=limits, loads=round.loads
+        round=round.number,
+        works=round.plan.participants,
+        results=results,
+        batch_limits=limits,
+        loads=round.loads,
+        facts=job.facts,
+        job=job.spec,
     )

@@ -67,7 +67,9 @@ class DeviceAnswered(Record, frozen=True, kw_only=True):
     device: str
     verdict: Literal["refused", "failed"]
     reason: str
+    out_of_memory: bool = False
     batch_limit: int = 0
+    """Largest batch that fits, where memory ran out; 0: none did."""
 
 
 class UpdateAdmitted(Record, frozen=True, kw_only=True):

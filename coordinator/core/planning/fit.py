@@ -1,11 +1,13 @@
 """Step time of one device, fitted from what it measured: `seconds = overhead_s * x0 + per_flop_s * x1`.
 
-Weighted least squares of relative errors, older rounds forgotten by `KEEP`. As long as only one batch size was seen the
-two parts can't be told apart; a weak prior then says that `OVERHEAD` of a step does not grow with the batch.
+Recursive weighted least squares of relative errors. The past weighs `KEEP` against one new round, and only
+`KEEP_SURPRISED` where the round lies outside the band: a device that really changed is followed within a few rounds.
+As long as only one batch size was seen the two parts can't be told apart; a weak prior then says that `OVERHEAD` of a
+step does not grow with the batch.
 
 **Held values.** Planners use `overhead_s` and `per_flop_s` as they were last adopted; a new solution is adopted only
-once it differs by more than `BAND`. Noise of +-10 % in step times so never moves a batch between neighbours, while a
-device that really changed is followed within a few rounds. Live load is no part of this: it scales predictions at once.
+once it differs by more than `BAND`. Noise of +-10 % in step times so never moves a batch between neighbours. Live load
+is no part of this: it scales predictions at once.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from __future__ import annotations
 import msgspec
 
 KEEP = 0.7
-"""Weight of the past against one new round."""
+KEEP_SURPRISED = 0.5
 BAND = 1.2
 """Ratio of predictions within which the held values stay."""
-OUTLIER = 3.0
+OUTLIER = 2.0
 """An observation further off than this ratio counts as one at this ratio."""
-OVERHEAD, OVERHEAD_WEIGHT = 0.1, 0.05
+OVERHEAD, OVERHEAD_WEIGHT = 0.05, 0.05
 
 
 class Fit(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,21 +41,26 @@ class Fit(msgspec.Struct, frozen=True, kw_only=True):
 
     def learn(self, x0: float, x1: float, seconds: float) -> Fit:
         """The fit that also knows one more round. All arguments positive."""
+        expected = self.predict(x0, x1) if self.rounds else seconds
         if self.rounds >= 2:
-            expected = self.predict(x0, x1)
             seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
-        u0, u1 = x0 / seconds, x1 / seconds
+        keep = KEEP if _near(seconds / expected) else KEEP_SURPRISED
+        u0, u1, told = x0 / expected, x1 / expected, seconds / expected
         sums = {
-            "s00": KEEP * self.s00 + u0 * u0,
-            "s01": KEEP * self.s01 + u0 * u1,
-            "s11": KEEP * self.s11 + u1 * u1,
-            "r0": KEEP * self.r0 + u0,
-            "r1": KEEP * self.r1 + u1,
+            "s00": keep * self.s00 + u0 * u0,
+            "s01": keep * self.s01 + u0 * u1,
+            "s11": keep * self.s11 + u1 * u1,
+            "r0": keep * self.r0 + u0 * told,
+            "r1": keep * self.r1 + u1 * told,
         }
         overhead, per_flop = _solve(**sums)
-        if self.rounds and 1 / BAND <= (overhead * x0 + per_flop * x1) / self.predict(x0, x1) <= BAND:
+        if self.rounds and _near((overhead * x0 + per_flop * x1) / expected):
             overhead, per_flop = self.overhead_s, self.per_flop_s
         return Fit(rounds=self.rounds + 1, overhead_s=overhead, per_flop_s=per_flop, **sums)
+
+
+def _near(ratio: float) -> bool:
+    return 1 / BAND <= ratio <= BAND
 
 
 def _solve(s00: float, s01: float, s11: float, r0: float, r1: float) -> tuple[float, float]:

@@ -76,11 +76,14 @@ def capacity(info: DeviceInfo | None, load: Load | None) -> Capacity:
     return Capacity(cores, foreign, max(cores - foreign, fair), False)
 
 
+def has_gpu_memory(info: DeviceInfo) -> bool:
+    """Whether training fills a GPU's own memory. A Jetson's GPU has none: it shares the machine's."""
+    return any(gpu.memory_bytes for gpu in info.gpus)
+
+
 def budget(info: DeviceInfo, load: Load | None, own_bytes: int) -> Budget:
     """The memory a plan may fill. `own_bytes`: what the agent holds by its last measurement."""
-    found = _gpu_memory(info, load) if info.gpus else None
-    # A Jetson's GPU has no memory of its own: the machine's is shared.
-    limit, foreign = found or _host_memory(info, load, own_bytes)
+    limit, foreign = _gpu_memory(info, load) if has_gpu_memory(info) else _host_memory(info, load, own_bytes)
     reserve = max(limit // 20, 64 * MIB) if limit else 0
     if foreign <= reserve:
         foreign = 0
@@ -98,12 +101,10 @@ def _foreign_gpu(load: Load | None) -> float:
     return min(1.0, max((gpu.utilization or 0.0 for gpu in load.gpus), default=0.0))
 
 
-def _gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int] | None:
+def _gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int]:
     """(limit, foreign): of the smallest listed GPU, and of the one that others fill most. One agent serves each GPU."""
-    seen = load.gpus if load is not None else []
-    sizes = [gpu.memory_bytes for gpu in info.gpus if gpu.memory_bytes]
-    sizes = sizes or [gpu.memory_total for gpu in seen if gpu.memory_total]
-    return (min(sizes), max((gpu.foreign_memory or 0 for gpu in seen), default=0)) if sizes else None
+    limit = min(gpu.memory_bytes for gpu in info.gpus if gpu.memory_bytes)
+    return limit, max((gpu.foreign_memory or 0 for gpu in load.gpus), default=0) if load is not None else 0
 
 
 def _host_memory(info: DeviceInfo, load: Load | None, own_bytes: int) -> tuple[int, int]:

@@ -1,0 +1,318 @@
+"""The cost model: predictions, what measurements teach it, and what must not disturb it."""
+
+from __future__ import annotations
+
+import random
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.core.facts import ModelFacts, ModuleSpec
+from coordinator.core.planning.base import RoundReport
+from coordinator.core.planning.cost_model import BITS_TIME, CUDA_BYTES, LOADING_BYTES, CostModel
+from coordinator.core.planning.demand import Demand, demand, traffic, tuned_modules
+from coordinator.core.planning.fit import Fit
+from coordinator.core.planning.readings import Capacity, budget, capacity
+from shared.errors import UserError
+from shared.jobs import Bits
+from shared.messages import Gpu, UpdateFacts, Work
+from tests.unit.planning_cases import MIB, device, gpu_device, job, minilm, result
+
+RANKS = {module.name: 8 for module in minilm().modules}
+ONE = Capacity(1.0, 0.0, 1.0, False)
+
+
+def _need(ranks: dict[str, int] | None = None, **settings: int) -> Demand:
+    return demand(minilm(), job(**settings), RANKS if ranks is None else ranks)
+
+
+def _report(measured: UpdateFacts, *, foreign: float = 0.0, cores: float = 1.0, **settings: int) -> RoundReport:
+    load = device("edge-1", cores=cores, foreign=foreign).load
+    assert load is not None
+    return RoundReport(
+        round=1,
+        works={"edge-1": Work(ranks=RANKS, batch=measured.batch, bits=measured.bits, steps=10)},
+        results={"edge-1": measured},
+        loads={"edge-1": load},
+        facts=minilm(),
+        job=job(**settings),
+    )
+
+
+# ---- demand
+
+
+def test_flop_of_a_step_by_hand() -> None:
+    # 64 tokens x (2 x 10.6 M forward + 2 x 10.6 M backward + 6 x 24 modules x 8 x 768)
+    assert _need().flop == 64 * (4 * 10_616_832 + 6 * 24 * 8 * 768)
+
+
+def test_tuning_only_the_upper_half_saves_backward_and_activations() -> None:
+    upper = {name: rank for name, rank in RANKS.items() if int(name.split(".")[1]) >= 3}
+    half, full = _need(upper), _need()
+    assert half.flop == 64 * (3 * 10_616_832 + 6 * 12 * 8 * 768)
+    assert half.activations == pytest.approx(full.activations / 2)
+
+
+def test_activations_of_minilm_are_near_the_172_mib_that_were_measured() -> None:
+    assert 16 * _need().activations / MIB == pytest.approx(172, rel=0.1)
+
+
+def test_a_causal_model_pays_for_its_logits() -> None:
+    causal = msgspec.structs.replace(job(), task=msgspec.structs.replace(job().task, kind="causal"))
+    assert demand(minilm(), causal, RANKS).flop == 64 * (4 * (10_616_832 + 12_100_000) + 6 * 24 * 8 * 768)
+
+
+def test_traffic_counts_the_whole_global_adapter_down_and_the_trained_factors_up() -> None:
+    facts = ModelFacts(
+        modules=[ModuleSpec(name="a", out=100, inp=50), ModuleSpec(name="b", out=100, inp=50)],
+        dense={"head": [3, 10]}, base_digest="d", linear_params=10_000, other_params=0, blocks=0, hidden=50,
+    )  # fmt: skip
+    down, up, why = traffic(facts, {"a": 4, "b": 0}, 10, "bf16")
+    assert down == 4 * (10 * 151 + 30)
+    assert up == 2 * (4 * 150 + 30)
+    assert "global rank 10" in why
+    assert traffic(facts, {"a": 4}, 50, "fp32")[0] == 4 * (5000 + 30)  # the whole matrix is smaller than its factors
+    assert traffic(facts, {"a": 4}, 10, "int8")[1] == 4 * 150 + 30 + 4 * (4 + 100 + 3)
+
+
+def test_targets_name_the_last_part_of_a_module() -> None:
+    base = msgspec.structs.replace(job().base, targets=["q", "v"])
+    assert [module.name for module in tuned_modules(minilm(), base)][:3] == ["layer.0.q", "layer.0.v", "layer.1.q"]
+    with pytest.raises(UserError, match="there are k, o, q, v"):
+        tuned_modules(minilm(), msgspec.structs.replace(base, targets=["query"]))
+
+
+# ---- readings
+
+
+@pytest.mark.parametrize(
+    ("cores", "foreign", "free"),
+    [
+        (0.83, 0.0, 0.83),
+        (0.83, 0.04, 0.83),  # jitter
+        (0.83, 0.20, 0.63),
+        (0.83, 0.52, 0.415),  # seen while the agent trains: the fair share
+        (0.83, 0.83, 0.415),  # the same process, seen while the agent idles
+        (2.0, 0.5, 1.5),
+        (4.0, 3.9, 2.0),
+    ],
+)
+def test_free_cores_are_at_least_the_fair_share(cores: float, foreign: float, free: float) -> None:
+    case = device("edge-1", cores=cores, foreign=foreign)
+    assert capacity(case.info, case.load).free == pytest.approx(free)
+
+
+def test_a_busy_gpu_is_foreign_while_our_agent_idles_only() -> None:
+    idle, training = gpu_device("a", used=0.4), gpu_device("a", used=0.97, phase="training")
+    assert capacity(idle.info, idle.load).free == pytest.approx(0.6)
+    assert capacity(training.info, training.load).free == 1.0
+
+
+def test_budget_leaves_a_reserve_and_what_others_use() -> None:
+    case = device("edge-1", memory=2000, used=700)
+    own = 300 * MIB
+    found = budget(case.info, case.load, own)
+    assert found.reserve == 100 * MIB
+    assert found.foreign == (700 - 300 - 48) * MIB
+    assert found.bytes == 2000 * MIB - found.reserve - found.foreign
+    assert budget(case.info, case.load, 700 * MIB).foreign == 0  # all of it is the agent's own
+    assert budget(case.info, case.load, 600 * MIB).foreign == 0  # absorbed by the reserve
+    assert budget(case.info, None, own).bytes == 1900 * MIB
+
+
+def test_budget_of_a_gpu_and_of_a_device_that_tells_nothing() -> None:
+    case = gpu_device("a", memory=8000, foreign=1000)
+    assert budget(case.info, case.load, 0).bytes == (8000 - 400 - 1000) * MIB
+    silent = msgspec.structs.replace(case.info, gpus=[], memory_bytes=0)
+    assert budget(silent, None, 0).holds(1e15)
+
+
+# ---- step time
+
+
+def test_unmeasured_devices_differ_by_their_free_cores_alone() -> None:
+    model, need = CostModel(), _need()
+    one, why = model.step("edge-1", need, 32, 8, ONE)
+    half, _ = model.step("edge-2", need, 32, 8, Capacity(1.0, 0.5, 0.5, False))
+    assert half == pytest.approx(2 * one)
+    assert "assumed speed" in why
+    assert "1.00 free cores" in why
+
+
+def test_an_observation_is_reproduced_and_scales_with_what_is_free() -> None:
+    model, need = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0))), _need()
+    assert model.step("edge-1", need, 32, 8, ONE)[0] == pytest.approx(0.8)
+    assert model.step("edge-1", need, 32, 8, Capacity(1.0, 0.6, 0.5, False))[0] == pytest.approx(1.6)
+    assert "fitted on 1 round" in model.step("edge-1", need, 32, 8, ONE)[1]
+
+
+def test_other_devices_take_the_median_of_the_fleet_per_core() -> None:
+    model, need = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0))), _need()
+    seconds, why = model.step("edge-9", need, 32, 8, Capacity(2.0, 0.0, 1.0, False))
+    assert seconds == pytest.approx(0.8)
+    assert "median of the fleet" in why
+
+
+def test_foreign_load_during_a_round_does_not_spoil_the_speed() -> None:
+    quiet = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0)))
+    loaded = quiet.learn(_report(result(batch=8, step_s=1.6, cores_used=0.5), foreign=0.5))
+    assert loaded.step("edge-1", _need(), 32, 8, ONE)[0] == pytest.approx(0.8)
+
+
+def test_bits_not_met_yet_take_the_known_speed_and_are_then_learned() -> None:
+    need, model = _need(), CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0)))
+    seconds, why = model.step("edge-1", need, 4, 8, ONE)
+    assert seconds == pytest.approx(0.8 * BITS_TIME[4])
+    assert "from 1 round at 32 bits" in why
+    model = model.learn(_report(result(batch=8, step_s=2.0, cores_used=1.0, bits=4)))
+    assert model.step("edge-1", need, 4, 8, ONE)[0] == pytest.approx(2.0)
+    assert model.step("edge-1", need, 32, 8, ONE)[0] == pytest.approx(0.8)
+
+
+def test_overhead_and_speed_are_told_apart_once_batches_differ() -> None:
+    need, model = _need(), CostModel()
+    for batch in [4, 16, 4, 32, 8, 16, 4, 32]:
+        model = model.learn(_report(result(batch=batch, step_s=0.5 + 0.05 * batch, cores_used=1.0)))
+    for batch in (2, 8, 32):
+        assert model.step("edge-1", need, 32, batch, ONE)[0] == pytest.approx(0.5 + 0.05 * batch, rel=0.15)
+
+
+def test_a_device_that_really_slowed_down_is_followed() -> None:
+    model, need = CostModel(), _need()
+    for step_s in [0.8] * 5 + [1.6] * 6:
+        model = model.learn(_report(result(batch=8, step_s=step_s, cores_used=1.0)))
+    assert model.step("edge-1", need, 32, 8, ONE)[0] == pytest.approx(1.6, rel=0.2)
+
+
+def test_one_wild_reading_moves_the_prediction_by_less_than_half() -> None:
+    model, need = CostModel(), _need()
+    for step_s in [0.8, 0.8, 0.8, 0.8, 800.0]:
+        model = model.learn(_report(result(batch=8, step_s=step_s, cores_used=1.0)))
+    assert model.step("edge-1", need, 32, 8, ONE)[0] < 1.2
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noise_of_ten_percent_never_moves_the_held_values(seed: int) -> None:
+    rng, fit = random.Random(seed), Fit()
+    fit = fit.learn(1.0, 1e9, 0.8 * rng.uniform(0.9, 1.1))
+    held = (fit.overhead_s, fit.per_flop_s)
+    for _ in range(40):
+        fit = fit.learn(1.0, 1e9, 0.8 * rng.uniform(0.9, 1.1))
+        assert (fit.overhead_s, fit.per_flop_s) == held
+
+
+@given(st.lists(st.tuples(st.integers(1, 64), st.floats(1e-4, 1e3), st.floats(0.02, 4)), min_size=1, max_size=12))
+def test_predictions_stay_positive_and_rise_with_the_batch(rounds: list[tuple[int, float, float]]) -> None:
+    model, need = CostModel(), _need()
+    for batch, step_s, used in rounds:
+        model = model.learn(_report(result(batch=batch, step_s=step_s, cores_used=used), cores=4.0))
+    times = [model.step("edge-1", need, 32, batch, ONE)[0] for batch in (1, 2, 8, 64)]
+    assert times[0] > 0
+    assert times == sorted(times)
+
+
+def test_an_agent_that_never_uses_its_whole_device_does_not_gain_by_more_cores_being_free() -> None:
+    model = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0), cores=4.0))
+    need = _need()
+    assert model.step("edge-1", need, 32, 8, Capacity(4.0, 0.0, 4.0, False))[0] == pytest.approx(0.8)
+    assert model.step("edge-1", need, 32, 8, Capacity(4.0, 2.0, 2.0, False))[0] == pytest.approx(0.8)
+
+
+def test_without_load_and_cores_no_speed_is_learned() -> None:
+    report = msgspec.structs.replace(_report(result(batch=8, step_s=0.8)), loads={})
+    assert not CostModel().learn(report).devices["edge-1"].fits
+
+
+# ---- memory
+
+
+def test_memory_before_any_measurement_is_the_sum_of_its_parts() -> None:
+    info, need = device("edge-1").info, _need()
+    size, why = CostModel().memory("edge-1", need, 8, 16, info)
+    adapter = 24 * 8 * 768 + 20 * 384 + 20
+    activations = 16 * need.activation_bytes(8)
+    base = 10_616_832 * (1 + 4 / 64) + 2 * 12_100_000
+    assert size == pytest.approx(200 * MIB + base + 16 * adapter + activations)
+    assert "agent 200 MiB" in why
+    small, _ = CostModel().memory("edge-1", need, 8, 1, info)
+    assert small == pytest.approx(200 * MIB + base + 16 * adapter + LOADING_BYTES + 8 * 384 * 384)
+
+
+def test_fewer_bits_take_less_memory() -> None:
+    info, bits = device("edge-1").info, (32, 16, 8, 4)
+    sizes = [CostModel().memory("edge-1", _need(), b, 1, info)[0] for b in bits]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
+
+
+def test_a_measured_peak_replaces_the_sum() -> None:
+    info, need = device("edge-1").info, _need()
+    model = CostModel().learn(_report(result(batch=16, step_s=1.0, base=310, peak=456)))
+    assert model.memory("edge-1", need, 32, 16, info)[0] == 456 * MIB
+    assert model.memory("edge-1", need, 32, 32, info)[0] > 456 * MIB
+    assert 310 * MIB * 0.9 < model.memory("edge-1", need, 32, 1, info)[0] < 456 * MIB
+    assert "measured 456 MiB" in model.memory("edge-1", need, 32, 16, info)[1]
+
+
+def test_accumulation_splits_the_activations() -> None:
+    info = device("edge-1").info
+    whole, _ = CostModel().memory("edge-1", _need(), 32, 32, info)
+    split, _ = CostModel().memory("edge-1", _need(accumulation=4), 32, 32, info)
+    assert whole - split == pytest.approx(24 * _need().activations)
+
+
+def test_activations_are_corrected_at_once_upwards_unless_the_base_was_loaded() -> None:
+    need = _need()
+    estimate = 16 * need.activations / MIB
+    high = int(300 + 3 * estimate)
+    trained = CostModel().learn(_report(result(batch=16, step_s=1.0, base=300, peak=high)))
+    loaded = CostModel().learn(_report(result(batch=16, step_s=1.0, base=300, peak=high, load_s=5.0)))
+    assert trained.devices["edge-1"].activation_scale == pytest.approx(3.0, rel=0.05)
+    assert loaded.devices["edge-1"].activation_scale == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_gpu_holds_its_context_and_the_agent_where_it_shares_the_memory() -> None:
+    need = _need()
+    plain = CostModel().memory("a", need, 8, 1, device("a").info)[0] - 200 * MIB
+    own = gpu_device("a").info
+    assert CostModel().memory("a", need, 8, 1, own)[0] == plain + CUDA_BYTES
+    shared = msgspec.structs.replace(own, gpus=[Gpu(uuid="GPU-1")])
+    assert CostModel().memory("a", need, 8, 1, shared)[0] == plain + 500 * MIB + CUDA_BYTES
+
+
+def test_batch_limits_are_kept_per_bits_and_only_fall() -> None:
+    model = CostModel().learn(_report(result(batch=8, step_s=1.0, batch_limit=8)))
+    model = model.learn(_report(result(batch=4, step_s=1.0, batch_limit=4)))
+    model = model.learn(_report(result(batch=4, step_s=1.0, batch_limit=6)))
+    assert model.batch_limit("edge-1", 32) == 4
+    assert model.batch_limit("edge-1", 8) is None
+    assert model.batch_limit("edge-2", 32) is None
+
+
+def test_a_device_that_failed_for_memory_teaches_its_limit_without_a_result() -> None:
+    report = _report(result(batch=8, step_s=1.0))
+    failed = msgspec.structs.replace(report, results={}, batch_limits={"edge-1": 0})
+    assert CostModel().learn(failed).batch_limit("edge-1", 32) == 0
+
+
+BITS: list[Bits] = [4, 8, 16, 32]
+
+
+@given(
+    st.sampled_from(BITS), st.integers(1, 64), st.integers(50, 400), st.integers(0, 900), st.sampled_from([0.0, 3.0])
+)
+def test_memory_never_falls_with_the_batch(bits: Bits, batch: int, base: int, extra: int, load_s: float) -> None:
+    measured = result(batch=batch, step_s=1.0, bits=bits, base=base, peak=base + extra, load_s=load_s)
+    model, info = CostModel().learn(_report(measured)), device("edge-1").info
+    for asked in BITS:
+        sizes = [model.memory("edge-1", _need(), asked, size, info)[0] for size in (1, 2, 7, 64)]
+        assert sizes == sorted(sizes)
+        assert sizes[0] > 0
+
+
+def test_the_model_survives_its_way_to_disk_and_back() -> None:
+    model = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0, batch_limit=8)))
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(model), type=CostModel) == model

@@ -7,14 +7,16 @@ ride along whole. Needs numpy, so the daemon does not import it: to it an adapte
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgpack
 import msgspec
+from msgspec import Meta
 
 from shared import tensors
 from shared.codec import SCHEMA
@@ -23,6 +25,9 @@ from shared.jobs import Codec
 from shared.tensors import Array, WireTensor
 
 Kind = Literal["global", "update"]
+MAX_PARTS = 16_384
+"""Modules, and dense tensors, of one file; a file of more tiny ones would take many times its size in memory."""
+_Text = Annotated[str, Meta(max_length=1000)]
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Adapter:
 
 
 class _WireModule(msgspec.Struct, frozen=True, kw_only=True):
-    name: str
+    name: _Text
     scaling: float
     trained: int
     b: WireTensor
@@ -72,14 +77,18 @@ class _WireModule(msgspec.Struct, frozen=True, kw_only=True):
 class _WireAdapter(msgspec.Struct, frozen=True, kw_only=True):
     schema: int
     kind: Kind
-    job: str
+    job: _Text
     round: int
-    base_digest: str
-    modules: list[_WireModule]
-    dense: list[tuple[str, WireTensor]]
+    base_digest: _Text
+    modules: Annotated[list[_WireModule], Meta(max_length=MAX_PARTS)]
+    dense: Annotated[list[tuple[_Text, WireTensor]], Meta(max_length=MAX_PARTS)]
     attempt: int = 0
-    device: str = ""
-    notes: dict[str, str] = {}
+    device: _Text = ""
+    notes: Annotated[dict[_Text, str], Meta(max_length=1000)] = {}
+
+
+class _Version(msgspec.Struct, frozen=True):
+    schema: int
 
 
 _DECODER = msgspec.msgpack.Decoder(_WireAdapter)
@@ -124,9 +133,9 @@ def read(data: bytes | memoryview | mmap.mmap) -> Adapter:
     try:
         wire = _DECODER.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
+        _check_version(data)
         raise DecodeError(f"not an adapter: {error}"[:200]) from error
-    if wire.schema != SCHEMA:
-        raise DecodeError(f"adapter of schema {wire.schema}, this side speaks {SCHEMA}")
+    _check_version(data)
     factors: dict[str, Factors] = {}
     for module in wire.modules:
         if module.name in factors:
@@ -149,11 +158,23 @@ def read_file(path: Path) -> Adapter:
         return read(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
 
 
+def _check_version(data: bytes | memoryview | mmap.mmap) -> None:
+    """Another major may have other fields: its number is the better reason. Bytes without one pass."""
+    try:
+        schema = msgspec.msgpack.decode(data, type=_Version).schema
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return
+    if schema != SCHEMA:
+        raise DecodeError(f"adapter of schema {schema}, this side speaks {SCHEMA}")
+
+
 def _factors(module: _WireModule) -> Factors:
     b, a = tensors.decode(module.b), tensors.decode(module.a)
     sigma = None if module.sigma is None else tensors.decode(module.sigma)
     if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0] or (sigma is not None and sigma.shape != a.shape[:1]):
         raise DecodeError(f"module {module.name!r:.100}: shapes of b {b.shape} and a {a.shape} do not fit")
+    if not math.isfinite(module.scaling):
+        raise DecodeError(f"module {module.name!r:.100}: scaling {module.scaling}")
     if not 0 <= module.trained <= a.shape[0]:
         raise DecodeError(f"module {module.name!r:.100}: {module.trained} trained directions of rank {a.shape[0]}")
     return Factors(b=b, a=a, scaling=module.scaling, sigma=sigma, trained=module.trained)

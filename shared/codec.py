@@ -15,7 +15,7 @@ from shared.errors import DecodeError
 SCHEMA = 1
 """Major version of every message. A minor change only adds fields, which older readers ignore."""
 MAX_MESSAGE_BYTES = 256 * 1024
-_LIMITS: dict[str, Any] = {
+LIMITS: dict[str, Any] = {
     "raw": False,
     "strict_map_key": True,
     "max_array_len": 4096,
@@ -29,8 +29,9 @@ T = TypeVar("T")
 
 
 def pack(message: Any) -> bytes:
-    """`message` (a msgspec Struct or plain data) as msgpack; equal messages give equal bytes."""
-    plain = msgspec.to_builtins(message, builtin_types=(bytes,))
+    """`message` (a msgspec Struct or plain data) as msgpack; equal messages give equal bytes, whatever the order
+    of their maps (a float field must hold a float: 1 and 1.0 are equal and packed differently)."""
+    plain = msgspec.to_builtins(message, builtin_types=(bytes,), order="deterministic")
     packed = msgpack.packb(plain, use_bin_type=True)
     assert isinstance(packed, bytes)
     return packed
@@ -45,7 +46,7 @@ def unpack(data: bytes | memoryview, wanted: type[T], *, limit: int = MAX_MESSAG
     if len(data) > limit:
         raise DecodeError(f"message of {len(data)} bytes, the limit is {limit}")
     try:
-        plain = msgpack.unpackb(data, **_LIMITS)
+        plain = msgpack.unpackb(data, **LIMITS)
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise DecodeError(f"not msgpack within the limits: {type(error).__name__} {error}"[:200]) from error
     if isinstance(plain, dict):

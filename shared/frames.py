@@ -24,16 +24,24 @@ class FrameReader(Generic[T]):
 
     def read(self) -> T | None:
         """The next message, or None at the end of the pipe. Raises `DecodeError` on a broken frame."""
-        head = self._pipe.read(4)
-        if len(head) < 4:
+        head = self._exactly(4)
+        if head is None:
             return None
         size = int.from_bytes(head, "little")
         if size > MAX_MESSAGE_BYTES:
             raise DecodeError(f"frame of {size} bytes, the limit is {MAX_MESSAGE_BYTES}")
-        body = self._pipe.read(size)
-        if len(body) < size:
-            return None
-        return unpack(body, self._wanted)
+        body = self._exactly(size)
+        return None if body is None else unpack(body, self._wanted)
+
+    def _exactly(self, size: int) -> bytes | None:
+        """So many bytes, or None where the pipe ends before; an unbuffered pipe gives them in pieces."""
+        data = b""
+        while len(data) < size:
+            piece = self._pipe.read(size - len(data))
+            if not piece:
+                return None
+            data += piece
+        return data
 
 
 class FrameWriter:
@@ -44,8 +52,11 @@ class FrameWriter:
         self._lock = threading.Lock()
 
     def write(self, message: object) -> None:
-        """Send one message. Raises `BrokenPipeError` (an `OSError`) when the other side is gone."""
+        """Send one message. Raises `BrokenPipeError` (an `OSError`) when the other side is gone, `ValueError` for a
+        message that the other side would refuse as too large; then nothing was sent."""
         body = pack(message)
+        if len(body) > MAX_MESSAGE_BYTES:
+            raise ValueError(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE_BYTES}")
         with self._lock:
             self._pipe.write(len(body).to_bytes(4, "little") + body)
             self._pipe.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
@@ -101,7 +102,7 @@ def _struct(wanted: type[T], data: object, prefix: str, faults: list[str]) -> T 
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
             hint = f", did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(fields))}"
-            faults.append(f"{prefix}{key}: unknown key{hint}")
+            faults.append(f"{prefix}{_shown(key)}: unknown key{hint}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name not in data:
@@ -112,12 +113,17 @@ def _struct(wanted: type[T], data: object, prefix: str, faults: list[str]) -> T 
     return wanted(**values) if len(faults) == before else None
 
 
+def _shown(key: object) -> str:
+    """A key as TOML would have it: quoted unless it is a bare one, so that a report stays one line."""
+    return str(key) if re.fullmatch(r"[A-Za-z0-9_-]+", str(key)) else repr(key)
+
+
 def _value(wanted: Any, data: object, key: str, faults: list[str]) -> Any:
     inner = get_args(wanted)[0] if get_origin(wanted) is Annotated else wanted
     if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
         return _struct(inner, data, f"{key}.", faults)
     if get_origin(inner) is dict and isinstance(data, dict):
-        return {name: _value(get_args(inner)[1], item, f"{key}.{name}", faults) for name, item in data.items()}
+        return {name: _value(get_args(inner)[1], item, f"{key}.{_shown(name)}", faults) for name, item in data.items()}
     if isinstance(data, float) and not math.isfinite(data):
         faults.append(f"{key}: expected a finite number, got {data}")
         return None

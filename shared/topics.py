@@ -99,3 +99,24 @@ def coordinator_filters(fleet: str) -> list[tuple[str, int]]:
     """What the coordinator subscribes to: (filter, QoS)."""
     root = f"{PREFIX}/{fleet}/device/+"
     return [(f"{root}/state", 1), (f"{root}/info", 1), (f"{root}/up/#", 1)]
+
+
+def acl(fleet: str, coordinator: str, dashboard: str = "") -> str:
+    """The text of mosquitto's `acl_file` for a fleet: nobody may do more than the declarations above need.
+
+    `pattern` lines hold for every user, `%u` is the certificate's CN. The coordinator may also write `state` and
+    `info`: an empty retained payload there takes a device out of the fleet. `dashboard`: a user that only reads.
+    """
+    lines = [f"# Fleet {fleet}. Made from shared/topics.py; don't edit.", ""]
+    lines += [f"pattern write {_filter(fleet, topic, '%u')}" for topic in ALL if topic.publisher == "device"]
+    lines += [f"pattern read {name}" for name, _ in device_filters(fleet, "%u")]
+    lines += ["", f"user {coordinator}", f"topic read {PREFIX}/{fleet}/#", "topic read $SYS/#"]
+    written = [topic for topic in ALL if topic.publisher == "coordinator" or topic in (STATE, INFO)]
+    lines += [f"topic write {_filter(fleet, topic, '+', coordinator)}" for topic in written]
+    if dashboard:
+        lines += ["", f"user {dashboard}", f"topic read {PREFIX}/{fleet}/#"]
+    return "\n".join(lines) + "\n"
+
+
+def _filter(fleet: str, topic: Topic, device: str, coordinator: str = "") -> str:
+    return topic.name(fleet, device=device, coordinator=coordinator, sha="+", index="+")

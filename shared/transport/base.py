@@ -36,6 +36,11 @@ class Outgoing:
     """Comes back in `Published`; None: the owner does not care."""
 
 
+def packet_size(message: Outgoing) -> int:
+    """Bytes of the largest PUBLISH packet that carries `message`: fixed header, name, identifier, expiry, payload."""
+    return 5 + 2 + len(message.name.encode()) + 2 + 6 + len(message.payload)
+
+
 @dataclass(frozen=True)
 class Connected:
     """The session stands. `max_packet`: bytes of the largest packet the broker takes; `epoch`: of this connection."""
@@ -66,10 +71,13 @@ class Received:
 
 @dataclass(frozen=True)
 class Published:
-    """The broker took (or refused) a QoS 1 message. `reason` is empty on success; a denial is named here."""
+    """The broker took (or refused) a QoS 1 message; it is never sent again. `reason` is empty on success, else names
+    the denial (or why it was dropped here)."""
 
     token: object
     reason: str = ""
+    note: str = ""
+    """What the broker said beside success, such as "No matching subscribers"."""
 
 
 @dataclass(frozen=True)
@@ -79,21 +87,54 @@ class TransportFailed:
     reason: str
 
 
+@dataclass
+class TransportStats:
+    """Counters of one transport since it was made; payload bytes, without the protocol's."""
+
+    bytes_sent: int = 0
+    """Handed to the connection, what had to be sent again included."""
+    bytes_received: int = 0
+    messages_sent: int = 0
+    messages_received: int = 0
+    reconnects: int = 0
+    """Sessions that stood, after the first."""
+    denials: int = 0
+    """QoS 1 messages the broker refused."""
+    dropped: int = 0
+    """QoS 0 messages not sent: offline, or too many waiting."""
+    faults: int = 0
+    """Exceptions in the transport's own loop (a sink that raised); each costs the connection, not the loop."""
+
+
 TransportEvent = Connected | Disconnected | Received | Published | TransportFailed
 Sink = Callable[[TransportEvent], None]
 
 
 class Transport(Protocol):
-    """A connection of one device or coordinator."""
+    """A connection of one device or coordinator.
+
+    Constructors take `next_epoch`, called for every attempt to connect, and `will`, called with that epoch: the message
+    the broker publishes for us when we vanish.
+    """
+
+    stats: TransportStats
+
+    @property
+    def alive(self) -> bool:
+        """Whether its loop still turns, connected or not; False calls for a restart of the process."""
 
     def start(self, sink: Sink) -> None:
         """Begin to connect; events go to `sink` from any thread. Returns at once."""
 
     def subscribe(self, filters: list[tuple[str, int]]) -> None:
-        """(topic filter, QoS) to hold in every session from now on. Call before `start`."""
+        """(topic filter, QoS) to hold in every session. Call before `start`. `Connected` comes after the broker took
+        them, and before the first `Received` of that session."""
 
     def publish(self, message: Outgoing) -> None:
-        """Queue `message`. Raises `Oversize` or `BackPressure`; then nothing was queued."""
+        """Queue `message`. Raises `Oversize` or `BackPressure`; then nothing was queued.
+
+        QoS 0 messages pass the queue by, and are dropped while there is no session.
+        """
 
     def ack(self, received: Received) -> None:
         """The message is handled (and what must survive is on disk)."""
@@ -104,8 +145,5 @@ class Transport(Protocol):
     def pump(self) -> None:
         """Move queued messages into the free in-flight window. The owner calls it after every event and tick."""
 
-    def set_will(self, message: Outgoing) -> None:
-        """The message the broker publishes for us when we vanish; takes effect with the next connection."""
-
     def stop(self, *, graceful: bool = True) -> None:
-        """Disconnect; graceful: after the queue is sent (2 s at most), and the will does not fire."""
+        """Disconnect; graceful: after the queue is sent (2 s at most), and the will does not fire. No event follows."""

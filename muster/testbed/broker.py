@@ -1,0 +1,208 @@
+"""A real mosquitto of our own, for tests and emulated fleets."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+
+from shared.errors import UserError
+from shared.settings import BrokerSettings
+
+_START_S = 10.0
+_PR_SET_PDEATHSIG = 1
+_DEFAULTS = {
+    "persistence": "true",
+    # A broker that is killed keeps sessions and retained messages only if it writes after every change.
+    "autosave_interval": "1",
+    "autosave_on_changes": "true",
+    "max_packet_size": "1048576",
+    "max_inflight_messages": "32",
+    "max_queued_messages": "2000",
+    "max_queued_bytes": "67108864",
+    "max_keepalive": "120",
+    "queue_qos0_messages": "false",
+    "set_tcp_nodelay": "true",
+    "sys_interval": "1",
+    "connection_messages": "true",
+    "log_type": "error\nlog_type warning\nlog_type notice",
+}
+
+
+def find_mosquitto() -> str:
+    """Path of the program: `MUSTER_MOSQUITTO`, the PATH, /usr/sbin. Raises `UserError` where there is none."""
+    path = os.environ.get("MUSTER_MOSQUITTO") or shutil.which(
+        "mosquitto", path=f"{os.environ.get('PATH', '')}:/usr/sbin"
+    )
+    if not path or not os.access(path, os.X_OK):
+        raise UserError("mosquitto not found: apt-get install mosquitto (or set MUSTER_MOSQUITTO)")
+    return path
+
+
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    assert isinstance(port, int)
+    return port
+
+
+def dies_with_parent() -> Callable[[], None]:
+    """A `preexec_fn`: the child is killed when the thread that started it ends, however it ends (Linux)."""
+    libc = ctypes.CDLL(None)  # loaded here: the child may only call what is there already
+    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+class Broker:
+    """A mosquitto on a free port of 127.0.0.1; a context manager.
+
+    `folder`: configuration, log and persistence (a temporary one, removed at the end, where None). `tls`: folder with
+    `ca.crt`, `server.crt`, `server.key` (see `muster.testbed.certs`), then the certificate's CN is user name and client
+    id. `passwords`: user -> password. `acl`: text of the ACL. `overrides`: option -> value, None to leave one out.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        port: int = 0,
+        acl: str = "",
+        tls: Path | None = None,
+        passwords: Mapping[str, str] | None = None,
+        overrides: Mapping[str, str | None] | None = None,
+    ) -> None:
+        self._temporary = None if folder else tempfile.TemporaryDirectory(prefix="muster-broker-")
+        self.folder = folder or Path(self._temporary.name if self._temporary else "")
+        self.port = port or free_port()
+        self._tls = tls
+        self._acl = acl
+        self._passwords = passwords or {}
+        self._overrides = overrides or {}
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Broker:
+        try:
+            self.start()
+        except UserError:
+            self._clean()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+        self._clean()
+
+    @property
+    def pid(self) -> int:
+        """Of the running process; 0: it does not run."""
+        return self._process.pid if self._process and self._process.poll() is None else 0
+
+    @property
+    def log(self) -> str:
+        """What mosquitto has written."""
+        return (self.folder / "mosquitto.log").read_text("utf-8", errors="replace")
+
+    def settings(self, **changes: object) -> BrokerSettings:
+        """How to reach it, with `changes` of the other fields."""
+        values: dict[str, object] = {"host": "127.0.0.1", "port": self.port, **changes}
+        return BrokerSettings(**values)  # type: ignore[arg-type]  # names and types are the caller's to match
+
+    def start(self) -> None:
+        """Start it and wait until it accepts. Raises `UserError` with its last words where it does not."""
+        if self._accepts():
+            raise UserError(f"port {self.port} is in use: choose another one, or 0 for a free one")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        configuration = self.folder / "mosquitto.conf"
+        configuration.write_text(self._configuration(), "utf-8")
+        with (self.folder / "mosquitto.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [find_mosquitto(), "-c", str(configuration)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                preexec_fn=dies_with_parent(),
+            )
+        until = time.monotonic() + _START_S
+        while not self._accepts():
+            if self._process.poll() is not None or time.monotonic() > until:
+                self.kill()
+                words = " | ".join(self.log.strip().splitlines()[-3:])
+                raise UserError(f"mosquitto does not start on port {self.port}: {words}")
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, then wait; the persistence is written."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def restart(self) -> None:
+        """Start it again on the same port and persistence, after `kill` or `stop` (else it is stopped first)."""
+        self.stop()
+        self.start()
+
+    def _accepts(self) -> bool:
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1.0):
+                return True
+        except OSError:
+            return False
+
+    def _configuration(self) -> str:
+        lines = [f"listener {self.port} 127.0.0.1", f"persistence_location {self.folder}/"]
+        if os.geteuid() == 0:
+            lines.append("user root")  # else it drops its rights and can't read a private folder
+        options: dict[str, str | None] = {**_DEFAULTS, "allow_anonymous": "true"}
+        if self._tls:
+            options |= {
+                "cafile": f"{self._tls}/ca.crt",
+                "certfile": f"{self._tls}/server.crt",
+                "keyfile": f"{self._tls}/server.key",
+                "tls_version": "tlsv1.3",
+                "require_certificate": "true",
+                "use_identity_as_username": "true",
+                "use_username_as_clientid": "true",
+                "allow_anonymous": "false",
+            }
+        if self._passwords:
+            options |= {"password_file": str(self._password_file()), "allow_anonymous": "false"}
+        if self._acl:
+            path = self.folder / "acl"
+            path.write_text(self._acl, "utf-8")
+            path.chmod(0o600)
+            options["acl_file"] = str(path)
+        options |= self._overrides
+        lines += [f"{name} {value}" for name, value in options.items() if value is not None]
+        return "\n".join(lines) + "\n"
+
+    def _password_file(self) -> Path:
+        path = self.folder / "passwords"
+        path.write_text("".join(f"{user}:{password}\n" for user, password in self._passwords.items()), "utf-8")
+        path.chmod(0o600)
+        passwd = shutil.which("mosquitto_passwd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+        if not passwd:
+            raise UserError("mosquitto_passwd not found: apt-get install mosquitto")
+        subprocess.run([passwd, "-U", str(path)], check=True, capture_output=True)
+        return path
+
+    def _clean(self) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,0 +1,317 @@
+"""Least squares with LoRA in numpy: a task small enough for fault tests and for large fleets in one process.
+
+The base model is a frozen zero matrix W (out x inp), named "IxO" (inputs x outputs), with one tunable module,
+"linear". Data are rows {"x": [inputs], "y": [outputs]}. All arithmetic is float64 on one thread's order of operations,
+so equal inputs give equal bytes; files are float32. Initialisation follows fold-stack-recompress: the first k
+directions of the global adapter are trained, the rest rides along frozen.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.core.facts import ModelFacts, ModuleSpec
+from shared import adapter as adapters
+from shared.adapter import Adapter, Factors
+from shared.errors import DecodeError, UserError
+from shared.ids import Digest, digest_of
+from shared.jobs import TrainingSpec
+from shared.messages import Assignment, UpdateFacts
+
+MODULE = "linear"
+_MODEL = re.compile(r"\s*(\d{1,6})\s*x\s*(\d{1,6})\s*")
+_NORMALISER = math.sqrt(3.0)
+"""Splits a direction into factors of the magnitudes LoRA starts with; see the aggregator's initialisation."""
+
+Matrix = npt.NDArray[np.float64]
+Ended = Literal["complete", "time", "drain"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A data set: x (rows x inputs), y (rows x outputs)."""
+
+    x: Matrix
+    y: Matrix
+
+    def __len__(self) -> int:
+        return int(self.x.shape[0])
+
+
+def parse_model(model: str) -> tuple[int, int]:
+    """(inputs, outputs) of a model named "IxO". Raises `UserError` for another name."""
+    match = _MODEL.fullmatch(model)
+    inputs, outputs = (int(match[1]), int(match[2])) if match else (0, 0)
+    if inputs < 1 or outputs < 1:
+        raise UserError(f"base model {model!r:.80}: least squares wants 'inputs x outputs', such as '16x8'")
+    return inputs, outputs
+
+
+def base_digest(model: str) -> Digest:
+    """The digest that stands for the base: of its name, since nothing else is in it."""
+    return digest_of(model.encode())
+
+
+def model_facts(model: str) -> ModelFacts:
+    """What planners need to know of the base named `model`."""
+    inputs, outputs = parse_model(model)
+    return ModelFacts(
+        modules=[ModuleSpec(name=MODULE, out=outputs, inp=inputs, block=0)],
+        base_digest=base_digest(model),
+        linear_params=inputs * outputs,
+        other_params=0,
+        blocks=1,
+        hidden=inputs,
+    )
+
+
+def initial_adapter(job: str, model: str) -> bytes:
+    """The global adapter of round 0: no factors, no dense tensors."""
+    return adapters.write(
+        Adapter(kind="global", job=job, round=0, base_digest=base_digest(model), factors={}, dense={})
+    )
+
+
+def read_rows(path: Path, model: str, limit: int = 0) -> Rows:
+    """The rows of a JSONL(.gz) file, the first `limit` (0: all). Raises `UserError` naming file and line."""
+    inputs, outputs = parse_model(model)
+    xs: list[list[float]] = []
+    ys: list[list[float]] = []
+    try:
+        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if limit and len(xs) >= limit:
+                    break
+                x, y = _row(line, inputs, outputs, f"{path}:{number}")
+                xs.append(x)
+                ys.append(y)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read: {error}") from error
+    if not xs:
+        raise UserError(f"{path}: no rows")
+    return Rows(np.asarray(xs, dtype=np.float64), np.asarray(ys, dtype=np.float64))
+
+
+def _row(line: str, inputs: int, outputs: int, where: str) -> tuple[list[float], list[float]]:
+    try:
+        row = json.loads(line)
+        x, y = [float(v) for v in row["x"]], [float(v) for v in row["y"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{where}: not a row {{"x": [...], "y": [...]}}: {error}') from error
+    if len(x) != inputs or len(y) != outputs:
+        raise UserError(f"{where}: {len(x)} inputs and {len(y)} outputs, the model has {inputs} and {outputs}")
+    return x, y
+
+
+def make_rows(model: str, rows: int, seed: int, *, noise: float = 0.1, shift: float = 0.0, task: int = 0) -> Rows:
+    """Synthetic rows of a linear map that `task` fixes; `shift` tilts it per device (seeded by `seed`)."""
+    inputs, outputs = parse_model(model)
+    truth = np.random.default_rng([task, inputs, outputs]).standard_normal((outputs, inputs)) / math.sqrt(inputs)
+    rng = np.random.default_rng([seed, 1])
+    local = truth + shift * rng.standard_normal(truth.shape) / math.sqrt(inputs)
+    x = rng.standard_normal((rows, inputs))
+    return Rows(x, x @ local.T + noise * rng.standard_normal((rows, outputs)))
+
+
+def write_rows(path: Path, rows: Rows) -> None:
+    """Write `rows` as JSONL."""
+    with path.open("w", encoding="utf-8") as file:
+        for x, y in zip(rows.x.tolist(), rows.y.tolist(), strict=True):
+            file.write(json.dumps({"x": x, "y": y}) + "\n")
+
+
+def loss_of(adapter: Adapter, rows: Rows) -> float:
+    """Mean squared error of the base with `adapter` on `rows`."""
+    part = adapter.factors.get(MODULE)
+    return float(np.mean(np.square(-rows.y if part is None else _apply(part, rows.x) - rows.y)))
+
+
+def _apply(part: Factors, x: Matrix) -> Matrix:
+    inner: Matrix = x @ part.a.astype(np.float64).T
+    if part.sigma is not None:
+        inner = inner * part.sigma.astype(np.float64)
+    result: Matrix = part.scaling * (inner @ part.b.astype(np.float64).T)
+    return result
+
+
+@dataclass
+class Training:
+    """One assignment under way. Everything that the bytes of the update depend on is in `save`."""
+
+    assignment: Assignment
+    rows: Rows
+    frozen: Factors | None
+    """The directions of the global adapter that are not trained here."""
+    trained: int
+    a: Matrix
+    b: Matrix
+    batch: int
+    step_done: int = 0
+    drawn: int = 0
+    """Samples taken so far, over all epochs."""
+    losses: list[float] = field(default_factory=list)
+    """The first and the last step's loss."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the assignment are done."""
+        return self.step_done >= self.assignment.work.steps
+
+    def step(self) -> float:
+        """One step of gradient descent; returns the loss of its batch before the step."""
+        x, y = self._next_batch()
+        scaling = self.assignment.training.alpha_ratio
+        low = x @ self.a.T
+        residual = scaling * (low @ self.b.T) - y
+        if self.frozen is not None:
+            residual = residual + _apply(self.frozen, x)
+        loss = float(np.mean(np.square(residual)))
+        outer = (2.0 / residual.size) * residual
+        grad_b = scaling * (outer.T @ low)
+        grad_a = scaling * ((outer @ self.b).T @ x)
+        norm = math.sqrt(float(np.sum(np.square(grad_a)) + np.sum(np.square(grad_b))))
+        limit = self.assignment.training.max_grad_norm
+        rate = learning_rate(self.assignment, self.step_done) * (limit / norm if 0 < limit < norm else 1.0)
+        self.a = self.a - rate * grad_a
+        self.b = self.b - rate * grad_b
+        self.step_done += 1
+        self.losses = [self.losses[0] if self.losses else loss, loss]
+        return loss
+
+    def _next_batch(self) -> tuple[Matrix, Matrix]:
+        rows = len(self.rows)
+        positions = np.arange(self.drawn, self.drawn + self.batch)
+        picked = np.empty(self.batch, dtype=np.int64)
+        for epoch in range(int(positions[0]) // rows, int(positions[-1]) // rows + 1):
+            order = np.random.default_rng([self.assignment.seed, self.assignment.round, 2, epoch]).permutation(rows)
+            here = positions // rows == epoch
+            picked[here] = order[positions[here] % rows]
+        self.drawn += self.batch
+        return self.rows.x[picked], self.rows.y[picked]
+
+    def factors(self) -> Factors:
+        """The trained factors as they travel."""
+        return Factors(
+            b=self.b.astype(np.float32),
+            a=self.a.astype(np.float32),
+            scaling=self.assignment.training.alpha_ratio,
+            trained=self.trained,
+        )
+
+    def update(self) -> bytes:
+        """The update's file."""
+        work = self.assignment
+        parts = {MODULE: self.factors()} if self.a.shape[0] else {}
+        made = Adapter(
+            kind="update", job=work.job, round=work.round, base_digest=work.base_digest, factors=parts, dense={},
+            attempt=work.attempt,
+        )  # fmt: skip
+        return adapters.write(made, work.training.codec)
+
+    def norm(self) -> float:
+        """Euclidean norm of all tensors of the update."""
+        return math.sqrt(float(np.sum(np.square(self.a)) + np.sum(np.square(self.b))))
+
+    def save(self) -> bytes:
+        """A checkpoint; `restore` continues from it to the same bytes."""
+        buffer = io.BytesIO()
+        numbers = np.asarray([self.step_done, self.drawn], dtype=np.int64)
+        np.savez(buffer, a=self.a, b=self.b, numbers=numbers, losses=np.asarray(self.losses, dtype=np.float64))
+        return buffer.getvalue()
+
+    def restore(self, checkpoint: bytes) -> None:
+        """Continue from `checkpoint`. Raises `ValueError` where it is not one of this work's shape."""
+        with np.load(io.BytesIO(checkpoint), allow_pickle=False) as saved:
+            try:
+                a, b, numbers, losses = saved["a"], saved["b"], saved["numbers"], saved["losses"]
+            except KeyError as error:
+                raise ValueError(f"checkpoint without {error}") from error
+        if a.shape != self.a.shape or b.shape != self.b.shape:
+            raise ValueError(f"checkpoint of shapes {a.shape}, {b.shape}")
+        self.a, self.b = a, b
+        self.step_done, self.drawn = int(numbers[0]), int(numbers[1])
+        self.losses = [float(v) for v in losses]
+
+
+def begin(assignment: Assignment, adapter: Adapter, rows: Rows, *, batch: int = 0, fill: bool = False) -> Training:
+    """Prepare `assignment` from the global `adapter`. `batch` 0: the assigned one.
+
+    The first k = min(rank, rank of G) directions of G = U diag(sigma) V^T become A0 = V^T / sqrt(3),
+    B0 = sqrt(3) U sigma / scaling; fresh ones have A random and B zero (`fill`: B random too, so that an update that
+    was never trained is not degenerate). Raises `UserError` for a wrong base and `DecodeError` for foreign shapes.
+    """
+    inputs, outputs = parse_model(assignment.base.model)
+    if assignment.base_digest != base_digest(assignment.base.model):
+        raise UserError(f"base {assignment.base.model!r} has another digest here")
+    rank = assignment.work.ranks.get(MODULE, 0)
+    part = adapter.factors.get(MODULE)
+    if part is not None and (part.a.shape[1] != inputs or part.b.shape[0] != outputs):
+        raise DecodeError(f"global adapter of {part.b.shape[0]} x {part.a.shape[1]}, base of {outputs} x {inputs}")
+    known = 0 if part is None else min(rank, part.rank)
+    rng = np.random.default_rng([assignment.seed, assignment.round, 1])
+    a = rng.standard_normal((rank, inputs)) / math.sqrt(inputs)
+    b = rng.standard_normal((outputs, rank)) / math.sqrt(outputs) if fill else np.zeros((outputs, rank))
+    frozen = None
+    if part is not None:
+        sigma = part.scaling * (np.ones(part.rank) if part.sigma is None else part.sigma.astype(np.float64))
+        a[:known] = part.a[:known].astype(np.float64) / _NORMALISER
+        scaling = assignment.training.alpha_ratio
+        b[:, :known] = _NORMALISER * part.b[:, :known].astype(np.float64) * sigma[:known] / scaling
+        if known < part.rank:
+            frozen = Factors(b=part.b[:, known:], a=part.a[known:], sigma=sigma[known:].astype(np.float32))
+    return Training(
+        assignment=assignment, rows=rows, frozen=frozen, trained=known, a=a, b=b, batch=batch or assignment.work.batch
+    )
+
+
+def learning_rate(assignment: Assignment, step: int) -> float:
+    """The rate of local step `step` (from 0), by the job's schedule over its rounds and its warm-up."""
+    training: TrainingSpec = assignment.training
+    done = (assignment.round - 1) / assignment.rounds
+    factor = 1.0
+    if training.schedule == "linear":
+        factor = 1.0 - done
+    elif training.schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * done))
+    overall = (assignment.round - 1) * assignment.work.steps + step
+    if overall < training.warmup_steps:
+        factor *= (overall + 1) / training.warmup_steps
+    return training.lr * factor
+
+
+def facts_of(
+    training: Training, *, ended: Ended = "complete", step_s: float = 0.0, train_s: float = 0.0, **measured: Any
+) -> UpdateFacts:
+    """What `training` gave; times and anything in `measured` (fields of `UpdateFacts`) are the caller's."""
+    first, last = (training.losses[0], training.losses[1]) if training.losses else (0.0, 0.0)
+    return UpdateFacts(
+        samples=training.drawn,
+        steps=training.step_done,
+        batch=training.batch,
+        bits=training.assignment.work.bits,
+        loss_first=first,
+        loss_last=last,
+        step_s=step_s,
+        train_s=train_s,
+        ended=ended,
+        norm=training.norm(),
+        **measured,
+    )
+
+
+def train(assignment: Assignment, adapter: bytes, rows: Rows, *, batch: int = 0) -> tuple[bytes, UpdateFacts]:
+    """Do the whole `assignment` at once: the update's file and its facts (times 0)."""
+    training = begin(assignment, adapters.read(adapter), rows, batch=batch)
+    while not training.finished:
+        training.step()
+    return training.update(), facts_of(training)

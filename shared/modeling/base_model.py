@@ -1,0 +1,311 @@
+"""The frozen base model: loaded tensor by tensor at a chosen precision, described for planners, restored exactly.
+
+Names of modules and tensors are those of the plain Hugging Face model. A linear layer's weight is (out x in) here for
+every architecture: GPT-2's transposed `Conv1D` becomes an ordinary linear layer while loading.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared.jobs import Bits, TaskSpec
+from shared.modeling.data import Beat, silent
+from shared.modeling.faults import ModelFault, one_line
+from shared.modeling.weights import WeightFiles
+from shared.tensors import Array
+
+log = logging.getLogger(__name__)
+_BLOCK = re.compile(r"\.(\d+)\.")
+_HEADS = frozenset({"classifier", "score", "pre_classifier"})
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer inside transformer block `block`: W is (out x inp)."""
+
+    name: str
+    out: int
+    inp: int
+    block: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a weight came from: a stored tensor (transposed or not), or a copy where the file holds it otherwise."""
+
+    key: str
+    transposed: bool
+    copy: torch.Tensor | None = None
+
+
+@dataclass
+class Base:
+    """A loaded base model with its tokenizer. `head`: tensors tuned densely, float32, by name."""
+
+    folder: Path
+    kind: str
+    labels: int
+    bits: Bits
+    device: str
+    model: Any
+    tokenizer: Any
+    linears: dict[str, Linear]
+    head: dict[str, nn.Parameter]
+    _sources: dict[str, _Source] = field(repr=False, default_factory=dict)
+    _folded: set[str] = field(default_factory=set)
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The precision of activations."""
+        return compute_dtype(self.bits)
+
+    def tunable(self, targets: Iterable[str]) -> list[Linear]:
+        """The linear layers whose name ends with one of `targets` (none: all). Raises `ModelFault` if that is none."""
+        wanted = tuple(targets)
+        found = [
+            linear for linear in self.linears.values()
+            if not wanted or any(linear.name == t or linear.name.endswith(f".{t}") for t in wanted)
+        ]  # fmt: skip
+        if not found:
+            names = sorted({name.rpartition(".")[2] for name in self.linears})
+            raise ModelFault(f"base.targets {list(wanted)}: no such linear layer; there are {', '.join(names)}")
+        return found
+
+    def fold(self, deltas: Mapping[str, tuple[Array, Array]]) -> None:
+        """Make each weight its stored value plus b @ a (b out x rank, a rank x in), and all others their stored value.
+
+        Reads the stored values again, so that nothing drifts over rounds. Only for a base of 32 bits.
+        """
+        if self.bits != 32:
+            raise ModelFault("only an fp32 base takes a folded adapter")
+        files = WeightFiles(self.folder)
+        for name in sorted(self._folded | deltas.keys()):
+            weight = self.model.get_submodule(name).get_parameter("weight")
+            with torch.no_grad():
+                weight.copy_(_stored(files, self._sources[name]))
+                if name in deltas:
+                    b, a = (torch.from_numpy(np.array(part)).to(weight.device) for part in deltas[name])
+                    weight.addmm_(b, a)
+        self._folded = set(deltas)
+
+    def set_head(self, dense: Mapping[str, Array]) -> None:
+        """Copy the head's tensors out of an adapter whose names and shapes were checked."""
+        with torch.no_grad():
+            for name, value in dense.items():
+                self.head[name].copy_(torch.from_numpy(np.array(value)))
+
+
+def import_libraries(beat: Beat = silent) -> None:
+    """Import what loading a model needs, which takes seconds and a third of the agent's memory."""
+    for name in ("transformers.modeling_utils", "accelerate", "peft"):
+        importlib.import_module(name)
+        beat("starting")
+
+
+def compute_dtype(bits: Bits) -> torch.dtype:
+    """Precision of activations over a base of `bits`."""
+    return torch.float32 if bits == 32 else torch.bfloat16
+
+
+def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", beat: Beat = silent) -> Base:
+    """Load the model in `folder` for `task`. One stored tensor at a time is held beside the model.
+
+    The head is not initialised; `fresh_head` gives its first values. Raises `ModelFault` with a one-line reason.
+    """
+    tokenizer = _tokenizer(folder)
+    model = _empty_model(folder, task, tokenizer)
+    beat("loading the base")
+    transposed = _conv1d_to_linear(model)
+    linears = {linear.name: linear for linear in _linears(model)}
+    base = Base(
+        folder=folder, kind=task.kind, labels=len(task.labels), bits=bits, device=device, model=model,
+        tokenizer=tokenizer, linears=linears, head={},
+    )  # fmt: skip
+    missing = _fill(base, transposed, beat)
+    if missing:
+        raise ModelFault(f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more")
+    _finish_head(base)
+    model.to(device)
+    model.eval()
+    model.requires_grad_(False)
+    gc.collect()
+    _give_back_memory()
+    return base
+
+
+def fresh_head(base: Base, seed: int) -> dict[str, Array]:
+    """First values of the head: matrices normal(0, 0.02), biases zero, norms one; the same for the same seed."""
+    values: dict[str, Array] = {}
+    generator = np.random.default_rng([seed, 0x4EAD])
+    for name in sorted(base.head):
+        shape = tuple(base.head[name].shape)
+        if len(shape) > 1:
+            values[name] = generator.normal(0.0, 0.02, shape).astype(np.float32)
+        else:
+            values[name] = np.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=np.float32)
+    return values
+
+
+def count_parameters(base: Base) -> tuple[int, int]:
+    """Parameters in the blocks' linear weights (those that quantization covers), and all others."""
+    covered = sum(linear.out * linear.inp for linear in base.linears.values())
+    total = 0
+    for name, parameter in base.model.named_parameters():
+        if name.removesuffix(".weight") not in base.linears:
+            total += parameter.numel()
+    return covered, total
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFault(f"{folder}: its tokenizer can't be loaded: {one_line(error, 160)}") from error
+
+
+def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any) -> Any:
+    """The architecture with parameters that hold no memory yet; buffers are real."""
+    import transformers
+
+    accelerate: Any = importlib.import_module("accelerate")
+    name = "AutoModelForSequenceClassification" if task.kind == "classification" else "AutoModelForCausalLM"
+    factory: Any = getattr(transformers, name)
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id
+        if task.kind == "classification":
+            config.num_labels = len(task.labels)
+            config.problem_type = "single_label_classification"
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = factory.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelFault(f"{folder}: not a model for {task.kind}: {one_line(error, 160)}") from error
+    if task.kind == "causal":
+        model.config.use_cache = False
+    return model
+
+
+def _conv1d_to_linear(model: nn.Module) -> set[str]:
+    """Replace GPT-2's (in x out) layers by linear ones; the names of those replaced."""
+    from transformers.pytorch_utils import Conv1D
+
+    replaced = [name for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    for name in replaced:
+        old = model.get_submodule(name)
+        inp, out = old.get_parameter("weight").shape
+        set_module(model, name, nn.Linear(inp, out, device="meta"))
+    return set(replaced)
+
+
+def _linears(model: nn.Module) -> Iterator[Linear]:
+    for name, module in model.named_modules():
+        block = _BLOCK.search(f".{name}.")
+        if isinstance(module, nn.Linear) and block and name.partition(".")[0] not in _HEADS:
+            yield Linear(name, module.out_features, module.in_features, int(block.group(1)))
+
+
+def _fill(base: Base, transposed: set[str], beat: Beat) -> list[str]:
+    """Read every parameter that is stored; the names of those inside the base model that are not."""
+    files = WeightFiles(base.folder)
+    prefix = base.model.base_model_prefix
+    for name, _ in list(base.model.named_parameters(remove_duplicate=False)):
+        key = files.key(name, prefix)
+        if key is None:
+            continue
+        module = name.rpartition(".")[0]
+        turn = module in transposed and name.endswith("weight")
+        value = files.read(key)
+        value = value.t() if turn else value
+        linear = base.linears.get(module)
+        if linear is not None and name.endswith(".weight"):
+            base._sources[module] = _Source(key, turn)
+            beat("loading the base")
+            if base.bits < 16:
+                _put_quantized(base, linear, value)
+                continue
+        _put(base.model, name, value.to(base.compute).contiguous())
+    base.model.tie_weights()
+    return _missing(base)
+
+
+def _missing(base: Base) -> list[str]:
+    """Parameters that no file gave: those outside the blocks become the head; the others are returned."""
+    lacking = [name for name, parameter in base.model.named_parameters() if parameter.is_meta]
+    if base.kind == "classification":
+        for name in [n for n in lacking if not _BLOCK.search(n) and "embed" not in n]:
+            lacking.remove(name)
+            shape = base.model.get_parameter(name).shape
+            _put(base.model, name, torch.zeros(shape))
+    return lacking
+
+
+def _finish_head(base: Base) -> None:
+    """Head tensors in float32, with the inputs of their modules cast to it."""
+    if base.kind != "classification":
+        return
+    stored = WeightFiles(base.folder)
+    for name, _ in list(base.model.named_parameters()):
+        if name.partition(".")[0] in _HEADS or stored.key(name, base.model.base_model_prefix) is None:
+            owner = base.model.get_submodule(name.rpartition(".")[0])
+            _put(base.model, name, base.model.get_parameter(name).detach().to(base.device, torch.float32))
+            base.head[name] = base.model.get_parameter(name)
+            if base.compute is not torch.float32 and not owner._forward_pre_hooks:
+                owner.register_forward_pre_hook(_cast_to_float)
+
+
+def _cast_to_float(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args)
+
+
+def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    expected = owner.get_parameter(leaf).shape
+    if value.shape != expected:
+        raise ModelFault(f"{name}: stored with shape {tuple(value.shape)}, its config says {tuple(expected)}")
+    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _put_quantized(base: Base, linear: Linear, value: torch.Tensor) -> None:
+    from shared.modeling.quantization import quantized
+
+    old = base.model.get_submodule(linear.name)
+    has_bias = old.bias is not None
+    set_module(base.model, linear.name, quantized(value, has_bias, base.bits, base.compute, base.device))
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at path `name`."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, module)
+
+
+def _stored(files: WeightFiles, source: _Source) -> torch.Tensor:
+    value = files.read(source.key).to(torch.float32)
+    return value.t() if source.transposed else value
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system; without it the stored tensors read one by one stay resident."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -1,0 +1,261 @@
+"""LoRA by peft: the trainable part of the global adapter, its frozen rest, and reading an update back.
+
+Of the global adapter's directions of a module (ordered by size) the first `trained` become trainable, more are added
+fresh up to the rank asked for, and the rest stays frozen: folded into an fp32 weight, or beside a weight of fewer bits
+as a second adapter, since one fold into a quantized weight costs up to six times the delta. The start model is the
+exact global one either way. The split A = V^T/sqrt(3), B = sqrt(3) U sigma / scaling gives both factors the size that
+LoRA's own start has (rows of kaiming-uniform A have norm 1/sqrt(3)).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from shared.adapter import Adapter, Factors
+from shared.modeling.base_model import Base, set_module
+from shared.modeling.faults import AdapterFault
+from shared.tensors import Array
+
+OWN = "own"
+REST = "rest"
+
+
+@dataclass(frozen=True)
+class Split:
+    """One module's part of the global adapter. `b`, `a`: to train (rank columns); `rest`: b and a of what stays."""
+
+    b: Array
+    a: Array
+    trained: int
+    rest: tuple[Array, Array] | None
+
+
+@dataclass
+class Carried:
+    """The trainable tensors on a base, by module; `trained` directions of the global adapter are among them."""
+
+    factors: dict[str, tuple[nn.Parameter, nn.Parameter]]
+    """Module -> (b, a)."""
+    trained: dict[str, int]
+    scaling: float
+    head: dict[str, nn.Parameter]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All trainable tensors: factors, then head."""
+        return [tensor for pair in self.factors.values() for tensor in pair] + list(self.head.values())
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors by a name that is stable over restarts."""
+        named = dict(self.head)
+        for module, (b, a) in self.factors.items():
+            named[f"{module}.lora_b"], named[f"{module}.lora_a"] = b, a
+        return named
+
+
+def check_adapter(base: Base, adapter: Adapter) -> None:
+    """Raise `AdapterFault` unless every tensor of the adapter fits the base."""
+    for name, part in adapter.factors.items():
+        linear = base.linears.get(name)
+        if linear is None:
+            raise AdapterFault(f"adapter of round {adapter.round}: the base has no linear layer {name}")
+        if (part.b.shape[0], part.a.shape[1]) != (linear.out, linear.inp):
+            raise AdapterFault(
+                f"adapter of round {adapter.round}: {name} is {linear.out}x{linear.inp}, "
+                f"its factors are for {part.b.shape[0]}x{part.a.shape[1]}"
+            )
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.head.items()}
+    given = {name: tuple(tensor.shape) for name, tensor in adapter.dense.items()}
+    if given != shapes:
+        odd = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+        raise AdapterFault(
+            f"adapter of round {adapter.round}: dense tensor {odd[0]} is {given.get(odd[0])}, "
+            f"the base wants {shapes.get(odd[0])}"
+        )
+
+
+def product(part: Factors, start: int = 0) -> tuple[Array, Array]:
+    """b and a whose product is what directions `start` and later of an adapter add to W."""
+    b = part.b[:, start:] * np.float32(part.scaling)
+    if part.sigma is not None:
+        b = b * part.sigma[start:]
+    return np.ascontiguousarray(b, dtype=np.float32), part.a[start:]
+
+
+def merge(base: Base, adapter: Adapter) -> None:
+    """Make `base` (fp32) the global model: every direction folded, the head set."""
+    check_adapter(base, adapter)
+    detach(base)
+    base.fold({name: product(part) for name, part in adapter.factors.items() if part.rank})
+    base.set_head(adapter.dense)
+
+
+def split(part: Factors | None, shape: tuple[int, int], rank: int, scaling: float, seed: int) -> Split:
+    """Divide a module's global directions for a device of `rank`; `shape` = (out, in), `seed` for fresh directions."""
+    out, inp = shape
+    b = np.zeros((out, rank), dtype=np.float32)
+    bound = 1.0 / math.sqrt(inp)
+    a = np.random.default_rng(seed).uniform(-bound, bound, (rank, inp)).astype(np.float32)
+    if part is None or not part.rank:
+        return Split(b, a, 0, None)
+    trained = min(rank, part.rank)
+    if part.sigma is None:
+        b[:, :trained] = part.b[:, :trained] * np.float32(part.scaling / scaling)
+        a[:trained] = part.a[:trained]
+    else:
+        size = math.sqrt(3.0)
+        b[:, :trained] = part.b[:, :trained] * part.sigma[:trained] * np.float32(size * part.scaling / scaling)
+        a[:trained] = part.a[:trained] / np.float32(size)
+    return Split(b, a, trained, product(part, trained) if trained < part.rank else None)
+
+
+def carry(
+    base: Base, adapter: Adapter, ranks: Mapping[str, int], *, alpha_ratio: float, seed: int, round: int
+) -> Carried:
+    """Put the global adapter on `base` with trainable LoRA of `ranks`; whatever it carried before is taken off.
+
+    Raises `AdapterFault` where adapter or ranks do not fit the base.
+    """
+    check_adapter(base, adapter)
+    unknown = sorted(ranks.keys() - base.linears.keys())
+    if unknown:
+        raise AdapterFault(f"ranks name {unknown[0]}, a linear layer that the base does not have")
+    detach(base)
+    wanted = {name: rank for name, rank in sorted(ranks.items()) if rank > 0}
+    splits = {
+        name: split(
+            adapter.factors.get(name),
+            (base.linears[name].out, base.linears[name].inp),
+            wanted.get(name, 0),
+            alpha_ratio,
+            _seed(seed, round, name),
+        )
+        for name in sorted(wanted.keys() | adapter.factors.keys())
+    }
+    rests = {name: part.rest for name, part in splits.items() if part.rest is not None}
+    if base.bits == 32:
+        base.fold(rests)
+    else:
+        _inject(base, REST, {name: rest[1].shape[0] for name, rest in rests.items()}, 1.0)
+    _inject(base, OWN, wanted, alpha_ratio)
+    base.set_head(adapter.dense)
+    _fill(base, {} if base.bits == 32 else rests, {name: splits[name] for name in wanted})
+    layers = {name: base.model.get_submodule(name) for name in wanted}
+    carried = Carried(
+        factors={name: (layer.lora_B[OWN].weight, layer.lora_A[OWN].weight) for name, layer in layers.items()},
+        trained={name: splits[name].trained for name in wanted},
+        scaling=alpha_ratio,
+        head=dict(base.head),
+    )
+    base.model.requires_grad_(False)
+    for tensor in carried.parameters():
+        tensor.requires_grad_(True)
+    return carried
+
+
+def detach(base: Base) -> None:
+    """Take every peft layer off again; the base's own layers stay where they are."""
+    from peft.tuners.lora import LoraLayer
+
+    wrapped = {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLayer)}
+    for name, layer in wrapped.items():
+        set_module(base.model, name, layer.get_base_layer())
+    _forget_config(base)
+    for tensor in base.head.values():
+        tensor.requires_grad_(False)
+        tensor.grad = None
+
+
+def read_update(
+    carried: Carried, *, job: str, round: int, attempt: int, base_digest: str, device: str = "",
+    notes: dict[str, str] | None = None,
+) -> Adapter:  # fmt: skip
+    """The trainable tensors as an update."""
+    factors = {
+        name: Factors(b=_array(b), a=_array(a), scaling=carried.scaling, trained=carried.trained[name])
+        for name, (b, a) in carried.factors.items()
+    }
+    return Adapter(
+        kind="update", job=job, round=round, base_digest=base_digest, factors=factors,
+        dense={name: _array(tensor) for name, tensor in carried.head.items()},
+        attempt=attempt, device=device, notes=notes or {},
+    )  # fmt: skip
+
+
+def _inject(base: Base, name: str, ranks: Mapping[str, int], scaling: float) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if not ranks:
+        return
+    config = LoraConfig(
+        r=1,
+        lora_alpha=1,
+        # As one expression: peft shortens a long list to suffixes.
+        target_modules="|".join(re.escape(module) for module in ranks),
+        rank_pattern={f"^{re.escape(module)}$": rank for module, rank in ranks.items()},
+        alpha_pattern={f"^{re.escape(module)}$": scaling * rank for module, rank in ranks.items()},
+    )
+    if base.bits == 8:
+        from shared.modeling.quantization import LinearNF, lora_nf
+
+        config._register_custom_module({LinearNF: lora_nf()})
+    # peft asks the model before it wraps a 4-bit layer of bitsandbytes as one.
+    base.model.is_loaded_in_4bit = base.bits == 4
+    _forget_config(base)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")  # ours, registered above
+        inject_adapter_in_model(config, base.model, adapter_name=name, low_cpu_mem_usage=True)
+
+
+def _forget_config(base: Base) -> None:
+    """Peft leaves the last adapter's configuration on the model and would warn of it at the next."""
+    if hasattr(base.model, "peft_config"):
+        del base.model.peft_config
+
+
+def _fill(base: Base, rests: Mapping[str, tuple[Array, Array]], own: Mapping[str, Split]) -> None:
+    for name in sorted(rests.keys() | own.keys()):
+        layer = base.model.get_submodule(name)
+        active = []
+        if name in rests:
+            b, a = rests[name]
+            _set_factors(layer, REST, b, a, base.device, base.compute)
+            active.append(REST)
+        if name in own:
+            _set_factors(layer, OWN, own[name].b, own[name].a, base.device, torch.float32)
+            active.append(OWN)
+        layer.set_adapter(active)
+
+
+class _Factor(nn.Linear):
+    """A float32 factor used in the precision of its input: peft would keep a float32 copy of every input instead."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+def _set_factors(layer: Any, name: str, b: Array, a: Array, device: str, dtype: torch.dtype) -> None:
+    layer.cast_input_dtype_enabled = False
+    for factors, value in ((layer.lora_B, b), (layer.lora_A, a)):
+        factor = _Factor(value.shape[1], value.shape[0], bias=False, device="meta")
+        factor.weight = nn.Parameter(torch.from_numpy(np.array(value)).to(device, dtype))
+        factors[name] = factor
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    array: Array = tensor.detach().to("cpu", torch.float32).numpy().copy()
+    return array
+
+
+def _seed(seed: int, round: int, name: str) -> int:
+    """One seed per module, the same on every device: equal fresh directions make the sum of updates low in rank."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{round}/{name}".encode()).digest()[:8], "little")

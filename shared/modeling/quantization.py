@@ -1,0 +1,193 @@
+"""Frozen linear layers at 8 and 4 bits, and proof that a device can run each precision.
+
+NormalFloat of k bits: the levels are quantiles of the normal distribution, weights are scaled per block of 64 by their
+largest magnitude. 4 bits are bitsandbytes' NF4 layer; 8 bits use its blockwise kernels with a code of 256 such levels.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import nn
+
+from shared.jobs import Bits
+from shared.modeling.data import Beat, silent
+from shared.modeling.faults import BitsFault, one_line
+
+BLOCK = 64
+OFFSET = 0.9677083
+"""Outermost quantile of bitsandbytes' NF4 table; at 8 bits it gives a relative error of 3e-5."""
+ERROR_BOUNDS: dict[Bits, float] = {32: 1e-10, 16: 3e-5, 8: 1e-4, 4: 0.0115}
+"""Largest mean square error of a product with random normal weights, relative to the product's mean square.
+
+Weights alone give 3e-5 at 8 bits and 0.0085 at 4; activations in bf16 add 1e-5.
+"""
+
+
+def normal_levels(bits: int) -> torch.Tensor:
+    """The 2**bits levels of NormalFloat, ascending in [-1, 1], float32; one more of them is positive than negative."""
+    half = 2 ** (bits - 1)
+    inverse = NormalDist().inv_cdf
+
+    def quantiles(count: int) -> list[float]:
+        return [inverse(OFFSET + (0.5 - OFFSET) * i / (count - 1)) for i in range(count - 1)]
+
+    values = quantiles(half + 1) + [0.0] + [-value for value in quantiles(half)]
+    levels = torch.tensor(sorted(values), dtype=torch.float64)
+    return (levels / levels.max()).to(torch.float32)
+
+
+@functools.lru_cache(maxsize=4)
+def _code(device: str) -> torch.Tensor:
+    """The 256 levels on a device; shared by all layers."""
+    return normal_levels(8).to(device)
+
+
+class LinearNF(nn.Module):
+    """A frozen linear layer whose weight (out x in) is stored as 8-bit NormalFloat. `bias` is a parameter or None."""
+
+    codes: torch.Tensor
+    absmax: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, has_bias: bool, compute: torch.dtype) -> None:
+        """Quantize `weight` where it lies; a bias, if any, is to be set later."""
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.compute = compute
+        codes, state = _functional().quantize_blockwise(
+            weight.float().contiguous(), code=_code(str(weight.device)), blocksize=BLOCK
+        )
+        self.register_buffer("codes", codes)
+        self.register_buffer("absmax", state.absmax)
+        self.bias: nn.Parameter | None = None
+        if has_bias:
+            self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=compute), requires_grad=False)
+
+    def dequantized(self) -> torch.Tensor:
+        """The weight in the precision of computation."""
+        return _dequantize(self.codes, self.absmax, self.compute)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (.. x in) -> (.. x out), in the precision of computation."""
+        product: torch.Tensor = _LinearNF.apply(x.to(self.compute), self.codes, self.absmax, self.bias)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return product
+
+
+class _LinearNF(torch.autograd.Function):
+    """x @ W.T + bias that dequantizes again for the gradient instead of keeping the dequantized weight for it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(codes, absmax)
+        return nn.functional.linear(x, _dequantize(codes, absmax, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        codes, absmax = ctx.saved_tensors
+        return grads[0] @ _dequantize(codes, absmax, grads[0].dtype), None, None, None
+
+
+def _dequantize(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    functional = _functional()
+    state = functional.QuantState(absmax=absmax, code=_code(str(codes.device)), blocksize=BLOCK, dtype=dtype)
+    weight: torch.Tensor = functional.dequantize_blockwise(codes, state)
+    return weight
+
+
+def _functional() -> Any:
+    # Imported when first used: an agent whose work never needs it starts lighter.
+    return importlib.import_module("bitsandbytes.functional")
+
+
+@functools.lru_cache(maxsize=1)
+def lora_nf() -> type[nn.Module]:
+    """The peft layer around `LinearNF`."""
+    from peft.tuners import lora
+
+    class LoraNF(lora.Linear):
+        """LoRA beside an 8-bit NormalFloat layer."""
+
+        def merge(self, *_: Any, **__: Any) -> None:
+            """Always refused: folding into a quantized weight costs more than the adapter is worth."""
+            raise BitsFault("an adapter can't be merged into an 8-bit base; merge it into an fp32 copy")
+
+    return LoraNF
+
+
+def quantized(weight: torch.Tensor, has_bias: bool, bits: Bits, compute: torch.dtype, device: str) -> nn.Module:
+    """A frozen layer of `bits` (8 or 4) with `weight` (out x in); a bias is to be set later."""
+    weight = weight.detach().to(device, torch.float32).contiguous()
+    if bits == 8:
+        return LinearNF(weight, has_bias, compute)
+    if bits == 4:
+        return _linear_4bit(weight, has_bias, compute)
+    raise BitsFault(f"{bits} bits: not a quantized precision")
+
+
+def _linear_4bit(weight: torch.Tensor, has_bias: bool, compute: torch.dtype) -> nn.Module:
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    out, inp = weight.shape
+    layer: Any = bitsandbytes.nn.Linear4bit(
+        inp, out, bias=has_bias, compute_dtype=compute, compress_statistics=True, quant_type="nf4", device="meta"
+    )
+    packed = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=BLOCK, module=layer
+    )
+    layer.weight = packed.to(weight.device)
+    # Inference on a CPU with bf16 would repack the weight into a form that later gives no gradient.
+    layer.support_avx512bf16_for_cpu = False
+    if has_bias:
+        layer.bias = nn.Parameter(torch.zeros(out, dtype=compute, device=weight.device), requires_grad=False)
+    return layer
+
+
+def probe_bits(device: str, beat: Beat = silent) -> tuple[list[Bits], dict[str, str]]:
+    """Precisions that pass a real quantize-dequantize-matmul within `ERROR_BOUNDS`; bits -> why not, for the others."""
+    proven: list[Bits] = []
+    notes: dict[str, str] = {}
+    order: tuple[Bits, ...] = (32, 16, 8, 4)
+    for bits in order:
+        beat("probing")
+        try:
+            error = product_error(bits, device)
+        except (ImportError, OSError, RuntimeError, NotImplementedError, AttributeError, ValueError) as fault:
+            notes[str(bits)] = f"{type(fault).__name__}: {one_line(fault, 160)}"
+            continue
+        if error <= ERROR_BOUNDS[bits]:
+            proven.append(bits)
+        else:
+            notes[str(bits)] = f"relative error {error:.2g} of a product, the bound is {ERROR_BOUNDS[bits]:.2g}"
+    return proven, notes
+
+
+def product_error(bits: Bits, device: str) -> float:
+    """Relative mean square error of x @ W.T and of its gradient by x, the larger one, for random normal W and x."""
+    generator = torch.Generator().manual_seed(bits)
+    weight = torch.randn(192, 256, generator=generator)
+    x = torch.randn(64, 256, generator=generator)
+    grad = torch.randn(64, 192, generator=generator)
+    compute = torch.float32 if bits == 32 else torch.bfloat16
+    layer: Callable[[torch.Tensor], torch.Tensor]
+    if bits < 16:
+        layer = quantized(weight, False, bits, compute, device)
+    else:
+        held = weight.to(device, compute)
+        layer = functools.partial(nn.functional.linear, weight=held)
+    given = x.to(device, compute, copy=True).requires_grad_(True)
+    product = layer(given)
+    product.backward(grad.to(device, compute))
+    assert given.grad is not None
+    return max(
+        _relative(product, x.double() @ weight.double().T), _relative(given.grad, grad.double() @ weight.double())
+    )
+
+
+def _relative(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((found.detach().double().cpu() - exact).square().mean() / exact.square().mean())

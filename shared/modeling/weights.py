@@ -1,0 +1,136 @@
+"""A base model's files: where they are, their digest, and its tensors one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.modeling.faults import ModelFault, one_line
+
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
+
+
+def resolve(model: str, revision: str = "") -> Path:
+    """Folder of a base model: `model` itself, or a hub id's files at `revision`, downloaded where not yet cached.
+
+    Raises `ModelFault` for an unknown model, and for a folder without `config.json` or safetensors.
+    """
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
+            raise ModelFault(f"{model}: no such model folder")
+        folder = _from_hub(model, revision)
+    if not (folder / "config.json").is_file():
+        raise ModelFault(f"{model}: no config.json there")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelFault(f"{model}: no *.safetensors there; other weight formats are not loaded")
+    return folder
+
+
+def _from_hub(model: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(model, revision=revision or None, allow_patterns=_PATTERNS)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelFault(f"{model}: no such folder, and not from the hub: {one_line(error, 160)}") from error
+    return Path(found)
+
+
+def base_digest(folder: Path, cache: Path | None = None) -> str:
+    """SHA-256 over config, safetensors and tokenizer files, each by name and content.
+
+    `cache`: JSON file of digests by path, size and time of change, so that large files are read once.
+    """
+    known = _read_cache(cache)
+    whole = hashlib.sha256()
+    fresh = False
+    for path in sorted({p for pattern in _PATTERNS for p in folder.glob(pattern)}, key=lambda p: p.name):
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        if key not in known:
+            known[key] = _sha(path)
+            fresh = True
+        whole.update(f"{path.name}\0{known[key]}\n".encode())
+    if fresh and cache is not None:
+        _write_cache(cache, known)
+    return whole.hexdigest()
+
+
+def _sha(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_cache(cache: Path | None) -> dict[str, str]:
+    if cache is None:
+        return {}
+    try:
+        content = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_cache(cache: Path, known: dict[str, str]) -> None:
+    temporary = cache.with_name(f"{cache.name}.{os.getpid()}")
+    # A cache that can't be written costs time only.
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(cache)
+
+
+class WeightFiles:
+    """The tensors of a folder's safetensors files, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with _opened(path) as file:
+                self._files.update(dict.fromkeys(file.keys(), path))
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._files
+
+    def read(self, key: str) -> torch.Tensor:
+        """The tensor `key` in memory of its own."""
+        with _opened(self._files[key]) as file:
+            tensor: torch.Tensor = file.get_tensor(key)
+            return tensor.clone()
+
+    def key(self, name: str, prefix: str) -> str | None:
+        """The key under which parameter `name` of a model with base-model prefix `prefix` is stored, if it is."""
+        names = [name, f"{prefix}.{name}"]
+        if name.startswith(f"{prefix}."):
+            names.append(name[len(prefix) + 1 :])
+        # BERT's own checkpoints name the tensors of a LayerNorm as TensorFlow did.
+        names += [n[:-6] + "gamma" for n in names if n.endswith("LayerNorm.weight")]
+        names += [n[:-4] + "beta" for n in names if n.endswith("LayerNorm.bias")]
+        return next((candidate for candidate in names if candidate in self._files), None)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ModelFault(f"{path}: not a safetensors file: {one_line(error, 120)}") from error

@@ -45,6 +45,8 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     data_path: str
     adapter_path: str
     """The global adapter file to start from."""
+    device: str = ""
+    """Id of this device, written into the update."""
     update_path: str
     """Where to write the update (temp file, then rename)."""
     checkpoint_dir: str

@@ -208,13 +208,13 @@ class Training:
             trained=self.trained,
         )
 
-    def update(self) -> bytes:
-        """The update's file."""
+    def update(self, device: str = "") -> bytes:
+        """The file of the update of `device`."""
         work = self.assignment
         parts = {MODULE: self.factors()} if self.a.shape[0] else {}
         made = Adapter(
             kind="update", job=work.job, round=work.round, base_digest=work.base_digest, factors=parts, dense={},
-            attempt=work.attempt,
+            attempt=work.attempt, device=device,
         )  # fmt: skip
         return adapters.write(made, work.training.codec)
 
@@ -257,7 +257,8 @@ def begin(assignment: Assignment, adapter: Adapter, rows: Rows, *, batch: int = 
     part = adapter.factors.get(MODULE)
     if part is not None and (part.a.shape[1] != inputs or part.b.shape[0] != outputs):
         raise DecodeError(f"global adapter of {part.b.shape[0]} x {part.a.shape[1]}, base of {outputs} x {inputs}")
-    known = 0 if part is None else min(rank, part.rank)
+    fresh = adapter.notes.get("start") == "fresh"
+    known = 0 if part is None or fresh else min(rank, part.rank)
     rng = np.random.default_rng([assignment.seed, assignment.round, 1])
     a = rng.standard_normal((rank, inputs)) / math.sqrt(inputs)
     b = rng.standard_normal((outputs, rank)) / math.sqrt(outputs) if fill else np.zeros((outputs, rank))

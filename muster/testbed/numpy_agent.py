@@ -246,7 +246,7 @@ class Agent:
         )
 
     def _finish(self, order: protocol.Train, training: Training, clock: Clock, ended: Ended) -> None:
-        data = training.update()
+        data = training.update(order.device)
         write_whole(Path(order.update_path), data)
         facts = least_squares.facts_of(
             training,

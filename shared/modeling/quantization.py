@@ -157,7 +157,7 @@ def probe_bits(device: str, beat: Beat = silent) -> tuple[list[Bits], dict[str, 
         beat("probing")
         try:
             error = product_error(bits, device)
-        except (ImportError, OSError, RuntimeError, NotImplementedError, AttributeError, ValueError) as fault:
+        except (ImportError, OSError, RuntimeError, AttributeError, ValueError, AssertionError) as fault:
             notes[str(bits)] = f"{type(fault).__name__}: {one_line(fault, 160)}"
             continue
         if error <= ERROR_BOUNDS[bits]:

@@ -1,0 +1,194 @@
+"""The host's load: CPU and memory by the own cgroup where it has limits, else by the whole machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from edge_daemon.adapters.telemetry import cgroup
+
+_ZONES = ("tj-thermal", "x86_pkg_temp", "cpu-thermal", "cpu_thermal", "soc_thermal")
+"""Names of the thermal zone that stands for the chip, in order of preference."""
+_CHIPS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
+
+
+@dataclass(frozen=True)
+class HostReading:
+    """One reading. Rates are over the time since the reading before; 0 in the first one."""
+
+    cores: float
+    own_cores: float
+    foreign_cores: float
+    throttled: float
+    memory_available: int
+    memory_limit: int
+    oom_kills: int
+    """Of our cgroup since it was made; a rise after an agent died of SIGKILL means: out of memory."""
+    temperature_c: float | None = None
+    on_battery: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Counters:
+    at: float
+    own_s: float
+    all_s: float
+    periods: int
+    throttled: int
+
+
+class HostReader:
+    """Reads the load of the machine as far as process `pid` and its descendants may use it.
+
+    `root`: where `/proc` and `/sys` lie (a recorded tree in tests). `clock`: seconds, monotonic.
+    Not safe from several threads: rates are differences to the reading before.
+    """
+
+    def __init__(
+        self, *, root: Path = Path("/"), pid: int | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._root = root
+        self._pid = os.getpid() if pid is None else pid
+        self._clock = clock
+        if root != Path("/"):
+            psutil.PROCFS_PATH = str(root / "proc")
+        self._group = cgroup.find(root, str(self._pid))
+        self._before: _Counters | None = None
+
+    def read(self) -> HostReading:
+        """The load now."""
+        now = self._counters()
+        before, self._before = self._before or now, now
+        seconds = now.at - before.at
+        own = foreign = throttled = 0.0
+        if seconds > 0:
+            own = max(0.0, now.own_s - before.own_s) / seconds
+            foreign = max(0.0, (now.all_s - before.all_s) / seconds - own)
+        if now.periods > before.periods:
+            throttled = min(1.0, max(0, now.throttled - before.throttled) / (now.periods - before.periods))
+        limit, available = self.memory()
+        return HostReading(
+            cores=self.cores(), own_cores=own, foreign_cores=foreign, throttled=throttled,
+            memory_available=available, memory_limit=limit, oom_kills=self.oom_kills(),
+            temperature_c=self._temperature(), on_battery=self._battery(),
+        )  # fmt: skip
+
+    def cores(self) -> float:
+        """CPU cores usable: the processors we may run on, or less by quota."""
+        processors = float(self._processors())
+        quota = self._group.quota()
+        return processors if quota is None else min(processors, quota)
+
+    def memory(self) -> tuple[int, int]:
+        """(limit, available) in bytes: the machine's, or less by cgroup."""
+        machine = psutil.virtual_memory()
+        limit, available = int(machine.total), int(machine.available)
+        group = self._group.memory_left()
+        if group is not None:
+            limit, available = min(limit, group.limit), min(available, group.available)
+        return limit, available
+
+    def oom_kills(self) -> int:
+        """Processes of our cgroup the kernel killed for memory so far."""
+        return self._group.oom_kills()
+
+    def tree(self) -> set[int]:
+        """Process ids of the daemon and all its descendants."""
+        try:
+            process = psutil.Process(self._pid)
+            return {self._pid, *(child.pid for child in process.children(recursive=True))}
+        except psutil.Error:
+            return {self._pid}
+
+    def _counters(self) -> _Counters:
+        group = self._group.cpu_times()
+        own = self._own_seconds(self.tree())
+        if group is None:
+            return _Counters(self._clock(), own, self._machine_seconds(), 0, 0)
+        return _Counters(self._clock(), own, group.usage_s, group.periods, group.throttled)
+
+    @staticmethod
+    def _own_seconds(pids: Iterable[int]) -> float:
+        """CPU seconds of these processes; a reaped child's time stays in its parent's, so the sum only rises."""
+        total = 0.0
+        for pid in pids:
+            try:
+                total += sum(psutil.Process(pid).cpu_times()[:4])
+            except psutil.Error:
+                continue
+        return total
+
+    @staticmethod
+    def _machine_seconds() -> float:
+        times = psutil.cpu_times()
+        # User time already contains the guests'.
+        return float(times.user + times.nice + times.system + times.irq + times.softirq)
+
+    def _processors(self) -> int:
+        allowed = _field(self._root / "proc" / str(self._pid) / "status", "Cpus_allowed_list")
+        count = 0
+        for part in filter(None, allowed.split(",")):
+            first, _, last = part.partition("-")
+            count += int(last or first) - int(first) + 1
+        return count or psutil.cpu_count() or 1
+
+    def _temperature(self) -> float | None:
+        """Degrees Celsius of the chip: the preferred thermal zone, a CPU sensor, else the hottest zone."""
+        zones: dict[str, float] = {}
+        for zone in sorted((self._root / "sys/class/thermal").glob("thermal_zone*")):
+            degrees = _millis(zone / "temp")
+            if degrees is not None:
+                zones.setdefault(_line(zone / "type"), degrees)
+        for name in _ZONES:
+            if name in zones:
+                return zones[name]
+        for chip in sorted((self._root / "sys/class/hwmon").glob("hwmon*")):
+            if _line(chip / "name") in _CHIPS:
+                readings = [d for f in sorted(chip.glob("temp*_input")) if (d := _millis(f)) is not None]
+                if readings:
+                    return max(readings)
+        return max(zones.values(), default=None)
+
+    def _battery(self) -> bool | None:
+        """Whether the machine runs on its battery; None where nothing tells."""
+        answer: bool | None = None
+        for supply in sorted((self._root / "sys/class/power_supply").glob("*")):
+            # A device's own battery (a mouse's) has scope "Device".
+            if _line(supply / "scope") == "Device":
+                continue
+            kind = _line(supply / "type")
+            if kind in ("Mains", "USB") and _line(supply / "online") == "1":
+                return False
+            if kind == "Battery" and (status := _line(supply / "status")):
+                answer = status == "Discharging" or (answer or False)
+        return answer
+
+
+def _line(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _field(path: Path, key: str) -> str:
+    """The value after `key:` in a status file, or ''."""
+    for line in _line(path).splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return value.strip()
+    return ""
+
+
+def _millis(path: Path) -> float | None:
+    """Thousandths of a degree as degrees; None for an absent or impossible reading."""
+    try:
+        degrees = int(_line(path)) / 1000
+    except ValueError:
+        return None
+    return degrees if -50.0 < degrees < 150.0 else None

@@ -1,0 +1,158 @@
+"""The agent's supervisor: a subprocess, a pipe, and a thread that only reports what it reads."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from edge_daemon import protocol
+from shared.errors import DecodeError
+from shared.frames import FrameReader, FrameWriter
+from shared.processes import die_with_parent
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AgentSpoke:
+    """A message, or the end (None), of agent process number `run`."""
+
+    run: int
+    message: protocol.FromAgent | None
+
+
+@dataclass(frozen=True)
+class AgentEnded:
+    """How an agent process ended."""
+
+    reason: str
+    out_of_memory: bool
+
+
+class Trainer(Protocol):
+    """Runs the agent."""
+
+    def start(self, probe: protocol.Probe) -> None:
+        """Start the agent and probe it."""
+
+    def tell(self, message: protocol.ToAgent) -> None:
+        """Send it a message."""
+
+    def kill(self, reason: str) -> None:
+        """End it at once; its end is reported like any other."""
+
+    def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
+        """What a report means; None: it comes from a process before the present one."""
+
+
+class SubprocessTrainer:
+    """`Trainer` over a real subprocess. `oom_kills`: how often the kernel killed for memory in our cgroup so far."""
+
+    def __init__(
+        self, command: Sequence[str], post: Callable[[AgentSpoke], None], oom_kills: Callable[[], int]
+    ) -> None:
+        self._command = list(command)
+        self._post = post
+        self._oom_kills = oom_kills
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: FrameWriter | None = None
+        self._run = 0
+        self._kills_before = 0
+        self._why = ""
+
+    def start(self, probe: protocol.Probe) -> None:
+        """Start the agent and probe it; a command that can't be run is reported as its end."""
+        self._run += 1
+        self._why = ""
+        self._kills_before = self._oom_kills()
+        try:
+            self._spawn()
+        except OSError as error:
+            self._why = f"{self._command[0]}: {error.strerror}"
+            self._post(AgentSpoke(self._run, None))
+            return
+        self.tell(probe)
+
+    def tell(self, message: protocol.ToAgent) -> None:
+        """Send a message; a broken pipe shows as the agent's end, which its reader reports."""
+        if self._writer is None:
+            return
+        try:
+            self._writer.write(message)
+        except OSError as error:
+            log.warning("the agent can't be reached: %s", error)
+
+    def kill(self, reason: str) -> None:
+        """End the agent and all it started."""
+        self._why = reason
+        if self._process is not None:
+            _kill_group(self._process)
+
+    def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
+        """What a report means; None: it comes from a process before the present one."""
+        if spoke.run != self._run:
+            return None
+        return spoke.message if spoke.message is not None else self._reap()
+
+    def _reap(self) -> AgentEnded:
+        code: int | None = None
+        if self._process is not None:
+            _kill_group(self._process)
+            code = self._process.wait()
+        self._process = self._writer = None
+        asked = self._why
+        out_of_memory = not asked and code == -signal.SIGKILL and self._oom_kills() > self._kills_before
+        reason = asked or ("out of memory" if out_of_memory else _ending(code))
+        return AgentEnded(reason, out_of_memory)
+
+    def _spawn(self) -> None:
+        to_agent, from_agent = os.pipe(), os.pipe()
+        command = [*self._command, "--read-fd", str(to_agent[0]), "--write-fd", str(from_agent[1])]
+        try:
+            self._process = subprocess.Popen(
+                command, pass_fds=(to_agent[0], from_agent[1]), stdin=subprocess.DEVNULL, stdout=2,
+                start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+        except OSError:
+            os.close(to_agent[1])
+            os.close(from_agent[0])
+            raise
+        finally:
+            os.close(to_agent[0])
+            os.close(from_agent[1])
+        # When memory runs out the agent dies, not the daemon.
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000", encoding="ascii")
+        self._writer = FrameWriter(os.fdopen(to_agent[1], "wb"))
+        wanted = cast(type[Any], protocol.FromAgent)
+        reader: FrameReader[protocol.FromAgent] = FrameReader(os.fdopen(from_agent[0], "rb"), wanted)
+        threading.Thread(target=self._read, args=(reader, self._run), name="agent-reader", daemon=True).start()
+
+    def _read(self, reader: FrameReader[protocol.FromAgent], run: int) -> None:
+        try:
+            while (message := reader.read()) is not None:
+                self._post(AgentSpoke(run, message))
+        except (DecodeError, OSError) as error:
+            log.error("the agent's pipe is broken: %s", error)
+        self._post(AgentSpoke(run, None))
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _ending(code: int | None) -> str:
+    if code is None:
+        return "it could not be started"
+    if code < 0:
+        return f"killed by signal {-code}"
+    return f"exit status {code}; see the daemon's log for its last words"

@@ -1,0 +1,205 @@
+"""Dealing with the agent: start, probe, train, rest, restart, give up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import msgspec
+
+from edge_daemon import protocol
+from edge_daemon.core import commands as cmd
+from edge_daemon.core import events as ev
+from edge_daemon.core import outbox, policy
+from edge_daemon.core.presence import Result
+from edge_daemon.core.state import Agent, Capability, Identity, Offer, State, identity_of
+from shared.backoff import delay
+from shared.messages import Assignment, Progress
+
+BEAT_S = 5.0
+MACHINE_WAIT_S = 5.0
+"""How long a first agent waits for the machine's facts, which name the GPU, before a driver counts as hung."""
+RETRY_BASE_S = 0.25
+RETRY_CAP_S = 60.0
+PROGRESS_S = 1.0
+_NO_TIME_S = 0.001
+"""`Train.train_for_s` for work whose time is over: 0 would mean no limit."""
+
+
+def ensure(state: State) -> Result:
+    """Start the agent where it is absent and its time has come."""
+    agent = state.agent
+    if agent.status != "absent" or state.now < agent.start_at:
+        return state, []
+    if state.machine is None and state.now - state.started_at < MACHINE_WAIT_S:
+        return state, []
+    settings = state.settings
+    gpus = settings.agent.gpus or [gpu.uuid for gpu in (state.machine.gpus if state.machine else ())]
+    cores = state.machine.cores if state.machine else 1.0
+    probe = protocol.Probe(
+        datasets=settings.data, share_labels=settings.policy.share_labels, gpu=gpus[0] if gpus else "",
+        threads=settings.agent.threads or max(1, int(cores)), beat_s=min(BEAT_S, settings.agent.silence_s / 4),
+    )  # fmt: skip
+    return replace(state, agent=replace(agent, status="starting", heard_at=state.now)), [cmd.StartAgent(probe)]
+
+
+def watch(state: State) -> Result:
+    """Kill an agent that should speak and does not."""
+    agent, limit = state.agent, state.settings.agent.silence_s
+    if agent.status == "ready" and agent.failures and state.now - agent.heard_at > RETRY_CAP_S:
+        return replace(state, agent=replace(agent, failures=0)), []
+    if agent.status not in ("starting", "busy", "stopping") or state.now - agent.heard_at <= limit:
+        return state, []
+    reason = f"the agent said nothing for {limit:.0f} s"
+    return replace(state, agent=replace(agent, heard_at=state.now)), [cmd.KillAgent(reason)]
+
+
+def probed(state: State, event: ev.AgentProbed) -> Result:
+    """The agent is ready."""
+    found = event.probed
+    capability = Capability(
+        bits=tuple(found.bits), datasets=found.datasets, notes=found.notes, agent_bytes=found.agent_bytes,
+        hardware=found.hardware,
+    )  # fmt: skip
+    notes: list[cmd.Command] = [
+        cmd.Note("info", f"probe: {name}: {note}") for name, note in sorted(found.notes.items())
+    ]
+    notes.append(cmd.Note("info", f"the agent proved {', '.join(map(str, found.bits)) or 'no'} bits"))
+    agent = Agent(status="ready", heard_at=state.now, failures=state.agent.failures)
+    return replace(state, capability=capability, agent=agent), notes
+
+
+def beat(state: State, event: ev.AgentBeat) -> Result:
+    """The agent is alive; its progress is passed on at most once a second."""
+    state = replace(state, agent=replace(state.agent, heard_at=state.now))
+    done, work = event.progressed, state.work
+    if done is None or work is None or state.agent.identity != identity_of(work) or not state.connected:
+        return state, []
+    if state.now - state.progress_at < PROGRESS_S:
+        return state, []
+    progress = Progress(
+        epoch=state.epoch, job=work.job, round=work.round, attempt=work.attempt, step=done.step, steps=done.steps,
+        samples=done.samples, loss=done.loss, samples_per_s=done.samples_per_s,
+    )  # fmt: skip
+    return replace(state, progress_at=state.now), [cmd.Publish(progress)]
+
+
+def train(state: State, work: Assignment) -> Result:
+    """Give the ready agent its work, with what is left of its time."""
+    settings, left = state.settings, work.work.train_for_s
+    if left > 0:
+        left = max(_NO_TIME_S, left - (state.now - state.received_at))
+    order = cmd.Train(
+        assignment=work,
+        base_path=settings.models.get(work.base.model, work.base.model),
+        data_path=settings.data[work.task.dataset],
+        train_for_s=left,
+        batch_limit=state.journal.batch_limit,
+    )
+    agent = replace(state.agent, status="busy", heard_at=state.now, identity=identity_of(work))
+    state, pause = rest(replace(state, phase="training", paused="", agent=agent))
+    return state, [order, *pause]
+
+
+def rest(state: State) -> Result:
+    """Pause or go on, by the latest reading and the hour."""
+    if state.phase not in ("training", "paused") or state.agent.status != "busy":
+        return state, []
+    reason = policy.pause(state.settings, state.load, minute=state.minute, paused=bool(state.paused))
+    if reason and not state.paused:
+        state = replace(state, phase="paused", paused=reason)
+        return state, [cmd.Tell(protocol.Pause(reason=reason)), cmd.Note("info", f"training rests: {reason}")]
+    if not reason and state.paused:
+        return replace(state, phase="training", paused=""), [
+            cmd.Tell(protocol.Resume()),
+            cmd.Note("info", "training goes on"),
+        ]
+    return replace(state, paused=reason), []
+
+
+def discard(state: State, why: str) -> Result:
+    """Forget the work under way, wherever it stands."""
+    work = state.work
+    if work is None:
+        return state, []
+    note = cmd.Note("info", f"{identity_of(work)} is given up: {why}")
+    if state.agent.status != "busy":
+        return state, [note, cmd.DropWork(identity_of(work))]
+    # Its folder is dropped once the agent has let go of it.
+    agent = replace(state.agent, status="stopping", heard_at=state.now)
+    return replace(state, agent=agent, paused=""), [note, cmd.Tell(protocol.Stop(discard=True))]
+
+
+def trained(state: State, done: protocol.Trained) -> Result:
+    """An update is on disk: into the outbox, if it is still wanted."""
+    identity = Identity(done.job, done.round, done.attempt)
+    stopping, work = state.agent.status == "stopping", state.work
+    state = replace(state, agent=_free(state), paused="")
+    if work is None or identity != identity_of(work) or stopping:
+        return state, [cmd.DropWork(identity)]
+    journal = state.journal
+    limits = [limit for limit in (journal.batch_limit, done.facts.batch_limit) if limit]
+    facts = msgspec.structs.replace(done.facts, fetch_s=journal.fetch_s, batch_limit=min(limits, default=0))
+    return outbox.offer(
+        state,
+        Offer(
+            job=done.job, round=done.round, attempt=done.attempt, sha=done.sha, size=done.size, facts=facts,
+            chunk=work.chunk,
+        ),
+    )  # fmt: skip
+
+
+def failed(state: State, failure: protocol.Failed) -> Result:
+    """The agent could not do the work, or forgot it as told."""
+    identity = Identity(failure.job, failure.round, failure.attempt)
+    stopping, work = state.agent.status == "stopping", state.work
+    state = replace(state, agent=_free(state), paused="")
+    if work is None or identity != identity_of(work) or stopping:
+        return state, [cmd.DropWork(identity)]
+    return outbox.fail(state, identity, f"{failure.kind}: {failure.reason}", failure.batch_limit)
+
+
+def gone(state: State, event: ev.AgentGone) -> Result:
+    """The agent's process ended: start it again after a while, and give its work up after too many times."""
+    agent, work = state.agent, state.work
+    status, tries = agent.status, state.settings.agent.tries
+    failures = agent.failures + (status in ("starting", "ready"))
+    deaths = state.journal.deaths + (status == "busy" and not event.out_of_memory)
+    wait = delay(failures + deaths, 1.0, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S)
+    exhausted = status == "starting" and failures >= tries
+    state = replace(
+        state,
+        agent=Agent(start_at=state.now + (RETRY_CAP_S if exhausted else wait), failures=0 if exhausted else failures),
+        paused="",
+    )
+    commands: list[cmd.Command] = [cmd.Note("warning", f"the agent is gone: {event.reason}")]
+    if status == "stopping" and agent.identity is not None:
+        commands.append(cmd.DropWork(agent.identity))
+    if exhausted:
+        problem = f"the agent does not start: {event.reason}"
+        state = replace(state, capability=replace(state.capability or Capability(), bits=(), problem=problem))
+        if work is not None and state.accepted:
+            state, more = outbox.fail(state, identity_of(work), problem)
+            commands += more
+    elif status == "busy" and work is not None:
+        state, more = _died(state, work, event, deaths)
+        commands += more
+    return state, commands
+
+
+def _died(state: State, work: Assignment, event: ev.AgentGone, deaths: int) -> Result:
+    identity = identity_of(work)
+    if not event.out_of_memory:
+        state = replace(state, journal=msgspec.structs.replace(state.journal, deaths=deaths))
+        if deaths < state.settings.agent.tries:
+            return state, []
+        return outbox.fail(state, identity, f"the agent died {deaths} times, last: {event.reason}")
+    batch = min(work.work.batch, state.journal.batch_limit or work.work.batch)
+    limit = batch // 2
+    if limit < 1:
+        return outbox.fail(state, identity, "memory: not even a batch of one fits")
+    state = replace(state, journal=msgspec.structs.replace(state.journal, batch_limit=limit))
+    return state, [cmd.Note("warning", f"out of memory with a batch of {batch}: again with {limit}")]
+
+
+def _free(state: State) -> Agent:
+    return Agent(status="ready", heard_at=state.now)

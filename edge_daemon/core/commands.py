@@ -1,0 +1,132 @@
+"""What the session machine asks of its runtime. Data only; each is safe to repeat after a crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from edge_daemon import protocol
+from edge_daemon.core.state import Identity
+from shared.messages import Ack, Assignment, BlobRef, DeviceInfo, DeviceState, Load, Manifest, Progress
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Send a message on the topic that its type has."""
+
+    message: DeviceState | DeviceInfo | Load | Ack | Progress | Manifest
+
+
+@dataclass(frozen=True)
+class StartAgent:
+    """Start the training subprocess and probe it; answers with `AgentProbed` or `AgentGone`."""
+
+    probe: protocol.Probe
+
+
+@dataclass(frozen=True)
+class KillAgent:
+    """End the subprocess at once; answers with `AgentGone`."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Send the agent a word."""
+
+    message: protocol.Pause | protocol.Resume | protocol.Stop | protocol.Shutdown
+
+
+@dataclass(frozen=True)
+class Train:
+    """Have the agent do the work; answers with `AgentTrained`, `AgentFailed` or `AgentGone`."""
+
+    assignment: Assignment
+    base_path: str
+    data_path: str
+    train_for_s: float
+    batch_limit: int
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Pull a global adapter; answers with `AdapterStored` or `AdapterLost`."""
+
+    ref: BlobRef
+    chunk: int
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """Move a finished update from its work folder among the blobs; answers with `OfferLost` only if it is not there."""
+
+    identity: Identity
+    sha: str
+
+
+@dataclass(frozen=True)
+class DropBlob:
+    """Nothing refers to this content any more."""
+
+    sha: str
+
+
+@dataclass(frozen=True)
+class DropWork:
+    """Forget the work folder (checkpoints) of this identity."""
+
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class Tidy:
+    """Remove every work folder and blob but these: leftovers of a crash."""
+
+    identities: tuple[Identity, ...]
+    shas: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Read the load every so many seconds from now on."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Note:
+    """Say something to the owner."""
+
+    level: Literal["info", "warning", "error"]
+    text: str
+
+
+@dataclass(frozen=True)
+class RaiseEpoch:
+    """Number the next connection higher than this."""
+
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    """Say goodbye to the broker and end the process."""
+
+
+Command = (
+    Publish
+    | StartAgent
+    | KillAgent
+    | Tell
+    | Train
+    | Fetch
+    | Adopt
+    | DropBlob
+    | DropWork
+    | Tidy
+    | Sample
+    | Note
+    | RaiseEpoch
+    | Leave
+)

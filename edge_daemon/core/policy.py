@@ -1,0 +1,118 @@
+"""The owner's policy: may this device train now, and why not. Every refusal names the reading and the limit it met."""
+
+from __future__ import annotations
+
+from edge_daemon.core.state import Capability
+from edge_daemon.settings import EdgeSettings, PolicySettings
+from shared.messages import Assignment, Load
+
+_RESUME_SHARE = 0.8
+"""A pause for foreign load ends below this share of its limit, so that it does not flap."""
+_RESUME_COOLER_C = 5.0
+_MIB = 1024 * 1024
+
+
+def refusal(
+    settings: EdgeSettings,
+    capability: Capability,
+    assignment: Assignment,
+    load: Load | None,
+    *,
+    minute: int,
+    disk_free: int,
+) -> str:
+    """Why this device does not take `assignment`, or "".
+
+    `minute`: local minute of the day; `disk_free`: bytes. Without a reading (None) no reading can meet its limit.
+    """
+    reason = _unable(settings, capability, assignment) or _outside_hours(settings.policy, minute)
+    needed = settings.policy.disk_reserve_bytes + assignment.adapter.size
+    if not reason and disk_free < needed:
+        reason = f"disk: {_mib(disk_free)} free, {_mib(needed)} needed (reserve and global adapter)"
+    if reason or load is None:
+        return reason
+    reserve = settings.policy.memory_reserve_bytes
+    if load.memory_available < reserve:
+        return f"memory: {_mib(load.memory_available)} available, the owner's reserve is {_mib(reserve)}"
+    return _too_busy(settings.policy, load, resuming=False)
+
+
+def pause(settings: EdgeSettings, load: Load | None, *, minute: int, paused: bool) -> str:
+    """Why training must rest now, or "". `paused`: whether it rests already; then the limits are lower (hysteresis)."""
+    reason = _outside_hours(settings.policy, minute)
+    return reason or ("" if load is None else _too_busy(settings.policy, load, resuming=paused))
+
+
+def in_hours(spans: list[str], minute: int) -> bool:
+    """Whether local minute `minute` of the day lies in one of the "HH:MM-HH:MM" spans; no span: always."""
+    return not spans or any(_within(span, minute) for span in spans)
+
+
+def faults(policy: PolicySettings) -> list[str]:
+    """What is wrong with a policy beyond its types: a list of "key: reason"."""
+    wrong = []
+    for span in policy.hours:
+        begin, end = _minutes(span)
+        if max(begin, end) > 24 * 60 or any(int(part[3:]) > 59 for part in span.split("-")):
+            wrong.append(f"policy.hours: {span!r} is no span of a day")
+    return wrong
+
+
+def _unable(settings: EdgeSettings, capability: Capability, assignment: Assignment) -> str:
+    if capability.problem:
+        return capability.problem
+    task, base, work = assignment.task, assignment.base, assignment.work
+    if task.dataset not in settings.data:
+        return f"data set {task.dataset!r} is not in this device's [data] table"
+    if task.dataset not in capability.datasets:
+        note = capability.notes.get(task.dataset, "it could not be read")
+        return f"data set {task.dataset!r}: {note}"
+    # A least-squares base is its name: nothing is loaded.
+    if base.model not in settings.models and not settings.policy.hub and task.kind != "least_squares":
+        return f"base model {base.model!r} is not in this device's [models] table, and policy.hub is off"
+    if work.bits not in capability.bits:
+        proven = ", ".join(str(bits) for bits in capability.bits) or "none"
+        return f"bits: {work.bits} asked, proven here: {proven}"
+    return ""
+
+
+def _outside_hours(policy: PolicySettings, minute: int) -> str:
+    if in_hours(policy.hours, minute):
+        return ""
+    return f"hours: it is {minute // 60:02d}:{minute % 60:02d}, the owner allows {', '.join(policy.hours)}"
+
+
+def _too_busy(policy: PolicySettings, load: Load, *, resuming: bool) -> str:
+    limit = policy.foreign_limit * (_RESUME_SHARE if resuming else 1.0)
+    share = load.foreign_cores / load.cores if load.cores > 0 else 0.0
+    if share > limit:
+        return f"foreign load: other programs use {share:.0%} of the cores, the limit is {limit:.0%}"
+    heat_limit = policy.temperature_limit_c - (_RESUME_COOLER_C if resuming else 0.0)
+    heat = hottest(load)
+    if heat is not None and heat > heat_limit:
+        return f"heat: {heat:.0f} °C, the limit is {heat_limit:.0f} °C"
+    if load.on_battery and not policy.on_battery:
+        return "battery: running on battery, and policy.on_battery is off"
+    return ""
+
+
+def hottest(load: Load) -> float | None:
+    """The highest temperature of the reading, degrees Celsius."""
+    known = [t for t in (load.temperature_c, *(gpu.temperature_c for gpu in load.gpus)) if t is not None]
+    return max(known, default=None)
+
+
+def _within(span: str, minute: int) -> bool:
+    begin, end = _minutes(span)
+    if begin <= end:
+        return begin <= minute < end
+    return minute >= begin or minute < end
+
+
+def _minutes(span: str) -> tuple[int, int]:
+    begin, end = (int(part[:2]) * 60 + int(part[3:]) for part in span.split("-"))
+    return begin, end
+
+
+def _mib(count: int) -> str:
+    return f"{count / _MIB:.0f} MiB"

@@ -1,0 +1,149 @@
+"""`muster-edge`: reads its settings, wires the edges together, runs the loop until a signal."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import queue
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from edge_daemon.adapters.store import Store
+from edge_daemon.adapters.systemd import notifier
+from edge_daemon.adapters.telemetry.facts import static_facts
+from edge_daemon.adapters.telemetry.host import HostReader
+from edge_daemon.adapters.telemetry.nvidia import NvidiaReader
+from edge_daemon.adapters.telemetry.sampler import Sampler
+from edge_daemon.adapters.trainer import SubprocessTrainer
+from edge_daemon.core import policy
+from edge_daemon.core.state import Machine
+from edge_daemon.runtime import Asked, Examined, Ports, Runtime, Sampled
+from edge_daemon.settings import EdgeSettings
+from shared import logs, settings, topics
+from shared.codec import pack
+from shared.errors import MusterError, SettingsError, UserError
+from shared.messages import DeviceState
+from shared.transport.base import Outgoing
+from shared.transport.mqtt import MqttTransport
+from shared.version import VERSION
+
+log = logging.getLogger("edge_daemon")
+TICK_S = 0.5
+
+
+class Service:
+    """The daemon as a process."""
+
+    def __init__(self, config: EdgeSettings) -> None:
+        self._config = config
+        self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._notify = notifier()
+        self._store = Store(Path(config.state_dir))
+        self._host = HostReader()
+        self._gpus = NvidiaReader(config.agent.gpus)
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        self._transport = MqttTransport(
+            config.broker, config.device, next_epoch=self._store.next_epoch, will=self._will, rng=random.Random()
+        )
+        self._transport.subscribe(topics.device_filters(config.fleet, config.device))
+        self._sampler = Sampler(
+            lambda load: self._queue.put(Sampled(load)),
+            host=self._host, gpus=self._gpus, period_s=config.telemetry.idle_s,
+        )  # fmt: skip
+        trainer = SubprocessTrainer(config.agent.command, self._queue.put, self._host.oom_kills)
+        ports = Ports(
+            transport=self._transport,
+            store=self._store,
+            trainer=trainer,
+            clock=time.monotonic,
+            wall=time.time,
+            minute=_minute,
+            sample_every=self._sampler.set_period,
+        )
+        self._runtime = Runtime(config, ports, boot_id=boot_id, version=VERSION)
+
+    def run(self) -> None:
+        """Serve until SIGTERM or SIGINT, then leave: partial work is kept, the fleet is told."""
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, lambda *_: self._queue.put(Asked()))
+        self._transport.start(self._queue.put)
+        self._sampler.start()
+        threading.Thread(target=self._examine, name="facts", daemon=True).start()
+        self._notify("READY=1")
+        log.info("device %s of fleet %s runs", self._config.device, self._config.fleet)
+        phase = ""
+        while not self._runtime.left:
+            try:
+                event = self._queue.get(timeout=TICK_S)
+            except queue.Empty:
+                self._guarded(self._runtime.tick)
+            else:
+                self._guarded(lambda event=event: self._runtime.handle(event))  # type: ignore[misc]  # bound now
+            if self._runtime.state.phase != phase:
+                phase = self._runtime.state.phase
+                self._notify(f"STATUS={phase}")
+        self._notify("STOPPING=1")
+        log.info("left")
+
+    def _guarded(self, run: Callable[[], None]) -> None:
+        """One turn of the loop: what goes wrong in it is logged, and the daemon lives on."""
+        try:
+            run()
+        except (MusterError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AssertionError):
+            log.exception("a turn of the loop failed")
+
+    def _examine(self) -> None:
+        """Read the machine's facts where a hung driver costs only this thread."""
+        facts = static_facts(self._host, self._gpus)
+        machine = Machine(
+            hardware=facts.hardware, cores=facts.cores, memory_bytes=facts.memory_bytes, gpus=tuple(facts.gpus)
+        )
+        self._queue.put(Examined(machine))
+
+    def _will(self, epoch: int) -> Outgoing:
+        name = topics.STATE.name(self._config.fleet, device=self._config.device)
+        return Outgoing(topics.STATE, name, pack(DeviceState(s="lost", epoch=epoch, version=VERSION)))
+
+
+def _minute() -> int:
+    """Local minute of the day."""
+    now = time.localtime()
+    return now.tm_hour * 60 + now.tm_min
+
+
+def _load(path: Path) -> EdgeSettings:
+    config = settings.load(path, EdgeSettings)
+    faults = policy.faults(config.policy)
+    if faults:
+        raise SettingsError(str(path), faults)
+    return config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the daemon. Exit code 2: bad configuration, said in one line."""
+    parser = argparse.ArgumentParser(
+        prog="muster-edge", description="Trains on this device what a coordinator assigns."
+    )
+    parser.add_argument("--config", default="/etc/muster/edge.toml", help="settings file (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="only check the settings file")
+    parser.add_argument("--version", action="version", version=VERSION)
+    arguments = parser.parse_args(argv)
+    try:
+        config = _load(Path(arguments.config))
+        if arguments.check:
+            return 0
+        logs.set_up("muster-edge", config.log_level)
+        Service(config).run()
+    except UserError as error:
+        print(f"muster-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line the owner sees
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,344 @@
+"""The agent: the subprocess of an edge daemon that holds the model and trains (`edge_daemon.protocol`).
+
+`python -m edge_daemon.training.agent --read-fd R --write-fd W`. It keeps the base loaded between rounds; torch is
+imported once the pipe is open.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from edge_daemon.protocol import Beat, Failed, Probe, Probed, Shutdown, ToAgent, Train, Trained
+from edge_daemon.training.control import Control, PipeClosed, Stopped
+from edge_daemon.training.memory import MemoryGauge, resident_bytes
+from shared import logs
+from shared.errors import DecodeError, UserError
+from shared.frames import FrameReader, FrameWriter
+from shared.jobs import Bits
+from shared.messages import Assignment, DatasetFacts, UpdateFacts
+
+if TYPE_CHECKING:  # they import torch, which is loaded once the pipe is open
+    from edge_daemon.training.loop import Loop
+    from shared.modeling.base_model import Base
+    from shared.modeling.data import DataStore, TokenData
+    from shared.modeling.lora import Carried
+
+log = logging.getLogger(__name__)
+Kind = Literal["memory", "data", "model", "bits", "adapter", "stopped", "internal"]
+_LAST_WORDS_S = 10.0
+
+
+class Refused(Exception):
+    """The work can't be done; becomes `Failed`."""
+
+    def __init__(self, kind: Kind, reason: str, batch_limit: int = 0) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.batch_limit = batch_limit
+
+
+@dataclass
+class _Loaded:
+    """A base with its data, and what loading cost."""
+
+    base: Base
+    digest: str
+    base_bytes: int
+
+
+class Agent:
+    """Serves the daemon's requests one after the other."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._device = "cpu"
+        self._bits: list[Bits] = []
+        self._notes: dict[str, str] = {}
+        self._loaded: _Loaded | None = None
+        self._store: DataStore | None = None
+
+    def serve(self) -> int:
+        """Answer until `Shutdown` or the end of the pipe; the exit status."""
+        while True:
+            match self._control.next():
+                case Probe() as probe:
+                    self._control.send(self.probe(probe))
+                case Train() as train:
+                    self._control.send(self.train(train))
+                case Shutdown() | None:
+                    return 0
+                case other:
+                    log.debug("nothing under way for %s", type(other).__name__)
+
+    def probe(self, probe: Probe) -> Probed:
+        """Find out what this device can do, with real kernels and the real files."""
+        self._control.beat_s = probe.beat_s
+        self._control.send(Beat(what="starting"))
+        _set_environment(probe)
+        import torch
+
+        self._control.beat("starting")
+        torch.set_num_threads(max(1, probe.threads))
+        self._device = "cuda" if probe.gpu and torch.cuda.is_available() else "cpu"
+        from shared.modeling import base_model, data, quantization
+
+        self._store = data.DataStore()
+        self._bits, self._notes = quantization.probe_bits(self._device, self._control.beat)
+        if probe.gpu and self._device == "cpu":
+            self._bits, self._notes = [], {"gpu": f"{probe.gpu}: torch does not see this GPU"}
+        base_model.import_libraries(self._control.beat)
+        notes = dict(self._notes)
+        datasets: dict[str, DatasetFacts] = {}
+        for name, source in sorted(probe.datasets.items()):
+            self._control.beat("reading data sets")
+            try:
+                datasets[name] = data.describe(source, share_labels=probe.share_labels, hub=True)
+            except UserError as error:
+                notes[name] = str(error)
+        return Probed(
+            bits=self._bits, notes=notes, datasets=datasets, agent_bytes=resident_bytes(),
+            hardware=_hardware(self._device),
+        )  # fmt: skip
+
+    def train(self, request: Train) -> Trained | Failed:
+        """Do one piece of work."""
+        assignment = request.assignment
+        started = time.monotonic()
+        self._control.deadline = started + request.train_for_s if request.train_for_s > 0 else None
+        try:
+            return self._work(request)
+        except Refused as refused:
+            kind, reason, limit = refused.kind, str(refused), refused.batch_limit
+        except Stopped as stop:
+            kind, reason, limit = "stopped", _stop_reason(stop), 0
+        except MemoryError:
+            kind, reason, limit = "memory", "out of memory while loading the model or the data", 0
+        except PipeClosed:
+            raise
+        except Exception as error:  # noqa: BLE001  # the work loop: a fault of ours becomes an answer
+            log.exception("work failed")
+            kind, reason, limit = "internal", f"{type(error).__name__}: {error}"[:300], 0
+        finally:
+            self._control.deadline = None
+        return Failed(
+            job=assignment.job, round=assignment.round, attempt=assignment.attempt, kind=kind, reason=reason,
+            batch_limit=limit,
+        )  # fmt: skip
+
+    def _work(self, request: Train) -> Trained:
+        from edge_daemon.training import loop
+
+        assignment = request.assignment
+        gauge = MemoryGauge(self._device)
+        started = time.monotonic()
+        loaded, fresh = self._load(request)
+        data, data_fresh = self._data(request, loaded)
+        carried = self._carry(request, loaded)
+        load_s = time.monotonic() - started if fresh or data_fresh else 0.0
+        work = loop.Loop(
+            loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir), request.batch_limit
+        )
+        paused_before = self._control.paused_s
+        try:
+            ended = work.run()
+        except loop.OutOfMemory as error:
+            raise Refused("memory", str(error)) from error
+        except loop.Diverged as error:
+            raise Refused("internal", str(error)) from error
+        log.debug("paused for %.1f s in this run", self._control.paused_s - paused_before)
+        if not work.position.step:
+            raise Refused("stopped", "ended before the first optimizer step was done")
+        self._control.beat("saving")
+        return self._deliver(request, carried, work, ended, load_s, gauge.peak(), loaded)
+
+    def _load(self, request: Train) -> tuple[_Loaded, bool]:
+        """The base the work wants, loaded now (True) or still there (False)."""
+        from shared.modeling import base_model, weights
+        from shared.modeling.faults import ModelFault
+
+        assignment = request.assignment
+        bits = assignment.work.bits
+        if bits not in self._bits:
+            raise Refused("bits", f"{bits} bits: {self._notes.get(str(bits), 'not proven on this device')}")
+        cache = Path(request.checkpoint_dir).parent / "digests.json"
+        try:
+            folder = weights.resolve(request.base_path, assignment.base.revision)
+            digest = weights.base_digest(folder, cache)
+            if digest != assignment.base_digest:
+                raise Refused(
+                    "model", f"{request.base_path}: digest {digest[:12]}, the job's is {assignment.base_digest[:12]}"
+                )
+            held = self._loaded
+            if held and held.digest == digest and _same_model(held.base, assignment):
+                return held, False
+            self._loaded = held = None
+            base = base_model.load(folder, assignment.task, bits, self._device, self._control.poll)
+        except ModelFault as error:
+            raise Refused("model", str(error)) from error
+        self._loaded = _Loaded(base, digest, MemoryGauge.held(self._device))
+        return self._loaded, True
+
+    def _data(self, request: Train, loaded: _Loaded) -> tuple[TokenData, bool]:
+        from shared.modeling.faults import DataFault
+
+        assert self._store is not None
+        before = self._store.loads
+        try:
+            data = self._store.load(
+                request.data_path, request.assignment.task, loaded.base.tokenizer, loaded.digest, hub=True,
+                beat=self._control.poll,
+            )  # fmt: skip
+        except DataFault as error:
+            raise Refused("data", str(error)) from error
+        return data, self._store.loads > before
+
+    def _carry(self, request: Train, loaded: _Loaded) -> Carried:
+        from shared import adapter
+        from shared.modeling import lora
+        from shared.modeling.faults import AdapterFault
+
+        assignment = request.assignment
+        try:
+            given = adapter.read_file(Path(request.adapter_path))
+            if given.base_digest != loaded.digest:
+                raise Refused("adapter", f"{request.adapter_path}: made for another base")
+            return lora.carry(
+                loaded.base, given, assignment.work.ranks, alpha_ratio=assignment.training.alpha_ratio,
+                seed=assignment.seed, round=assignment.round,
+            )  # fmt: skip
+        except (AdapterFault, DecodeError) as error:
+            raise Refused("adapter", str(error)) from error
+        except OSError as error:
+            raise Refused("adapter", f"{request.adapter_path}: can't be read: {error.strerror}") from error
+
+    def _deliver(
+        self, request: Train, carried: Carried, work: Loop, ended: str, load_s: float, peak: int, loaded: _Loaded
+    ) -> Trained:
+        from edge_daemon.training.loop import mean_ends
+        from shared import adapter
+        from shared.modeling import lora
+
+        assignment, position = request.assignment, work.position
+        update = lora.read_update(
+            carried, job=assignment.job, round=assignment.round, attempt=assignment.attempt,
+            base_digest=assignment.base_digest, device=request.device,
+        )  # fmt: skip
+        content = adapter.write(update, assignment.training.codec)
+        _write(Path(request.update_path), content)
+        first, last = mean_ends(position.losses)
+        facts = UpdateFacts(
+            samples=position.samples,
+            steps=position.step,
+            batch=position.batch,
+            batch_limit=position.batch_limit,
+            bits=assignment.work.bits,
+            loss_first=first,
+            loss_last=last,
+            step_s=statistics.median(position.step_seconds),
+            train_s=position.train_s,
+            load_s=load_s,
+            paused_s=position.paused_s,
+            peak_bytes=peak,
+            base_bytes=loaded.base_bytes,
+            cores_used=position.cpu_s / position.train_s if position.train_s > 0 else 0.0,
+            ended="complete" if ended == "complete" else "time" if ended == "time" else "drain",
+            norm=_norm(update),
+        )
+        return Trained(
+            job=assignment.job, round=assignment.round, attempt=assignment.attempt,
+            sha=hashlib.sha256(content).hexdigest(), size=len(content), facts=facts,
+        )  # fmt: skip
+
+
+def _same_model(base: Base, assignment: Assignment) -> bool:
+    task = assignment.task
+    return base.bits == assignment.work.bits and base.kind == task.kind and base.labels == len(task.labels)
+
+
+def _stop_reason(stop: Stopped) -> str:
+    if stop.discard:
+        return "discarded as asked"
+    return "the time was up before the first step" if stop.ended == "time" else "stopped before the first step"
+
+
+def _norm(update: object) -> float:
+    import numpy as np
+
+    from shared.adapter import Adapter
+
+    assert isinstance(update, Adapter)
+    tensors = [tensor for part in update.factors.values() for tensor in (part.b, part.a)] + list(update.dense.values())
+    return float(np.sqrt(sum(float(np.sum(np.square(tensor, dtype=np.float64))) for tensor in tensors)))
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _set_environment(probe: Probe) -> None:
+    """What libraries read when they are first imported."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = probe.gpu
+    os.environ["OMP_NUM_THREADS"] = str(max(1, probe.threads))
+    # Nothing here is compiled, and bitsandbytes would load the compiler: 40 MB.
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if probe.threads > 1 else "false")
+
+
+def _hardware(device: str) -> str:
+    if device != "cpu":
+        import torch
+
+        return str(torch.cuda.get_device_name(0))
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123  # no Path for one line
+            return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), "")
+    except OSError:
+        return ""
+
+
+def _leave() -> None:
+    """The daemon is gone: the working thread has this long to save a checkpoint, and may hang in a kernel."""
+    time.sleep(_LAST_WORDS_S)
+    os._exit(1)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the subprocess."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--read-fd", type=int, required=True)
+    parser.add_argument("--write-fd", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    logs.set_up("muster-agent", os.environ.get("MUSTER_LOG_LEVEL", "INFO"))
+    # It warns at each start that an optional kernel for inference is not installed.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    with os.fdopen(arguments.read_fd, "rb") as read, os.fdopen(arguments.write_fd, "wb") as write:
+        reader: FrameReader[ToAgent] = FrameReader(read, ToAgent)  # type: ignore[arg-type]  # a union is no class
+        try:
+            return Agent(Control(reader, FrameWriter(write), _leave)).serve()
+        except PipeClosed:
+            # The reading thread may still hold its end of the pipe, which could then not be closed.
+            os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Checkpoints of work under way: one safetensors file, replaced atomically, bound to exactly one piece of work."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from shared.codec import pack
+from shared.messages import Assignment
+
+log = logging.getLogger(__name__)
+NAME = "checkpoint.safetensors"
+
+
+class Position(msgspec.Struct, kw_only=True):
+    """How far the work has come. Times are seconds, pauses excluded but for `paused_s`."""
+
+    step: int = 0
+    samples: int = 0
+    """Also the place in the order of samples: the next step takes the samples from here on."""
+    batch: int = 0
+    batch_limit: int = 0
+    losses: list[float] = []
+    step_seconds: list[float] = []
+    train_s: float = 0.0
+    paused_s: float = 0.0
+    cpu_s: float = 0.0
+
+
+def identity(assignment: Assignment) -> str:
+    """Digest over everything that decides what the work gives."""
+    return hashlib.sha256(pack(assignment)).hexdigest()
+
+
+def save_checkpoint(folder: Path, work: str, position: Position, tensors: dict[str, torch.Tensor]) -> None:
+    """Write the checkpoint of `work` (its `identity`); the former one stays until this one is on the disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metadata = {"work": work, "position": msgspec.json.encode(position).decode()}
+    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    temporary = folder / f"{NAME}.tmp"
+    with temporary.open("wb") as file:
+        file.write(save(plain, metadata=metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(folder / NAME)
+
+
+def load_checkpoint(folder: Path, work: str) -> tuple[Position, dict[str, torch.Tensor]] | None:
+    """The checkpoint of `work`, or None where there is none, or one of other work, or one that can't be read."""
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("work") != work:
+                return None
+            position = msgspec.json.decode(metadata["position"], type=Position)
+            return position, {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (OSError, SafetensorError, KeyError, msgspec.MsgspecError) as error:
+        log.warning("checkpoint %s is not usable, the work starts again: %s", path, error)
+        return None

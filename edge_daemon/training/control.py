@@ -1,0 +1,139 @@
+"""What the daemon says while the agent works, heeded between micro-batches; and the agent's signs of life."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from edge_daemon.protocol import Beat, Pause, Progressed, Resume, Shutdown, Stop, ToAgent, Train
+from shared.errors import DecodeError
+from shared.frames import FrameReader, FrameWriter
+
+log = logging.getLogger(__name__)
+PROGRESS_S = 0.5
+_PAUSE_POLL_S = 0.5
+
+
+class Stopped(Exception):
+    """The work ends now. `discard`: forget it; else what is done counts. `ended`: as in `UpdateFacts`."""
+
+    def __init__(self, ended: str, *, discard: bool = False) -> None:
+        super().__init__(ended)
+        self.ended = ended
+        self.discard = discard
+
+
+class PipeClosed(Exception):
+    """The daemon is gone."""
+
+
+class Control:
+    """The agent's side of the pipe. One thread reads; everything else happens in the working thread."""
+
+    def __init__(
+        self, reader: FrameReader[ToAgent], writer: FrameWriter, on_closed: Callable[[], None] = lambda: None
+    ) -> None:
+        """`on_closed` runs in the reading thread once the daemon is gone, after the working thread was told."""
+        self._on_closed = on_closed
+        self.beat_s = 5.0
+        self.deadline: float | None = None
+        self.paused_s = 0.0
+        self._writer = writer
+        self._reader = reader
+        self._inbox: queue.Queue[ToAgent | None] = queue.Queue()
+        self._waiting: list[ToAgent | None] = []
+        self._said = time.monotonic()
+        self._progressed = 0.0
+        threading.Thread(target=self._read, name="pipe-reader", daemon=True).start()
+
+    def next(self) -> ToAgent | None:
+        """The next request; waits for it. None: the daemon is gone."""
+        if self._waiting:
+            return self._waiting.pop(0)
+        return self._inbox.get()
+
+    def send(self, message: Any) -> None:
+        """Send one message to the daemon. Raises `PipeClosed` where it is gone."""
+        self._said = time.monotonic()
+        try:
+            self._writer.write(message)
+        except BrokenPipeError:
+            raise PipeClosed from None
+
+    def beat(self, what: str) -> None:
+        """Say that work goes on, if nothing was said for half of `beat_s`."""
+        if time.monotonic() - self._said >= self.beat_s / 2:
+            self.send(Beat(what=what))
+
+    def progress(self, make: Callable[[], Progressed]) -> None:
+        """Send the progress that `make` gives, at most twice a second."""
+        now = time.monotonic()
+        if now - self._progressed >= PROGRESS_S:
+            self._progressed = now
+            self.send(make())
+
+    def poll(self, what: str) -> None:
+        """Heed what came in since the last call; returns once work may go on.
+
+        Raises `Stopped` on `Stop`, on newer work and when the time is up, `PipeClosed` when the daemon is gone.
+        """
+        self.beat(what)
+        while not self._inbox.empty():
+            self._heed(self._inbox.get())
+        self._check_time()
+
+    def _heed(self, message: ToAgent | None) -> None:
+        match message:
+            case Pause():
+                self._pause(message)
+            case Stop():
+                raise Stopped("drain", discard=message.discard)
+            case None:
+                raise PipeClosed
+            case Resume():
+                pass
+            case Shutdown() | Train():
+                self._waiting.append(message)
+                raise Stopped("drain", discard=True)
+            case _:
+                self._waiting.append(message)
+
+    def _pause(self, pause: Pause) -> None:
+        log.info("paused: %s", pause.reason)
+        started = time.monotonic()
+        self.send(Beat(what="paused"))
+        try:
+            while True:
+                try:
+                    message = self._inbox.get(timeout=_PAUSE_POLL_S)
+                except queue.Empty:
+                    self.beat("paused")
+                    self._check_time()
+                    continue
+                if isinstance(message, Resume):
+                    return
+                if not isinstance(message, Pause):
+                    self._heed(message)
+        finally:
+            self.paused_s += time.monotonic() - started
+
+    def _check_time(self) -> None:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            raise Stopped("time")
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = self._reader.read()
+            except (DecodeError, OSError) as error:
+                log.error("pipe from the daemon is broken: %s", error)
+                message = None
+            self._inbox.put(message)
+            if message is None:
+                self._on_closed()
+            if message is None or isinstance(message, Shutdown):
+                return

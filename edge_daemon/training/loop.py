@@ -1,0 +1,230 @@
+"""The training loop: one piece of work on a loaded base, step by step, resumable, stoppable between micro-batches.
+
+A step is a function of (job seed, round, place in the order of samples) and the tensors: batches, dropout and learning
+rate follow from them, so a resumed run does what the undisturbed one would have done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from edge_daemon.protocol import Progressed
+from edge_daemon.training.checkpoint import Position, identity, load_checkpoint, save_checkpoint
+from edge_daemon.training.control import Control, PipeClosed, Stopped
+from shared.jobs import TrainingSpec
+from shared.messages import Assignment
+from shared.modeling.base_model import Base
+from shared.modeling.data import SampleOrder, TokenData
+from shared.modeling.lora import Carried
+from shared.modeling.objective import loss_sum
+
+log = logging.getLogger(__name__)
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+class OutOfMemory(Exception):
+    """Not even a batch of one sample fits."""
+
+
+class Diverged(Exception):
+    """The loss is no number any more."""
+
+
+def learning_rate(training: TrainingSpec, step: int, steps: int) -> float:
+    """Rate of step `step` (from 0) of the job's `steps`: linear warm-up, then the schedule down to zero."""
+    if step < training.warmup_steps:
+        return training.lr * (step + 1) / training.warmup_steps
+    if training.schedule == "constant":
+        return training.lr
+    done = min(1.0, (step - training.warmup_steps) / max(1, steps - training.warmup_steps))
+    if training.schedule == "linear":
+        return training.lr * (1.0 - done)
+    return training.lr * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+@dataclass
+class Loop:
+    """Trains `carried` on `data` as `assignment` says. `batch_limit`: largest batch known to fit, 0 if not known."""
+
+    base: Base
+    carried: Carried
+    data: TokenData
+    assignment: Assignment
+    control: Control
+    checkpoint_dir: Path
+    batch_limit: int = 0
+
+    def __post_init__(self) -> None:
+        self.position = Position(batch=self.assignment.work.batch)
+        self._order = SampleOrder(self.data.rows, self.assignment.seed, self.assignment.round)
+        self._work = identity(self.assignment)
+        self._optimizer = self._make_optimizer()
+        self._loss_of_step: Callable[[int], float] = self._step
+
+    def run(self) -> str:
+        """Train to the end, the time limit or a stop; how it ended, as in `UpdateFacts.ended`.
+
+        Raises `Stopped` where the work is to be forgotten, `PipeClosed`, `OutOfMemory` and `Diverged`.
+        """
+        self._resume()
+        if self.batch_limit and self.position.batch > self.batch_limit:
+            self.position.batch = self.position.batch_limit = self.batch_limit
+        self.base.model.train()
+        paused_before, cpu_before, waited_before = self.position.paused_s, self.position.cpu_s, self.control.paused_s
+        cpu_start = time.process_time()
+        try:
+            while self.position.step < self.assignment.work.steps:
+                self._advance()
+                self.position.paused_s = paused_before + self.control.paused_s - waited_before
+                self.position.cpu_s = cpu_before + time.process_time() - cpu_start
+                if self.position.step % self.assignment.training.checkpoint_every == 0:
+                    self.save()
+                self.control.progress(self._progress)
+        except Stopped as stop:
+            if stop.discard:
+                raise
+            return stop.ended
+        except PipeClosed:
+            self.save()
+            raise
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+            self.base.model.eval()
+        return "complete"
+
+    def save(self) -> None:
+        """Write a checkpoint of the last complete step."""
+        named = self.carried.named()
+        tensors: dict[str, torch.Tensor] = {f"value/{name}": tensor for name, tensor in named.items()}
+        for name, tensor in named.items():
+            for moment, value in self._optimizer.state[tensor].items():
+                tensors[f"{moment}/{name}"] = torch.as_tensor(value)
+        save_checkpoint(self.checkpoint_dir, self._work, self.position, tensors)
+
+    def _advance(self) -> None:
+        """One optimizer step; a batch that does not fit is halved until it does."""
+        while True:
+            self.control.poll("training")
+            started, waited = time.monotonic(), self.control.paused_s
+            try:
+                loss = self._loss_of_step(self.position.batch)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve(error)
+                continue
+            seconds = time.monotonic() - started - (self.control.paused_s - waited)
+            self.position.step += 1
+            self.position.samples += self.position.batch
+            self.position.losses.append(loss)
+            self.position.step_seconds.append(seconds)
+            self.position.train_s += seconds
+            return
+
+    def _halve(self, error: BaseException) -> None:
+        batch = self.position.batch
+        self._optimizer.zero_grad(set_to_none=True)
+        if self.base.device != "cpu":
+            torch.cuda.empty_cache()
+        if batch == 1:
+            raise OutOfMemory("a batch of one sample does not fit the memory")
+        self.position.batch = self.position.batch_limit = batch // 2
+        log.warning("out of memory at batch %d, going on with %d: %s", batch, batch // 2, error)
+
+    def _step(self, batch: int) -> float:
+        """The mean loss of one step over `batch` samples. Leaves the tensors untouched if it raises."""
+        training = self.assignment.training
+        indices = self._order.take(self.position.samples, batch)
+        # Dropout of a step must not depend on what ran before it, for a resumed run.
+        torch.manual_seed(_mix(self.assignment.seed, self.assignment.round, self.position.samples))
+        micro = -(-batch // training.accumulation)
+        weight = self.data.weight(indices)
+        total = torch.zeros((), device=self.base.device)
+        for start in range(0, batch, micro):
+            if start:
+                self.control.poll("training")
+            part = self.data.batch(indices[start : start + micro], self.base.device)
+            loss = loss_sum(self.base.model, part, self.data.kind)[0] / weight
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            total += loss.detach()
+        mean = float(total)
+        if not math.isfinite(mean):
+            raise Diverged(f"the loss became {mean} at step {self.position.step + 1}")
+        if training.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.carried.parameters(), training.max_grad_norm)
+        rate = self._rate()
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return mean
+
+    def _rate(self) -> float:
+        steps = self.assignment.work.steps
+        place = (self.assignment.round - 1) * steps + self.position.step
+        return learning_rate(self.assignment.training, place, self.assignment.rounds * steps)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        factors = [tensor for pair in self.carried.factors.values() for tensor in pair]
+        # Decay of the factors would decay the directions that they took over from the global adapter.
+        groups = [{"params": factors, "weight_decay": 0.0}] if factors else []
+        if self.carried.head:
+            decay = self.assignment.training.weight_decay
+            groups.append({"params": list(self.carried.head.values()), "weight_decay": decay})
+        return torch.optim.AdamW(groups, lr=self.assignment.training.lr)
+
+    def _resume(self) -> None:
+        found = load_checkpoint(self.checkpoint_dir, self._work)
+        if found is None:
+            return
+        position, tensors = found
+        named = self.carried.named()
+        if any(f"value/{name}" not in tensors for name in named):
+            log.warning("checkpoint lacks tensors, the work starts again")
+            return
+        with torch.no_grad():
+            for name, tensor in named.items():
+                tensor.copy_(tensors[f"value/{name}"])
+                state = {
+                    moment: tensors[f"{moment}/{name}"].to("cpu" if moment == "step" else tensor.device)
+                    for moment in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{moment}/{name}" in tensors
+                }
+                if state:
+                    self._optimizer.state[tensor] = state
+        self.position = position
+        log.info("resumed at step %d of %d", position.step, self.assignment.work.steps)
+
+    def _progress(self) -> Progressed:
+        position = self.position
+        return Progressed(
+            step=position.step,
+            steps=self.assignment.work.steps,
+            samples=position.samples,
+            loss=position.losses[-1],
+            samples_per_s=position.samples / position.train_s if position.train_s > 0 else 0.0,
+        )
+
+
+def mean_ends(losses: list[float]) -> tuple[float, float]:
+    """Mean loss over the first and over the last fifth of the steps (one step at least)."""
+    count = max(1, len(losses) // 5)
+    return statistics.fmean(losses[:count]), statistics.fmean(losses[-count:])
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(word in text for word in _NO_MEMORY)
+
+
+def _mix(*parts: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")

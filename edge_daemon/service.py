@@ -39,7 +39,7 @@ TICK_S = 0.5
 class Service:
     """The daemon as a process."""
 
-    def __init__(self, config: EdgeSettings) -> None:
+    def __init__(self, config: EdgeSettings, runtime: type[Runtime] = Runtime) -> None:
         self._config = config
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._notify = notifier()
@@ -65,7 +65,7 @@ class Service:
             minute=_minute,
             sample_every=self._sampler.set_period,
         )
-        self._runtime = Runtime(config, ports, boot_id=boot_id, version=VERSION)
+        self._runtime = runtime(config, ports, boot_id=boot_id, version=VERSION)
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT, then leave: partial work is kept, the fleet is told."""
@@ -124,7 +124,7 @@ def _load(path: Path) -> EdgeSettings:
     return config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
     """Run the daemon. Exit code 2: bad configuration, said in one line."""
     parser = argparse.ArgumentParser(
         prog="muster-edge", description="Trains on this device what a coordinator assigns."
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.check:
             return 0
         logs.set_up("muster-edge", config.log_level)
-        Service(config).run()
+        Service(config, runtime).run()
     except UserError as error:
         print(f"muster-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line the owner sees
         return 2

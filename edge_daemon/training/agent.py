@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from edge_daemon.protocol import Beat, Failed, Probe, Probed, Shutdown, ToAgent, Train, Trained
 from edge_daemon.training.control import Control, PipeClosed, Stopped
-from edge_daemon.training.memory import MemoryGauge, resident_bytes
+from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, resident_bytes
 from shared import logs
 from shared.errors import DecodeError, UserError
 from shared.frames import FrameReader, FrameWriter
@@ -120,13 +120,14 @@ class Agent:
             kind, reason, limit = refused.kind, str(refused), refused.batch_limit
         except Stopped as stop:
             kind, reason, limit = "stopped", _stop_reason(stop), 0
-        except MemoryError:
-            kind, reason, limit = "memory", "out of memory while loading the model or the data", 0
         except PipeClosed:
             raise
         except Exception as error:  # noqa: BLE001  # the work loop: a fault of ours becomes an answer
             log.exception("work failed")
-            kind, reason, limit = "internal", f"{type(error).__name__}: {error}"[:300], 0
+            if is_out_of_memory(error):
+                kind, reason, limit = "memory", "out of memory while loading the model or the data", 0
+            else:
+                kind, reason, limit = "internal", f"{type(error).__name__}: {error}"[:300], 0
         finally:
             self._control.deadline = None
         return Failed(
@@ -147,16 +148,14 @@ class Agent:
         work = loop.Loop(
             loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir), request.batch_limit
         )
-        paused_before = self._control.paused_s
         try:
             ended = work.run()
         except loop.OutOfMemory as error:
             raise Refused("memory", str(error)) from error
         except loop.Diverged as error:
             raise Refused("internal", str(error)) from error
-        log.debug("paused for %.1f s in this run", self._control.paused_s - paused_before)
         if not work.position.step:
-            raise Refused("stopped", "ended before the first optimizer step was done")
+            raise Stopped(ended)
         self._control.beat("saving")
         return self._deliver(request, carried, work, ended, load_s, gauge.peak(), loaded)
 

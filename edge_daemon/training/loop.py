@@ -20,6 +20,7 @@ import torch
 from edge_daemon.protocol import Progressed
 from edge_daemon.training.checkpoint import Position, identity, load_checkpoint, save_checkpoint
 from edge_daemon.training.control import Control, PipeClosed, Stopped
+from edge_daemon.training.memory import is_out_of_memory
 from shared.jobs import TrainingSpec
 from shared.messages import Assignment
 from shared.modeling.base_model import Base
@@ -28,7 +29,6 @@ from shared.modeling.lora import Carried
 from shared.modeling.objective import loss_sum
 
 log = logging.getLogger(__name__)
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
 
 
 class OutOfMemory(Exception):
@@ -118,7 +118,7 @@ class Loop:
             try:
                 loss = self._loss_of_step(self.position.batch)
             except (MemoryError, RuntimeError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 self._halve(error)
                 continue
@@ -219,11 +219,6 @@ def mean_ends(losses: list[float]) -> tuple[float, float]:
     """Mean loss over the first and over the last fifth of the steps (one step at least)."""
     count = max(1, len(losses) // 5)
     return statistics.fmean(losses[:count]), statistics.fmean(losses[-count:])
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    text = str(error).lower()
-    return isinstance(error, MemoryError | torch.cuda.OutOfMemoryError) or any(word in text for word in _NO_MEMORY)
 
 
 def _mix(*parts: int) -> int:

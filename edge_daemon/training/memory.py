@@ -1,4 +1,4 @@
-"""How much memory the agent holds: resident (CPU) or allocated by torch (CUDA)."""
+"""How much memory the agent holds: resident (CPU) or allocated by torch (CUDA); and whether it ran out."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's own, or torch's for CPU or CUDA, known by their text."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
 
 
 def resident_bytes() -> int:

@@ -1,0 +1,128 @@
+"""Runs a service that kills something, once, at a chosen point of its state machine. For fault tests.
+
+    python -m muster.testbed.crashing coordinator --at folding --point written --once MARKER [--victim PID] -- ARGUMENTS
+    python -m muster.testbed.crashing edge --at training --point done --once MARKER [--victim PID|agent] -- ARGUMENTS
+
+The service itself is the ordinary one and knows nothing of this. Points: `decided`: nothing of the step is on disk;
+`written`: records or journal are, nothing that follows from them was done; `done`: the step is performed. The marker
+file keeps a restarted service from dying again. The victim is this process unless another is named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import coordinator.service
+import edge_daemon.service
+from coordinator.core import events as coordinator_events
+from coordinator.core.records import AnyRecord
+from coordinator.core.round_machine import step as coordinator_step
+from coordinator.runtime import Runtime as CoordinatorRuntime
+from edge_daemon.core import events as edge_events
+from edge_daemon.core.session_machine import step as edge_step
+from edge_daemon.core.state import Journal
+from edge_daemon.runtime import Runtime as EdgeRuntime
+
+
+class Trap:
+    """Kills the victim when the machine enters `phase`, the first time it does so with this marker."""
+
+    def __init__(self, phase: str, point: str, marker: Path, victim: str) -> None:
+        self.phase = phase
+        self.point = point
+        self._marker = marker
+        self._victim = victim
+
+    def spring(self, point: str, agent: int | None = None) -> None:
+        """The machine is entering the phase and stands at `point`."""
+        if point != self.point or self._marker.exists():
+            return
+        victim = os.getpid() if self._victim == "self" else agent if self._victim == "agent" else int(self._victim)
+        if victim is None:
+            return
+        self._marker.touch()
+        os.kill(victim, signal.SIGKILL)
+
+
+def coordinator_runtime(trap: Trap) -> type[CoordinatorRuntime]:
+    """The coordinator's runtime with the trap in it."""
+
+    class Trapped(CoordinatorRuntime):
+        def step(self, event: coordinator_events.AnyEvent) -> bool:
+            before = {job.id: job.phase for job in self.state.jobs.values()}
+            after = coordinator_step(self.state, event)
+            entering = any(job.phase == trap.phase != before.get(job.id) for job in after.state.jobs.values())
+            if not entering:
+                return super().step(event)
+            trap.spring("decided")
+            log, append = self.ports.log, self.ports.log.append
+
+            def append_and_spring(records: Sequence[AnyRecord]) -> None:
+                append(records)
+                trap.spring("written")
+
+            log.append = append_and_spring  # type: ignore[method-assign]  # that is what a trap does
+            try:
+                return super().step(event)
+            finally:
+                log.append = append  # type: ignore[method-assign]  # see above
+                trap.spring("done")
+
+    return Trapped
+
+
+def edge_runtime(trap: Trap) -> type[EdgeRuntime]:
+    """The daemon's runtime with the trap in it."""
+
+    class Trapped(EdgeRuntime):
+        def step(self, event: edge_events.AnyEvent) -> None:
+            entering = edge_step(self.state, event)[0].phase == trap.phase != self.state.phase
+            if not entering:
+                super().step(event)
+                return
+            trap.spring("decided", self._agent())
+            store, save = self.ports.store, self.ports.store.save
+
+            def save_and_spring(journal: Journal) -> None:
+                save(journal)
+                trap.spring("written", self._agent())
+
+            store.save = save_and_spring  # type: ignore[method-assign]  # that is what a trap does
+            try:
+                super().step(event)
+            finally:
+                store.save = save  # type: ignore[method-assign]  # see above
+                trap.spring("done", self._agent())
+
+        def _agent(self) -> int | None:
+            process: Any = getattr(self.ports.trainer, "_process", None)
+            return None if process is None else int(process.pid)
+
+    return Trapped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the service's own arguments come after `--`."""
+    parser = argparse.ArgumentParser(prog="crashing")
+    parser.add_argument("service", choices=["coordinator", "edge"])
+    parser.add_argument("--at", required=True)
+    parser.add_argument("--point", choices=["decided", "written", "done"], default="done")
+    parser.add_argument("--once", type=Path, required=True)
+    parser.add_argument("--victim", default="self")
+    parser.add_argument("rest", nargs=argparse.REMAINDER)
+    options = parser.parse_args(argv)
+    trap = Trap(options.at, options.point, options.once, options.victim)
+    arguments = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
+    if options.service == "coordinator":
+        return coordinator.service.main(arguments, runtime=coordinator_runtime(trap))
+    return edge_daemon.service.main(arguments, runtime=edge_runtime(trap))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

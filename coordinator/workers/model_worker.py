@@ -127,7 +127,7 @@ class ModelWorker:
         _check_task(job)
         folder = weights.resolve(base_path, job.base.revision)
         digest = weights.base_digest(folder, _digest_cache())
-        key = (str(folder), digest, job.task.kind, len(job.task.labels))
+        key = (str(folder), digest, job.task.kind, len(job.task.labels), job.task.max_tokens)
         if key != self._held.key:
             self._held = _Held()
             base = base_model.load(folder, job.task, beat=self.beat)

@@ -260,7 +260,8 @@ class Agent:
 
 def _same_model(base: Base, assignment: Assignment) -> bool:
     task = assignment.task
-    return base.bits == assignment.work.bits and base.kind == task.kind and base.labels == len(task.labels)
+    wanted = (assignment.work.bits, task.kind, len(task.labels), task.max_tokens)
+    return (base.bits, base.kind, base.labels, base.max_tokens) == wanted
 
 
 def _stop_reason(stop: Stopped) -> str:

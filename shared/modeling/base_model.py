@@ -59,6 +59,7 @@ class Base:
     folder: Path
     kind: str
     labels: int
+    max_tokens: int
     bits: Bits
     device: str
     model: Any
@@ -132,7 +133,8 @@ def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", bea
     transposed = _conv1d_to_linear(model)
     linears = {linear.name: linear for linear in _linears(model)}
     base = Base(
-        folder=folder, kind=task.kind, labels=len(task.labels), bits=bits, device=device, model=model,
+        folder=folder, kind=task.kind, labels=len(task.labels), max_tokens=task.max_tokens, bits=bits, device=device,
+        model=model,
         tokenizer=tokenizer, linears=linears, head={},
     )  # fmt: skip
     missing = _fill(base, transposed, beat)
@@ -198,9 +200,20 @@ def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any) -> Any:
             model = factory.from_config(config, trust_remote_code=False, dtype=torch.float32)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelFault(f"{folder}: not a model for {task.kind}: {one_line(error, 160)}") from error
+    _check_length(folder, config, task.max_tokens)
     if task.kind == "causal":
         model.config.use_cache = False
     return model
+
+
+def _check_length(folder: Path, config: Any, max_tokens: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:
+        return
+    if config.model_type.endswith("roberta"):
+        positions -= config.pad_token_id + 1  # it counts positions from there on
+    if max_tokens > positions:
+        raise ModelFault(f"task.max_tokens {max_tokens}: {folder} takes {positions} at most")
 
 
 def _conv1d_to_linear(model: nn.Module) -> set[str]:

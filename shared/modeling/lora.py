@@ -99,15 +99,20 @@ def merge(base: Base, adapter: Adapter) -> None:
     base.set_head(adapter.dense)
 
 
-def split(part: Factors | None, shape: tuple[int, int], rank: int, scaling: float, seed: int) -> Split:
-    """Divide a module's global directions for a device of `rank`; `shape` = (out, in), `seed` for fresh directions."""
+def split(
+    part: Factors | None, shape: tuple[int, int], rank: int, scaling: float, seed: int, *, fresh: bool = False
+) -> Split:
+    """Divide a module's global directions for a device of `rank`; `shape` = (out, in), `seed` for fresh directions.
+
+    `fresh`: the aggregator wants a new LoRA beside the whole of the global adapter.
+    """
     out, inp = shape
     b = np.zeros((out, rank), dtype=np.float32)
     bound = 1.0 / math.sqrt(inp)
     a = np.random.default_rng(seed).uniform(-bound, bound, (rank, inp)).astype(np.float32)
     if part is None or not part.rank:
         return Split(b, a, 0, None)
-    trained = min(rank, part.rank)
+    trained = 0 if fresh else min(rank, part.rank)
     if part.sigma is None:
         b[:, :trained] = part.b[:, :trained] * np.float32(part.scaling / scaling)
         a[:trained] = part.a[:trained]
@@ -131,6 +136,7 @@ def carry(
         raise AdapterFault(f"ranks name {unknown[0]}, a linear layer that the base does not have")
     detach(base)
     wanted = {name: rank for name, rank in sorted(ranks.items()) if rank > 0}
+    fresh = adapter.notes.get("start") == "fresh"
     splits = {
         name: split(
             adapter.factors.get(name),
@@ -138,6 +144,7 @@ def carry(
             wanted.get(name, 0),
             alpha_ratio,
             _seed(seed, round, name),
+            fresh=fresh,
         )
         for name in sorted(wanted.keys() | adapter.factors.keys())
     }

@@ -74,7 +74,8 @@ class LinearNF(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (.. x in) -> (.. x out), in the precision of computation."""
-        product: torch.Tensor = _LinearNF.apply(x.to(self.compute), self.codes, self.absmax, self.bias)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        apply: Any = _LinearNF.apply
+        product: torch.Tensor = apply(x.to(self.compute), self.codes, self.absmax, self.bias)
         return product
 
 
@@ -145,7 +146,8 @@ def _linear_4bit(weight: torch.Tensor, has_bias: bool, compute: torch.dtype) -> 
     layer.support_avx512bf16_for_cpu = False
     if has_bias:
         layer.bias = nn.Parameter(torch.zeros(out, dtype=compute, device=weight.device), requires_grad=False)
-    return layer
+    finished: nn.Module = layer
+    return finished
 
 
 def probe_bits(device: str, beat: Beat = silent) -> tuple[list[Bits], dict[str, str]]:

@@ -1,7 +1,7 @@
 """Runs a service that kills something, once, at a chosen point of its state machine. For fault tests.
 
-    python -m muster.testbed.crashing coordinator --at folding --point written --once MARKER [--victim PID] -- ARGUMENTS
-    python -m muster.testbed.crashing edge --at training --point done --once MARKER [--victim PID|agent] -- ARGUMENTS
+    python -m muster.testbed.crashing coordinator --at folding --point written --once MARKER [--victim PIDFILE] -- ARGUMENTS
+    python -m muster.testbed.crashing edge --at training --point done --once MARKER [--victim PIDFILE|agent] -- ARGUMENTS
 
 The service itself is the ordinary one and knows nothing of this. Points: `decided`: nothing of the step is on disk;
 `written`: records or journal are, nothing that follows from them was done; `done`: the step is performed. The marker
@@ -43,11 +43,15 @@ class Trap:
         """The machine is entering the phase and stands at `point`."""
         if point != self.point or self._marker.exists():
             return
-        victim = os.getpid() if self._victim == "self" else agent if self._victim == "agent" else int(self._victim)
+        victim = os.getpid() if self._victim == "self" else agent if self._victim == "agent" else self._named()
         if victim is None:
             return
         self._marker.touch()
         os.kill(victim, signal.SIGKILL)
+
+    def _named(self) -> int:
+        """The process whose number is in the victim file."""
+        return int(Path(self._victim).read_text(encoding="ascii"))
 
 
 def coordinator_runtime(trap: Trap) -> type[CoordinatorRuntime]:
@@ -115,10 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--point", choices=["decided", "written", "done"], default="done")
     parser.add_argument("--once", type=Path, required=True)
     parser.add_argument("--victim", default="self")
-    parser.add_argument("rest", nargs=argparse.REMAINDER)
-    options = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    cut = words.index("--") if "--" in words else len(words)
+    options = parser.parse_args(words[:cut])
     trap = Trap(options.at, options.point, options.once, options.victim)
-    arguments = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
+    arguments = words[cut + 1 :]
     if options.service == "coordinator":
         return coordinator.service.main(arguments, runtime=coordinator_runtime(trap))
     return edge_daemon.service.main(arguments, runtime=edge_runtime(trap))

@@ -1,0 +1,310 @@
+"""A fleet of real processes on this machine: mosquitto, the coordinator, and daemons in control groups of their own.
+
+    with Fleet(folder, [DeviceSpec("edge-01", cores=0.5, data={"news": path})], {"minilm": model}) as fleet:
+        job = fleet.client.submit(text)
+
+Nothing is simulated: a daemon reads its quota and limits from its own control group. All processes die with this one,
+however it ends; control groups of a killed run are removed by the next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import msgspec
+
+from coordinator.settings import CoordinatorSettings
+from edge_daemon.settings import EdgeSettings
+from muster.client import Client
+from muster.testbed import cgroups, toml
+from muster.testbed.broker import Broker
+from muster.testbed.certs import Authority
+from shared import settings, topics
+from shared.errors import UserError
+from shared.processes import lock_folder
+
+Agent = Literal["torch", "numpy"]
+FLEET = "emulated"
+COORDINATOR = "coord-1"
+AGENTS: Mapping[str, list[str]] = {
+    "torch": [sys.executable, "-m", "edge_daemon.training.agent"],
+    "numpy": [sys.executable, "-m", "muster.testbed.numpy_agent"],
+}
+WORKERS: Mapping[str, list[str]] = {
+    "torch": [sys.executable, "-m", "coordinator.workers.model_worker"],
+    "numpy": [sys.executable, "-m", "muster.testbed.numpy_worker"],
+}
+START_WITHIN_S = 60.0
+STOP_WITHIN_S = 10.0
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """One device. `data`: name -> file; `settings`: over the daemon's settings, as in its file (tables nested).
+
+    `cores`: CPU quota; `memory_bytes`: limit; None: not limited.
+    """
+
+    name: str
+    cores: float | None = None
+    memory_bytes: int | None = None
+    data: Mapping[str, Path] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Program:
+    """One of the fleet's processes; it can be killed and started again. Its output goes to `log`."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, group: cgroups.DeviceGroup) -> None:
+        self.name = name
+        self.log = log
+        self.group = group
+        self._command = list(command)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the running process; 0: it does not run."""
+        return self._process.pid if self._process is not None and self._process.poll() is None else 0
+
+    def start(self) -> None:
+        """Start it inside its group. Call it from a thread that lives as long as the fleet."""
+        self._process = start_in(self.group, self._command, self.log)
+
+    def terminate(self) -> None:
+        """SIGTERM; does not wait."""
+        if self.pid and self._process is not None:
+            self._process.terminate()
+
+    def wait(self, seconds: float = STOP_WITHIN_S) -> int | None:
+        """The exit code; after `seconds` it is killed. None: it was never started."""
+        if self._process is None:
+            return None
+        try:
+            return self._process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            return self._process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def last_words(self) -> str:
+        """The end of its log in one line."""
+        try:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        except OSError:
+            return ""
+        return lines[-1][:300] if lines else ""
+
+
+def start_in(group: cgroups.DeviceGroup, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start `command` in a device's control group, for example something that burns its CPU time."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            group.command(list(command)), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            # Ctrl-C on a terminal is for us alone: the job is cancelled before its fleet is stopped.
+            start_new_session=True,
+        )  # fmt: skip
+
+
+class Fleet:
+    """See the module. `folder`: logs, settings and all state; it is made anew, unless it is in use by another fleet.
+
+    `models`: name -> folder, for the coordinator and the devices. `agent`: "numpy" is the small one for least squares.
+    `secure`: mutual TLS and the generated ACL. `coordinator`: over its settings, as in its file. `limits`: whether
+    devices get control groups at all. `commands`: program name -> what is started in its place (same arguments).
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        devices: Sequence[DeviceSpec],
+        models: Mapping[str, Path | str],
+        *,
+        agent: Agent = "torch",
+        secure: bool = False,
+        coordinator: Mapping[str, Any] | None = None,
+        limits: bool = True,
+        commands: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        self.folder = folder.resolve()
+        self.devices = list(devices)
+        self.edges: dict[str, Program] = {}
+        self._models = {name: str(place) for name, place in models.items()}
+        self._agent = agent
+        self._secure = secure
+        self._overrides = coordinator or {}
+        self._limits = limits
+        self._commands = commands or {}
+        self._stack = contextlib.ExitStack()
+        self.available = cgroups.Available(False, False, "not asked for")
+
+    def __enter__(self) -> Fleet:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start everything and wait until the coordinator hears every device. Raises `UserError`; then nothing runs."""
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop devices, coordinator and broker in order; remove the control groups. Can be called twice."""
+        self._stack.close()
+
+    @property
+    def ended(self) -> str:
+        """Which program ended by itself, with its last words; "" while all run."""
+        for program in (self.coordinator, *self.edges.values()):
+            if not program.pid:
+                return f"{program.name} ended: {program.last_words()}"
+        return "" if self.broker.pid else f"mosquitto ended: {self.broker.folder / 'mosquitto.log'}"
+
+    def _start(self) -> None:
+        cgroups.clean_leftovers()
+        self._claim()
+        groups = self._groups()
+        self._authority = Authority(self.folder / "pki") if self._secure else None
+        self.broker = self._stack.enter_context(self._broker())
+        self.coordinator = self._program("coordinator", "coordinator.service", self._coordinator_settings(), None)
+        for spec in self.devices:
+            group = self._group(groups, spec)
+            self.edges[spec.name] = self._program(spec.name, "edge_daemon.service", self._edge_settings(spec), group)
+        self._stack.callback(self._end)
+        for program in (self.coordinator, *self.edges.values()):
+            program.start()
+        self.client = self._stack.enter_context(self._connect())
+        self._wait_for_devices()
+
+    def _claim(self) -> None:
+        """An empty folder of our own; that of a killed run is emptied."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._stack.callback(os.close, lock_folder(self.folder, "fleet"))
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()
+
+    def _groups(self) -> cgroups.Groups | None:
+        if not self._limits:
+            return None
+        groups = self._stack.enter_context(cgroups.Groups())
+        self.available = groups.available
+        return groups
+
+    def _group(self, groups: cgroups.Groups | None, spec: DeviceSpec) -> cgroups.DeviceGroup:
+        if groups is None:
+            return cgroups.DeviceGroup(spec.name)
+        fastest = max((d.cores for d in self.devices if d.cores), default=1.0)
+        nice = round(min(15.0, 5 * (fastest / spec.cores - 1))) if spec.cores else 0
+        return groups.create(spec.name, cores=spec.cores, memory_bytes=spec.memory_bytes, nice=nice)
+
+    def _broker(self) -> Broker:
+        if self._authority is None:
+            return Broker(self.folder / "broker")
+        return Broker(self.folder / "broker", tls=self._authority.folder, acl=topics.acl(FLEET, COORDINATOR))
+
+    def _broker_settings(self, name: str, **more: object) -> dict[str, Any]:
+        files: dict[str, object] = {}
+        if self._authority is not None:
+            certificate, key = self._authority.client(name)
+            files = {"cafile": str(self._authority.cafile), "certfile": str(certificate), "keyfile": str(key)}
+        # All is on one machine, so no wait need be long.
+        values = self.broker.settings(reconnect_min_s=0.1, reconnect_max_s=2.0, **files, **more)
+        plain: dict[str, Any] = msgspec.to_builtins(values)
+        return plain
+
+    def _coordinator_settings(self) -> Path:
+        tables = {
+            "fleet": FLEET,
+            "name": COORDINATOR,
+            "state_dir": str(self.folder / "coordinator"),
+            "worker": WORKERS[self._agent],
+            "broker": self._broker_settings(COORDINATOR, window=32, queue=4096),
+            "api": {"port": 0},
+            "waits": {"period_s": 5.0},
+            "models": self._models,
+        }
+        return self._write("coordinator", CoordinatorSettings, toml.merged(tables, self._overrides))
+
+    def _edge_settings(self, spec: DeviceSpec) -> Path:
+        tables = {
+            "fleet": FLEET,
+            "device": spec.name,
+            "state_dir": str(self.folder / spec.name),
+            "broker": self._broker_settings(spec.name),
+            "data": {name: str(path.resolve()) for name, path in spec.data.items()},
+            "models": self._models,
+            "agent": {"command": AGENTS[self._agent]},
+            "telemetry": {"idle_s": 5.0, "busy_s": 2.0},
+        }
+        if not self.available.cpu:
+            # Without a quota the other devices are foreign load, and each would wait for the others.
+            tables["policy"] = {"foreign_limit": 1000.0}
+        return self._write(spec.name, EdgeSettings, toml.merged(tables, spec.settings))
+
+    def _write(self, name: str, wanted: type[msgspec.Struct], tables: Mapping[str, Any]) -> Path:
+        path = self.folder / f"{name}.toml"
+        settings.check(wanted, dict(tables), name)
+        path.write_text(toml.dumps(tables), encoding="utf-8")
+        path.chmod(0o600)
+        return path
+
+    def _program(self, name: str, module: str, config: Path, group: cgroups.DeviceGroup | None) -> Program:
+        command = [*self._commands.get(name, [sys.executable, "-m", module]), "--config", str(config)]
+        return Program(name, command, self.folder / f"{name}.log", group or cgroups.DeviceGroup(name))
+
+    def _connect(self) -> Client:
+        """The client, once the coordinator serves."""
+        path = self.folder / "coordinator" / "api.json"
+        until = time.monotonic() + START_WITHIN_S
+        while not path.exists():
+            if not self.coordinator.pid or time.monotonic() > until:
+                raise UserError(f"the coordinator does not start: {self.coordinator.last_words()}")
+            time.sleep(0.05)
+        where = json.loads(path.read_text(encoding="utf-8"))
+        return Client(where["url"], Path(where["token_file"]).read_text(encoding="utf-8").strip())
+
+    def _wait_for_devices(self) -> None:
+        until = time.monotonic() + START_WITHIN_S + 2.0 * len(self.devices)
+        while True:
+            known = {view.device for view in self.client.devices() if view.info is not None}
+            missing = sorted(self.edges.keys() - known)
+            if not missing:
+                return
+            ended = [name for name in missing if not self.edges[name].pid]
+            if ended or time.monotonic() > until:
+                name = (ended or missing)[0]
+                raise UserError(f"device {name} does not start: {self.edges[name].last_words()}")
+            time.sleep(0.1)
+
+    def _end(self) -> None:
+        programs = [*self.edges.values(), self.coordinator]
+        until = time.monotonic() + STOP_WITHIN_S
+        for program in programs:
+            program.terminate()
+        for program in programs:
+            program.wait(until - time.monotonic())

@@ -1,0 +1,119 @@
+"""Named kinds of fleets: how many cores and how much memory each emulated device has.
+
+Memory is given beyond the agent's own size (its libraries, before it holds a model), which differs by version and is
+measured here with a real probe. So a device of a profile holds the same models wherever the emulation runs.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from edge_daemon import protocol
+from shared.errors import DecodeError, UserError
+from shared.frames import FrameReader, FrameWriter
+
+MIB = 2**20
+PROBE_WITHIN_S = 120.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of device. `cores`: CPU quota; `spare`: bytes of memory beyond the agent's own size."""
+
+    cores: float
+    spare: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One device of a fleet. `memory_bytes`: its limit."""
+
+    name: str
+    cores: float
+    memory_bytes: int
+
+
+PROFILES: Mapping[str, tuple[Kind, ...]] = {
+    # For MiniLM at batches from 4: full precision, NF8, bfloat16, NF4. 2.4 cores in all, the slowest has a third.
+    "mixed": (
+        Kind(0.9, 640 * MIB),
+        Kind(0.65, 143 * MIB),
+        Kind(0.55, 176 * MIB),
+        Kind(0.3, 137 * MIB),
+    ),
+    "equal": (Kind(0.6, 640 * MIB),),
+    "big": (Kind(1.5, 1200 * MIB),),
+    "tiny": (Kind(0.25, 137 * MIB),),
+}
+"""Name -> kinds, which a larger fleet repeats in turn."""
+
+
+def kinds(profile: str) -> tuple[Kind, ...]:
+    """The kinds of a profile. Raises `UserError` naming those there are."""
+    try:
+        return PROFILES[profile]
+    except KeyError:
+        raise UserError(f"unknown profile {profile!r}; there are {', '.join(sorted(PROFILES))}") from None
+
+
+def shapes(profile: str, devices: int, agent_bytes: int) -> list[Shape]:
+    """A fleet of `devices` around an agent of `agent_bytes`: device i is of the profile's kind i, in turn."""
+    found = kinds(profile)
+    width = max(2, len(str(devices)))
+    return [
+        Shape(f"edge-{i + 1:0{width}d}", kind.cores, agent_bytes + kind.spare)
+        for i, kind in ((i, found[i % len(found)]) for i in range(devices))
+    ]
+
+
+def measure_agent(command: Sequence[str], data: Mapping[str, str]) -> int:
+    """Resident bytes of the agent `command` after its probe over the files `data`, as a device would report it.
+
+    Raises `UserError` where it does not start or answer.
+    """
+    to_agent, from_agent = os.pipe(), os.pipe()
+    argv = [*command, "--read-fd", str(to_agent[0]), "--write-fd", str(from_agent[1])]
+    with os.fdopen(to_agent[1], "wb") as write, os.fdopen(from_agent[0], "rb") as read:
+        try:
+            process = subprocess.Popen(
+                argv, pass_fds=(to_agent[0], from_agent[1]), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+        except OSError as error:
+            raise UserError(f"the agent can't be started: {command[0]}: {error.strerror}") from error
+        finally:
+            os.close(to_agent[0])
+            os.close(from_agent[1])
+        # One that hangs ends, and with it the wait for its answer.
+        patience = threading.Timer(PROBE_WITHIN_S, process.kill)
+        patience.start()
+        try:
+            FrameWriter(write).write(protocol.Probe(datasets=dict(data)))
+            return _probed(read, " ".join(command))
+        except (OSError, DecodeError) as error:
+            raise UserError(f"the agent {' '.join(command)} does not answer: {error}") from error
+        finally:
+            patience.cancel()
+            process.kill()
+            process.wait()
+
+
+def _probed(read: Any, command: str) -> int:
+    """The agent's size as its answer says."""
+    reader: FrameReader[protocol.FromAgent] = FrameReader(read, cast(type[Any], protocol.FromAgent))
+    while True:
+        answer = reader.read()
+        if answer is None:
+            raise UserError(f"the agent {command} ended before it answered its probe; try it by hand")
+        if isinstance(answer, protocol.Probed):
+            return answer.agent_bytes
+
+
+def largest(paths: Sequence[Path]) -> Path:
+    """The largest file: the one whose device has the largest agent."""
+    return max(paths, key=lambda path: path.stat().st_size)

@@ -19,7 +19,7 @@ from coordinator.core import records as rec
 from coordinator.web.views import JobView
 from shared import machines
 from shared.errors import UserError
-from tests.faults.scene import DEVICES, ROUNDS, Scene, check_whole, trap
+from tests.faults.scene import DEVICES, ROUNDS, Scene, check_result, check_whole, trap
 
 JOB_PHASES = machines.phases(coordinator.core.transitions.TABLE)
 DEVICE_PHASES = machines.phases(edge_daemon.core.transitions.TABLE)
@@ -34,7 +34,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> str:
     scene = Scene(tmp_path_factory.mktemp("undisturbed"))
     view = scene.run()
     assert view.state == "finished", view.reason
-    assert all(scene.trainings(device) == {n: 1 for n in range(1, ROUNDS + 1)} for device in DEVICES)
+    assert all(scene.trainings(device) == dict.fromkeys(range(1, ROUNDS + 1), 1) for device in DEVICES)
     return scene.exported()
 
 
@@ -53,7 +53,7 @@ def test_coordinator_killed(tmp_path: Path, reference: str, phase: str, point: s
     assert scene.marker.exists(), "the trap never sprang"
     check_whole(scene, view, reference)
     for device in DEVICES:
-        assert scene.trainings(device) == {number: 1 for number in range(1, ROUNDS + 1)}, "trained again"
+        assert scene.trainings(device) == dict.fromkeys(range(1, ROUNDS + 1), 1), "trained again"
 
 
 def _killed_at_submission(scene: Scene, point: str, reference: str) -> None:
@@ -120,7 +120,7 @@ def test_daemon_killed(tmp_path: Path, reference: str, phase: str, point: str) -
         check_result(scene, view, reference)
         return
     check_whole(scene, view, reference)
-    assert scene.trainings(DEVICES[1]) == {number: 1 for number in range(1, ROUNDS + 1)}
+    assert scene.trainings(DEVICES[1]) == dict.fromkeys(range(1, ROUNDS + 1), 1)
 
 
 def test_daemon_killed_while_it_probes(tmp_path: Path, reference: str) -> None:
@@ -167,7 +167,7 @@ def test_agent_killed(tmp_path: Path, reference: str, phase: str) -> None:
     view = scene.run()
     assert scene.marker.exists(), "the trap never sprang"
     check_whole(scene, view, reference)
-    assert scene.trainings(DEVICES[0]) == {number: 1 for number in range(1, ROUNDS + 1)}
+    assert scene.trainings(DEVICES[0]) == dict.fromkeys(range(1, ROUNDS + 1), 1)
 
 
 @pytest.mark.parametrize("phase", [phase for phase in WHOLE if phase != "queued"])

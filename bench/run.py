@@ -109,7 +109,12 @@ def run(name: str, path: Path) -> list[Result]:
     """Run one benchmark. Raises `ValueError` with the reason where it gave no result."""
     command = f".venv/bin/python {path.relative_to(ROOT)}"
     print(f"bench: {command}", flush=True)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench' / 'lib'}",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     try:
         done = subprocess.run(
             [sys.executable, str(path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S

@@ -34,6 +34,9 @@ from shared.transport import base
 
 log = logging.getLogger(__name__)
 LOG_RETRY_S = 1.0
+PRESENCE_S = 30.0
+"""The coordinator's presence is said again so often: a broker may drop what it acknowledged, and devices hold their
+updates back until they hear of a coordinator."""
 CONTROL_ROOM = 64
 """Places in the transport's queue that chunks leave free for control messages."""
 
@@ -81,6 +84,8 @@ class Runtime:
         self.settings = settings
         self.ports = ports
         self.term = ports.log.next_term()
+        self._recent: deque[set[str]] = deque(maxlen=settings.keep_rounds)
+        """Blobs of the latest committed rounds."""
         self.state = State(
             waits=Waits(
                 silent_s=waits.silent_s,
@@ -90,7 +95,7 @@ class Runtime:
                 repeat_s=waits.repeat_s,
             ),
             term=self.term,
-            jobs=_replay(ports.log),
+            jobs=_replay(ports.log, self._recent),
         )
         self.receiver = BlobReceiver(ports.blobs, credit_bytes=settings.credit_bytes, retry_s=waits.retry_s)
         self.sender = BlobSender(ports.blobs, messages.MAX_CHUNK_BYTES)
@@ -98,11 +103,11 @@ class Runtime:
         self.problem = ""
         self.bytes_by_round: dict[str, int] = {}
         self._waiting: deque[base.Outgoing] = deque()
-        self._recent: deque[set[str]] = deque(maxlen=settings.keep_rounds)
         self._performer = performing.Performer(self)
         self._started = False
         self._unwritten: deque[ev.AnyEvent] = deque()
         self._retry_at = 0.0
+        self._present_at = 0.0
 
     # ---- in
 
@@ -145,6 +150,8 @@ class Runtime:
         while self.step(ev.Tick(now=now, ts=self.ports.wall())):
             pass  # a decision may make the next one due: committed, so plan
         self._performer.tick(now)
+        if self.connected and now - self._present_at >= PRESENCE_S:
+            self._say_presence(online=True)
         for device, want in self.receiver.due(now):
             self.send(topics.DOWN_BLOB, want, device=device)
         self._flush()
@@ -161,11 +168,13 @@ class Runtime:
             self.problem = ""
             for record in result.records:
                 log.info("%s", performing.line(record))
-        self.state = result.state
+        before, self.state = self.state, result.state
         for command in result.commands:
             self._performer.perform(command)
-        if any(isinstance(record, RoundCommitted) for record in result.records):
-            self._collect_garbage()
+        for record in result.records:
+            if isinstance(record, RoundCommitted):
+                self._recent.append(performing.referenced(before.jobs[record.job]))
+                self._collect_garbage()
         return bool(result.records)
 
     def _on_unwritten(self, event: ev.AnyEvent, error: LogUnavailable) -> None:
@@ -185,7 +194,7 @@ class Runtime:
 
     def stop(self) -> None:
         """Say goodbye and end the worker."""
-        self.send(topics.COORD_STATE, self._presence(online=False), coordinator=self.settings.name)
+        self._say_presence(online=False)
         self._flush()
         self.ports.worker.stop()
         self.ports.transport.stop(graceful=True)
@@ -210,8 +219,10 @@ class Runtime:
             transport.publish(base.Outgoing(topics.DOWN_CHUNK, name, chunk.data))
         transport.pump()
 
-    def _presence(self, *, online: bool) -> CoordState:
-        return CoordState(online=online, term=self.term, ts=self.ports.wall())
+    def _say_presence(self, *, online: bool) -> None:
+        self._present_at = self.ports.clock()
+        state = CoordState(online=online, term=self.term, ts=self.ports.wall())
+        self.send(topics.COORD_STATE, state, coordinator=self.settings.name)
 
     # ---- messages
 
@@ -221,7 +232,7 @@ class Runtime:
         self.sender.limit_packet(event.max_packet)
         chunk = min(messages.MAX_CHUNK_BYTES, self.receiver.max_chunk)
         self.state = replace(self.state, chunk=chunk)
-        self.send(topics.COORD_STATE, self._presence(online=True), coordinator=self.settings.name)
+        self._say_presence(online=True)
 
     def _on_received(self, received: base.Received) -> None:
         parsed = topics.parse(received.name)
@@ -301,17 +312,18 @@ class Runtime:
 
     def _collect_garbage(self) -> None:
         """Drop blobs that neither a live job nor one of the last rounds refers to."""
-        live: set[str] = {manifest.sha for manifest in self.state.announced.values()}
+        keep = {manifest.sha for manifest in self.state.announced.values()}.union(*self._recent)
         for job in self.state.jobs.values():
-            live |= performing.referenced(job)
-        self._recent.append(live)
-        keep = set().union(*self._recent)
+            keep |= performing.referenced(job)
         for sha in self.ports.blobs.digests() - keep:
             self.ports.blobs.remove(sha)
 
 
-def _replay(event_log: EventLog) -> dict[str, Any]:
+def _replay(event_log: EventLog, recent: deque[set[str]]) -> dict[str, Any]:
+    """All jobs; the blobs of each committed round go to `recent`."""
     jobs: dict[str, Any] = {}
     for record in event_log.replay():
+        if isinstance(record, RoundCommitted):
+            recent.append(performing.referenced(jobs[record.job]))
         jobs[record.job] = apply(jobs.get(record.job), record)
     return jobs

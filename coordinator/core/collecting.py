@@ -69,10 +69,7 @@ def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
         return "refused", part.reason
     work, facts = round.plan.participants[device], manifest.facts
     if not 0 < facts.samples <= work.steps * work.batch:
-        return (
-            "refused",
-            f"{facts.samples} samples claimed, {work.steps} steps of {work.batch} allow no more and no none",
-        )
+        return "refused", f"{facts.samples} samples claimed, the work allows 1 to {work.steps * work.batch}"
     return "pull", ""
 
 
@@ -137,6 +134,18 @@ def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
         elif device in state.accepted:
             found[device] = "accepted"
     return found
+
+
+def idle(state: State, job: Job, device: str, status: Status) -> bool:
+    """Whether a participant that is waited for shows no sign of its assignment: no acceptance, or a later reading that
+    names other work."""
+    known, round = state.fleet.get(device), job.round
+    if status not in ("assigned", "accepted") or known is None or round is None:
+        return False
+    load = known.load
+    if status == "assigned" or load is None or known.load_at <= state.since:
+        return status == "assigned"
+    return (load.job, load.round, load.attempt) != (job.id, round.number, round.attempt)
 
 
 def _refuse(turn: Turn, device: str, manifest: Manifest, reason: str) -> None:

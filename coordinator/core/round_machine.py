@@ -15,7 +15,7 @@ from coordinator.core import collecting, fleet, planning_turn
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
-from coordinator.core.close import closing
+from coordinator.core.close import Status, closing
 from coordinator.core.gate import judge
 from coordinator.core.job import TERMINAL, Job
 from coordinator.core.transitions import TABLE
@@ -34,6 +34,8 @@ from shared.messages import (
 )
 
 REBIRTH_EVERY_S = 10.0
+REMIND_EVERY_S = 10.0
+"""An assignment that shows no effect is published again: a broker may drop what it acknowledged."""
 ATTEMPTS = 8
 """Times a round is tried before the job pauses for an operator."""
 
@@ -60,7 +62,7 @@ def step(state: State, event: ev.AnyEvent) -> Step:
     for job in turn.state.jobs.values():
         if job.id in before and before[job.id] != job.phase:
             machines.check(TABLE, before[job.id], type(event).__name__, job.phase)
-            turn.update(since=event.now, accepted=frozenset(), announced={})
+            turn.update(since=event.now, accepted=frozenset(), announced={}, reminded={})
             turn.do(*entry(turn.state, job))
     return turn.step()
 
@@ -203,6 +205,7 @@ def _close_if_due(turn: Turn, job: Job, event: ev.Tick) -> None:
     deadline_at = turn.state.since + round.plan.deadline_s
     verdict, reason = closing(found, job.spec.rounds.quorum, event.now, deadline_at)
     if verdict == "wait":
+        _remind(turn, job, found, event.now)
         return
     quiet = {device: event.now for device, status in found.items() if status == "silent"}
     turn.update(silenced={**turn.state.silenced, **quiet})
@@ -213,6 +216,19 @@ def _close_if_due(turn: Turn, job: Job, event: ev.Tick) -> None:
         job = turn.record(rec.RoundRepeated(job=job.id, round=round.number, attempt=round.attempt, reason=reason))
         if round.attempt >= ATTEMPTS:
             _end(turn, job, "paused", f"round {round.number} failed {ATTEMPTS} times, last: {reason}", event)
+
+
+def _remind(turn: Turn, job: Job, found: dict[str, Status], now: float) -> None:
+    state = turn.state
+    due = [
+        device
+        for device, status in found.items()
+        if now - max(state.reminded.get(device, state.since), state.restarted_at) >= REMIND_EVERY_S
+        and collecting.idle(state, job, device, status)
+    ]
+    if due:
+        turn.update(reminded={**state.reminded, **dict.fromkeys(due, now)})
+        turn.do(*(cmd.PublishAssign(device, _assign(turn.state, job, device)) for device in due))
 
 
 def _commit(turn: Turn, job: Job, evaluated: ev.Evaluated | None, event: ev.AnyEvent) -> None:
@@ -246,18 +262,25 @@ def _info(job: Job) -> RoundInfo:
 def _assignments(state: State, job: Job) -> list[cmd.Command]:
     """The desired states of the round: work for those who still owe an update, nothing for those left out of it."""
     round = job.round
-    assert round is not None and job.facts is not None and job.adapter is not None
+    assert round is not None
     commands: list[cmd.Command] = []
     for device, part in round.participants.items():
         if part.outcome != "assigned":
             continue
-        assignment = Assignment(
-            job=job.id, round=round.number, attempt=round.attempt, work=round.plan.participants[device],
-            base=job.spec.base, base_digest=job.facts.base_digest, task=job.spec.task, training=job.spec.training,
-            rounds=job.spec.rounds.count, seed=job.spec.seed, adapter=job.adapter, chunk=state.chunk,
-        )  # fmt: skip
-        commands.append(cmd.PublishAssign(device, Assign(term=state.term, assignment=assignment)))
+        commands.append(cmd.PublishAssign(device, _assign(state, job, device)))
     for device in sorted(state.assigned - round.participants.keys()):
         reason = round.plan.left_out.get(device, "takes no part in this round")
         commands.append(cmd.PublishAssign(device, Assign(term=state.term, reason=reason)))
     return commands
+
+
+def _assign(state: State, job: Job, device: str) -> Assign:
+    """The desired state of a participant that still owes an update."""
+    round = job.round
+    assert round is not None and job.facts is not None and job.adapter is not None
+    assignment = Assignment(
+        job=job.id, round=round.number, attempt=round.attempt, work=round.plan.participants[device],
+        base=job.spec.base, base_digest=job.facts.base_digest, task=job.spec.task, training=job.spec.training,
+        rounds=job.spec.rounds.count, seed=job.spec.seed, adapter=job.adapter, chunk=state.chunk,
+    )  # fmt: skip
+    return Assign(term=state.term, assignment=assignment)

@@ -44,6 +44,8 @@ class State:
     """Device -> its update that is being pulled or checked."""
     accepted: frozenset[str] = frozenset()
     """Participants that accepted their assignment."""
+    reminded: dict[str, float] = field(default_factory=dict)
+    """Participant -> when its assignment was published again."""
     silenced: dict[str, float] = field(default_factory=dict)
     """Device -> when a round closed without a sign of life from it."""
     assigned: frozenset[str] = frozenset()

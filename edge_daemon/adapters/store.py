@@ -34,6 +34,11 @@ class Store:
             raise UserError(f"state_dir {root}: {error.strerror}") from error
         self._epoch_guard = threading.Lock()
 
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self.blobs.close()
+        os.close(self._lock)
+
     def load(self) -> Journal:
         """The journal; a damaged one is moved aside and an empty one taken: the retained assignment tells the rest."""
         path = self.root / "journal"

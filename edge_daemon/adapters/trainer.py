@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -19,6 +20,7 @@ from shared.frames import FrameReader, FrameWriter
 from shared.processes import die_with_parent
 
 log = logging.getLogger(__name__)
+_GRACE_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class SubprocessTrainer:
     def _reap(self) -> AgentEnded:
         code: int | None = None
         if self._process is not None:
+            if not self._why:
+                _let_end(self._process)
             _kill_group(self._process)
             code = self._process.wait()
         self._process = self._writer = None
@@ -142,7 +146,20 @@ class SubprocessTrainer:
                 self._post(AgentSpoke(run, message))
         except (DecodeError, OSError) as error:
             log.error("the agent's pipe is broken: %s", error)
+            if run == self._run:
+                self._why = self._why or f"its pipe is broken: {error}"
         self._post(AgentSpoke(run, None))
+
+
+def _let_end(process: subprocess.Popen[bytes]) -> None:
+    """Wait a moment for a process that closed its pipe: killed on its way out it would lose its own exit status."""
+    with contextlib.suppress(OSError):
+        ended = os.pidfd_open(process.pid)
+        try:
+            # Not reaped here, so that its number still names its group.
+            select.select([ended], [], [], _GRACE_S)
+        finally:
+            os.close(ended)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

@@ -155,7 +155,8 @@ def failed(state: State, failure: protocol.Failed) -> Result:
     state = replace(state, agent=_free(state), paused="")
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
-    return outbox.fail(state, identity, f"{failure.kind}: {failure.reason}", failure.batch_limit)
+    reason, memory = f"{failure.kind}: {failure.reason}", failure.kind == "memory"
+    return outbox.fail(state, identity, reason, out_of_memory=memory, batch_limit=failure.batch_limit)
 
 
 def gone(state: State, event: ev.AgentGone) -> Result:
@@ -196,7 +197,7 @@ def _died(state: State, work: Assignment, event: ev.AgentGone, deaths: int) -> R
     batch = min(work.work.batch, state.journal.batch_limit or work.work.batch)
     limit = batch // 2
     if limit < 1:
-        return outbox.fail(state, identity, "memory: not even a batch of one fits")
+        return outbox.fail(state, identity, "memory: not even a batch of one fits", out_of_memory=True)
     state = replace(state, journal=msgspec.structs.replace(state.journal, batch_limit=limit))
     return state, [cmd.Note("warning", f"out of memory with a batch of {batch}: again with {limit}")]
 

@@ -61,9 +61,11 @@ def finish(state: State, done: Finished) -> Result:
     return replace(state, journal=journal), presence.ack_finished(state, done)
 
 
-def fail(state: State, identity: Identity, reason: str, batch_limit: int = 0) -> Result:
-    """Give up a piece of work."""
-    end = Finished(**identity._asdict(), verdict="failed", reason=reason, batch_limit=batch_limit)
+def fail(state: State, identity: Identity, reason: str, *, out_of_memory: bool = False, batch_limit: int = 0) -> Result:
+    """Give up a piece of work. `batch_limit`: the largest batch that fits, where memory ran out; 0: none does."""
+    end = Finished(
+        **identity._asdict(), verdict="failed", reason=reason, out_of_memory=out_of_memory, batch_limit=batch_limit
+    )
     state, commands = finish(state, end)
     return state, [*commands, cmd.DropWork(identity), cmd.Note("error", f"{identity} failed: {reason}")]
 

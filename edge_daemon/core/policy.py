@@ -34,7 +34,8 @@ def refusal(
     reserve = settings.policy.memory_reserve_bytes
     if load.memory_available < reserve:
         return f"memory: {_mib(load.memory_available)} available, the owner's reserve is {_mib(reserve)}"
-    return _too_busy(settings.policy, load, resuming=False)
+    # Foreign load passes in seconds: work is taken and rests until then.
+    return _strained(settings.policy, load, resuming=False)
 
 
 def pause(settings: EdgeSettings, load: Load | None, *, minute: int, paused: bool) -> str:
@@ -87,6 +88,10 @@ def _too_busy(policy: PolicySettings, load: Load, *, resuming: bool) -> str:
     share = load.foreign_cores / load.cores if load.cores > 0 else 0.0
     if share > limit:
         return f"foreign load: other programs use {share:.0%} of the cores, the limit is {limit:.0%}"
+    return _strained(policy, load, resuming=resuming)
+
+
+def _strained(policy: PolicySettings, load: Load, *, resuming: bool) -> str:
     heat_limit = policy.temperature_limit_c - (_RESUME_COOLER_C if resuming else 0.0)
     heat = hottest(load)
     if heat is not None and heat > heat_limit:

@@ -11,6 +11,8 @@ from edge_daemon.core.state import WORKING, Announcing, Finished, Identity, Offe
 from shared.messages import Ack, DeviceInfo, DeviceState, Lifecycle, Load, Manifest
 
 LONGEST_ANNOUNCE_S = 60.0
+REPEAT_S = 60.0
+"""Lifecycle and capability are said again so often: a broker may drop what it acknowledged."""
 SAMPLE_S = 1.0
 """Between readings while training, so that a pause comes within two seconds."""
 
@@ -57,6 +59,8 @@ def say(state: State) -> Result:
         commands.append(cmd.Sample(period))
     if not state.connected:
         return state, commands
+    if state.now - state.said_at >= REPEAT_S:
+        state = replace(state, said_at=state.now, word="", info_sent=None)
     word, info = lifecycle(state), device_info(state)
     if word != state.word:
         state = replace(state, word=word)
@@ -96,7 +100,8 @@ def ack_finished(state: State, done: Finished) -> list[cmd.Command]:
         return []
     ack = Ack(
         epoch=state.epoch, job=done.job, round=done.round, attempt=done.attempt, reason=done.reason[:1000],
-        verdict="reject" if done.verdict == "rejected" else "failed", batch_limit=done.batch_limit,
+        verdict="reject" if done.verdict == "rejected" else "failed",
+        out_of_memory=done.out_of_memory, batch_limit=done.batch_limit,
     )  # fmt: skip
     return [cmd.Publish(ack)]
 

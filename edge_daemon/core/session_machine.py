@@ -120,7 +120,7 @@ def _drain(state: State, _event: ev.Drain) -> Result:
     if state.agent.status != "busy":
         state, word = presence.say(replace(state, phase="draining"))
         return _leave(state, word)
-    state = replace(state, phase="draining", drain_until=state.now + DRAIN_S)
+    state = replace(state, phase="draining", paused="", drain_until=state.now + DRAIN_S)
     return state, [cmd.Tell(protocol.Stop())]
 
 
@@ -146,15 +146,16 @@ def _load_read(state: State, event: ev.LoadRead) -> Result:
 def _linked(state: State, event: ev.Linked) -> Result:
     state = replace(
         state, connected=True, epoch=event.epoch, max_chunk=event.max_chunk, word="", info_sent=None, load_sent=None,
-        announcing={},
+        announcing={}, no_broker="",
     )  # fmt: skip
     return state, []
 
 
 def _unlinked(state: State, event: ev.Unlinked) -> Result:
     known = {name: msgspec.structs.replace(seen, online=False) for name, seen in state.coordinators.items()}
-    note = [cmd.Note("info", f"no broker: {event.reason}")] if state.connected else []
-    return replace(state, connected=False, coordinators=known), [*note]
+    # Said once per reason: it comes again with every attempt to connect.
+    note = [cmd.Note("warning", f"no broker: {event.reason}")] if event.reason != state.no_broker else []
+    return replace(state, connected=False, coordinators=known, no_broker=event.reason), [*note]
 
 
 def _own_state_seen(state: State, event: ev.OwnStateSeen) -> Result:
@@ -246,7 +247,7 @@ def _command_received(state: State, _event: ev.CommandReceived) -> Result:
 
 def _adapter_stored(state: State, event: ev.AdapterStored) -> Result:
     work = state.work
-    if work is None or work.adapter.sha != event.sha or state.adapter_there:
+    if work is None or work.adapter.sha != event.sha or not state.accepted or state.adapter_there:
         return state, []
     journal = msgspec.structs.replace(state.journal, fetch_s=state.journal.fetch_s + state.now - state.fetch_since)
     return replace(state, adapter_there=True, journal=journal), []

@@ -71,7 +71,10 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int
     verdict: Verdict
     reason: str = ""
+    out_of_memory: bool = False
+    """It failed because memory ran out."""
     batch_limit: int = 0
+    """Largest batch that fits then; 0: none does."""
 
     @property
     def identity(self) -> Identity:
@@ -177,6 +180,8 @@ class State:
     paused: str = ""
     """Reason of the pause under way."""
     connected: bool = False
+    no_broker: str = ""
+    """Why there is no session, as last noted."""
     epoch: int = 0
     max_chunk: int = MAX_CHUNK_BYTES
     coordinators: dict[str, CoordState] = field(default_factory=dict)
@@ -191,6 +196,8 @@ class State:
     """The lifecycle word last published in this connection."""
     info_sent: DeviceInfo | None = None
     """The capability last published in this connection."""
+    said_at: float = 0.0
+    """When lifecycle and capability were last said without need."""
     sampling_s: float = 0.0
     """Seconds between readings, as last asked for."""
     drain_until: float = 0.0

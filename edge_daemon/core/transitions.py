@@ -32,7 +32,7 @@ MOVES: tuple[Transition, ...] = (
         )
     ),
     _row("fetching", "AdapterStored", ("fetching", "training", "paused"), "train as soon as the agent is free"),
-    _row("fetching", "AdapterLost", _REST, "report the work as failed"),
+    _row("fetching", "AdapterLost", ("fetching", *_REST), "report the work as failed; another adapter changes nothing"),
     _row("fetching", "AssignReceived", ("fetching", *_REST), "new desired state; the same one changes nothing"),
     _row("fetching", "AgentProbed", ("fetching", "training", "paused"), "the agent is back"),
     _row("fetching", "AgentTrained", ("fetching", "training", "paused"), "superseded work ended; the agent is free"),

@@ -7,6 +7,7 @@ imported once the pipe is open.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import logging
 import os
@@ -180,6 +181,7 @@ class Agent:
             if held and held.digest == digest and _same_model(held.base, assignment):
                 return held, False
             self._loaded = held = None
+            gc.collect()  # the old base is full of cycles, and there may be no room for two
             base = base_model.load(folder, assignment.task, bits, self._device, self._control.poll)
         except ModelFault as error:
             raise Refused("model", str(error)) from error

@@ -130,6 +130,7 @@ class Broker:
                 stdout=log,
                 stderr=log,
                 preexec_fn=dies_with_parent(),
+                start_new_session=True,  # Ctrl-C on a terminal is for the owner alone
             )
         until = time.monotonic() + _START_S
         while not self._accepts():

@@ -30,6 +30,7 @@ from muster.client import Client
 from muster.testbed import cgroups, toml
 from muster.testbed.broker import Broker
 from muster.testbed.certs import Authority
+from muster.testbed.relay import Relay
 from shared import settings, topics
 from shared.errors import UserError
 from shared.processes import lock_folder
@@ -128,7 +129,8 @@ class Fleet:
 
     `models`: name -> folder, for the coordinator and the devices. `agent`: "numpy" is the small one for least squares.
     `secure`: mutual TLS and the generated ACL. `coordinator`: over its settings, as in its file. `limits`: whether
-    devices get control groups at all. `commands`: program name -> what is started in its place (same arguments).
+    devices get control groups at all. `broker`: over its configuration. `relay`: count each
+    device's bytes in `relays`. `commands`: program name -> what is started in its place (same arguments).
     """
 
     def __init__(
@@ -142,6 +144,8 @@ class Fleet:
         coordinator: Mapping[str, Any] | None = None,
         limits: bool = True,
         commands: Mapping[str, Sequence[str]] | None = None,
+        broker: Mapping[str, str] | None = None,
+        relay: bool = False,
     ) -> None:
         self.folder = folder.resolve()
         self.devices = list(devices)
@@ -152,6 +156,9 @@ class Fleet:
         self._overrides = coordinator or {}
         self._limits = limits
         self._commands = commands or {}
+        self._broker_overrides = dict(broker or {})
+        self._relay = relay
+        self.relays: dict[str, Relay] = {}
         self._stack = contextlib.ExitStack()
         self.available = cgroups.Available(False, False, "not asked for")
 
@@ -169,6 +176,17 @@ class Fleet:
         except BaseException:
             self.stop()
             raise
+
+    def wait_until_able(self, seconds: float = 180.0) -> list[str]:
+        """Wait until every device has proven some precision or named its problem; the devices that did not in time."""
+        until = time.monotonic() + seconds
+        while True:
+            infos = {view.device: view.info for view in self.client.devices()}
+            able = {device for device, info in infos.items() if info is not None and (info.bits or info.problem)}
+            waiting = sorted(self.edges.keys() - able)
+            if not waiting or self.ended or time.monotonic() > until:
+                return waiting
+            time.sleep(0.2)
 
     def stop(self) -> None:
         """Stop devices, coordinator and broker in order; remove the control groups. Can be called twice."""
@@ -224,8 +242,9 @@ class Fleet:
 
     def _broker(self) -> Broker:
         if self._authority is None:
-            return Broker(self.folder / "broker")
-        return Broker(self.folder / "broker", tls=self._authority.folder, acl=topics.acl(FLEET, COORDINATOR))
+            return Broker(self.folder / "broker", overrides=self._broker_overrides)
+        acl = topics.acl(FLEET, COORDINATOR)
+        return Broker(self.folder / "broker", tls=self._authority.folder, acl=acl, overrides=self._broker_overrides)
 
     def _broker_settings(self, name: str, **more: object) -> dict[str, Any]:
         files: dict[str, object] = {}
@@ -236,6 +255,14 @@ class Fleet:
         values = self.broker.settings(reconnect_min_s=0.1, reconnect_max_s=2.0, **files, **more)
         plain: dict[str, Any] = msgspec.to_builtins(values)
         return plain
+
+    def _link(self, name: str) -> dict[str, object]:
+        """Where a device finds the broker, if not where it is: at a relay that counts its bytes."""
+        if not self._relay:
+            return {}
+        self.relays[name] = Relay(self.broker.port)
+        self._stack.callback(self.relays[name].close)
+        return {"port": self.relays[name].port}
 
     def _coordinator_settings(self) -> Path:
         tables = {
@@ -255,7 +282,7 @@ class Fleet:
             "fleet": FLEET,
             "device": spec.name,
             "state_dir": str(self.folder / spec.name),
-            "broker": self._broker_settings(spec.name),
+            "broker": self._broker_settings(spec.name, **self._link(spec.name)),
             "data": {name: str(path.resolve()) for name, path in spec.data.items()},
             "models": self._models,
             "agent": {"command": AGENTS[self._agent]},

@@ -310,9 +310,11 @@ def facts_of(
     )
 
 
-def train(assignment: Assignment, adapter: bytes, rows: Rows, *, batch: int = 0) -> tuple[bytes, UpdateFacts]:
-    """Do the whole `assignment` at once: the update's file and its facts (times 0)."""
+def train(
+    assignment: Assignment, adapter: bytes, rows: Rows, *, batch: int = 0, device: str = ""
+) -> tuple[bytes, UpdateFacts]:
+    """Do the whole `assignment` at once: the update's file of `device` and its facts (times 0)."""
     training = begin(assignment, adapters.read(adapter), rows, batch=batch)
     while not training.finished:
         training.step()
-    return training.update(), facts_of(training)
+    return training.update(device), facts_of(training)

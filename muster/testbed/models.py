@@ -70,7 +70,11 @@ def make_small_gpt2(
         raise UserError("a base model needs more text than 10,000 characters")
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
 
+    quiet: Any = logging
+    quiet.set_verbosity_error()
+    quiet.disable_progress_bar()
     tokenizer = _tokenizer(corpus, size)
     ids = torch.tensor(tokenizer(corpus, verbose=False)["input_ids"], dtype=torch.long)
     torch.manual_seed(size.seed)

@@ -176,6 +176,9 @@ class Agent:
             training.restore(saved.read_bytes())
         clock = Clock(order.train_for_s)
         ballast = b"\x01" * (self._hooks.sample_bytes * batch)
+        if self._hooks.echo:
+            # Nothing was trained; claim the work, so that the coordinator takes the update.
+            training.step_done, training.drawn = work.work.steps, work.work.steps * batch
         ended = "complete" if self._hooks.echo else self._steps(training, clock, saved)
         del ballast
         self._finish(order, training, clock, ended)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning.base import RoundReport
-from coordinator.core.planning.cost_model import BITS_TIME, CUDA_BYTES, LOADING_BYTES, CostModel
+from coordinator.core.planning.cost_model import BITS_TIME, CUDA_BYTES, LOADING_BYTES, WORKING_BYTES, CostModel
 from coordinator.core.planning.demand import Demand, demand, traffic, tuned_modules
 from coordinator.core.planning.fit import Fit
 from coordinator.core.planning.readings import Capacity, budget, capacity
@@ -235,10 +235,10 @@ def test_memory_before_any_measurement_is_the_sum_of_its_parts() -> None:
     adapter = 24 * 8 * 768 + 20 * 384 + 20
     activations = 16 * need.activation_bytes(8)
     base = 10_616_832 * (1 + 4 / 64) + 2 * 12_100_000
-    assert size == pytest.approx(200 * MIB + base + 16 * adapter + activations)
-    assert "agent 200 MiB" in why
+    assert size == pytest.approx(200 * MIB + WORKING_BYTES + base + 16 * adapter + activations)
+    assert "agent 268 MiB at work" in why
     small, _ = CostModel().memory("edge-1", need, 8, 1, info)
-    assert small == pytest.approx(200 * MIB + base + 16 * adapter + LOADING_BYTES + 8 * 384 * 384)
+    assert small == pytest.approx(200 * MIB + WORKING_BYTES + base + 16 * adapter + LOADING_BYTES + 8 * 384 * 384)
 
 
 def test_fewer_bits_take_less_memory() -> None:
@@ -255,6 +255,17 @@ def test_a_measured_peak_replaces_the_sum() -> None:
     assert model.memory("edge-1", need, 32, 32, info)[0] > 456 * MIB
     assert 310 * MIB * 0.9 < model.memory("edge-1", need, 32, 1, info)[0] < 456 * MIB
     assert "measured 456 MiB" in model.memory("edge-1", need, 32, 16, info)[1]
+
+
+def test_a_peak_at_other_bits_is_moved_by_the_weights() -> None:
+    info, need = device("edge-1").info, _need()
+    model = CostModel().learn(_report(result(batch=4, bits=4, step_s=1.0, base=300, peak=340)))
+    size, why = model.memory("edge-1", need, 8, 4, info)
+    assert size - 340 * MIB == pytest.approx(need.weight_bytes(8) - need.weight_bytes(4))
+    assert "measured 340 MiB at 4 bits" in why
+    assert [model.memory("edge-1", need, b, 4, info)[0] for b in (4, 8, 16, 32)] == sorted(
+        model.memory("edge-1", need, b, 4, info)[0] for b in (4, 8, 16, 32)
+    )
 
 
 def test_accumulation_splits_the_activations() -> None:

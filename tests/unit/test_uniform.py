@@ -61,12 +61,23 @@ def test_every_module_gets_the_rank_clipped_to_its_size() -> None:
 
 
 def test_bits_follow_memory() -> None:
-    # 200 MiB of agent, 64 MiB of reserve, then 124, 81, 70 and 65 MiB for base, adapter and loading.
-    fleet = [device(name, memory=memory) for name, memory in [("a", 400), ("b", 350), ("c", 336), ("d", 331)]]
-    plan = _plan(*fleet, device("e", memory=280))
+    # 268 MiB of agent at work, 64 MiB of reserve, then 124, 81, 70 and 65 MiB for base, adapter and loading.
+    fleet = [device(name, memory=memory) for name, memory in [("a", 468), ("b", 418), ("c", 404), ("d", 399)]]
+    plan = _plan(*fleet, device("e", memory=348))
     assert {name: work.bits for name, work in plan.participants.items()} == {"a": 32, "b": 16, "c": 8, "d": 4}
-    assert "32 bits would take 392 MiB" in plan.participants["b"].reasons["bits"] or "32 bits" in plan.left_out["e"]
+    assert "32 bits would take 460 MiB" in plan.participants["b"].reasons["bits"] or "32 bits" in plan.left_out["e"]
     assert plan.left_out["e"].startswith("memory: 32 bits would take")
+
+
+def test_what_has_run_under_the_limit_needs_no_reserve() -> None:
+    tight = device("a", memory=420, bits=(4,))
+    facts, spec = minilm(), job(batch=4, batch_min=4)
+    first = _plan(tight, spec=spec).participants["a"]
+    measured = result(batch=first.batch, bits=4, step_s=0.1, base=330, peak=380)
+    report = RoundReport(round=1, works={"a": first}, results={"a": measured}, facts=facts, job=spec)
+    again = _plan(tight, spec=spec, planner=UniformPlanner().learn(report)).participants["a"]
+    assert again.bits == 4
+    assert "meets 420 MiB memory limit, under which it has run" in again.reasons["bits"]
 
 
 def test_fixed_bits_leave_out_who_can_not() -> None:
@@ -108,7 +119,7 @@ def test_memory_data_and_limits_cap_the_batch() -> None:
     assert few.batch == 4
     assert "the data set has 5 rows" in few.reasons["batch"]
     assert _plan(device("a", rows=1), spec=job(batch_min=2)).participants["a"].batch == 1
-    tight = _plan(device("a", memory=430, bits=(32,))).participants["a"]
+    tight = _plan(device("a", memory=498, bits=(32,))).participants["a"]
     assert 1 < tight.batch < 16
     assert "MiB memory" in tight.reasons["batch"]
     work = msgspec.structs.replace(tight, bits=32)
@@ -136,7 +147,7 @@ def test_the_test_agents_task_goes_the_same_way() -> None:
 
 
 def test_a_gpu_is_planned_by_its_own_memory() -> None:
-    plan = _plan(gpu_device("a", memory=8192), gpu_device("b", memory=570))
+    plan = _plan(gpu_device("a", memory=8192), gpu_device("b", memory=638))
     assert plan.participants["a"].bits == 32
     assert "of the GPU free" in plan.participants["a"].reasons["batch"]
     assert plan.participants["b"].bits == 16
@@ -207,8 +218,8 @@ def test_old_or_missing_telemetry_means_half_the_batch() -> None:
 
 
 def test_old_telemetry_and_little_memory_mean_fewer_bits() -> None:
-    assert _plan(device("a", memory=400)).participants["a"].bits == 32
-    work = _plan(device("a", memory=400, age_s=41.0)).participants["a"]
+    assert _plan(device("a", memory=468)).participants["a"].bits == 32
+    work = _plan(device("a", memory=468, age_s=41.0)).participants["a"]
     assert work.bits == 16
     assert "telemetry is 41 s old (limit 30 s): cautious 16 bits instead of 32" in work.reasons["bits"]
     assert _plan(device("a", memory=4000, age_s=41.0)).participants["a"].bits == 32

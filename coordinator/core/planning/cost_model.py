@@ -5,10 +5,10 @@ use. Speeds are per core and an observation counts by the cores the agent really
 load at once while foreign load never spoils what was learned. One `Fit` per device and bits; bits not yet met on a
 device take the speed of those that were, times `BITS_TIME`; a device not yet met takes the median of the fleet.
 
-**Memory** = agent + weights(bits) + 16 B per trained parameter + 4 B per frozen one + the larger of the micro-batch's
-activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and one layer twice in fp32 lie beside it at
-the worst moment. Once the device has trained at these bits, its measured peak replaces the sum, moved only by the
-difference in batch and adapter. A batch that ran out of memory is a hard bound for those bits.
+**Memory** = agent + `WORKING_BYTES` + weights(bits) + 16 B per trained parameter + 4 B per frozen one + the larger of
+the micro-batch's activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and one layer twice in fp32
+lie beside it at the worst moment. Once the device has trained, its measured peak replaces the sum, moved only by the
+difference in batch, adapter and (from the nearest bits it has trained at) weights. A batch that ran out of memory is a hard bound for those bits.
 
 Every prediction comes with the readings it rests on.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -37,6 +37,8 @@ CPU_FLOPS, GPU_FLOPS = 8e9, 5e12
 """Per core and per GPU, before anything was measured. Only ratios matter then: all devices start alike."""
 AGENT_BYTES, SMALL_AGENT_BYTES = 256 * MIB, 48 * MIB
 """Agent without a model where a device tells none: with torch, and the one of `least_squares`."""
+WORKING_BYTES = 68 * MIB
+"""What an agent's first work adds for good: the model's classes, the kernels' scratch, the allocator's slack."""
 CUDA_BYTES = 400 * MIB
 """A CUDA context, which the allocator's figures do not contain."""
 LOADING_BYTES = 32 * MIB
@@ -113,25 +115,26 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         # What the agent holds in RAM takes nothing of a GPU's own memory.
         agent = known.agent_bytes or (0 if has_gpu_memory(info) else info.agent_bytes or _agent_bytes(need))
         agent += context
-        met = known.peaks.get(str(bits))
-        if met is not None:
-            peak = context + met.peak
-            changed = (need.micro(batch) - met.micro) * per_sample
-            changed += BYTES_TRAINED * (need.adapter_params - met.adapter_params)
-            # Less work can't free the base itself, however large the estimate of its activations.
-            least = min(peak, agent + need.weight_bytes(bits))
-            return max(peak + changed, least), f"measured {mebibytes(peak)} with {met.micro} samples at once"
+        if known.peaks:
+            return _from_peak(known.peaks, need, bits, batch, per_sample, context, agent)
         activations = need.micro(batch) * per_sample
         loading = LOADING_BYTES + 8 * need.largest
         # The worst moment is loading or training, never both.
-        value = agent + need.fixed_bytes(bits) + max(activations, loading)
-        parts = f"agent {mebibytes(agent)}, base {mebibytes(need.weight_bytes(bits))}"
+        working = 0 if need.kind == "least_squares" else WORKING_BYTES
+        value = agent + working + need.fixed_bytes(bits) + max(activations, loading)
+        parts = f"agent {mebibytes(agent + working)} at work, base {mebibytes(need.weight_bytes(bits))}"
         return value, f"{parts}, activations {mebibytes(activations)} or loading {mebibytes(loading)}"
 
     def batch_limit(self, device: str, bits: Bits) -> int | None:
         """The largest batch that fits, where memory ran out before; 0: none at these bits."""
         known = self.devices.get(device)
         return None if known is None else known.limits.get(str(bits))
+
+    def has_run(self, device: str, need: Demand, bits: Bits, batch: int) -> bool:
+        """Whether the device trained at these bits with at least so many samples at once when it last did."""
+        known = self.devices.get(device)
+        met = known.peaks.get(str(bits)) if known is not None else None
+        return met is not None and met.micro >= need.micro(batch) and met.adapter_params >= need.adapter_params
 
     def own_bytes(self, device: str, info: DeviceInfo) -> int:
         """What the agent holds now, by its last measurement or its size before a model is loaded."""
@@ -178,6 +181,22 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _UNKNOWN = DeviceModel()
+
+
+def _from_peak(
+    peaks: Mapping[str, Measured], need: Demand, bits: Bits, batch: int, per_sample: float, context: int, agent: int
+) -> tuple[float, str]:
+    """Memory by the peak at these bits, or at the nearest ones that were measured."""
+    other = cast(Bits, int(min(peaks, key=lambda key: (abs(int(key) - bits), key))))
+    met = peaks[str(other)]
+    peak = context + met.peak
+    before = met.micro * per_sample * need.activation_bytes(other) / need.activation_bytes(bits)
+    changed = need.micro(batch) * per_sample - before + need.weight_bytes(bits) - need.weight_bytes(other)
+    changed += BYTES_TRAINED * (need.adapter_params - met.adapter_params)
+    # Less work can't free the base itself, however large the estimate of its activations.
+    least = min(peak, agent + need.weight_bytes(bits))
+    at = "" if other == bits else f" at {other} bits"
+    return max(peak + changed, least), f"measured {mebibytes(peak)}{at} with {met.micro} samples at once"
 
 
 def usable(free: Capacity, known: DeviceModel | None) -> float:

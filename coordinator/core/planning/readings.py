@@ -57,9 +57,9 @@ class Budget(NamedTuple):
         parts = f"limit {mebibytes(self.limit)}, reserve {mebibytes(self.reserve)}, foreign {mebibytes(self.foreign)}"
         return f"{mebibytes(self.bytes)} memory budget ({parts})"
 
-    def holds(self, size: float) -> bool:
-        """Whether `size` bytes fit."""
-        return not self.limit or size <= self.bytes
+    def holds(self, size: float, *, proven: bool = False) -> bool:
+        """Whether `size` bytes fit. What has run under the limit already (`proven`) needs no reserve for errors."""
+        return not self.limit or size <= (self.limit - self.foreign if proven else self.bytes)
 
 
 def capacity(info: DeviceInfo | None, load: Load | None) -> Capacity:

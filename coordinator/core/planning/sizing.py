@@ -98,7 +98,7 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
             told.append(f"{bits} bits ran out of memory above batch {limit}")
             continue
         size, why = model.memory(place.device, need, bits, least, place.info)
-        if place.budget.holds(size):
+        if place.budget.holds(size, proven=model.has_run(place.device, need, bits, least)):
             fitting.append((bits, size, why))
             if not place.caution or len(fitting) == 2:
                 break
@@ -110,7 +110,10 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
     if len(fitting) == 2 and place.budget.limit and size > SMALL_MARGIN * place.budget.bytes:
         told.append(f"{place.caution}: cautious {fitting[1][0]} bits instead of {bits}, which takes {mebibytes(size)}")
         bits, size, why = fitting[1]
-    return bits, word("bits", bits, f"{mebibytes(size)} at batch {least} ({why})", str(place.budget), *told)
+    bound = str(place.budget)
+    if not place.budget.holds(size):
+        bound = f"{mebibytes(place.budget.limit)} memory limit, under which it has run"
+    return bits, word("bits", bits, f"{mebibytes(size)} at batch {least} ({why})", bound, *told)
 
 
 def choose_batch(
@@ -155,7 +158,7 @@ def _held(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[
         if limit is not None and size > limit:
             return held, f"{size} ran out of memory before (limit {limit})"
         taken, _ = model.memory(place.device, need, bits, size, place.info)
-        if held and not place.budget.holds(taken):
+        if held and not place.budget.holds(taken, proven=model.has_run(place.device, need, bits, size)):
             return held, f"{size} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
         held.append(size)
     return held, f"{sizes[-1]} is the largest batch of the job"

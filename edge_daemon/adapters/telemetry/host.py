@@ -15,11 +15,12 @@ from edge_daemon.adapters.telemetry import cgroup
 _ZONES = ("tj-thermal", "x86_pkg_temp", "cpu-thermal", "cpu_thermal", "soc_thermal")
 """Names of the thermal zone that stands for the chip, in order of preference."""
 _CHIPS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
+_SHORTEST_S = 0.5
 
 
 @dataclass(frozen=True)
 class HostReading:
-    """One reading. Rates are over the time since the reading before; 0 in the first one."""
+    """One reading. Rates are over the time since a reading at least half a second before; 0 until there is one."""
 
     cores: float
     own_cores: float
@@ -59,24 +60,37 @@ class HostReader:
             psutil.PROCFS_PATH = str(root / "proc")
         self._group = cgroup.find(root, str(self._pid))
         self._before: _Counters | None = None
+        self._rates = (0.0, 0.0, 0.0)
+        """Own cores, foreign cores, share throttled."""
 
     def read(self) -> HostReading:
         """The load now."""
-        now = self._counters()
-        before, self._before = self._before or now, now
-        seconds = now.at - before.at
-        own = foreign = throttled = 0.0
-        if seconds > 0:
-            own = max(0.0, now.own_s - before.own_s) / seconds
-            foreign = max(0.0, (now.all_s - before.all_s) / seconds - own)
-        if now.periods > before.periods:
-            throttled = min(1.0, max(0, now.throttled - before.throttled) / (now.periods - before.periods))
+        cores = self.cores()
+        own, foreign, throttled = self._rated(self._counters(), cores)
         limit, available = self.memory()
         return HostReading(
-            cores=self.cores(), own_cores=own, foreign_cores=foreign, throttled=throttled,
+            cores=cores, own_cores=own, foreign_cores=foreign, throttled=throttled,
             memory_available=available, memory_limit=limit, oom_kills=self.oom_kills(),
             temperature_c=self._temperature(), on_battery=self._battery(),
         )  # fmt: skip
+
+    def _rated(self, now: _Counters, cores: float) -> tuple[float, float, float]:
+        """The rates up to `now`. The kernel counts in ticks of 10 ms: over less than half a second they say nothing,
+        and the rates before still hold."""
+        before = self._before
+        if before is None:
+            self._before = now
+            return self._rates
+        seconds = now.at - before.at
+        if seconds < _SHORTEST_S:
+            return self._rates
+        own = max(0.0, now.own_s - before.own_s) / seconds
+        foreign = min(cores, max(0.0, (now.all_s - before.all_s) / seconds - own))
+        throttled = 0.0
+        if now.periods > before.periods:
+            throttled = min(1.0, max(0, now.throttled - before.throttled) / (now.periods - before.periods))
+        self._before, self._rates = now, (own, foreign, throttled)
+        return self._rates
 
     def cores(self) -> float:
         """CPU cores usable: the processors we may run on, or less by quota."""

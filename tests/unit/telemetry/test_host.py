@@ -260,3 +260,24 @@ def test_this_machine() -> None:
         child.communicate(b"\n")
     assert 0 < reading.cores <= (psutil.cpu_count() or 1)
     assert 0 < reading.memory_available <= reading.memory_limit <= psutil.virtual_memory().total
+
+
+def test_readings_a_moment_apart_keep_the_rates_and_none_exceeds_the_cores(recorded: Path) -> None:
+    (recorded / "sys/fs/cgroup/cpu" / GROUP / "cpu.cfs_quota_us").write_text("-1\n")
+    clock = Clock()
+    reader = HostReader(root=recorded, pid=9205, clock=clock)
+    reader.read()
+    stat = recorded / "proc/stat"
+    clock.now += 0.01
+    stat.write_text(stat.read_text().replace("cpu  14625 ", "cpu  14626 ", 1))
+    assert reader.read().foreign_cores == 0.0  # a tick of 10 ms within 10 ms is no whole core
+    clock.now += 9.99
+    stat.write_text(stat.read_text().replace("cpu  14626 ", "cpu  15625 ", 1))
+    assert reader.read().foreign_cores == pytest.approx(1.0)
+    clock.now += 0.1
+    stat.write_text(stat.read_text().replace("cpu  15625 ", "cpu  15700 ", 1))
+    assert reader.read().foreign_cores == pytest.approx(1.0)
+    clock.now += 0.9
+    stat.write_text(stat.read_text().replace("cpu  15700 ", "cpu  99999 ", 1))
+    reading = reader.read()
+    assert reading.foreign_cores == reading.cores == 2.0

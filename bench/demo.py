@@ -1,0 +1,82 @@
+"""The demo as `make demo` runs it, then one central LoRA run on the pooled data with the same steps and samples.
+
+`python bench/demo.py [--out FOLDER]`. Both are evaluated on the same held-out rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from coordinator.core.facts import Metrics
+from muster.testbed import central
+from muster.testbed.emulate import DEMO_JOB, Emulation, Outcome, carry_out
+
+
+def figure(name: str, what: str, value: float, unit: str, target: str, note: str) -> dict[str, Any]:
+    """A result as `bench/README.md` wants it."""
+    return {"name": name, "what": what, "value": value, "unit": unit, "target": target, "note": note}
+
+
+def accuracy(metrics: Metrics | None) -> float:
+    """Of a classification. Ends the benchmark where there is none."""
+    if metrics is None or metrics.accuracy is None:
+        raise SystemExit("bench: the demo was not evaluated")
+    return metrics.accuracy
+
+
+def measure(out: Path) -> list[dict[str, Any]]:
+    """Run the demo in `out`, then the central run."""
+    started = time.monotonic()
+    outcome = carry_out(Emulation(job=DEMO_JOB, out=out), command="muster emulate")
+    seconds = time.monotonic() - started
+    if outcome.job.state != "finished":
+        raise SystemExit(f"bench: the demo did not finish: {outcome.job.reason}")
+    reference = against_central(outcome)
+    spec, rounds = outcome.spec, outcome.job.rounds
+    chance = 1 / len(spec.task.labels)
+    second, last = accuracy(rounds[1].metrics), accuracy(rounds[-1].metrics)
+    pooled = accuracy(reference.after)
+    effort = reference.effort
+    note = (
+        f"accuracy {second:.3f} after round 2, {last:.3f} after round {len(rounds)}, chance {chance:.3f}, "
+        f"central {pooled:.3f} with {effort.steps} steps of {effort.batch} samples; {spec.evaluation.rows} held-out rows"
+    )
+    return [
+        figure("demo.seconds", "`make demo` after set-up, 4 devices", round(seconds, 1), "s", "<= 300", "one run"),
+        figure(
+            "demo.accuracy_over_chance", "demo: held-out accuracy after round 2 over chance",
+            round(second / chance, 2), "x", ">= 3", note,
+        ),
+        figure(
+            "demo.behind_central", "demo: points behind one central LoRA run on the pooled data with the same steps",
+            round(100 * (pooled - last), 2), "points", "<= 5", note,
+        ),
+    ]  # fmt: skip
+
+
+def against_central(outcome: Outcome) -> central.Reference:
+    """The central run with the effort of the federated one."""
+    spec = outcome.spec
+    effort = central.effort_of(outcome.job)
+    return central.central_lora(spec, Path(outcome.model), outcome.train, effort, rows=spec.evaluation.rows)
+
+
+def main() -> int:
+    """0: measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, help="folder of the run; without it a temporary one")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="muster-demo-") as temporary:
+        for one in measure(arguments.out or Path(temporary) / "demo"):
+            print(json.dumps(one))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""Commands that ask the coordinator."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import typer
+from rich.console import Console
+
+from coordinator.web.views import JobView
+from muster.cli import tables
+from muster.cli.options import Place
+from muster.client import ENDED, Client
+from shared.errors import UserError
+
+_LOOK_EVERY_S = 1.0
+
+
+def submit(place: Place, file: Path, *, wait: bool, as_json: bool) -> None:
+    """Queue the job in `file`; `wait`: follow it to its end."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: can't be read: {error}") from error
+    with place.client() as client:
+        job = client.submit(text)
+        if not wait:
+            print(_json(job) if as_json else job.id)
+            return
+        print(job.id, file=sys.stderr)
+        job = follow(client, job.id)
+        print(_json(job) if as_json else tables.outcome(job))
+        if job.state != "finished":
+            raise typer.Exit(1)
+
+
+def follow(client: Client, job_id: str) -> JobView:
+    """Say each change of the job on standard error until it ends or pauses."""
+    said = ""
+    while True:
+        job = client.job(job_id)
+        line = tables.status_line(job)
+        if line != said:
+            print(line, file=sys.stderr)
+            said = line
+        if job.state in ENDED or job.state == "paused":
+            return job
+        time.sleep(_LOOK_EVERY_S)
+
+
+def list_jobs(place: Place, *, as_json: bool) -> None:
+    """Print all jobs."""
+    with place.client() as client:
+        jobs = client.jobs()
+    if as_json:
+        print(_json(jobs))
+    elif jobs:
+        _console().print(tables.jobs(jobs))
+    else:
+        print("no jobs yet; queue one with: muster submit FILE")
+
+
+def show(place: Place, job_id: str, round: int, *, as_json: bool) -> None:
+    """Print one job, and round `round` of it in full (0: the last)."""
+    with place.client() as client:
+        job = client.job(job_id)
+    chosen = next((view for view in job.rounds if view.round == round), None) if round else None
+    if round and chosen is None:
+        known = ", ".join(str(view.round) for view in job.rounds) or "none"
+        raise UserError(f"job {job_id} has no round {round}; its rounds: {known}")
+    if as_json:
+        print(_json(chosen or job))
+        return
+    console = _console()
+    console.print(tables.status_line(job), highlight=False)
+    if job.rounds:
+        console.print(tables.rounds(job))
+        for part in tables.round_in_full(chosen or job.rounds[-1]):
+            console.print(part, highlight=False)
+
+
+def cancel(place: Place, job_id: str) -> None:
+    """Cancel a job."""
+    with place.client() as client:
+        print(tables.status_line(client.cancel(job_id)))
+
+
+def resume(place: Place, job_id: str) -> None:
+    """Go on with a paused job."""
+    with place.client() as client:
+        print(tables.status_line(client.resume(job_id)))
+
+
+def export(place: Place, job_id: str, folder: Path) -> None:
+    """Fetch the adapter of a finished job."""
+    with place.client() as client:
+        print(client.export(job_id, folder))
+
+
+def devices(place: Place, *, as_json: bool) -> None:
+    """Print the devices."""
+    with place.client() as client:
+        found = client.devices()
+    if as_json:
+        print(_json(found))
+    elif found:
+        _console().print(tables.devices(found))
+    else:
+        print("no device has reported yet")
+
+
+def _console() -> Console:
+    # Piped into a file or a pager a table must not be cut to 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=200)
+
+
+def _json(value: object) -> str:
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

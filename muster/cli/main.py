@@ -1,0 +1,146 @@
+"""The `muster` command. Errors are one line on standard error and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from muster.cli import emulate
+from muster.cli.options import Json, Place, where
+from shared.errors import UserError
+
+app = typer.Typer(
+    name="muster",
+    help="Fine-tune a language model across a fleet of edge GPUs, re-planned every round.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"muster {installed_version('muster')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    url: Annotated[str, typer.Option(envvar="MUSTER_URL", help="Address of the coordinator's HTTP API.")] = "",
+    token_file: Annotated[
+        str, typer.Option(envvar="MUSTER_TOKEN_FILE", help="File that holds the API's bearer token.")
+    ] = "",
+    config: Annotated[str, typer.Option(help="Settings file of a coordinator on this machine.")] = "",
+    version: Annotated[  # noqa: ARG001 - its callback answers
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Where the coordinator is: without options, the one that runs on this machine."""
+    context.obj = Place(url, token_file, config)
+
+
+@app.command(epilog="Example: [bold]muster submit job.toml --wait[/bold]")
+def submit(
+    context: typer.Context,
+    file: Annotated[Path, typer.Argument(help="Job file (TOML).")],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Follow the job until it ends; exit code 1 if it fails.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Queue a job. Every fault of its file is reported at once."""
+    from muster.cli import jobs
+
+    jobs.submit(where(context), file, wait=wait, as_json=json)
+
+
+@app.command(name="list", epilog="Example: [bold]muster list[/bold]")
+def list_jobs(context: typer.Context, json: Json = False) -> None:
+    """List all jobs."""
+    from muster.cli import jobs
+
+    jobs.list_jobs(where(context), as_json=json)
+
+
+@app.command(epilog="Example: [bold]muster show demo-3f2a1c --round 2[/bold]")
+def show(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(help="Id of the job.")],
+    round: Annotated[int, typer.Option(help="Round to show device by device; 0: the last one.")] = 0,
+    json: Json = False,
+) -> None:
+    """Show a job: its rounds, and of one round the plan with its reasons against what came of it."""
+    from muster.cli import jobs
+
+    jobs.show(where(context), job, round, as_json=json)
+
+
+@app.command(epilog="Example: [bold]muster cancel demo-3f2a1c[/bold]")
+def cancel(context: typer.Context, job: Annotated[str, typer.Argument(help="Id of the job.")]) -> None:
+    """Cancel a job."""
+    from muster.cli import jobs
+
+    jobs.cancel(where(context), job)
+
+
+@app.command(epilog="Example: [bold]muster resume demo-3f2a1c[/bold]")
+def resume(context: typer.Context, job: Annotated[str, typer.Argument(help="Id of the job.")]) -> None:
+    """Go on with a paused job."""
+    from muster.cli import jobs
+
+    jobs.resume(where(context), job)
+
+
+@app.command(epilog="Example: [bold]muster export demo-3f2a1c ./adapter[/bold]")
+def export(
+    context: typer.Context,
+    job: Annotated[str, typer.Argument(help="Id of the job.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+) -> None:
+    """Fetch a finished job's adapter: a folder that PeftModel.from_pretrained loads."""
+    from muster.cli import jobs
+
+    jobs.export(where(context), job, folder)
+
+
+@app.command(epilog="Example: [bold]muster devices[/bold]")
+def devices(context: typer.Context, json: Json = False) -> None:
+    """List the devices with their load, as the coordinator sees them now."""
+    from muster.cli import jobs
+
+    jobs.devices(where(context), as_json=json)
+
+
+app.command(epilog=emulate.EPILOG)(emulate.emulate)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. 0: done; 1: the job or run failed; 2: the operator has to change something."""
+    try:
+        code = app(args=None if argv is None else list(argv), standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except typer.Exit as leave:
+        return leave.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # Typer's usage errors, with the exit code and message of its own standalone mode in one line.
+        if hasattr(error, "format_message"):
+            print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+            return 2
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""`muster emulate`: a whole fleet on this machine works on one job; then a report and the adapter.
+
+All goes through the HTTP API, as an operator would do it. What can be wrong with the input is found before anything
+is started or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coordinator.web.views import JobView
+from muster.client import ENDED, Client, Unreachable
+from muster.testbed import inputs, live, partition, profiles, report, toml
+from muster.testbed.broker import find_mosquitto
+from muster.testbed.cgroups import Available, GroupsFailed
+from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet
+from shared.errors import UserError
+from shared.jobs import JobSpec
+
+DEMO_JOB = Path(__file__).parents[2] / "examples" / "demo.toml"
+INTERRUPTED = 130
+LOOK_EVERY_S = 0.5
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """What the operator asks for; the fields are the options of the command."""
+
+    devices: int = 4
+    profile: str = "mixed"
+    data: str = inputs.DOCSTRINGS
+    """Folder, name in `MUSTER_DATA`, or "docstrings"."""
+    job: Path | None = None
+    """None: the demo's."""
+    strategy: str = ""
+    alpha: float = 1.0
+    """0: shares at random."""
+    by_field: str = ""
+    models: tuple[str, ...] = ()
+    """NAME=FOLDER each."""
+    out: Path | None = None
+    """None: `runs/<job>-<time>`."""
+    keep: bool = False
+    agent: str = "torch"
+    rounds: int = 0
+    """0: as the job says."""
+    seed: int | None = None
+    """Of the shares and the job; None: the job's."""
+    lm: Path | None = None
+    """Folder of the texts for the small GPT-2; None: `MUSTER_DATA/lm`."""
+
+
+@dataclass
+class Outcome:
+    """What came of a run."""
+
+    job: JobView
+    spec: JobSpec
+    out: Path
+    shapes: list[profiles.Shape]
+    shares: dict[str, Path]
+    """Device -> its share of the training rows."""
+    train: Path
+    """All training rows."""
+    model: str
+    """Folder of the base."""
+    seconds: float
+    committed_s: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """Everything that is needed to start."""
+
+    spec: JobSpec
+    tables: toml.Table
+    agent: Agent
+    models: dict[str, str]
+    shapes: list[profiles.Shape]
+    train: Path
+    shares: dict[str, Path]
+    rows: dict[str, int]
+
+
+def run(emulation: Emulation, *, command: str = "") -> int:
+    """Carry it out. 0: the job finished; 1: it did not; 130: interrupted. Raises `UserError` for bad input."""
+    with _interruptible():
+        try:
+            outcome = carry_out(emulation, command=command)
+        except KeyboardInterrupt:
+            print("interrupted: job cancelled, everything stopped", file=sys.stderr)  # noqa: T201 - a command's output
+            return INTERRUPTED
+    return 0 if outcome.job.state == "finished" else 1
+
+
+def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | None = None) -> Outcome:
+    """Carry it out and write the report. Raises `UserError` for bad input; then nothing is left behind."""
+    tables, agent, given = _checked(emulation)
+    out = emulation.out or Path("runs") / f"{tables.get('name', 'job')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    started = time.monotonic()
+    with screen or live.screen() as shown, _whole_or_nothing(out):
+        ready = _prepare(emulation, tables, agent, given, out, shown)
+        specs = [
+            DeviceSpec(s.name, s.cores, s.memory_bytes, {ready.spec.task.dataset: ready.shares[s.name]})
+            for s in ready.shapes
+        ]
+        shown.say(f"starting mosquitto, the coordinator and {len(specs)} devices")
+        fleet = Fleet(out / "fleet", specs, ready.models, agent=ready.agent)
+        try:
+            with fleet:
+                late = fleet.wait_until_able()
+                if late:
+                    shown.say(f"not ready yet: {', '.join(late)}")
+                followed = _Followed(fleet, shown, toml.dumps(ready.tables))
+                job = followed.to_the_end()
+                exported = _export(fleet.client, job, out)
+        except GroupsFailed as error:
+            raise UserError(f"the devices can't be limited: {error}") from error
+        finally:
+            _tidy(out, keep=emulation.keep)
+        outcome = Outcome(
+            job, ready.spec, out, ready.shapes, ready.shares, ready.train, ready.models[ready.spec.base.model],
+            time.monotonic() - started, followed.committed_s,
+        )  # fmt: skip
+        written = _report(outcome, ready, fleet.available, command, exported)
+        shown.say(live.tables.outcome(job))
+        shown.say(f"report: {written}" + (f", adapter: {out / 'adapter'}" if exported else ""))
+    return outcome
+
+
+def _checked(emulation: Emulation) -> tuple[toml.Table, Agent, dict[str, str]]:
+    """Job tables, agent and named models, checked as far as that goes without writing anything."""
+    if emulation.agent not in ("torch", "numpy"):
+        raise UserError(f"--agent {emulation.agent}: there are numpy, torch")
+    agent: Agent = "numpy" if emulation.agent == "numpy" else "torch"
+    profiles.kinds(emulation.profile)
+    find_mosquitto()
+    path = emulation.job or DEMO_JOB
+    over: toml.Table = {}
+    if emulation.strategy:
+        over["strategy"] = {"name": emulation.strategy}
+    if emulation.rounds:
+        over["rounds"] = {"count": emulation.rounds}
+    if emulation.seed is not None:
+        over["seed"] = emulation.seed
+    tables = inputs.job_tables(path, over)
+    inputs.check_job(tables, str(path))
+    inputs.check_data(emulation.data)
+    given = inputs.named_folders(emulation.models)
+    kind = tables["task"]["kind"]
+    if (kind == "least_squares") != (agent == "numpy"):
+        raise UserError(f"{path}: task.kind {kind}: the numpy agent does least_squares and nothing else does")
+    if agent == "torch":
+        inputs.check_base(tables.get("base", {}).get("model", inputs.MINILM), given, emulation.lm)
+    return tables, agent, given
+
+
+def _prepare(
+    emulation: Emulation, tables: toml.Table, agent: Agent, given: Mapping[str, str], out: Path, shown: live.Screen
+) -> _Ready:
+    data = inputs.data_files(emulation.data, out / "data", shown.say)
+    whole, spec = inputs.filled(tables, data, emulation.devices, str(emulation.job or DEMO_JOB))
+    rows = inputs.rows_for(spec.task, data.train)
+    inputs.rows_for(spec.task, Path(spec.evaluation.data))
+    model = spec.base.model
+    folder = model if agent == "numpy" else str(inputs.base_model(model, given, emulation.lm, shown.say))
+    dealt = inputs.shares(
+        rows, spec.task, emulation.devices, alpha=emulation.alpha, by_field=emulation.by_field, seed=spec.seed,
+        source=str(data.train),
+    )  # fmt: skip
+    names = [shape.name for shape in profiles.shapes(emulation.profile, emulation.devices, 0)]
+    paths = partition.write_shares(rows, dealt, out / "shares", names)
+    size = profiles.measure_agent(AGENTS[agent], {spec.task.dataset: str(profiles.largest(paths))})
+    return _Ready(
+        spec=spec, tables=whole, agent=agent, models={model: folder},
+        shapes=profiles.shapes(emulation.profile, emulation.devices, size),
+        train=data.train,
+        shares=dict(zip(names, paths, strict=True)),
+        rows={name: len(share) for name, share in zip(names, dealt, strict=True)},
+    )  # fmt: skip
+
+
+class _Followed:
+    """A job on a fleet, from its submission to its end."""
+
+    def __init__(self, fleet: Fleet, shown: live.Screen, text: str) -> None:
+        self._fleet = fleet
+        self._shown = shown
+        self._submitted = time.monotonic()
+        self._id = fleet.client.submit(text).id
+        self.committed_s: dict[int, float] = {}
+
+    def to_the_end(self) -> JobView:
+        """Show the job until it ends or pauses. Interrupted, it is cancelled first."""
+        client = self._fleet.client
+        try:
+            while True:
+                job = client.job(self._id)
+                for view in job.rounds:
+                    if view.metrics is not None or view.phase == "committed":
+                        self.committed_s.setdefault(view.round, time.monotonic() - self._submitted)
+                self._shown.show(job, client.devices())
+                if job.state in ENDED or job.state == "paused":
+                    return job
+                if self._fleet.ended:
+                    raise UserError(self._fleet.ended)
+                time.sleep(LOOK_EVERY_S)
+        except Unreachable as error:
+            raise UserError(self._fleet.ended or str(error)) from error
+        except KeyboardInterrupt:
+            with contextlib.suppress(UserError):
+                client.cancel(self._id)
+            raise
+
+
+def _export(client: Client, job: JobView, out: Path) -> bool:
+    if not job.exported:
+        return False
+    folder = out / "adapter"
+    if (folder / "adapter_config.json").is_file():
+        shutil.rmtree(folder)  # of an earlier run
+    client.export(job.id, folder)
+    return True
+
+
+def _report(outcome: Outcome, ready: _Ready, available: Available, command: str, exported: bool) -> Path:
+    return report.write(
+        report.Run(
+            command=command or "muster emulate", spec=outcome.spec, job=outcome.job, shapes=outcome.shapes,
+            rows=ready.rows, available=available, committed_s=outcome.committed_s, seconds=outcome.seconds,
+            adapter="adapter" if exported else "",
+        ),
+        outcome.out,
+    )  # fmt: skip
+
+
+def _tidy(out: Path, *, keep: bool) -> None:
+    """Logs stay; what the programs kept for themselves goes."""
+    fleet = out / "fleet"
+    logs = out / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    for path in fleet.glob("*.log"):
+        shutil.copyfile(path, logs / path.name)
+    if not keep:
+        shutil.rmtree(fleet, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[None]:
+    """A folder that was not there before is removed again where the run fails before it has a result."""
+    existed = out.exists()
+    try:
+        yield
+    except UserError:
+        if not existed:
+            shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM means what Ctrl-C means."""
+
+    def interrupt(*_: object) -> None:
+        # What follows stops within seconds; a second signal must not leave half of it running.
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {name: signal.signal(name, interrupt) for name in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -1,0 +1,268 @@
+"""An agent on a virtual clock: the daemon's `Trainer` over least squares in this process.
+
+It obeys and answers as a subprocess does (between two steps, through the daemon's queue), really trains, and can be
+told to crash or to hang.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from edge_daemon import protocol
+from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
+from muster.testbed import least_squares
+from muster.testbed.least_squares import Ended, Rows, Training
+from shared import adapter as adapters
+from shared.errors import MusterError, UserError
+from shared.ids import digest_of
+from shared.jobs import Bits
+from shared.messages import DatasetFacts
+
+Later = Callable[[float, Callable[[], None]], None]
+"""Call back after so many virtual seconds, if this process still lives then."""
+_PROGRESS_S = 0.5
+
+
+@dataclass
+class Behaviour:
+    """How an agent behaves; may be changed while it runs."""
+
+    step_s: float = 0.05
+    probe_s: float = 0.2
+    bits: tuple[Bits, ...] = (16, 32)
+    fits: int = 2**31
+    """Largest batch that fits; a larger one ends the process as the kernel does when memory runs out."""
+    crash_at: int | None = None
+    """Die before this step (from 0), once."""
+    hang_at: int | None = None
+    """Say nothing any more before this step, once."""
+    forge: Callable[[protocol.Train, bytes], bytes] | None = None
+    """Puts other bytes in the place of an update; its digest is of those."""
+    every_time: bool = False
+    """Crash or hang each time, not only once."""
+
+
+@dataclass
+class Watch:
+    """What a fleet wants to know of its agents; called with (order) and (order, update's bytes)."""
+
+    ordered: Callable[[protocol.Train], None] = lambda _order: None
+    trained: Callable[[protocol.Train, bytes], None] = lambda _order, _data: None
+
+
+@dataclass
+class _Task:
+    order: protocol.Train
+    training: Training
+    saved: Path
+    begun: float
+    last: float
+    """When the step under way began."""
+    said: float = -1e9
+    paused_at: float | None = None
+    paused_s: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    stop: Literal["", "drain", "discard"] = ""
+
+
+class MemoryTrainer:
+    """`Trainer` whose agent lives on `later` and `clock`; what it says is handed to `post`."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        behaviour: Behaviour,
+        post: Callable[[AgentSpoke], None],
+        later: Later,
+        clock: Callable[[], float],
+        watch: Watch | None = None,
+    ) -> None:
+        self._rows = rows
+        self._behaviour = behaviour
+        self._post = post
+        self._after = later
+        self._clock = clock
+        self._watch = watch or Watch()
+        self._run = 0
+        self._alive = False
+        self._beat_s = 5.0
+        self._task: _Task | None = None
+        self._end = AgentEnded("", out_of_memory=False)
+
+    # ---- what the daemon asks
+
+    def start(self, probe: protocol.Probe) -> None:
+        """Start the agent and probe it."""
+        self._run += 1
+        self._alive = True
+        self._task = None
+        self._beat_s = probe.beat_s
+        self._later(self._behaviour.probe_s, lambda: self._say(self._probed(probe)))
+
+    def tell(self, message: protocol.ToAgent) -> None:
+        """Send it a message."""
+        if not self._alive:
+            return
+        match message:
+            case protocol.Train():
+                self._watch.ordered(message)
+                self._begin(message)
+            case protocol.Pause() if self._task is not None:
+                self._pause(self._task)
+            case protocol.Resume() if self._task is not None:
+                self._resume(self._task)
+            case protocol.Stop() if self._task is not None:
+                self._task.stop = "discard" if message.discard else "drain"
+                if self._task.paused_at is not None:
+                    self._later(0.0, self._step)
+            case _:
+                pass
+
+    def kill(self, reason: str) -> None:
+        """End it at once."""
+        if self._alive:
+            self._die(AgentEnded(reason, out_of_memory=False))
+
+    def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
+        """What a report means; None: it comes from a process before the present one."""
+        if spoke.run != self._run:
+            return None
+        return spoke.message if spoke.message is not None else self._end
+
+    # ---- the agent
+
+    def _later(self, seconds: float, call: Callable[[], None]) -> None:
+        run = self._run
+
+        def due() -> None:
+            if self._alive and run == self._run:
+                call()
+
+        self._after(seconds, due)
+
+    def _say(self, message: protocol.FromAgent) -> None:
+        self._post(AgentSpoke(self._run, message))
+
+    def _die(self, end: AgentEnded) -> None:
+        self._alive, self._task, self._end = False, None, end
+        self._post(AgentSpoke(self._run, None))
+
+    def _probed(self, probe: protocol.Probe) -> protocol.Probed:
+        facts = DatasetFacts(rows=len(self._rows))
+        return protocol.Probed(
+            bits=list(self._behaviour.bits), datasets=dict.fromkeys(probe.datasets, facts), agent_bytes=2**26,
+            hardware="virtual",
+        )  # fmt: skip
+
+    def _begin(self, order: protocol.Train) -> None:
+        work = order.assignment
+        batch = min(work.work.batch, order.batch_limit) if order.batch_limit else work.work.batch
+        if batch > self._behaviour.fits:
+            self._later(self._behaviour.step_s, lambda: self._die(AgentEnded("out of memory", out_of_memory=True)))
+            return
+        try:
+            start = adapters.read_file(Path(order.adapter_path))
+            training = least_squares.begin(work, start, self._rows, batch=batch)
+        except MusterError as error:
+            self._fail(order, "data" if isinstance(error, UserError) else "adapter", str(error))
+            return
+        saved = Path(order.checkpoint_dir) / "checkpoint.npz"
+        if saved.exists():
+            training.restore(saved.read_bytes())
+        self._task = _Task(order, training, saved, begun=self._clock(), last=self._clock())
+        self._later(self._behaviour.step_s, self._step)
+        self._later(self._beat_s, self._beat)
+
+    def _beat(self) -> None:
+        if self._task is not None:
+            self._say(protocol.Beat(what="training"))
+            self._later(self._beat_s, self._beat)
+
+    def _pause(self, task: _Task) -> None:
+        if task.paused_at is None:
+            task.paused_at = self._clock()
+
+    def _resume(self, task: _Task) -> None:
+        if task.paused_at is not None:
+            task.paused_s += self._clock() - task.paused_at
+            task.paused_at, task.last = None, self._clock()
+            self._later(self._behaviour.step_s, self._step)
+
+    def _step(self) -> None:
+        """The end of a step, where orders are obeyed."""
+        task = self._task
+        if task is None:
+            return
+        if task.stop == "discard":
+            self._task = None
+            self._fail(task.order, "stopped", "told to discard")
+        elif task.stop == "drain":
+            self._finish(task, "drain")
+        elif task.paused_at is not None:
+            return
+        elif task.training.finished:
+            self._finish(task, "complete")
+        elif 0 < task.order.train_for_s <= self._clock() - task.begun and task.training.step_done:
+            self._finish(task, "time")
+        elif not self._faulty(task):
+            self._advance(task)
+
+    def _advance(self, task: _Task) -> None:
+        loss = task.training.step()
+        task.steps.append(self._clock() - task.last)
+        task.last = self._clock()
+        if task.training.step_done % task.order.assignment.training.checkpoint_every == 0:
+            temporary = task.saved.with_suffix(".new")
+            temporary.write_bytes(task.training.save())
+            temporary.replace(task.saved)
+        if self._clock() - task.said >= _PROGRESS_S:
+            task.said = self._clock()
+            self._say(
+                protocol.Progressed(
+                    step=task.training.step_done,
+                    steps=task.order.assignment.work.steps,
+                    samples=task.training.drawn,
+                    loss=loss,
+                    samples_per_s=task.training.batch / max(task.steps[-1], 1e-9),
+                )  # fmt: skip
+            )
+        self._later(0.0 if task.training.finished else self._behaviour.step_s, self._step)
+
+    def _faulty(self, task: _Task) -> bool:
+        behaviour, step = self._behaviour, task.training.step_done
+        if behaviour.crash_at == step:
+            behaviour.crash_at = step if behaviour.every_time else None
+            self._die(AgentEnded("exit status 70", out_of_memory=False))
+            return True
+        if behaviour.hang_at == step:
+            behaviour.hang_at = step if behaviour.every_time else None
+            self._task = None  # nothing is scheduled any more: not even a beat
+            return True
+        return False
+
+    def _finish(self, task: _Task, ended: Ended) -> None:
+        self._task = None
+        order, training = task.order, task.training
+        data = training.update(order.device)
+        if self._behaviour.forge is not None:
+            data = self._behaviour.forge(order, data)
+        Path(order.update_path).write_bytes(data)
+        self._watch.trained(order, data)
+        times = sorted(task.steps)
+        facts = least_squares.facts_of(
+            training, ended=ended, step_s=times[len(times) // 2] if times else 0.0, train_s=sum(task.steps),
+            paused_s=task.paused_s, batch_limit=order.batch_limit, cores_used=1.0,
+        )  # fmt: skip
+        work = order.assignment
+        self._say(
+            protocol.Trained(
+                job=work.job, round=work.round, attempt=work.attempt, sha=digest_of(data), size=len(data), facts=facts
+            )
+        )
+
+    def _fail(self, order: protocol.Train, kind: Literal["data", "adapter", "stopped"], reason: str) -> None:
+        work = order.assignment
+        self._say(protocol.Failed(job=work.job, round=work.round, attempt=work.attempt, kind=kind, reason=reason))

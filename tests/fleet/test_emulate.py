@@ -1,0 +1,187 @@
+"""`muster emulate` as a process: end to end with the small agent, interrupted, and given bad input."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from muster.testbed import least_squares as ls
+
+JOB = """
+name = "squares"
+[base]
+model = "16x8"
+[task]
+kind = "least_squares"
+[rounds]
+count = {rounds}
+[strategy]
+rank = 4
+[training]
+lr = 0.05
+"""
+MARK = "MUSTER_TEST_EMULATION"
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder with data and a job; afterwards no process that was started for it may be left."""
+    data = tmp_path / "points"
+    data.mkdir()
+    ls.write_rows(data / "train.jsonl", ls.make_rows("16x8", 300, 1))
+    ls.write_rows(data / "test.jsonl", ls.make_rows("16x8", 100, 2))
+    (tmp_path / "job.toml").write_text(JOB.format(rounds=2))
+    yield tmp_path
+    assert _left(tmp_path) == []
+
+
+def _left(place: Path) -> list[str]:
+    """Processes with the mark of this test; a moment is theirs to be reaped."""
+    until = time.monotonic() + 5.0
+    while True:
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == str(place) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(" ".join(process.cmdline()))
+            except psutil.Error:
+                continue
+        if not found or time.monotonic() > until:
+            return found
+        time.sleep(0.1)
+
+
+def _start(place: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "muster.cli.main", "emulate", "--agent", "numpy", *arguments],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=place,
+        env={**os.environ, MARK: str(place), **environment},
+    )  # fmt: skip
+
+
+def _run(place: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
+    process = _start(place, *arguments, **environment)
+    output, errors = process.communicate(timeout=90)
+    return process.returncode, output, errors
+
+
+def test_three_devices_work_on_a_job_to_its_report(place: Path) -> None:
+    options = ("--devices", "3", "--data", "points", "--job", "job.toml", "--out", "run")
+    code, output, errors = _run(place, *options)
+    assert (code, errors) == (0, "")
+    assert "round 2 committed: loss" in output
+    assert "\x1b" not in output
+    out = place / "run"
+    assert "squares: finished" in (out / "report.md").read_text()
+    assert (out / "adapter" / "adapter_config.json").is_file()
+    assert (out / "quality.png").is_file()
+    assert sorted(p.name for p in (out / "logs").iterdir()) == [
+        "coordinator.log", "edge-01.log", "edge-02.log", "edge-03.log",
+    ]  # fmt: skip
+    assert not (out / "fleet").exists()
+    code, output, _ = _run(place, *options, "--keep", "--rounds", "1", "--seed", "5")
+    assert code == 0
+    assert "round 2 committed" not in output
+    assert (out / "fleet" / "edge-01.toml").is_file()
+
+
+@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_of_it(place: Path, name: signal.Signals) -> None:
+    (place / "job.toml").write_text(JOB.format(rounds=100000))
+    process = _start(place, "--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 1 committed"):
+            break
+    process.send_signal(name)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "interrupted: job cancelled, everything stopped\n"
+    assert not (place / "run" / "fleet").exists()
+
+
+def test_a_killed_run_leaves_no_process_and_the_next_takes_its_folder(place: Path) -> None:
+    (place / "job.toml").write_text(JOB.format(rounds=100000))
+    options = ("--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
+    process = _start(place, *options)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 1 committed"):
+            break
+    process.kill()
+    process.communicate(timeout=30)
+    assert _left(place) == []
+    code, _, errors = _run(place, *options, "--rounds", "1")
+    assert (code, errors) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--job", "none.toml"), "none.toml: no such file"),
+        (("--data", "nowhere"), "--data nowhere: no such folder"),
+        (("--profile", "huge"), "unknown profile 'huge'; there are"),
+        (("--agent", "magic"), "--agent magic: there are numpy, torch"),
+        (("--strategy", "magic"), "strategy.name: unknown 'magic'; known: "),
+        (("--model", "nonsense"), "--model nonsense: expected NAME=FOLDER"),
+        (("--by-field", "site"), "has no plain value in field 'site'"),
+        (("--devices", "100"), "300 rows are too few for 100 devices"),
+        (("--agent", "torch"), "the numpy agent does least_squares"),
+        (("--devices", "none"), "none"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(place: Path, options: tuple[str, ...], told: str) -> None:
+    before = sorted(p.name for p in place.iterdir())
+    code, output, errors = _run(place, "--data", "points", "--job", "job.toml", "--out", "run", *options)
+    assert code == 2
+    assert told in errors
+    assert errors.startswith("error: ")
+    assert errors.count("\n") == 1
+    assert "Traceback" not in output
+    assert sorted(p.name for p in place.iterdir()) == before
+
+
+def test_bad_files_are_one_line_too(place: Path) -> None:
+    (place / "job.toml").write_text(JOB.format(rounds=2) + "[rouns]\ncount = 1\n")
+    code, _, errors = _run(place, "--data", "points", "--job", "job.toml", "--out", "run")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "rouns: unknown key, did you mean 'rounds'?" in errors
+    (place / "job.toml").write_text(JOB.format(rounds=2))
+    (place / "points" / "train.jsonl").write_text("")
+    code, _, errors = _run(place, "--data", "points", "--job", "job.toml", "--out", "run")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "train.jsonl: no rows" in errors
+    assert not (place / "run").exists()
+
+
+def test_without_mosquitto_it_says_how_to_get_it(place: Path) -> None:
+    options = ("--data", "points", "--job", "job.toml", "--out", "run")
+    code, _, errors = _run(place, *options, MUSTER_MOSQUITTO="/no/such/mosquitto")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "apt-get install mosquitto" in errors
+    assert not (place / "run").exists()
+
+
+def test_two_runs_do_not_share_a_folder(place: Path) -> None:
+    (place / "job.toml").write_text(JOB.format(rounds=100000))
+    options = ("--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
+    first = _start(place, *options)
+    assert first.stdout is not None
+    for line in first.stdout:
+        if line.startswith("round 1 committed"):
+            break
+    code, _, errors = _run(place, *options)
+    assert code == 2
+    assert "another fleet runs with this" in errors
+    assert (place / "run" / "fleet" / "coordinator").is_dir()
+    first.terminate()
+    first.communicate(timeout=60)
+    assert first.returncode == 130

@@ -1,0 +1,273 @@
+"""The Python client and the commands over a real HTTP server: the coordinator's own API over a desk held in memory."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import uvicorn
+
+from coordinator.core.facts import Metrics
+from coordinator.web import api
+from coordinator.web.desk import Conflict, NotFound
+from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
+from muster.cli import main as cli
+from muster.client import Client, Unreachable
+from muster.testbed.broker import free_port
+from shared.errors import SettingsError, UserError
+from shared.jobs import JobSpec
+from shared.messages import DeviceInfo, Load, UpdateFacts, Work
+from shared.settings import check, parse_toml
+
+TOKEN = "a-token-of-many-letters"
+JOB = """
+name = "demo"
+[base]
+model = "16x8"
+[task]
+kind = "least_squares"
+dataset = "local"
+"""
+
+
+class MemoryDesk:
+    """What the API needs of a desk, over a dictionary of jobs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[str, JobView] = {}
+
+    def health(self) -> dict[str, object]:
+        return {"broker": "connected", "devices": 2}
+
+    def submit(self, text: str) -> JobView:
+        spec = check(JobSpec, parse_toml(text, "job"), "job")
+        job = JobView(id=f"{spec.name}-{len(self.found)}", name=spec.name, state="queued", rounds_total=3)
+        self.found[job.id] = job
+        return job
+
+    def jobs(self) -> list[JobView]:
+        return list(self.found.values())
+
+    def job(self, job: str) -> JobView:
+        if job not in self.found:
+            raise NotFound(f"no job {job!r}")
+        return self.found[job]
+
+    def cancel(self, job: str) -> JobView:
+        self.found[job] = msgspec.structs.replace(self.job(job), state="cancelled")
+        return self.found[job]
+
+    def resume(self, job: str) -> JobView:
+        raise Conflict(f"job {job} is not paused: it is {self.job(job).state}")
+
+    def export_folder(self, job: str) -> Path:
+        self.job(job)
+        return self.folder
+
+    def devices(self) -> list[DeviceView]:
+        load = Load(epoch=1, seq=2, cores=0.5, own_cores=0.25, memory_available=10**8, memory_limit=5 * 10**8)
+        return [
+            DeviceView(device="edge-01", state="ready", age_s=1.5, info=DeviceInfo(epoch=1), load=load),
+            DeviceView(device="edge-02", state="lost", age_s=90.0),
+        ]
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> MemoryDesk:
+    export = tmp_path / "export"
+    export.mkdir()
+    (export / "adapter_config.json").write_text('{"r": 8}')
+    (export / "adapter_model.safetensors").write_bytes(bytes(range(256)) * 40)
+    return MemoryDesk(export)
+
+
+@pytest.fixture
+def url(desk: MemoryDesk) -> Iterator[str]:
+    """Address of a server over `desk`."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    server = uvicorn.Server(uvicorn.Config(api.create(desk, TOKEN), log_level="error", lifespan="off"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[Client]:
+    with Client(url, TOKEN) as found:
+        yield found
+
+
+@pytest.fixture
+def place(url: str, tmp_path: Path) -> list[str]:
+    """Options that lead the command to the server."""
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    return ["--url", url, "--token-file", str(tmp_path / "token")]
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Path:
+    path = tmp_path / "job.toml"
+    path.write_text(JOB)
+    return path
+
+
+def finished_round() -> RoundView:
+    facts = UpdateFacts(
+        samples=80, steps=10, batch=8, bits=8, loss_first=2.0, loss_last=1.0, step_s=0.1, train_s=1.25,
+    )  # fmt: skip
+    work = Work(ranks={"a": 4, "b": 8}, batch=16, bits=8, steps=10, reasons={"bits": "bits 8: memory meets 480 MiB"})
+    part = ParticipantView(device="edge-01", work=work, status="done", facts=facts, predicted_s=1.5, update_bytes=2048)
+    metrics = Metrics(loss=1.5, rows=100, accuracy=0.625)
+    return RoundView(round=1, phase="committed", participants=[part], metrics=metrics, accepted=True)
+
+
+# ---- client ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_from_submission_to_cancellation(client: Client) -> None:
+    assert client.health()["broker"] == "connected"
+    assert client.jobs() == []
+    job = client.submit(JOB)
+    assert (job.id, job.state) == ("demo-0", "queued")
+    assert client.jobs() == [job]
+    assert client.job("demo-0") == job
+    assert client.cancel("demo-0").state == "cancelled"
+
+
+def test_every_fault_of_a_job_file_comes_back(client: Client) -> None:
+    with pytest.raises(SettingsError) as refused:
+        client.submit(JOB.replace("model", "modell").replace('kind = "least_squares"', 'kind = "poetry"'))
+    assert len(refused.value.faults) == 3
+    assert any("did you mean 'model'" in fault for fault in refused.value.faults)
+
+
+def test_rounds_and_devices_arrive_typed(client: Client, desk: MemoryDesk) -> None:
+    view = finished_round()
+    desk.found["x"] = JobView(id="x", name="x", state="finished", rounds=[view])
+    assert client.job("x").rounds == [view]
+    assert client.devices() == desk.devices()
+
+
+def test_refusals_are_one_line_with_the_reason(client: Client) -> None:
+    client.submit(JOB)
+    with pytest.raises(UserError, match="no job 'other'"):
+        client.job("other")
+    with pytest.raises(UserError, match="demo-0 is not paused: it is queued"):
+        client.resume("demo-0")
+
+
+def test_an_export_is_unpacked_into_a_new_folder(client: Client, desk: MemoryDesk, tmp_path: Path) -> None:
+    client.submit(JOB)
+    folder = client.export("demo-0", tmp_path / "new" / "adapter")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in desk.folder.iterdir()
+    }
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+    with pytest.raises(UserError, match="exists already"):
+        client.export("demo-0", folder)
+
+
+def test_a_failed_export_leaves_nothing(client: Client, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no job"):
+        client.export("other", tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_wrong_token_says_so(url: str) -> None:
+    with Client(url, "wrong") as stranger, pytest.raises(UserError, match="token"):
+        stranger.jobs()
+
+
+def test_no_coordinator_says_so() -> None:
+    with Client(f"http://127.0.0.1:{free_port()}", TOKEN) as alone, pytest.raises(Unreachable, match="--url"):
+        alone.jobs()
+
+
+def test_the_coordinator_of_this_machine_is_found(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUSTER_URL", raising=False)
+    monkeypatch.delenv("MUSTER_TOKEN_FILE", raising=False)
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "api.json").write_text(json.dumps({"url": url, "token_file": str(tmp_path / "token")}))
+    config = tmp_path / "coordinator.toml"
+    config.write_text(f'fleet = "lab"\nstate_dir = "{tmp_path}"\n')
+    with Client.find(config=str(config)) as found:
+        assert found.jobs() == []
+    (tmp_path / "api.json").unlink()
+    with pytest.raises(UserError, match="no coordinator found"):
+        Client.find(config=str(config))
+    with pytest.raises(UserError, match="token file"):
+        Client.find(url=url, token_file=str(tmp_path / "none"))
+
+
+# ---- command ---------------------------------------------------------------------------------------------------------
+
+
+def test_commands_print_what_was_asked(
+    place: list[str], desk: MemoryDesk, job_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: str) -> str:
+        assert cli.main([*place, *arguments]) == 0
+        return capsys.readouterr().out
+
+    assert "no jobs yet" in said("list")
+    assert said("submit", str(job_file)).strip() == "demo-0"
+    assert "demo-0" in said("list")
+    desk.found["demo-0"] = JobView(
+        id="demo-0", name="demo", state="finished", rounds=[finished_round()], rounds_total=1
+    )
+    shown = said("show", "demo-0")
+    for part in ("accuracy 0.625", "16 -> 8", "4-8", "1.5 s", "bits 8: memory meets 480 MiB", "2.0 kB"):
+        assert part in shown
+    assert msgspec.json.decode(said("show", "demo-0", "--round", "1", "--json"), type=RoundView) == finished_round()
+    assert "edge-02" in said("devices")
+    assert said("export", "demo-0", str(tmp_path / "adapter")).strip() == str(tmp_path / "adapter")
+    assert "cancelled" in said("cancel", "demo-0")
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("failed", 1), ("paused", 1)])
+def test_waiting_for_a_job_tells_how_it_ended(
+    place: list[str], desk: MemoryDesk, job_file: Path, state: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = desk.submit
+
+    def submit_and_end(text: str) -> JobView:
+        job = submit(text)
+        desk.found[job.id] = msgspec.structs.replace(job, state=state)
+        return job
+
+    monkeypatch.setattr(desk, "submit", submit_and_end)
+    assert cli.main([*place, "submit", str(job_file), "--wait"]) == code
+
+
+def test_bad_input_is_one_line_and_exit_code_2(
+    place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "faulty.toml").write_text("name = 'X Y'\n[base]\n[task]\nkind = 'poetry'\n")
+    (tmp_path / "no.toml").write_text("name = ")
+    nowhere = ["--url", f"http://127.0.0.1:{free_port()}", *place[2:]]
+    for arguments, reason in [
+        ([*place, "submit", str(tmp_path / "none.toml")], "no such file"),
+        ([*place, "submit", str(tmp_path / "faulty.toml")], "base.model: missing"),
+        ([*place, "submit", str(tmp_path / "no.toml")], "not TOML"),
+        ([*place, "show", "other"], "no job 'other'"),
+        ([*place, "show"], "Missing argument"),
+        ([*place, "shove"], "No such command"),
+        ([*nowhere, "list"], "no coordinator answers"),
+        (["--url", "http://x", "--token-file", str(tmp_path / "none"), "list"], "--token-file"),
+    ]:
+        assert cli.main(arguments) == 2, arguments
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err.startswith("error: ")
+        assert said.err.count("\n") == 1
+        assert reason in said.err

@@ -60,7 +60,7 @@ def coordinator(rounds: int, devices: int) -> None:
     late = sorted((number, rss) for number, rss in seen.items() if number >= min(50, rounds // 2))
     slope = float(np.polyfit([n for n, _ in late], [rss for _, rss in late], 1)[0])
     shape = f"{devices} devices x 3 MB, {rounds} rounds"
-    # The test agent's one module of 23437 x 23437 is no shape that a recompression meets: its workspace alone is 0.5 GB.
+    # No recompression meets the test agent's one module of 23437 x 23437: its workspace alone is 0.6 GB.
     _print(
         "memory.coordinator_peak",
         f"coordinator's highest RSS, {shape}",

@@ -23,6 +23,7 @@ from coordinator.core.facts import Metrics
 from shared import adapter as adapter_files
 from shared.adapter import Adapter, Factors
 from shared.errors import UserError
+from shared.files import sync_folder
 from shared.jobs import JobSpec, TaskKind
 from shared.tensors import Array
 
@@ -188,7 +189,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         made.chmod(0o755)
-        _fsync(made)
+        sync_folder(made)
         if folder.is_dir():
             former = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
             folder.replace(former)
@@ -196,14 +197,6 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             shutil.rmtree(former)
         else:
             made.replace(folder)
-        _fsync(folder.parent)
+        sync_folder(folder.parent)
     finally:
         shutil.rmtree(made, ignore_errors=True)
-
-
-def _fsync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -37,6 +37,7 @@ from shared import logs, settings, topics  # noqa: E402
 from shared.blob_folder import BlobFolder  # noqa: E402
 from shared.codec import pack  # noqa: E402
 from shared.errors import MusterError, UserError  # noqa: E402
+from shared.files import write_whole  # noqa: E402
 from shared.messages import CoordState  # noqa: E402
 from shared.processes import lock_folder  # noqa: E402
 from shared.transport.base import Outgoing  # noqa: E402
@@ -122,9 +123,7 @@ class Service:
         host, port = self._socket.getsockname()[:2]
         where: dict[str, Any] = {"url": f"http://{host}:{port}", "token_file": str(_token_file(self._config))}
         path = Path(self._config.state_dir) / "api.json"
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(where), encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, json.dumps(where).encode())
         log.info("HTTP API at %s", where["url"])
         return server
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from shared.errors import MusterError, RemoteError
+from shared.files import sync_folder
 from shared.ids import digest_of, is_digest
 from shared.messages import BlobRef
 
@@ -236,13 +237,8 @@ class BlobFolder:
             self._sync_folder()
 
     def _sync_folder(self) -> None:
-        if not self.fsync:
-            return
-        fd = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        if self.fsync:
+            sync_folder(self.root)
 
 
 class Spool:

@@ -6,16 +6,14 @@ import logging
 import os
 import signal
 import subprocess
-import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from coordinator.workers import protocol as wire
-from shared.errors import DecodeError
-from shared.frames import FrameReader, FrameWriter
-from shared.processes import die_with_parent
+from shared.frames import FrameWriter
+from shared.subprocess_pipe import start_piped
 
 log = logging.getLogger(__name__)
 TRIES = 3
@@ -149,27 +147,19 @@ class SubprocessWorker:
     def _start(self) -> None:
         self._run += 1
         self._heard_at = self._clock()
-        to_worker, from_worker = os.pipe(), os.pipe()
-        command = [*self._command, "--read-fd", str(to_worker[0]), "--write-fd", str(from_worker[1])]
-        try:
-            self._process = subprocess.Popen(
-                command, pass_fds=(to_worker[0], from_worker[1]), stdin=subprocess.DEVNULL,
-                stdout=2, preexec_fn=die_with_parent, env=_worker_environment(),
-            )  # fmt: skip
-        finally:
-            os.close(to_worker[0])
-            os.close(from_worker[1])
-        self._writer = FrameWriter(os.fdopen(to_worker[1], "wb"))
-        reader: FrameReader[wire.FromWorker] = FrameReader(os.fdopen(from_worker[0], "rb"), wire.FromWorker)  # type: ignore[arg-type]  # a union is no type
-        threading.Thread(target=self._read, args=(reader, self._run), name="worker-reader", daemon=True).start()
+        run = self._run
 
-    def _read(self, reader: FrameReader[wire.FromWorker], run: int) -> None:
-        try:
-            while (message := reader.read()) is not None:
-                self._post(WorkerSpoke(run, message))
-        except (DecodeError, OSError) as error:
-            log.error("the worker's pipe is broken: %s", error)
-        self._post(WorkerSpoke(run, None))
+        def heard(message: wire.FromWorker | None) -> None:
+            self._post(WorkerSpoke(run, message))
+
+        self._process, self._writer = start_piped(
+            self._command,
+            wire.FromWorker,
+            heard,
+            lambda _problem: heard(None),
+            name="worker",
+            env=_worker_environment(),
+        )
 
 
 def _worker_environment() -> dict[str, str]:

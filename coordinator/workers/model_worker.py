@@ -27,6 +27,7 @@ from coordinator.workers.protocol import (
 )
 from shared import logs
 from shared.errors import DecodeError, UserError
+from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import JobSpec
 
@@ -84,7 +85,7 @@ class ModelWorker:
             kind="global", job=job.name, round=0, base_digest=self._held.digest, factors={},
             dense=base_model.fresh_head(base, job.seed),
         )  # fmt: skip
-        _write(Path(request.adapter_path), adapter.write(start))
+        write_whole(Path(request.adapter_path), adapter.write(start))
         config = base.model.config
         return ModelFacts(
             modules=[ModuleSpec(name=m.name, out=m.out, inp=m.inp, block=m.block) for m in modules],
@@ -150,15 +151,6 @@ def _check_task(job: JobSpec) -> None:
 def _digest_cache() -> Path | None:
     folder = os.environ.get("MUSTER_WORKER_CACHE", "")
     return Path(folder) / "digests.json" if folder else None
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def serve(read: BinaryIO, write: BinaryIO) -> int:

@@ -14,6 +14,7 @@ import msgspec
 from edge_daemon.core.state import Identity, Journal
 from shared.blob_folder import BlobFolder
 from shared.errors import UserError
+from shared.files import write_whole
 from shared.processes import lock_folder
 
 log = logging.getLogger(__name__)
@@ -100,16 +101,4 @@ class Store:
             return int(time.time())
 
     def _replace(self, path: Path, data: bytes) -> None:
-        temporary = path.with_suffix(".new")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            if self._fsync:
-                os.fsync(file.fileno())
-        temporary.replace(path)
-        if self._fsync:
-            folder = os.open(self.root, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+        write_whole(path, data, fsync=self._fsync)

@@ -8,16 +8,14 @@ import os
 import select
 import signal
 import subprocess
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 from edge_daemon import protocol
-from shared.errors import DecodeError
-from shared.frames import FrameReader, FrameWriter
-from shared.processes import die_with_parent
+from shared.frames import FrameWriter
+from shared.subprocess_pipe import start_piped
 
 log = logging.getLogger(__name__)
 _GRACE_S = 0.2
@@ -118,37 +116,22 @@ class SubprocessTrainer:
         return AgentEnded(reason, out_of_memory)
 
     def _spawn(self) -> None:
-        to_agent, from_agent = os.pipe(), os.pipe()
-        command = [*self._command, "--read-fd", str(to_agent[0]), "--write-fd", str(from_agent[1])]
-        try:
-            self._process = subprocess.Popen(
-                command, pass_fds=(to_agent[0], from_agent[1]), stdin=subprocess.DEVNULL, stdout=2,
-                start_new_session=True, preexec_fn=die_with_parent,
-            )  # fmt: skip
-        except OSError:
-            os.close(to_agent[1])
-            os.close(from_agent[0])
-            raise
-        finally:
-            os.close(to_agent[0])
-            os.close(from_agent[1])
+        run = self._run
+
+        def ended(problem: str) -> None:
+            if problem and run == self._run:
+                self._why = self._why or f"its pipe is broken: {problem}"
+            self._post(AgentSpoke(run, None))
+
+        def heard(message: protocol.FromAgent) -> None:
+            self._post(AgentSpoke(run, message))
+
+        self._process, self._writer = start_piped(
+            self._command, protocol.FromAgent, heard, ended, name="agent", own_group=True
+        )
         # When memory runs out the agent dies, not the daemon.
         with contextlib.suppress(OSError):
             Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000", encoding="ascii")
-        self._writer = FrameWriter(os.fdopen(to_agent[1], "wb"))
-        wanted = cast(type[Any], protocol.FromAgent)
-        reader: FrameReader[protocol.FromAgent] = FrameReader(os.fdopen(from_agent[0], "rb"), wanted)
-        threading.Thread(target=self._read, args=(reader, self._run), name="agent-reader", daemon=True).start()
-
-    def _read(self, reader: FrameReader[protocol.FromAgent], run: int) -> None:
-        try:
-            while (message := reader.read()) is not None:
-                self._post(AgentSpoke(run, message))
-        except (DecodeError, OSError) as error:
-            log.error("the agent's pipe is broken: %s", error)
-            if run == self._run:
-                self._why = self._why or f"its pipe is broken: {error}"
-        self._post(AgentSpoke(run, None))
 
 
 def _let_end(process: subprocess.Popen[bytes]) -> None:

@@ -23,6 +23,7 @@ from edge_daemon.training.control import Control, PipeClosed, Stopped
 from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, resident_bytes
 from shared import logs
 from shared.errors import DecodeError, UserError
+from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import Bits
 from shared.messages import Assignment, DatasetFacts, UpdateFacts
@@ -234,7 +235,7 @@ class Agent:
             base_digest=assignment.base_digest, device=request.device,
         )  # fmt: skip
         content = adapter.write(update, assignment.training.codec)
-        _write(Path(request.update_path), content)
+        write_whole(Path(request.update_path), content)
         first, last = mean_ends(position.losses)
         facts = UpdateFacts(
             samples=position.samples,
@@ -280,21 +281,6 @@ def _norm(update: object) -> float:
     assert isinstance(update, Adapter)
     tensors = [tensor for part in update.factors.values() for tensor in (part.b, part.a)] + list(update.dense.values())
     return float(np.sqrt(sum(float(np.sum(np.square(tensor, dtype=np.float64))) for tensor in tensors)))
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _set_environment(probe: Probe) -> None:

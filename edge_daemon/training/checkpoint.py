@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import msgspec
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from shared.codec import pack
+from shared.files import write_whole
 from shared.messages import Assignment
 
 log = logging.getLogger(__name__)
@@ -41,15 +41,9 @@ def identity(assignment: Assignment) -> str:
 
 def save_checkpoint(folder: Path, work: str, position: Position, tensors: dict[str, torch.Tensor]) -> None:
     """Write the checkpoint of `work` (its `identity`); the former one stays until this one is on the disk."""
-    folder.mkdir(parents=True, exist_ok=True)
     metadata = {"work": work, "position": msgspec.json.encode(position).decode()}
     plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    temporary = folder / f"{NAME}.tmp"
-    with temporary.open("wb") as file:
-        file.write(save(plain, metadata=metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(folder / NAME)
+    write_whole(folder / NAME, save(plain, metadata=metadata))
 
 
 def load_checkpoint(folder: Path, work: str) -> tuple[Position, dict[str, torch.Tensor]] | None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
 from shared.errors import UserError
+from shared.processes import die_with_parent
 from shared.settings import BrokerSettings
 
 _START_S = 10.0
-_PR_SET_PDEATHSIG = 1
 _DEFAULTS = {
     "persistence": "true",
     # A broker that is killed keeps sessions and retained messages only if it writes after every change.
@@ -54,12 +52,6 @@ def free_port() -> int:
         port = probe.getsockname()[1]
     assert isinstance(port, int)
     return port
-
-
-def dies_with_parent() -> Callable[[], None]:
-    """A `preexec_fn`: the child is killed when the thread that started it ends, however it ends (Linux)."""
-    libc = ctypes.CDLL(None)  # loaded here: the child may only call what is there already
-    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Broker:
@@ -129,7 +121,7 @@ class Broker:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                preexec_fn=dies_with_parent(),
+                preexec_fn=die_with_parent,
                 start_new_session=True,  # Ctrl-C on a terminal is for the owner alone
             )
         until = time.monotonic() + _START_S

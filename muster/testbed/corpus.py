@@ -19,9 +19,9 @@ from pathlib import Path
 
 import msgspec
 
-from muster.testbed.files import write_whole
 from muster.testbed.rows import Row, write_rows
 from shared.errors import UserError
+from shared.files import write_whole
 
 MASK = "PKG"
 _SKIP = {"tests", "test", "testing", "_vendor", "vendor", "externals", "site-packages", "dist-packages", "__pycache__"}

@@ -1,11 +1,11 @@
 """Runs a service that kills something, once, at a chosen point of its state machine. For fault tests.
 
-    python -m muster.testbed.crashing coordinator --at folding --point written --once MARKER [--victim PIDFILE] -- ARGUMENTS
-    python -m muster.testbed.crashing edge --at training --point done --once MARKER [--victim PIDFILE|agent] -- ARGUMENTS
+    python -m muster.testbed.crashing coordinator --at folding --point written --once MARKER -- ARGUMENTS
+    python -m muster.testbed.crashing edge --at training --point done --once MARKER --victim agent -- ARGUMENTS
 
 The service itself is the ordinary one and knows nothing of this. Points: `decided`: nothing of the step is on disk;
 `written`: records or journal are, nothing that follows from them was done; `done`: the step is performed. The marker
-file keeps a restarted service from dying again. The victim is this process unless another is named.
+file keeps a restarted service from dying again. The victim is this process unless another is named: its PID file, or `agent`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ is started or written.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import sys
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.web.views import JobView
+from muster.cli import tables as tables_of
 from muster.client import ENDED, Client, Unreachable
 from muster.testbed import inputs, live, partition, profiles, report, toml
 from muster.testbed.broker import find_mosquitto
@@ -23,10 +25,15 @@ from muster.testbed.cgroups import Available, GroupsFailed
 from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet
 from shared.errors import UserError
 from shared.jobs import JobSpec
+from shared.processes import lock_folder
 
 DEMO_JOB = Path(__file__).parents[2] / "examples" / "demo.toml"
 INTERRUPTED = 130
 LOOK_EVERY_S = 0.5
+
+
+class RunFailed(UserError):
+    """A program of the fleet ended by itself; its log is kept."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +104,9 @@ def run(emulation: Emulation, *, command: str = "") -> int:
         except KeyboardInterrupt:
             print("interrupted: job cancelled, everything stopped", file=sys.stderr)  # noqa: T201 - a command's output
             return INTERRUPTED
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
+            return 1
     return 0 if outcome.job.state == "finished" else 1
 
 
@@ -130,7 +140,7 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
             time.monotonic() - started, followed.committed_s,
         )  # fmt: skip
         written = _report(outcome, ready, fleet.available, command, exported)
-        shown.say(live.tables.outcome(job))
+        shown.say(tables_of.outcome(job))
         shown.say(f"report: {written}" + (f", adapter: {out / 'adapter'}" if exported else ""))
     return outcome
 
@@ -210,10 +220,10 @@ class _Followed:
                 if job.state in ENDED or job.state == "paused":
                     return job
                 if self._fleet.ended:
-                    raise UserError(self._fleet.ended)
+                    raise RunFailed(self._fleet.ended)
                 time.sleep(LOOK_EVERY_S)
         except Unreachable as error:
-            raise UserError(self._fleet.ended or str(error)) from error
+            raise RunFailed(self._fleet.ended or str(error)) from error
         except KeyboardInterrupt:
             with contextlib.suppress(UserError):
                 client.cancel(self._id)
@@ -254,14 +264,24 @@ def _tidy(out: Path, *, keep: bool) -> None:
 
 @contextlib.contextmanager
 def _whole_or_nothing(out: Path) -> Iterator[None]:
-    """A folder that was not there before is removed again where the run fails before it has a result."""
+    """Hold the folder for this run. One that was not there before is removed again where the input was at fault."""
     existed = out.exists()
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(out, "emulation")
+    except OSError as error:
+        raise UserError(f"--out {out}: can't be used: {error.strerror}") from error
+    try:
         yield
+    except RunFailed:
+        raise
     except UserError:
         if not existed:
             shutil.rmtree(out, ignore_errors=True)
         raise
+    finally:
+        (out / "lock").unlink(missing_ok=True)
+        os.close(lock)
 
 
 @contextlib.contextmanager

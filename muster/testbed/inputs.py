@@ -184,7 +184,11 @@ def _texts(folder: Path | None) -> list[Path]:
     """Plain texts for the small GPT-2."""
     root = os.environ.get("MUSTER_DATA")
     place = folder or (Path(root) / "lm" if root else None)
-    found = sorted(path for path in place.iterdir() if path.name.endswith((".txt", ".txt.gz"))) if place and place.is_dir() else []
+    found = (
+        sorted(path for path in place.iterdir() if path.name.endswith((".txt", ".txt.gz")))
+        if place and place.is_dir()
+        else []
+    )
     if not found:
         where = f"{place} has none" if place else "name a folder with --lm, or set MUSTER_DATA"
         raise UserError(f"base model {SMALL_GPT2} is trained on plain texts (.txt, .txt.gz): {where}")
@@ -218,4 +222,8 @@ def strategy_faults(spec: JobSpec) -> list[str]:
         ("name", spec.strategy.name, sorted(planners.PLANNERS)),
         ("aggregator", spec.strategy.aggregator, sorted(aggregators.names())),
     )
-    return [f"strategy.{key}: unknown {name!r}; known: {', '.join(names)}" for key, name, names in asked if name not in names]
+    return [
+        f"strategy.{key}: unknown {name!r}; known: {', '.join(names)}"
+        for key, name, names in asked
+        if name not in names
+    ]

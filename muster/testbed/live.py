@@ -58,7 +58,7 @@ class Lines:
         """Print it."""
         print(line, file=self._stream, flush=True)  # noqa: T201 - a command's output
 
-    def show(self, job: JobView, devices: Sequence[DeviceView]) -> None:
+    def show(self, job: JobView, devices: Sequence[DeviceView]) -> None:  # noqa: ARG002 - a table shows their load
         """Print what changed."""
         for view in job.rounds:
             if view.metrics is not None and view.round not in self._done:

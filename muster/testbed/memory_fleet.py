@@ -22,7 +22,7 @@ from muster.testbed.memory_nodes import COORDINATOR, FLEET, CoordinatorNode, Dae
 from shared.errors import MusterError
 from shared.jobs import JobSpec
 from shared.settings import BrokerSettings
-from shared.transport.memory import Faults, MemoryNetwork
+from shared.transport.memory_network import Faults, MemoryNetwork
 
 
 class TooLate(MusterError):

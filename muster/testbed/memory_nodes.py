@@ -33,7 +33,8 @@ from shared.ids import digest_of
 from shared.messages import CoordState, DeviceState, Load
 from shared.settings import BrokerSettings
 from shared.transport.base import Outgoing
-from shared.transport.memory import MemoryNetwork, MemoryTransport
+from shared.transport.memory import MemoryTransport
+from shared.transport.memory_network import MemoryNetwork
 
 FLEET = "memory"
 COORDINATOR = "coord-1"

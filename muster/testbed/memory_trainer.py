@@ -17,6 +17,7 @@ from muster.testbed import least_squares
 from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
 from shared.errors import MusterError, UserError
+from shared.files import write_whole
 from shared.ids import digest_of
 from shared.jobs import Bits
 from shared.messages import DatasetFacts
@@ -215,9 +216,7 @@ class MemoryTrainer:
         task.steps.append(self._clock() - task.last)
         task.last = self._clock()
         if task.training.step_done % task.order.assignment.training.checkpoint_every == 0:
-            temporary = task.saved.with_suffix(".new")
-            temporary.write_bytes(task.training.save())
-            temporary.replace(task.saved)
+            write_whole(task.saved, task.training.save(), fsync=False)
         if self._clock() - task.said >= _PROGRESS_S:
             task.said = self._clock()
             self._say(

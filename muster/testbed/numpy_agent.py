@@ -23,10 +23,10 @@ from typing import Literal
 
 from edge_daemon import protocol
 from muster.testbed import least_squares
-from muster.testbed.files import write_whole
 from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
 from shared.errors import DecodeError, MusterError, UserError
+from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.ids import digest_of
 from shared.messages import DatasetFacts

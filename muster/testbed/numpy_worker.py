@@ -14,10 +14,10 @@ from pathlib import Path
 from coordinator.core.facts import Metrics
 from coordinator.workers import protocol
 from muster.testbed import least_squares
-from muster.testbed.files import write_whole
 from muster.testbed.least_squares import Rows
 from shared import adapter as adapters
 from shared.errors import DecodeError, MusterError, UserError
+from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import JobSpec
 

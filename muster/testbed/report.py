@@ -11,8 +11,8 @@ from coordinator.core.facts import Metrics
 from coordinator.web.views import JobView, ParticipantView, RoundView
 from muster.cli import tables
 from muster.testbed.cgroups import Available
-from muster.testbed.files import write_whole
 from muster.testbed.profiles import MIB, Shape
+from shared.files import write_whole
 from shared.jobs import JobSpec
 
 QUALITY_PNG, DEVICES_PNG = "quality.png", "devices.png"
@@ -128,7 +128,16 @@ def _cells(part: ParticipantView) -> list[str]:
         plan[2] = f"{work.batch} -> {facts.batch}"
     steps = str(work.steps) if facts.steps == work.steps else f"{facts.steps} of {work.steps}"
     loss = f"{facts.loss_first:.3f} -> {facts.loss_last:.3f}"
-    return [*plan, steps, predicted, f"{facts.train_s:.1f} s", loss, f"{facts.peak_bytes / MIB:.0f} MiB", *sizes, status]
+    return [
+        *plan,
+        steps,
+        predicted,
+        f"{facts.train_s:.1f} s",
+        loss,
+        f"{facts.peak_bytes / MIB:.0f} MiB",
+        *sizes,
+        status,
+    ]
 
 
 def _cell(text: str) -> str:
@@ -195,7 +204,8 @@ def _draw_devices(run: Run, figure: Any) -> None:
     right.set(title="bytes of adapters, all rounds", ylabel="MB")
     for axes in (left, right):
         axes.set_xticks(range(len(names)), names, rotation=30 if len(names) > 4 else 0)
-        axes.legend()
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
         axes.grid(alpha=0.3, axis="y")
 
 

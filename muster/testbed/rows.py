@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from muster.testbed.files import write_whole
 from shared.errors import UserError
+from shared.files import write_whole
 
 Row = dict[str, Any]
 

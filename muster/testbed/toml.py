@@ -26,7 +26,9 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> Table:
 
 
 def _lines(table: Mapping[str, Any], path: tuple[str, ...]) -> list[str]:
-    lines = [f"{_quoted(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping | None)]
+    lines = [
+        f"{_quoted(key)} = {_value(value)}" for key, value in table.items() if not isinstance(value, Mapping | None)
+    ]
     for key, value in table.items():
         if isinstance(value, Mapping):
             inner = (*path, key)

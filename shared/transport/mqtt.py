@@ -1,4 +1,4 @@
-"""MQTT 5 over paho: the only file that knows paho.
+"""MQTT 5 over paho. Nothing but this file and `paho_client`, which makes its clients, knows paho.
 
 A thread of ours makes one fresh paho client per connection and turns its loop, so nothing survives inside paho: its
 unlimited resend after a reconnect, its doubling without jitter and its silent death by an exception never come into
@@ -21,9 +21,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from paho.mqtt import client as paho
-from paho.mqtt.enums import CallbackAPIVersion
-from paho.mqtt.packettypes import PacketTypes
-from paho.mqtt.properties import Properties
 from paho.mqtt.subscribeoptions import SubscribeOptions
 
 from shared.errors import UserError
@@ -42,6 +39,7 @@ from shared.transport.base import (
     packet_size,
 )
 from shared.transport.credentials import read_credentials
+from shared.transport.paho_client import CONNECT_TIMEOUT_S, ClientFactory, close_socket, expiry
 from shared.transport.retry import Retry
 from shared.transport.window import Acked, Window
 
@@ -53,7 +51,6 @@ _REFUSED = {0x85, 0x86, 0x87, 0x8A, 0x8C}
 """CONNACK: client id, user or password, authorization, banned, method. Trying soon again can't help."""
 _TAKEN_OVER = 0x8E
 _TOO_LARGE = 0x95
-_CONNECT_TIMEOUT_S = 5.0
 _LOOP_S = 1.0
 _DRAIN_S = 2.0
 _LOOSE = 64
@@ -76,17 +73,6 @@ class _Link:
     code: int = 0
     refused: bool = False
     loose: deque[Any] = field(default_factory=deque)
-
-
-class _LastError(logging.Handler):
-    """Keeps paho's last error text: its disconnect callback says only "Unspecified error"."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.text = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.text = record.getMessage().removeprefix("failed to receive on socket: ")
 
 
 class MqttTransport:
@@ -115,8 +101,6 @@ class MqttTransport:
         self._next_epoch = next_epoch
         self._will = will
         self._clean = clean_start
-        self._receive_maximum = receive_maximum
-        self._receive_packet = max_packet
         self._retry = Retry(settings, rng)
         self._window = Window(settings.window, settings.queue)
         self._filters: list[tuple[str, int]] = []
@@ -129,9 +113,7 @@ class MqttTransport:
         self._end = math.inf
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
-        self._last_error = _LastError()
-        self._paho_logger = logging.Logger(f"{__name__}.{client_id}", logging.ERROR)
-        self._paho_logger.addHandler(self._last_error)
+        self._clients = ClientFactory(settings, client_id, receive_maximum=receive_maximum, max_packet=max_packet)
         read_credentials(settings)  # fail now, not in the thread
 
     # ---- the owner's side ----------------------------------------------------------------------------------------
@@ -146,7 +128,7 @@ class MqttTransport:
 
     def start(self, sink: Sink) -> None:
         self._sink = sink
-        self._promise(_CONNECT_TIMEOUT_S)
+        self._promise(CONNECT_TIMEOUT_S)
         self._thread.start()
 
     def publish(self, message: Outgoing) -> None:
@@ -213,7 +195,7 @@ class MqttTransport:
         topic = message.topic
         self.stats.messages_sent += 1
         self.stats.bytes_sent += len(message.payload)
-        properties = _expiry(topic.expiry_s) if topic.expiry_s else None
+        properties = expiry(topic.expiry_s) if topic.expiry_s else None
         return link.client.publish(message.name, message.payload, topic.qos, topic.retain, properties)
 
     def _drain(self, link: _Link) -> None:
@@ -244,7 +226,7 @@ class MqttTransport:
     def _run(self) -> None:
         wait = 0.0
         while not self._stopping.wait(wait):
-            self._promise(2 * _CONNECT_TIMEOUT_S)
+            self._promise(2 * CONNECT_TIMEOUT_S)
             link = self._connection()
             if self._stopping.is_set():
                 break
@@ -256,7 +238,6 @@ class MqttTransport:
     def _connection(self) -> _Link:
         """One connection from the attempt to its end."""
         self._sessions += 1
-        self._last_error.text = ""
         link = _Link(self._sessions)
         try:
             self._turn(link)
@@ -268,8 +249,8 @@ class MqttTransport:
             link.reason = str(error)
         except OSError as error:
             link.reason = str(error) or type(error).__name__
+        # The loop of this service's network: whatever a callback or sink raised costs one connection, not the loop.
         except Exception as error:
-            # The loop of this service's network: whatever a callback or sink raised costs one connection, not the loop.
             self.stats.faults += 1
             link.reason = f"internal: {type(error).__name__}: {error}"
             _logger.exception("transport %s: the connection is given up", self._client_id)
@@ -278,63 +259,27 @@ class MqttTransport:
             self._tell(Published(culprit.token, "the broker cut the connection: packet too large"))
         self._window.close()
         if link.client is not None:
-            _cut(link.client)
+            close_socket(link.client)
         return link
 
     def _turn(self, link: _Link) -> None:
         link.epoch = self._next_epoch()
-        client = link.client = self._client(link)
-        self._connect(client)
+        will = self._will(link.epoch) if self._will is not None else None
+        client = link.client = self._clients.make(will)
+        self._listen(link)
+        self._clients.connect(client, clean_start=self._clean)
         code = paho.MQTT_ERR_SUCCESS
         while code == paho.MQTT_ERR_SUCCESS and time.monotonic() < self._end:
             self._promise(_LOOP_S)
             code = client.loop(_LOOP_S)
 
-    def _connect(self, client: Any) -> None:
-        settings = self._settings
-        properties = _properties(PacketTypes.CONNECT)
-        properties.SessionExpiryInterval = settings.session_expiry_s
-        properties.ReceiveMaximum = self._receive_maximum
-        properties.MaximumPacketSize = self._receive_packet
-        # paho notices silence after two of its periods; three quarters make that 1.5 of ours.
-        keepalive = max(1, settings.keepalive_s * 3 // 4)
-        try:
-            client.connect(settings.host, settings.port, keepalive, clean_start=self._clean, properties=properties)
-        except ssl.SSLCertVerificationError:
-            raise
-        except OSError as error:
-            raise ConnectionError(f"can't reach {settings.host}:{settings.port}: {error.strerror or error}") from error
-
-    def _client(self, link: _Link) -> Any:
-        context, password = read_credentials(self._settings)
-        client = paho.Client(
-            CallbackAPIVersion.VERSION2,
-            self._client_id,
-            protocol=paho.MQTTv5,
-            reconnect_on_failure=False,
-            manual_ack=True,
-        )
-        client.connect_timeout = _CONNECT_TIMEOUT_S
-        client.max_inflight_messages_set(0)  # unlimited there: the window is ours
-        client.enable_logger(self._paho_logger)
-        client.on_socket_open = _no_delay
-        # Without it paho writes to the socket from the thread that calls `publish`, beside the one that loops.
-        client.on_socket_register_write = lambda *_: None
+    def _listen(self, link: _Link) -> None:
+        client = link.client
         client.on_connect = lambda _c, _u, flags, code, properties: self._on_connect(link, flags, code, properties)
         client.on_disconnect = lambda _c, _u, _flags, code, _p: self._on_disconnect(link, code)
         client.on_subscribe = lambda _c, _u, _mid, codes, _p: self._on_subscribe(link, codes)
         client.on_publish = lambda _c, _u, mid, code, _p: self._on_publish(link, mid, code)
         client.on_message = lambda _c, _u, message: self._on_message(link, message)
-        if context is not None:
-            client.tls_set_context(context)
-        if self._settings.username:
-            client.username_pw_set(self._settings.username, password)
-        if self._will is not None:
-            will = self._will(link.epoch)
-            properties = _properties(PacketTypes.WILLMESSAGE)
-            properties.WillDelayInterval = self._settings.will_delay_s
-            client.will_set(will.name, will.payload, will.topic.qos, will.topic.retain, properties)
-        return client
 
     def _report(self, link: _Link, wait: float) -> None:
         reason = link.reason or "connection lost"
@@ -350,6 +295,7 @@ class MqttTransport:
         """Emit outside paho's loop, where nothing else would catch what the sink raises."""
         try:
             self._emit(event)
+        # Whatever the sink raised costs this event, not the thread.
         except Exception:
             self.stats.faults += 1
             _logger.exception("transport %s: the sink raised on %s", self._client_id, type(event).__name__)
@@ -399,8 +345,8 @@ class MqttTransport:
         text = str(code)
         if text == "Unspecified error":
             # A broker that refuses our certificate says so by a TLS alert after the handshake.
-            link.refused = link.stood_at is None and "ALERT" in self._last_error.text.upper()
-            text = self._last_error.text or "connection lost"
+            link.refused = link.stood_at is None and "ALERT" in self._clients.last_error.upper()
+            text = self._clients.last_error or "connection lost"
         link.reason = text
         if code.value == _TAKEN_OVER:
             link.refused = True
@@ -422,25 +368,3 @@ class MqttTransport:
             link.held.append(received)
         else:
             self._emit(received)
-
-
-def _no_delay(_client: Any, _userdata: Any, sock: Any) -> None:
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _properties(kind: int) -> Properties:
-    return Properties(kind)  # type: ignore[no-untyped-call]  # paho types all but this class
-
-
-def _expiry(seconds: int) -> Properties:
-    properties = _properties(PacketTypes.PUBLISH)
-    properties.MessageExpiryInterval = seconds
-    return properties
-
-
-def _cut(client: Any) -> None:
-    """Close what is left of a connection, without a DISCONNECT."""
-    sock = client.socket()
-    if sock is not None:
-        with suppress(OSError):
-            sock.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from muster.testbed.memory_fleet import MemoryFleet
-from shared.transport.memory import Faults
+from shared.transport.memory_network import Faults
 from tests.fleet import fleet_rig as rig
 
 BAD = Faults(loss=0.05, drop=0.01, duplicate=0.05, reorder=0.1, delay_s=(0.01, 0.1), reorder_s=1.0, redelivery_s=2.0)

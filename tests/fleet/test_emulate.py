@@ -135,7 +135,7 @@ def test_a_killed_run_leaves_no_process_and_the_next_takes_its_folder(place: Pat
         (("--by-field", "site"), "has no plain value in field 'site'"),
         (("--devices", "100"), "300 rows are too few for 100 devices"),
         (("--agent", "torch"), "the numpy agent does least_squares"),
-        (("--devices", "none"), "none"),
+        (("--devices", "none"), "Invalid value for '--devices'"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(place: Path, options: tuple[str, ...], told: str) -> None:
@@ -170,6 +170,21 @@ def test_without_mosquitto_it_says_how_to_get_it(place: Path) -> None:
     assert not (place / "run").exists()
 
 
+def test_a_program_that_ends_by_itself_ends_the_run_and_leaves_its_log(place: Path) -> None:
+    (place / "job.toml").write_text(JOB.format(rounds=100000))
+    process = _start(place, "--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 1 committed"):
+            break
+    device = next(p for p in psutil.Process(process.pid).children() if "edge-02.toml" in " ".join(p.cmdline()))
+    device.kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.startswith("error: edge-02 ended")
+    assert (place / "run" / "logs" / "edge-02.log").is_file()
+
+
 def test_two_runs_do_not_share_a_folder(place: Path) -> None:
     (place / "job.toml").write_text(JOB.format(rounds=100000))
     options = ("--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
@@ -180,7 +195,7 @@ def test_two_runs_do_not_share_a_folder(place: Path) -> None:
             break
     code, _, errors = _run(place, *options)
     assert code == 2
-    assert "another fleet runs with this" in errors
+    assert "another emulation runs with this" in errors
     assert (place / "run" / "fleet" / "coordinator").is_dir()
     first.terminate()
     first.communicate(timeout=60)

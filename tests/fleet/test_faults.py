@@ -9,7 +9,7 @@ import pytest
 
 from muster.testbed.memory_fleet import MemoryFleet
 from muster.testbed.memory_nodes import COORDINATOR
-from shared.transport.memory import Faults
+from shared.transport.memory_network import Faults
 from tests.fleet import fleet_rig as rig
 
 BAD = Faults(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
@@ -134,11 +134,13 @@ class Rig:
             reason=refusal,
         )  # fmt: skip
 
-    def ack(self, device: str, verdict: str, reason: str = "") -> list[cmd.Command]:
+    def ack(self, device: str, verdict: Literal["accept", "reject", "failed"], reason: str = "") -> list[cmd.Command]:
         """A device answers its assignment."""
         round = self.job.round
         assert round is not None
-        answer = Ack(epoch=1, job=self.job.id, round=round.number, attempt=round.attempt, verdict=verdict, reason=reason)  # type: ignore[arg-type]
+        answer = Ack(
+            epoch=1, job=self.job.id, round=round.number, attempt=round.attempt, verdict=verdict, reason=reason
+        )
         return self.feed(ev.FromDevice, device=device, message=answer)
 
     def folded(self) -> list[cmd.Command]:

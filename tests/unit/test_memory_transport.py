@@ -21,8 +21,9 @@ from shared.transport.base import (
     TransportEvent,
     TransportFailed,
 )
-from shared.transport.memory import Faults, MemoryNetwork, MemoryTransport
+from shared.transport.memory import MemoryTransport
 from shared.transport.memory_broker import matches
+from shared.transport.memory_network import Faults, MemoryNetwork
 
 E = TypeVar("E")
 FLEET = "f1"
@@ -37,7 +38,7 @@ class Client:
         self.events: list[tuple[float, TransportEvent]] = []
         self.epochs = itertools.count(1)
         options.setdefault("settings", QUICK)
-        self.transport = MemoryTransport(network, name, lambda: next(self.epochs), **options)  # type: ignore[arg-type]
+        self.transport = MemoryTransport(network, name, lambda: next(self.epochs), **options)  # type: ignore[arg-type]  # the caller names them
         as_coordinator = name.startswith("coord")
         filters = topics.coordinator_filters(FLEET) if as_coordinator else topics.device_filters(FLEET, name)
         self.transport.subscribe(filters)

@@ -44,8 +44,8 @@ def test_a_damaged_journal_is_moved_aside(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_save_that_fails_leaves_the_old_journal(tmp_path: Path) -> None:
     store = Store(tmp_path, fsync=False)
     store.save(JOURNAL)
-    (tmp_path / "journal.new").mkdir()  # nothing can be written there, as on a full disk
-    with pytest.raises(OSError, match=r"journal\.new"):
+    (tmp_path / ".journal.tmp").mkdir()  # nothing can be written there, as on a full disk
+    with pytest.raises(OSError, match=r"\.journal\.tmp"):
         store.save(Journal())
     assert store.load() == JOURNAL
 

@@ -24,7 +24,8 @@ from edge_daemon.settings import AgentSettings, EdgeSettings
 from muster.testbed import least_squares
 from shared.jobs import BaseSpec, TaskSpec, TrainingSpec
 from shared.messages import Assign, Assignment, BlobRef, Work
-from shared.transport.memory import MemoryNetwork, MemoryTransport
+from shared.transport.memory import MemoryTransport
+from shared.transport.memory_network import MemoryNetwork
 
 MODEL = "6x4"
 AGENT = [sys.executable, "-m", "muster.testbed.numpy_agent"]

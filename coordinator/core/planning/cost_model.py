@@ -6,9 +6,10 @@ load at once while foreign load never spoils what was learned. One `Fit` per dev
 device take the speed of those that were, times `BITS_TIME`; a device not yet met takes the median of the fleet.
 
 **Memory** = agent + `WORKING_BYTES` + weights(bits) + 16 B per trained parameter + 4 B per frozen one + the larger of
-the micro-batch's activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and one layer twice in fp32
+the micro-batch's activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and a layer twice in fp32
 lie beside it at the worst moment. Once the device has trained, its measured peak replaces the sum, moved only by the
-difference in batch, adapter and (from the nearest bits it has trained at) weights. A batch that ran out of memory is a hard bound for those bits.
+difference in batch, adapter and (from the nearest bits it has trained at) weights. A batch that ran out of memory is a
+hard bound for those bits.
 
 Every prediction comes with the readings it rests on.
 """
@@ -242,8 +243,13 @@ def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Loa
         return found  # Nothing says how much of the device was used.
     used = max(used, LEAST_CORES)
     bits = str(result.bits)
-    fit = found.fits.get(bits, Fit()).learn(1 / min(used, 1.0), need.flop * result.batch / used, result.step_s)
+    fit = found.fits.get(bits, Fit()).learn(1 / min(used, 1.0), need.flop * result.batch / used, _mean_step_s(result))
     return replace(found, fits={**found.fits, bits: fit})
+
+
+def _mean_step_s(result: UpdateFacts) -> float:
+    """Mean seconds per step: under a CPU quota steps are short or throttled, and their median is neither."""
+    return result.train_s / result.steps if result.train_s > 0 else result.step_s
 
 
 def _with_occupancy(found: DeviceModel, free: Capacity, used: float) -> DeviceModel:

@@ -22,7 +22,9 @@ def folder(tmp_path: Path) -> Path:
     place = tmp_path / "news"
     place.mkdir()
     for name in ("train", "test"):
-        write_rows(place / f"{name}.jsonl.gz", [{"text": f"text {i}", "label": i % 2, "site": i % 3} for i in range(60)])
+        write_rows(
+            place / f"{name}.jsonl.gz", [{"text": f"text {i}", "label": i % 2, "site": i % 3} for i in range(60)]
+        )
     (place / "labels.json").write_text(json.dumps({"names": ["no", "yes"]}))
     return place
 

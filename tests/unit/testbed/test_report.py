@@ -33,8 +33,13 @@ def _part(device: str, *, trained: bool = True) -> ParticipantView:
 def _run(available: Available = BOTH) -> report.Run:
     rounds = [
         RoundView(
-            round=number, phase="committed", plan_reason="round target 6 s", participants=[_part("edge-01"), late],
-            metrics=Metrics(loss=2.0 / number, rows=100, accuracy=0.2 * number), accepted=True, seconds=12.5,
+            round=number,
+            phase="committed",
+            plan_reason="round target 6 s",
+            participants=[_part("edge-01"), late],
+            metrics=Metrics(loss=2.0 / number, rows=100, accuracy=0.2 * number),
+            accepted=True,
+            seconds=12.5,
         )  # fmt: skip
         for number, late in ((1, _part("edge-02")), (2, _part("edge-02", trained=False)))
     ]
@@ -53,7 +58,9 @@ def _run(available: Available = BOTH) -> report.Run:
 def test_the_report_and_its_plots_are_written(tmp_path: Path) -> None:
     path = report.write(_run(), tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["devices.png", "quality.png", "report.md"]
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in (report.QUALITY_PNG, report.DEVICES_PNG))
+    assert all(
+        (tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in (report.QUALITY_PNG, report.DEVICES_PNG)
+    )
     assert "![Quality" in path.read_text()
 
 

@@ -12,7 +12,9 @@ from muster.testbed import toml
 from shared.settings import parse_toml
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-SCALAR = st.one_of(TEXT, st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False))
+SCALAR = st.one_of(
+    TEXT, st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False, allow_infinity=False)
+)
 TABLES = st.recursive(
     st.dictionaries(TEXT, st.one_of(SCALAR, st.lists(SCALAR, max_size=4)), max_size=4),
     lambda inner: st.dictionaries(TEXT, st.one_of(SCALAR, inner), max_size=4),

@@ -1,0 +1,189 @@
+"""Planning follows what the devices measure: memory decides bits, a foreign load the batch, old telemetry caution."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from coordinator.core.planning.reasons import PATTERN, mebibytes
+from coordinator.web.views import JobView
+from muster.testbed import least_squares, profiles
+from muster.testbed.fleet import AGENTS, DeviceSpec, Fleet, start_in
+from muster.testbed.models import minilm_folder
+from tests.live.rig import LABELS, committed, ended, history, parts_of, wait_for, write_texts
+
+TEXTS = """
+name = "texts"
+[base]
+model = "minilm"
+[task]
+kind = "classification"
+dataset = "texts"
+labels = [{labels}]
+max_tokens = {tokens}
+[rounds]
+count = {rounds}
+min_devices = {devices}
+quorum = 1.0
+local_steps = {steps}
+deadline_s = 300
+[strategy]
+rank = 4
+batch = {batch}
+batch_min = {least}
+batch_max = {most}
+bits = {bits}
+"""
+
+SQUARES = """
+name = "squares"
+[base]
+model = "12x6"
+[task]
+kind = "least_squares"
+dataset = "points"
+[rounds]
+count = 5
+min_devices = 2
+quorum = 1.0
+local_steps = 16
+deadline_s = 60
+[strategy]
+rank = 3
+batch = 8
+batch_min = 1
+batch_max = 8
+bits = 32
+"""
+BURNER = "while True: sum(i * i for i in range(10_000))"
+
+
+def texts_job(
+    *, devices: int, rounds: int, steps: int, batch: int, least: int, most: int, bits: str, tokens: int
+) -> str:
+    return TEXTS.format(
+        labels=", ".join(f'"{label}"' for label in LABELS), devices=devices, rounds=rounds, steps=steps, batch=batch,
+        least=least, most=most, bits=bits, tokens=tokens,
+    )  # fmt: skip
+
+
+@pytest.mark.cgroup
+@pytest.mark.timeout(240)
+def test_measured_memory_decides_the_bits(tmp_path: Path) -> None:
+    """Four devices with four limits train the same base at 32, 16, 8 and 4 bits in the same round."""
+    shares = [write_texts(tmp_path / f"{i}.jsonl", 64, i) for i in range(4)]
+    size = profiles.measure_agent(AGENTS["torch"], {"texts": str(shares[0])})
+    specs = [
+        DeviceSpec(shape.name, shape.cores, shape.memory_bytes, {"texts": share})
+        for shape, share in zip(profiles.shapes("mixed", 4, size), shares, strict=True)
+    ]
+    text = texts_job(devices=4, rounds=2, steps=4, batch=4, least=4, most=8, bits='"auto"', tokens=32)
+    with Fleet(tmp_path / "fleet", specs, {"minilm": minilm_folder()}) as fleet:
+        assert fleet.wait_until_able() == []
+        job = fleet.client.submit(text).id
+        view = wait_for(fleet, job, ended, seconds=200)
+    assert view.state == "finished", view.reason
+    for number, round_view in enumerate(view.rounds):
+        parts = {part.device: part for part in round_view.participants}
+        assert len(parts) == 4, f"round {number + 1}: {history(view)}"
+        for spec in specs:
+            part = parts[spec.name]
+            assert part.status == "done", part.reason
+            reason = PATTERN.fullmatch(part.work.reasons["bits"])
+            assert reason is not None, part.work.reasons["bits"]
+            assert int(reason["value"]) == part.work.bits
+            assert spec.memory_bytes is not None
+            limit = mebibytes(spec.memory_bytes)
+            assert f"limit {limit}" in reason["bound"] or f"{limit} memory limit" in reason["bound"], reason["bound"]
+            assert part.facts is not None
+            assert part.facts.bits == part.work.bits
+            assert part.facts.peak_bytes < spec.memory_bytes
+    first = {part.facts.bits for part in view.rounds[0].participants if part.facts}
+    assert {4, 8} < first, history(view)
+    assert first & {16, 32}, history(view)
+
+
+@pytest.mark.cgroup
+@pytest.mark.timeout(300)
+def test_a_foreign_load_lowers_the_batch_and_its_end_raises_it(tmp_path: Path) -> None:
+    """A process that burns CPU time in a device's control group moves the very next plans, both ways."""
+    names = ["edge-01", "edge-02", "edge-03"]
+    slowed = names[1]
+    specs = [
+        DeviceSpec(
+            name, 0.6, data={"texts": write_texts(tmp_path / f"{name}.jsonl", 64, seed)},
+            # The owner lets it train beside any load.
+            settings={"policy": {"foreign_limit": 100.0}, "telemetry": {"idle_s": 1.0, "busy_s": 1.0}},
+        )
+        for seed, name in enumerate(names)
+    ]  # fmt: skip
+    text = texts_job(devices=3, rounds=200, steps=3, batch=8, least=1, most=8, bits="32", tokens=32)
+    with Fleet(tmp_path / "fleet", specs, {"minilm": minilm_folder()}) as fleet:
+        assert fleet.wait_until_able() == []
+        job = fleet.client.submit(text).id
+
+        def batch_is(low: int, high: int, *, foreign: bool) -> JobView:
+            """Wait for a plan of the slowed device in these bounds whose reason tells the load."""
+            begun = fleet.client.job(job).round
+
+            def met(view: JobView) -> bool:
+                if view.round <= begun:
+                    return False
+                work = parts_of(view, slowed)[-1].work
+                reason = PATTERN.fullmatch(work.reasons["batch"])
+                assert reason is not None, work.reasons["batch"]
+                told = "foreign 0.00 of" not in reason["reading"] and "foreign" in reason["reading"]
+                return low <= work.batch <= high and told == foreign
+
+            return wait_for(fleet, job, met, seconds=90)
+
+        wait_for(fleet, job, committed(2), seconds=90)
+        before = parts_of(batch_is(2, 8, foreign=False), slowed)[-1].work.batch
+        burner = start_in(fleet.edges[slowed].group, [sys.executable, "-c", BURNER], tmp_path / "burner.log")
+        try:
+            batch_is(1, before - 1, foreign=True)
+        finally:
+            burner.kill()
+            burner.wait(10)
+        view = batch_is(before, 8, foreign=False)
+        fleet.client.cancel(job)
+    others = [part.work for name in names if name != slowed for part in parts_of(view, name)]
+    assert all("foreign 0.00 of" in work.reasons["batch"] for work in others), "nobody else had a foreign load"
+
+
+@pytest.mark.timeout(120)
+def test_old_telemetry_leads_to_a_cautious_assignment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is heard but tells its load no more gets half the batch, and the plan says how old the load is."""
+    monkeypatch.setenv("MUSTER_TEST_STEP_S", "0.1")
+    silent, names = "edge-02", ["edge-01", "edge-02"]
+    specs = []
+    for seed, name in enumerate(names):
+        path = tmp_path / f"{name}.jsonl"
+        least_squares.write_rows(path, least_squares.make_rows("12x6", 64, seed=seed))
+        period = {"idle_s": 300.0, "busy_s": 300.0, "change": 1e9} if name == silent else {"idle_s": 0.5, "busy_s": 0.5}
+        specs.append(
+            DeviceSpec(name, data={"points": path}, settings={"policy": {"foreign_limit": 100.0}, "telemetry": period})
+        )
+    waits = {"period_s": 1.0, "cautious_periods": 3.0, "gather_s": 0.3}
+    fleet = Fleet(
+        tmp_path / "fleet", specs, {"12x6": "12x6"}, agent="numpy", limits=False, coordinator={"waits": waits}
+    )  # fmt: skip
+    with fleet:
+        job = fleet.client.submit(SQUARES).id
+        view = wait_for(fleet, job, ended, seconds=90)
+    assert view.state == "finished", view.reason
+    works = [part.work for part in parts_of(view, silent)]
+    cautious = [work for work in works if "telemetry is" in work.reasons["batch"]]
+    assert cautious, [work.reasons["batch"] for work in works]
+    for work in cautious:
+        notes = (PATTERN.fullmatch(work.reasons["batch"]) or {"notes": ""})["notes"]
+        found = re.search(r"telemetry is (\d+) s old \(limit 3 s\): cautious batch (\d+) instead of (\d+)", notes)
+        assert found, work.reasons["batch"]
+        age, lowered, instead = map(int, found.groups())
+        assert age >= 3
+        assert work.batch == lowered == instead // 2
+    assert works.index(cautious[0]) > 0, "fresh at first"
+    assert all("telemetry" not in part.work.reasons["batch"] for part in parts_of(view, names[0]))

@@ -1,4 +1,4 @@
-"""Starts a subprocess that a service talks to in frames: a pipe each way, and a thread that only reports what it reads."""
+"""A subprocess that a service talks to in frames: a pipe each way, and a thread that only reports what it reads."""
 
 from __future__ import annotations
 

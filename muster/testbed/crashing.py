@@ -5,7 +5,8 @@
 
 The service itself is the ordinary one and knows nothing of this. Points: `decided`: nothing of the step is on disk;
 `written`: records or journal are, nothing that follows from them was done; `done`: the step is performed. The marker
-file keeps a restarted service from dying again. The victim is this process unless another is named: its PID file, or `agent`.
+file keeps a restarted service from dying again. The victim is this process unless another is named, by its PID file or
+as `agent`.
 """
 
 from __future__ import annotations

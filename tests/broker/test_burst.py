@@ -168,7 +168,9 @@ def test_all_devices_finish_in_the_same_second(tmp_path: Path, size: int) -> Non
     sent = BlobFolder(tmp_path / "sent", fsync=False)
     common = os.urandom(size - 8)
     refs = [sent.put(i.to_bytes(8, "big") + common) for i in range(DEVICES)]
-    with Broker(tmp_path / "broker") as broker:
+    # Saved as seldom as the deployed broker does it; the limits of its queues are the same.
+    saved = {"autosave_interval": "30", "autosave_on_changes": "false"}
+    with Broker(tmp_path / "broker", overrides=saved) as broker:
         # As the services have it: the coordinator's window and queue are larger than a device's.
         coordinator = Coordinator(broker.settings(window=32, queue=4096), BlobFolder(tmp_path / "taken", fsync=False))
         devices = Devices(broker.settings(), sent, refs)

@@ -69,12 +69,17 @@ def test_bits_follow_memory() -> None:
     assert plan.left_out["e"].startswith("memory: 32 bits would take")
 
 
-def test_what_has_run_under_the_limit_needs_no_reserve() -> None:
+@pytest.mark.parametrize("peak", [380, 450])
+def test_what_has_run_under_the_limit_fits(peak: int) -> None:
+    """Even where resident memory was above the limit: shared pages count in it, and no limit is charged for them."""
     tight = device("a", memory=420, bits=(4,))
     facts, spec = minilm(), job(batch=4, batch_min=4)
     first = _plan(tight, spec=spec).participants["a"]
-    measured = result(batch=first.batch, bits=4, step_s=0.1, base=330, peak=380)
-    report = RoundReport(round=1, works={"a": first}, results={"a": measured}, facts=facts, job=spec)
+    measured = result(batch=first.batch, bits=4, step_s=0.1, base=330, peak=peak)
+    assert tight.load is not None
+    report = RoundReport(
+        round=1, works={"a": first}, results={"a": measured}, loads={"a": tight.load}, facts=facts, job=spec
+    )
     again = _plan(tight, spec=spec, planner=UniformPlanner().learn(report)).participants["a"]
     assert again.bits == 4
     assert "meets 420 MiB memory limit, under which it has run" in again.reasons["bits"]

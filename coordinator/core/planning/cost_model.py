@@ -52,6 +52,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     peak: int
     micro: int
     adapter_params: int
+    limit: int = 0
+    """The limit it ran under; 0: not known."""
 
 
 class DeviceModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,11 +133,17 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         known = self.devices.get(device)
         return None if known is None else known.limits.get(str(bits))
 
-    def has_run(self, device: str, need: Demand, bits: Bits, batch: int) -> bool:
-        """Whether the device trained at these bits with at least so many samples at once when it last did."""
+    def has_run(self, device: str, need: Demand, bits: Bits, batch: int, limit: int) -> bool:
+        """Whether the device trained at these bits with at least so many samples at once when it last did, under a
+        memory limit of at most `limit` bytes."""
         known = self.devices.get(device)
         met = known.peaks.get(str(bits)) if known is not None else None
-        return met is not None and met.micro >= need.micro(batch) and met.adapter_params >= need.adapter_params
+        return (
+            met is not None
+            and met.micro >= need.micro(batch)
+            and met.adapter_params >= need.adapter_params
+            and 0 < met.limit <= limit
+        )
 
     def own_bytes(self, device: str, info: DeviceInfo) -> int:
         """What the agent holds now, by its last measurement or its size before a model is loaded."""
@@ -154,7 +162,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
                 if report.facts is not None and report.job is not None:
                     need = _demand_of(report.facts, report.job, work, known_needs)
                     found = _with_speed(found, need, result, load)
-                    found = _with_memory(found, need, result, self.activation_scale)
+                    found = _with_memory(found, need, result, self.activation_scale, load)
                 found = replace(found, own_bytes=result.peak_bytes or found.own_bytes)
             if found is not _UNKNOWN:
                 devices[device] = found
@@ -264,11 +272,17 @@ def _with_occupancy(found: DeviceModel, free: Capacity, used: float) -> DeviceMo
     return replace(found, occupancy=held, occupancy_now=now)
 
 
-def _with_memory(found: DeviceModel, need: Demand, result: UpdateFacts, fleet_scale: float) -> DeviceModel:
+def _with_memory(
+    found: DeviceModel, need: Demand, result: UpdateFacts, fleet_scale: float, load: Load | None
+) -> DeviceModel:
     if not result.peak_bytes or result.batch < 1:
         return found
     bits = str(result.bits)
-    met = Measured(peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params)
+    # Of a GPU the limit is its own memory, which the allocator can't exceed unseen: there the estimate decides.
+    limit = load.memory_limit if load is not None and not load.gpus else 0
+    met = Measured(
+        peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit
+    )
     before = found.peaks.get(bits)
     if before is not None and (before.micro, before.adapter_params) == (met.micro, met.adapter_params):
         # A slightly lower peak is noise: keep the higher one, so that no batch flaps at the edge of memory.

@@ -58,8 +58,9 @@ class Budget(NamedTuple):
         return f"{mebibytes(self.bytes)} memory budget ({parts})"
 
     def holds(self, size: float, *, proven: bool = False) -> bool:
-        """Whether `size` bytes fit. What has run under the limit already (`proven`) needs no reserve for errors."""
-        return not self.limit or size <= (self.limit - self.foreign if proven else self.bytes)
+        """Whether `size` bytes fit. What has run under this limit (`proven`) does, whatever its size is thought to be:
+        resident memory counts shared pages that no limit is charged for."""
+        return not self.limit or (proven and not self.foreign) or size <= self.bytes
 
 
 def capacity(info: DeviceInfo | None, load: Load | None) -> Capacity:

@@ -98,7 +98,7 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
             told.append(f"{bits} bits ran out of memory above batch {limit}")
             continue
         size, why = model.memory(place.device, need, bits, least, place.info)
-        if place.budget.holds(size, proven=model.has_run(place.device, need, bits, least)):
+        if place.budget.holds(size, proven=model.has_run(place.device, need, bits, least, place.budget.limit)):
             fitting.append((bits, size, why))
             if not place.caution or len(fitting) == 2:
                 break
@@ -158,7 +158,9 @@ def _held(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[
         if limit is not None and size > limit:
             return held, f"{size} ran out of memory before (limit {limit})"
         taken, _ = model.memory(place.device, need, bits, size, place.info)
-        if held and not place.budget.holds(taken, proven=model.has_run(place.device, need, bits, size)):
+        if held and not place.budget.holds(
+            taken, proven=model.has_run(place.device, need, bits, size, place.budget.limit)
+        ):
             return held, f"{size} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
         held.append(size)
     return held, f"{sizes[-1]} is the largest batch of the job"

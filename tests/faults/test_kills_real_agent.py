@@ -1,0 +1,109 @@
+"""kill -9 of coordinator, broker, daemon and agent while the real agent trains a real, tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.core import records as rec
+from muster.testbed.broker import free_port
+from muster.testbed.fleet import DeviceSpec, Fleet
+from tests.faults.scene import DEVICES, ROUNDS, Scene, check_whole, trap
+
+pytest.importorskip("torch")
+from tests.training.tiny_models import colour_rows, make_bert, write_jsonl  # noqa: E402 - it needs torch
+
+JOB = """
+name = "real"
+[base]
+model = "tiny"
+[task]
+kind = "classification"
+dataset = "colours"
+labels = ["red", "green", "blue"]
+max_tokens = 16
+[rounds]
+count = {rounds}
+min_devices = 2
+quorum = 1.0
+local_steps = 24
+deadline_s = 120
+[strategy]
+rank = 2
+batch = 4
+batch_min = 4
+batch_max = 4
+bits = 32
+[training]
+lr = 0.002
+checkpoint_every = 4
+[evaluation]
+data = "{held_out}"
+worse_by = 10.0
+"""
+
+
+class RealScene(Scene):
+    """The scene with the torch agent on a BERT of two layers."""
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.marker = self.folder / "killed"
+        self.victim = self.folder / "victim"
+        write_jsonl(self.folder / "held.jsonl", colour_rows(24, seed=99))
+        devices = [
+            DeviceSpec(
+                name,
+                data={"colours": write_jsonl(self.folder / f"{name}.jsonl", colour_rows(48, seed=seed))},
+                # One thread: the same bytes on a machine of any size.
+                settings={"policy": {"foreign_limit": 1000.0}, "agent": {"threads": 1}, **self.settings},
+            )
+            for seed, name in enumerate(DEVICES)
+        ]
+        self.fleet = Fleet(
+            self.folder / "fleet",
+            devices,
+            {"tiny": make_bert(self.folder / "tiny")},
+            limits=False,
+            commands={name: [part.format(scene=self) for part in command] for name, command in self.commands.items()},
+            coordinator={"api": {"port": free_port()}, "waits": {"gather_s": 0.3, "retry_s": 1.0}},
+        )
+
+    def text(self) -> str:
+        return JOB.format(rounds=self.rounds, held_out=self.folder / "held.jsonl")
+
+    def plans(self) -> list[str]:
+        """Digest of each plan."""
+        return [record.digest for record in self.records() if isinstance(record, rec.RoundPlanned)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Digest of the adapter of the undisturbed run."""
+    scene = RealScene(tmp_path_factory.mktemp("undisturbed"))
+    view = scene.run(seconds=120.0)
+    assert view.state == "finished", view.reason
+    assert [r.phase for r in view.rounds] == ["committed"] * ROUNDS
+    return scene.exported()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("program", "command"),
+    [
+        ("coordinator", trap("coordinator", "open", "done")),
+        ("broker", trap("coordinator", "open", "done", "{scene.victim}")),
+        ("daemon", trap("edge", "training", "done")),
+        ("agent", trap("edge", "training", "done", "agent")),
+    ],
+)
+def test_killed(tmp_path: Path, undisturbed: str, program: str, command: list[str]) -> None:
+    place = "coordinator" if program in ("coordinator", "broker") else DEVICES[0]
+    scene = RealScene(tmp_path, commands={place: command})
+    view = scene.run(seconds=120.0)
+    assert scene.marker.exists(), "the trap never sprang"
+    check_whole(scene, view, undisturbed)
+    done = {device: dict.fromkeys(range(1, ROUNDS + 1), 1) for device in DEVICES}
+    assert {device: scene.trainings(device) for device in DEVICES} == done, "trained again"
+    assert len(set(scene.plans())) == ROUNDS

@@ -66,6 +66,7 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
         adapter_files.read_file(_path(job.residual, blobs)) if job.residual else None,
         reported,
         round=job.round.number,
+        max_share=job.spec.strategy.max_share,
     )
     return Made(
         adapter=blobs.put(adapter_files.write(result.adapter)),

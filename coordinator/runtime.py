@@ -31,6 +31,7 @@ from shared.errors import DecodeError
 from shared.ids import is_name
 from shared.messages import CoordState, Done, Missing, Want
 from shared.transport import base
+from shared.transport.outlet import publish_waiting
 
 log = logging.getLogger(__name__)
 LOG_RETRY_S = 1.0
@@ -101,7 +102,6 @@ class Runtime:
         self.sender = BlobSender(ports.blobs, messages.MAX_CHUNK_BYTES)
         self.connected = False
         self.problem = ""
-        self.bytes_by_round: dict[str, int] = {}
         self._waiting: deque[base.Outgoing] = deque()
         self._performer = performing.Performer(self)
         self._started = False
@@ -115,13 +115,17 @@ class Runtime:
         """Take one event of any edge, then let time pass and send what is due."""
         match event:
             case base.Received():
-                self._on_received(event)
-                self.ports.transport.ack(event)
+                try:
+                    self._on_received(event)
+                finally:
+                    # What we can't handle now we can't handle later; unacknowledged, it would block the session.
+                    self.ports.transport.ack(event)
             case base.Connected():
                 self._on_connected(event)
             case base.Disconnected():
                 self.connected = False
                 self.problem = event.reason
+                self.step(ev.BrokerLost(**self.now()))
                 log.warning("disconnected from the broker: %s", event.reason)
             case base.TransportFailed():
                 self.problem = event.reason
@@ -147,8 +151,14 @@ class Runtime:
             self.step(ev.Started(now=now, ts=self.ports.wall()))
         if self._unwritten and now >= self._retry_at:
             self.step(self._unwritten.popleft())
-        while self.step(ev.Tick(now=now, ts=self.ports.wall())):
-            pass  # a decision may make the next one due: committed, so plan
+        try:
+            while self.step(ev.Tick(now=now, ts=self.ports.wall())):
+                pass  # a decision may make the next one due: committed, so plan
+        finally:
+            self._send_due(now)
+
+    def _send_due(self, now: float) -> None:
+        """Even where a decision failed: nobody else should wait for it."""
         self._performer.tick(now)
         if self.connected and now - self._present_at >= PRESENCE_S:
             self._say_presence(online=True)
@@ -182,8 +192,8 @@ class Runtime:
         log.error("the event log can't be written, trying again: %s", error)
         self.problem = str(error)
         self._retry_at = self.ports.clock() + LOG_RETRY_S
-        if not isinstance(event, ev.Tick):
-            self._unwritten.appendleft(event)
+        if not isinstance(event, ev.Tick | ev.JobRequested):
+            self._unwritten.append(event)
 
     # ---- out
 
@@ -205,14 +215,7 @@ class Runtime:
 
     def _flush(self) -> None:
         transport = self.ports.transport
-        while self._waiting:
-            try:
-                transport.publish(self._waiting[0])
-            except base.BackPressure:
-                break
-            except base.Oversize as error:
-                log.error("not sent: %s", error)
-            self._waiting.popleft()
+        publish_waiting(transport, self._waiting)
         room = transport.room() - CONTROL_ROOM if self.connected else 0
         for chunk in self.sender.take(room) if room > 0 else []:
             name = topics.DOWN_CHUNK.name(self.settings.fleet, device=chunk.peer, sha=chunk.sha, index=chunk.index)
@@ -231,7 +234,7 @@ class Runtime:
         self.receiver.limit_packet(event.max_packet)
         self.sender.limit_packet(event.max_packet)
         chunk = min(messages.MAX_CHUNK_BYTES, self.receiver.max_chunk)
-        self.state = replace(self.state, chunk=chunk)
+        self.step(ev.BrokerFound(chunk=chunk, **self.now()))
         self._say_presence(online=True)
 
     def _on_received(self, received: base.Received) -> None:

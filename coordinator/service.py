@@ -41,6 +41,7 @@ from shared.files import write_whole  # noqa: E402
 from shared.messages import CoordState  # noqa: E402
 from shared.processes import lock_folder  # noqa: E402
 from shared.transport.base import Outgoing  # noqa: E402
+from shared.transport.credentials import read_credentials  # noqa: E402
 from shared.transport.mqtt import MqttTransport  # noqa: E402
 
 log = logging.getLogger("coordinator")
@@ -55,6 +56,11 @@ class Service:
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fold")
+        # What may be the operator's fault comes first: nothing is written then.
+        read_credentials(config.broker)
+        if config.api.token_file:
+            _token(config)
+        self._socket = _listen(config.api.host, config.api.port)
         state_dir = Path(config.state_dir)
         try:
             state_dir.mkdir(parents=True, exist_ok=True, mode=0o750)
@@ -62,7 +68,6 @@ class Service:
             raise UserError(f"state_dir {state_dir}: can't be made: {error.strerror}") from error
         self._lock = lock_folder(state_dir, "coordinator")
         event_log = SqliteEventLog(state_dir / "events.sqlite", fsync=config.fsync)
-        self._socket = _listen(config.api.host, config.api.port)
         transport = MqttTransport(
             config.broker, config.name, next_epoch=lambda: self._runtime.term, will=self._will, rng=random.Random()
         )

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from shared.settings import BrokerSettings, Section
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}\Z")]
 Seconds = Annotated[float, Meta(gt=0)]
 
 

@@ -28,6 +28,8 @@ class Probe(PipeMessage, frozen=True, kw_only=True):
 
     datasets: dict[str, str]
     """Name -> file, of the owner's `[data]` table."""
+    hub: bool = False
+    """Whether the owner lets data sets and bases come from the hub."""
     share_labels: bool = False
     """Whether the owner lets label counts leave the device."""
     threads: int = 1
@@ -47,6 +49,8 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     """The global adapter file to start from."""
     device: str = ""
     """Id of this device, written into the update."""
+    hub: bool = False
+    """Whether the owner lets data sets and bases come from the hub."""
     update_path: str
     """Where to write the update (temp file, then rename)."""
     checkpoint_dir: str

@@ -29,6 +29,7 @@ from shared.codec import pack, unpack
 from shared.errors import DecodeError, RemoteError
 from shared.messages import Done, Load, Manifest, Missing, Want
 from shared.transport import base
+from shared.transport.outlet import publish_waiting
 
 log = logging.getLogger(__name__)
 COORDINATOR = "coordinator"
@@ -94,8 +95,11 @@ class Runtime:
         now = self.ports.clock()
         match event:
             case base.Received():
-                self._on_received(event)
-                self.ports.transport.ack(event)
+                try:
+                    self._on_received(event)
+                finally:
+                    # What we can't handle now we can't handle later; unacknowledged, it would block the session.
+                    self.ports.transport.ack(event)
             case base.Connected():
                 self.receiver.limit_packet(event.max_packet)
                 self.sender.limit_packet(event.max_packet)
@@ -196,7 +200,18 @@ class Runtime:
     def _train(self, order: cmd.Train) -> None:
         store, work = self.ports.store, order.assignment
         folder = store.work_folder(identity_of(work))
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            failed = protocol.Failed(
+                job=work.job,
+                round=work.round,
+                attempt=work.attempt,
+                kind="internal",
+                reason=f"{folder}: {error.strerror}",
+            )
+            self.step(ev.AgentFailed(now=self.ports.clock(), failed=failed))
+            return
         adapter = store.blobs.path(work.adapter.sha)
         if adapter is None:
             self.step(ev.AdapterLost(now=self.ports.clock(), sha=work.adapter.sha, reason="it vanished from the disk"))
@@ -205,6 +220,7 @@ class Runtime:
             protocol.Train(
                 assignment=work,
                 device=self.settings.device,
+                hub=self.settings.policy.hub,
                 base_path=order.base_path,
                 data_path=order.data_path,
                 adapter_path=str(adapter),
@@ -324,14 +340,7 @@ class Runtime:
 
     def _flush(self) -> None:
         transport = self.ports.transport
-        while self._waiting:
-            try:
-                transport.publish(self._waiting[0])
-            except base.BackPressure:
-                break
-            except base.Oversize as error:
-                log.error("not sent: %s", error)
-            self._waiting.popleft()
+        publish_waiting(transport, self._waiting)
         room = transport.room() - CONTROL_ROOM if self.state.connected else 0
         for chunk in self.sender.take(room) if room > 0 else []:
             name = topics.UP_CHUNK.name(

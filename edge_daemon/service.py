@@ -29,6 +29,7 @@ from shared.codec import pack
 from shared.errors import MusterError, SettingsError, UserError
 from shared.messages import DeviceState
 from shared.transport.base import Outgoing
+from shared.transport.credentials import read_credentials
 from shared.transport.mqtt import MqttTransport
 from shared.version import VERSION
 
@@ -43,6 +44,7 @@ class Service:
         self._config = config
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._notify = notifier()
+        read_credentials(config.broker)  # before anything is written
         self._store = Store(Path(config.state_dir))
         self._host = HostReader()
         self._gpus = NvidiaReader(config.agent.gpus)

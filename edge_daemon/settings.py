@@ -10,13 +10,13 @@ from msgspec import Meta
 
 from shared.settings import BrokerSettings, Section
 
-Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}$")]
+Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}\Z")]
 
 
 class PolicySettings(Section, frozen=True, kw_only=True):
     """When this device may train; a refusal or pause names the reading that met its limit."""
 
-    hours: list[Annotated[str, Meta(pattern=r"^\d\d:\d\d-\d\d:\d\d$")]] = []
+    hours: list[Annotated[str, Meta(pattern=r"^\d\d:\d\d-\d\d:\d\d\Z")]] = []
     """Local times of day, such as "22:00-06:00"; empty: always."""
     foreign_limit: Annotated[float, Meta(gt=0)] = 0.9
     """Share of the device's cores that other programs may use before training pauses."""
@@ -40,7 +40,7 @@ class AgentSettings(Section, frozen=True, kw_only=True):
     command: list[str] = msgspec.field(default_factory=lambda: [sys.executable, "-m", "edge_daemon.training.agent"])
     """The program; the daemon adds the numbers of the pipe's ends."""
     gpus: list[str] = []
-    """UUIDs of the GPUs to use, one agent each; empty: all found, or the CPU where there is none."""
+    """UUIDs of the GPUs to report; the first one trains. Empty: all found, or the CPU where there is none."""
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads of an agent; 0: the cores of the quota, at least one."""
     silence_s: Annotated[float, Meta(gt=0)] = 180.0

@@ -93,6 +93,8 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """Precision of the frozen base; auto: the largest proven on the device that its memory holds."""
     global_rank: Annotated[int, Meta(ge=1, le=4096)] = 64
     """Hard cap of the rank of the global adapter, per module."""
+    max_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    """Largest share of a round's mean that one device may have: its sample count is its own claim."""
     energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99
     """Share of the squared singular values that recompression keeps."""
 
@@ -136,7 +138,7 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
 class JobSpec(Spec, frozen=True, kw_only=True):
     """One fine-tuning run."""
 
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,40}$")]
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,40}\Z")]
     """What people call the job; its id adds a number."""
     base: BaseSpec
     task: TaskSpec

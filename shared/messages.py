@@ -16,7 +16,12 @@ from shared.jobs import BaseSpec, Bits, TaskSpec, TrainingSpec
 
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Text = Annotated[str, Meta(max_length=1000)]
-Sha = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$")]
+JobName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
+"""Becomes part of a path on devices, so nothing else is let in."""
+Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
+"""No NaN and no infinity: one would spread through every mean it enters."""
+Amount = Annotated[float, Meta(ge=0.0, le=1e15)]
+Sha = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Lifecycle = Literal["init", "ready", "training", "draining", "disconnected", "lost"]
 MAX_BLOB_BYTES = 512 * 1024 * 1024
 MAX_CHUNK_BYTES = 122_880
@@ -40,7 +45,7 @@ class DeviceState(Message, frozen=True, kw_only=True):
     """Rises with every connection; a state with a lower epoch than the highest seen is stale."""
     boot_id: Text = ""
     version: Text = ""
-    ts: float = 0.0
+    ts: Amount = 0.0
     """Unix seconds of the device's clock; for people, never for decisions."""
 
 
@@ -67,7 +72,7 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     epoch: Natural
     version: Text = ""
     hardware: Text = ""
-    cores: float = 0.0
+    cores: Amount = 0.0
     """CPU cores usable, by quota."""
     memory_bytes: Natural = 0
     """Limit of the memory that training may use: cgroup limit, else RAM."""
@@ -86,11 +91,11 @@ class GpuLoad(msgspec.Struct, frozen=True, kw_only=True):
     """Reading of one GPU; None: the field is not supported there."""
 
     uuid: Text
-    utilization: float | None = None
+    utilization: Finite | None = None
     memory_free: Natural | None = None
     memory_total: Natural | None = None
-    temperature_c: float | None = None
-    power_w: float | None = None
+    temperature_c: Finite | None = None
+    power_w: Finite | None = None
     throttled: bool | None = None
     foreign_memory: Natural | None = None
     """Bytes held by processes other than the agent."""
@@ -105,17 +110,17 @@ class Load(Message, frozen=True, kw_only=True):
     job: Text = ""
     round: Natural = 0
     attempt: Natural = 0
-    cores: float = 0.0
+    cores: Amount = 0.0
     """CPU cores usable now, by quota."""
-    own_cores: float = 0.0
+    own_cores: Amount = 0.0
     """Cores used by the daemon and its agents since the last reading."""
-    foreign_cores: float = 0.0
+    foreign_cores: Amount = 0.0
     """Cores used by anything else in the same cgroup (or on the host where there is no quota)."""
-    throttled: float = 0.0
+    throttled: Amount = 0.0
     """Share of the scheduler's periods in which the quota stopped us since the last reading."""
     memory_available: Natural = 0
     memory_limit: Natural = 0
-    temperature_c: float | None = None
+    temperature_c: Finite | None = None
     on_battery: bool | None = None
     gpus: list[GpuLoad] = []
     paused: Text = ""
@@ -134,7 +139,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Samples per optimizer step."""
     bits: Bits
     steps: Annotated[int, Meta(ge=1)]
-    train_for_s: float = 0.0
+    train_for_s: Amount = 0.0
     """Seconds by the device's monotonic clock from receipt; 0: no limit."""
     reasons: dict[str, str] = {}
     """Name of a number above -> the reading, the bound it met, the number it produced."""
@@ -150,7 +155,7 @@ class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """Work with all a device needs to do it."""
 
-    job: Text
+    job: JobName
     round: Annotated[int, Meta(ge=1)]
     attempt: Annotated[int, Meta(ge=1)]
     work: Work
@@ -180,7 +185,7 @@ class Ack(Message, frozen=True, kw_only=True):
     """On `up/ack`: a device's answer to its assignment."""
 
     epoch: Natural
-    job: Text
+    job: JobName
     round: Natural
     attempt: Natural
     verdict: Literal["accept", "reject", "failed"]
@@ -195,14 +200,14 @@ class Progress(Message, frozen=True, kw_only=True):
     """On `up/progress`, QoS 0."""
 
     epoch: Natural
-    job: Text
+    job: JobName
     round: Natural
     attempt: Natural
     step: Natural
     steps: Natural
     samples: Natural
-    loss: float
-    samples_per_s: float
+    loss: Finite
+    samples_per_s: Amount
 
 
 class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -214,24 +219,24 @@ class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
     """The batch really used; below the assigned one after out of memory."""
     batch_limit: Natural = 0
     bits: Bits
-    loss_first: float
-    loss_last: float
-    step_s: float
+    loss_first: Finite
+    loss_last: Finite
+    step_s: Amount
     """Median seconds per optimizer step, pauses excluded."""
-    train_s: float
+    train_s: Amount
     """Seconds from the first to the last step, pauses excluded."""
-    load_s: float = 0.0
+    load_s: Amount = 0.0
     """Seconds to load the base and data; 0 where they stayed loaded."""
-    paused_s: float = 0.0
-    fetch_s: float = 0.0
+    paused_s: Amount = 0.0
+    fetch_s: Amount = 0.0
     peak_bytes: Natural = 0
     """Highest resident (CPU) or allocated (CUDA) memory of the agent in this round."""
     base_bytes: Natural = 0
     """Memory of the agent with the base loaded, before the first step."""
-    cores_used: float = 0.0
+    cores_used: Amount = 0.0
     """Mean cores the agent used while training."""
     ended: Literal["complete", "time", "drain"] = "complete"
-    norm: float = 0.0
+    norm: Amount = 0.0
     """Euclidean norm of all tensors of the update."""
 
 
@@ -245,7 +250,7 @@ class Manifest(Message, frozen=True, kw_only=True, tag="manifest"):
     size: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
     chunk: Annotated[int, Meta(ge=1, le=1024 * 1024)]
     kind: Literal["update"]
-    job: Text
+    job: JobName
     round: Natural
     attempt: Natural
     facts: UpdateFacts
@@ -301,4 +306,4 @@ class CoordState(Message, frozen=True, kw_only=True):
 
     online: bool
     term: Natural
-    ts: float = 0.0
+    ts: Amount = 0.0

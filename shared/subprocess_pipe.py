@@ -26,18 +26,20 @@ def start_piped(
     name: str,
     env: Mapping[str, str] | None = None,
     own_group: bool = False,
+    quiet: bool = False,
 ) -> tuple[subprocess.Popen[bytes], FrameWriter]:
     """Start `command` with `--read-fd` and `--write-fd` added; it dies with the thread that called this.
 
     A thread calls `on_message` with each message of type `wanted` (a type or a union of types), then `on_end` once,
-    with what was wrong with the pipe ("": it just ended). `name` is the subprocess's in logs; its standard output goes
-    to our standard error. `own_group`: it leads a process group of its own. Raises `OSError` if it can't be started.
+    with what was wrong with the pipe ("": it just ended). `name` is the subprocess's in logs; what it prints goes to
+    our standard error (`quiet`: nowhere). `own_group`: it leads a process group. Raises `OSError` if it can't start.
     """
     to_child, from_child = os.pipe(), os.pipe()
     arguments = [*command, "--read-fd", str(to_child[0]), "--write-fd", str(from_child[1])]
     try:
         process = subprocess.Popen(
-            arguments, pass_fds=(to_child[0], from_child[1]), stdin=subprocess.DEVNULL, stdout=2,
+            arguments, pass_fds=(to_child[0], from_child[1]), stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL if quiet else 2, stderr=subprocess.DEVNULL if quiet else None,
             start_new_session=own_group, preexec_fn=die_with_parent, env=env,
         )  # fmt: skip
     except OSError:

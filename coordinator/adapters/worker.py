@@ -152,13 +152,11 @@ class SubprocessWorker:
         def heard(message: wire.FromWorker | None) -> None:
             self._post(WorkerSpoke(run, message))
 
+        def ended(_problem: str) -> None:
+            heard(None)
+
         self._process, self._writer = start_piped(
-            self._command,
-            wire.FromWorker,
-            heard,
-            lambda _problem: heard(None),
-            name="worker",
-            env=_worker_environment(),
+            self._command, wire.FromWorker, heard, ended, name="worker", env=_worker_environment()
         )
 
 

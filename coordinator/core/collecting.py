@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from coordinator.core import commands as cmd
@@ -10,7 +11,9 @@ from coordinator.core import records as rec
 from coordinator.core.close import Status
 from coordinator.core.job import Job, Round
 from coordinator.core.turn import State, Turn
-from shared.messages import Ack, BlobRef, Manifest
+from shared.messages import Ack, BlobRef, Manifest, Work
+
+UPDATE_SLACK = 256 * 1024
 
 
 def on_ack(turn: Turn, device: str, ack: Ack) -> None:
@@ -55,6 +58,8 @@ def on_manifest(turn: Turn, device: str, manifest: Manifest) -> None:
 def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
     job = state.jobs.get(manifest.job)
     round = job.round if job else None
+    if job is not None and (manifest.round, device, manifest.sha) in job.settled:
+        return "stored", ""
     if job is None or round is None or (round.number, round.attempt) != (manifest.round, manifest.attempt):
         return "late", f"round {manifest.round} attempt {manifest.attempt} of {manifest.job} is not open"
     if device not in round.participants:
@@ -70,7 +75,19 @@ def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
     work, facts = round.plan.participants[device], manifest.facts
     if not 0 < facts.samples <= work.steps * work.batch:
         return "refused", f"{facts.samples} samples claimed, the work allows 1 to {work.steps * work.batch}"
+    most = _largest_update(job, work)
+    if manifest.size > most:
+        return "refused", f"an update of {manifest.size} bytes, the work allows {most}"
     return "pull", ""
+
+
+def _largest_update(job: Job, work: Work) -> int:
+    """Bytes that no sound update of `work` exceeds: twice its tensors in float32, and names."""
+    assert job.facts is not None
+    sides = {module.name: module.out + module.inp for module in job.facts.modules}
+    numbers = sum(rank * sides.get(name, 0) for name, rank in work.ranks.items())
+    numbers += sum(math.prod(shape) for shape in job.facts.dense.values())
+    return 8 * numbers + UPDATE_SLACK
 
 
 def on_stored(turn: Turn, event: ev.UpdateStored) -> None:
@@ -95,6 +112,8 @@ def on_checked(turn: Turn, event: ev.UpdateChecked) -> None:
     """Admission is through: write the update down, then tell the device that it may forget it."""
     manifest = turn.state.announced.get(event.device)
     if manifest is None or manifest.sha != event.sha:
+        return
+    if (manifest.job, manifest.round, manifest.attempt) != (event.job, event.round, event.attempt):
         return
     if not _waits_for(turn.state, event.device, manifest):
         turn.do(cmd.Settle(event.device, event.sha, *_verdict(turn.state, event.device, manifest)))
@@ -129,7 +148,9 @@ def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
             continue
         known = state.fleet.get(device)
         heard = max(known.heard_at if known else 0.0, state.since, state.restarted_at)
-        if now - heard > state.waits.silent_s or (known is not None and known.state is not None and not known.present):
+        if (now - heard > state.waits.silent_s and not state.cut_off) or (
+            known is not None and known.state is not None and not known.present
+        ):
             found[device] = "silent"
         elif device in state.accepted:
             found[device] = "accepted"

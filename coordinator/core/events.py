@@ -28,6 +28,18 @@ class Tick(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BrokerFound(Event):
+    """The session with the broker stands. `chunk`: bytes of the largest chunk that fits its packets."""
+
+    chunk: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrokerLost(Event):
+    """We hear nobody: silence says nothing about the devices."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FromDevice(Event):
     """A decoded message of a device."""
 
@@ -150,4 +162,4 @@ class WorkFailed(Event):
 
 JobEvent = JobRequested | CancelRequested | ResumeRequested | BasePrepared | Evaluated | Folded | Exported | WorkFailed
 DeviceEvent = FromDevice | Heard | Decommissioned | UpdateStored | UpdateLost | UpdateChecked
-AnyEvent = Started | Tick | DeviceEvent | JobEvent
+AnyEvent = Started | Tick | BrokerFound | BrokerLost | DeviceEvent | JobEvent

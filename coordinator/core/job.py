@@ -76,6 +76,10 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     judged: tuple[Metrics, ...] = ()
     """What the gate needs: the best accepted metrics and those of the refusals in a row after it."""
     refusals: int = 0
+    resume_to: Phase = "waiting"
+    """Where a paused job goes on."""
+    settled: frozenset[tuple[int, str, str]] = frozenset()
+    """(round, device, sha) of the updates that the last committed round counted; asked again, they are stored."""
     export_path: str = ""
 
 
@@ -120,9 +124,9 @@ def apply(job: Job | None, record: rec.AnyRecord) -> Job:
         case rec.JobExported():
             return replace(job, export_path=record.path)
         case rec.JobEnded():
-            return replace(job, phase=record.state, reason=record.reason)
+            return _ended(job, record)
         case rec.JobResumed():
-            return replace(job, phase="waiting", reason="", refusals=0, round=None)
+            return replace(job, phase=job.resume_to, reason="", refusals=0)
         case _:
             assert_never(record)
 
@@ -170,11 +174,20 @@ def _answered(round: Round, record: rec.DeviceAnswered | rec.UpdateAdmitted | re
     return replace(round, participants={**round.participants, record.device: part})
 
 
+def _ended(job: Job, record: rec.JobEnded) -> Job:
+    if record.state != "paused":
+        return replace(job, phase=record.state, reason=record.reason, round=None)
+    resume_to: Phase = job.phase if job.phase in ("folding", "evaluating", "exporting") else "waiting"
+    return replace(job, phase="paused", reason=record.reason, resume_to=resume_to)
+
+
 def _committed(job: Job, record: rec.RoundCommitted) -> Job:
     round = _current(job, record.round)
     done: Phase = "exporting" if record.round >= job.spec.rounds.count else "waiting"
+    parts = ((device, round.participants[device].blob) for device in round.counted)
+    counted = {(round.number, device, blob.sha) for device, blob in parts if blob is not None}
     job = replace(
-        job, phase=done, round=None, committed=record.round, attempt=0, reason=record.reason,
+        job, settled=frozenset(counted), phase=done, round=None, committed=record.round, attempt=0, reason=record.reason,
         planner=job.planner.learn(report(job, round)),
     )  # fmt: skip
     if record.accepted:

@@ -59,7 +59,7 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
         )  # fmt: skip
     )
     notices = {name: text for name, text in state.notices.items() if name != job.id}
-    turn.update(notices=notices, assigned=state.assigned | plan.participants.keys())
+    turn.update(notices=notices)
 
 
 def candidates(state: State, now: float) -> list[Presence]:

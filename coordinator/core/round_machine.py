@@ -17,7 +17,7 @@ from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core.close import Status, closing
 from coordinator.core.gate import judge
-from coordinator.core.job import TERMINAL, Job
+from coordinator.core.job import IDLE, TERMINAL, Job
 from coordinator.core.transitions import TABLE
 from coordinator.core.turn import State, Step, Turn
 from shared import machines
@@ -34,6 +34,8 @@ from shared.messages import (
 )
 
 REBIRTH_EVERY_S = 10.0
+GRACE_S = 30.0
+"""A round stays open at least so long after we began to hear the devices again."""
 REMIND_EVERY_S = 10.0
 """An assignment that shows no effect is published again: a broker may drop what it acknowledged."""
 ATTEMPTS = 8
@@ -49,6 +51,10 @@ def step(state: State, event: ev.AnyEvent) -> Step:
             _on_started(turn, event)
         case ev.Tick():
             _on_tick(turn, event)
+        case ev.BrokerFound():
+            turn.update(cut_off=False, restarted_at=event.now, chunk=event.chunk)
+        case ev.BrokerLost():
+            turn.update(cut_off=True)
         case ev.FromDevice() | ev.Heard() | ev.Decommissioned():
             _on_device(turn, event)
         case ev.UpdateStored():
@@ -62,6 +68,8 @@ def step(state: State, event: ev.AnyEvent) -> Step:
     for job in turn.state.jobs.values():
         if job.id in before and before[job.id] != job.phase:
             machines.check(TABLE, before[job.id], type(event).__name__, job.phase)
+            if before[job.id] in IDLE and job.phase in IDLE:
+                continue  # it never held the fleet: another job may
             turn.update(since=event.now, accepted=frozenset(), announced={}, reminded={})
             turn.do(*entry(turn.state, job))
     return turn.step()
@@ -102,7 +110,8 @@ def _on_started(turn: Turn, event: ev.Started) -> None:
         # A clock that jumped must neither end the round at once nor prolong it.
         spent = min(max(event.ts - job.round.planned_ts, 0.0), job.round.plan.deadline_s)
         since = event.now - spent if job.phase == "open" else event.now
-    turn.update(since=since, settled_at=event.now, restarted_at=event.now)
+    taking_part = {d for known in turn.state.jobs.values() if known.round for d in known.round.participants}
+    turn.update(since=since, settled_at=event.now, restarted_at=event.now, assigned=frozenset(taking_part))
     if job is not None:
         turn.do(*entry(turn.state, job))
 
@@ -137,8 +146,18 @@ def _on_message(turn: Turn, event: ev.FromDevice) -> None:
             collecting.on_manifest(turn, event.device, event.message)
         case DeviceState() | DeviceInfo() | Load() | Progress():
             turn.update(fleet=fleet.told(turn.state.fleet, event.device, event.message, event.now))
+            if isinstance(event.message, DeviceState) and event.device not in turn.state.told:
+                _first_words(turn, event.device)
         case _:
             assert_never(event.message)
+
+
+def _first_words(turn: Turn, device: str) -> None:
+    """A device this process has told nothing yet may hold on to work of a job that has ended meanwhile."""
+    job = turn.state.active
+    if job is not None and job.round is not None and device in job.round.participants:
+        return  # the entry of the phase has spoken
+    turn.do(cmd.PublishAssign(device, Assign(term=turn.state.term, reason="no work for now")))
 
 
 def _on_job(turn: Turn, event: ev.JobEvent) -> None:
@@ -148,6 +167,9 @@ def _on_job(turn: Turn, event: ev.JobEvent) -> None:
     job = turn.state.jobs.get(event.job)
     if job is None or job.phase in TERMINAL or not machines.allows(TABLE, job.phase, type(event).__name__):
         turn.count("answers out of phase")
+        return
+    if isinstance(event, ev.ResumeRequested) and turn.state.active is not None:
+        turn.count("resumes while another job runs")
         return
     match event:
         case ev.CancelRequested():
@@ -202,7 +224,12 @@ def _close_if_due(turn: Turn, job: Job, event: ev.Tick) -> None:
     round = job.round
     assert round is not None
     found = collecting.statuses(turn.state, job, event.now)
+    if turn.state.cut_off:
+        return
+    # After a restart or an outage the updates that wait on the devices get a chance first.
     deadline_at = turn.state.since + round.plan.deadline_s
+    if turn.state.restarted_at > turn.state.since:
+        deadline_at = max(deadline_at, turn.state.restarted_at + GRACE_S)
     verdict, reason = closing(found, job.spec.rounds.quorum, event.now, deadline_at)
     if verdict == "wait":
         _remind(turn, job, found, event.now)
@@ -214,7 +241,7 @@ def _close_if_due(turn: Turn, job: Job, event: ev.Tick) -> None:
         turn.record(rec.RoundClosed(job=job.id, round=round.number, devices=done, reason=reason))
     else:
         job = turn.record(rec.RoundRepeated(job=job.id, round=round.number, attempt=round.attempt, reason=reason))
-        if round.attempt >= ATTEMPTS:
+        if round.attempt % ATTEMPTS == 0:
             _end(turn, job, "paused", f"round {round.number} failed {ATTEMPTS} times, last: {reason}", event)
 
 

@@ -32,7 +32,9 @@ TABLE: tuple[Transition, ...] = (
     Transition("evaluating", "WorkFailed", ("paused",), "the evaluation can't be done; the operator is needed"),
     Transition("exporting", "Exported", ("finished",), "the PEFT folder is complete"),
     Transition("exporting", "WorkFailed", ("paused",), "the export can't be written; the operator is needed"),
-    Transition("paused", "ResumeRequested", ("waiting",), "an operator resumed it; its open round is planned again"),
+    Transition(
+        "paused", "ResumeRequested", ("waiting", "folding", "evaluating", "exporting"), "resumed where it paused"
+    ),
     *(
         Transition(p, "CancelRequested", ("cancelled",), "an operator cancelled it")
         for p in ("queued", *_RUNNING, "paused")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from coordinator.core.commands import Command
+from coordinator.core.commands import Command, PublishAssign
 from coordinator.core.fleet import Fleet
 from coordinator.core.job import IDLE, Job, apply
 from coordinator.core.records import AnyRecord
@@ -36,8 +36,10 @@ class State:
     fleet: Fleet = field(default_factory=dict)
     since: float = 0.0
     """When the active job entered its phase (monotonic; after a restart, less the time already spent)."""
+    cut_off: bool = False
+    """The broker is away."""
     restarted_at: float = 0.0
-    """When this process took the log up: silence counts from here at the earliest."""
+    """When we last began to hear the devices: silence counts from here at the earliest."""
     settled_at: float = 0.0
     """When the set of able devices last changed."""
     announced: dict[str, Manifest] = field(default_factory=dict)
@@ -48,6 +50,8 @@ class State:
     """Participant -> when its assignment was published again."""
     silenced: dict[str, float] = field(default_factory=dict)
     """Device -> when a round closed without a sign of life from it."""
+    told: frozenset[str] = frozenset()
+    """Devices whose desired state this process has set."""
     assigned: frozenset[str] = frozenset()
     """Devices whose retained desired state holds an assignment."""
     notices: dict[str, str] = field(default_factory=dict)
@@ -87,6 +91,13 @@ class Turn:
     def do(self, *commands: Command) -> None:
         """Ask the runtime for these, in order, after the records are on disk."""
         self.commands.extend(commands)
+        for command in commands:
+            if isinstance(command, PublishAssign):
+                busy = {command.device} if command.assign.assignment is not None else set()
+                self.update(
+                    told=self.state.told | {command.device},
+                    assigned=(self.state.assigned - {command.device}) | busy,
+                )
 
     def update(self, **changes: object) -> None:
         """Change volatile fields of the state."""

@@ -52,6 +52,8 @@ class Desk:
 
         def submit() -> JobView:
             self._runtime.step(ev.JobRequested(job=job_id, spec=spec, **self._runtime.now()))
+            if job_id not in self._runtime.state.jobs:
+                raise Conflict(f"the job can't be written down, nothing was queued: {self._runtime.problem}")
             return history.summary(self._runtime.state.jobs[job_id])
 
         return self._on_loop(submit)
@@ -152,6 +154,9 @@ class Desk:
         def act() -> JobView:
             job = self._find(job_id)
             allowed = job.phase == "paused" if isinstance(event, ev.ResumeRequested) else job.phase not in TERMINAL
+            other = self._runtime.state.active
+            if isinstance(event, ev.ResumeRequested) and allowed and other is not None:
+                raise Conflict(f"job {other.id} holds the fleet; resume {job_id} when it has ended")
             if not allowed:
                 raise Conflict(f"job {job_id} {refusal}: it is {job.phase}")
             self._runtime.step(event)

@@ -36,7 +36,8 @@ def ensure(state: State) -> Result:
     gpus = settings.agent.gpus or [gpu.uuid for gpu in (state.machine.gpus if state.machine else ())]
     cores = state.machine.cores if state.machine else 1.0
     probe = protocol.Probe(
-        datasets=settings.data, share_labels=settings.policy.share_labels, gpu=gpus[0] if gpus else "",
+        datasets=settings.data, share_labels=settings.policy.share_labels,
+        hub=settings.policy.hub, gpu=gpus[0] if gpus else "",
         threads=settings.agent.threads or max(1, int(cores)), beat_s=min(BEAT_S, settings.agent.silence_s / 4),
     )  # fmt: skip
     return replace(state, agent=replace(agent, status="starting", heard_at=state.now)), [cmd.StartAgent(probe)]

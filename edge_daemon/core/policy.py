@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from edge_daemon.core.state import Capability
 from edge_daemon.settings import EdgeSettings, PolicySettings
 from shared.messages import Assignment, Load
@@ -10,6 +12,9 @@ _RESUME_SHARE = 0.8
 """A pause for foreign load ends below this share of its limit, so that it does not flap."""
 _RESUME_COOLER_C = 5.0
 _MIB = 1024 * 1024
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+"""A name on the hub; a path on this device never looks like one, or is in `[models]`."""
 
 
 def refusal(
@@ -69,8 +74,11 @@ def _unable(settings: EdgeSettings, capability: Capability, assignment: Assignme
         note = capability.notes.get(task.dataset, "it could not be read")
         return f"data set {task.dataset!r}: {note}"
     # A least-squares base is its name: nothing is loaded.
-    if base.model not in settings.models and not settings.policy.hub and task.kind != "least_squares":
-        return f"base model {base.model!r} is not in this device's [models] table, and policy.hub is off"
+    if base.model not in settings.models and task.kind != "least_squares":
+        if not settings.policy.hub:
+            return f"base model {base.model!r} is not in this device's [models] table, and policy.hub is off"
+        if not _HUB_ID.fullmatch(base.model):
+            return f"base model {base.model!r} is neither in this device's [models] table nor a hub id (owner/name)"
     if work.bits not in capability.bits:
         proven = ", ".join(str(bits) for bits in capability.bits) or "none"
         return f"bits: {work.bits} asked, proven here: {proven}"

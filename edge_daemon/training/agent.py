@@ -103,7 +103,7 @@ class Agent:
         for name, source in sorted(probe.datasets.items()):
             self._control.beat("reading data sets")
             try:
-                datasets[name] = data.describe(source, share_labels=probe.share_labels, hub=True)
+                datasets[name] = data.describe(source, share_labels=probe.share_labels, hub=probe.hub)
             except UserError as error:
                 notes[name] = str(error)
         return Probed(
@@ -196,7 +196,7 @@ class Agent:
         before = self._store.loads
         try:
             data = self._store.load(
-                request.data_path, request.assignment.task, loaded.base.tokenizer, loaded.digest, hub=True,
+                request.data_path, request.assignment.task, loaded.base.tokenizer, loaded.digest, hub=request.hub,
                 beat=self._control.poll,
             )  # fmt: skip
         except DataFault as error:

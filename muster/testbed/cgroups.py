@@ -69,6 +69,12 @@ class DeviceGroup:
             if (folder / "cpu.cfs_quota_us").exists() or (folder / "cpu.max").exists():
                 _limit_cpu(folder, cores)
 
+    def set_memory(self, memory_bytes: int) -> None:
+        """Change the memory limit. Raises `GroupsFailed`."""
+        for folder in self.folders:
+            if (folder / "memory.limit_in_bytes").exists() or (folder / "memory.max").exists():
+                _limit_memory(folder, memory_bytes)
+
 
 class Groups:
     """The groups of one run. Use as a context manager: leaving it kills what is left in them and removes them."""

@@ -6,17 +6,15 @@ measured here with a real probe. So a device of a profile holds the same models 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import threading
+import queue
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 from edge_daemon import protocol
-from shared.errors import DecodeError, UserError
-from shared.frames import FrameReader, FrameWriter
+from shared.errors import UserError
+from shared.subprocess_pipe import start_piped
 
 MIB = 2**20
 PROBE_WITHIN_S = 120.0
@@ -76,41 +74,28 @@ def measure_agent(command: Sequence[str], data: Mapping[str, str]) -> int:
 
     Raises `UserError` where it does not start or answer.
     """
-    to_agent, from_agent = os.pipe(), os.pipe()
-    argv = [*command, "--read-fd", str(to_agent[0]), "--write-fd", str(from_agent[1])]
-    with os.fdopen(to_agent[1], "wb") as write, os.fdopen(from_agent[0], "rb") as read:
-        try:
-            process = subprocess.Popen(
-                argv, pass_fds=(to_agent[0], from_agent[1]), stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-        except OSError as error:
-            raise UserError(f"the agent can't be started: {command[0]}: {error.strerror}") from error
-        finally:
-            os.close(to_agent[0])
-            os.close(from_agent[1])
-        # One that hangs ends, and with it the wait for its answer.
-        patience = threading.Timer(PROBE_WITHIN_S, process.kill)
-        patience.start()
-        try:
-            FrameWriter(write).write(protocol.Probe(datasets=dict(data)))
-            return _probed(read, " ".join(command))
-        except (OSError, DecodeError) as error:
-            raise UserError(f"the agent {' '.join(command)} does not answer: {error}") from error
-        finally:
-            patience.cancel()
-            process.kill()
-            process.wait()
-
-
-def _probed(read: Any, command: str) -> int:
-    """The agent's size as its answer says."""
-    reader: FrameReader[protocol.FromAgent] = FrameReader(read, cast(type[Any], protocol.FromAgent))
-    while True:
-        answer = reader.read()
-        if answer is None:
-            raise UserError(f"the agent {command} ended before it answered its probe; try it by hand")
-        if isinstance(answer, protocol.Probed):
-            return answer.agent_bytes
+    answers: queue.SimpleQueue[protocol.FromAgent | str] = queue.SimpleQueue()
+    line = " ".join(command)
+    try:
+        process, writer = start_piped(command, protocol.FromAgent, answers.put, answers.put, name="agent", quiet=True)
+    except OSError as error:
+        raise UserError(f"the agent can't be started: {command[0]}: {error.strerror}") from error
+    until = time.monotonic() + PROBE_WITHIN_S
+    try:
+        writer.write(protocol.Probe(datasets=dict(data)))
+        while not isinstance(answer := answers.get(timeout=max(0.0, until - time.monotonic())), protocol.Probed):
+            if answer == "":
+                raise UserError(f"the agent {line} ended before it answered its probe; try it by hand")
+            if isinstance(answer, str):
+                raise UserError(f"the agent {line} does not answer: {answer}")
+        return answer.agent_bytes
+    except OSError as error:
+        raise UserError(f"the agent {line} does not answer: {error}") from error
+    except queue.Empty:
+        raise UserError(f"the agent {line} does not answer within {PROBE_WITHIN_S:.0f} s") from None
+    finally:
+        process.kill()
+        process.wait()
 
 
 def largest(paths: Sequence[Path]) -> Path:

@@ -32,6 +32,15 @@ def write_texts(path: Path, count: int, seed: int, *, words: int = 14) -> Path:
     return path
 
 
+def wait_until_heard(fleet: Fleet) -> None:
+    """Wait until every device has proven some precision and told its load, so that no first plan is a cautious one."""
+    assert fleet.wait_until_able() == []
+    until = time.monotonic() + 60.0
+    while missing := [view.device for view in fleet.client.devices() if view.load is None]:
+        assert time.monotonic() < until, f"no load from {missing}"
+        time.sleep(0.1)
+
+
 def wait_for(fleet: Fleet, job: str, met: Callable[[JobView], bool], *, seconds: float) -> JobView:
     """The job once `met` says so. Fails where it ends before, or a program of the fleet does."""
     until = time.monotonic() + seconds
@@ -61,10 +70,14 @@ def parts_of(view: JobView, device: str) -> list[ParticipantView]:
     return [part for r in view.rounds for part in r.participants if part.device == device]
 
 
+def records_of(fleet: Fleet, job: str) -> list[rec.AnyRecord]:
+    """The job's part of the event log."""
+    return SqliteEventLog(fleet.folder / "coordinator" / "events.sqlite").of_job(job)
+
+
 def plans_of(fleet: Fleet, job: str) -> list[Plan]:
     """Every plan of the job, as recorded."""
-    log = SqliteEventLog(fleet.folder / "coordinator" / "events.sqlite")
-    return [record.plan for record in log.of_job(job) if isinstance(record, rec.RoundPlanned)]
+    return [record.plan for record in records_of(fleet, job) if isinstance(record, rec.RoundPlanned)]
 
 
 def history(view: JobView) -> str:

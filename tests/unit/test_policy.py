@@ -67,7 +67,8 @@ def test_foreign_load_is_no_reason_to_refuse_a_round() -> None:
 
 def test_an_owner_may_allow_battery_and_the_hub() -> None:
     assert _refusal(PolicySettings(on_battery=True), reading=load(on_battery=True)) == ""
-    assert _refusal(PolicySettings(hub=True), base=BaseSpec(model="big"), task=CAUSAL) == ""
+    assert _refusal(PolicySettings(hub=True), base=BaseSpec(model="maker/big"), task=CAUSAL) == ""
+    assert "hub id" in _refusal(PolicySettings(hub=True), base=BaseSpec(model="/srv/secret"), task=CAUSAL)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core.transitions import TABLE
 from shared import jobs, machines
-from shared.messages import DeviceState
+from shared.codec import pack, unpack
+from shared.errors import DecodeError
+from shared.messages import DeviceState, Load, Manifest
 from tests.unit.machine_rig import Rig, facts, spec
 
 A, B = "a" * 64, "b" * 64
@@ -159,8 +162,6 @@ def test_the_deadline_closes_with_quorum() -> None:
 
 def test_load_without_a_birth_asks_for_one() -> None:
     rig = Rig()
-    from shared.messages import Load
-
     rig.feed(ev.FromDevice, device="dev-a", message=Load(epoch=3, seq=1))
     assert of(rig.last, cmd.AskRebirth)
     rig.feed(ev.FromDevice, device="dev-a", message=Load(epoch=3, seq=2))
@@ -291,3 +292,107 @@ def test_a_restart_keeps_what_is_left_of_the_deadline() -> None:
     rig.now += 60
     rig.restart()
     assert rig.state.since == pytest.approx(rig.now - 60)
+
+
+def test_cancelling_a_queued_job_leaves_the_running_one_alone() -> None:
+    rig = Rig()
+    rig.open()
+    rig.submit(job="job-2")
+    rig.feed(ev.FromDevice, device="dev-a", message=rig.manifest("dev-a", A))
+    before = rig.state
+    commands = rig.feed(ev.CancelRequested, job="job-2")
+    assert rig.state.jobs["job-2"].phase == "cancelled"
+    assert not of(commands, cmd.PublishAssign) and rig.state.announced == before.announced
+    assert rig.state.since == before.since and rig.job.round == before.jobs["job-1"].round
+
+
+def test_a_paused_job_does_not_take_the_fleet_from_another() -> None:
+    rig = _to("paused")
+    rig.submit(spec(), job="job-2")
+    assert rig.state.active is not None and rig.state.active.id == "job-2"
+    rig.feed(ev.ResumeRequested, job="job-1")
+    assert rig.job.phase == "paused"
+    rig.feed(ev.CancelRequested, job="job-2")
+    rig.feed(ev.ResumeRequested, job="job-1")
+    assert rig.job.phase == "folding", "it goes on where it stopped, with the updates it has"
+    assert rig.job.round is not None and rig.job.round.counted == ("dev-a", "dev-b")
+
+
+def test_a_failed_export_is_tried_again_and_no_round_is_added() -> None:
+    rig = _to("exporting")
+    rig.feed(ev.WorkFailed, job="job-1", what="export", reason="disk full")
+    assert rig.job.phase == "paused"
+    commands = rig.feed(ev.ResumeRequested, job="job-1")
+    assert of(commands, cmd.ExportJob) and rig.job.committed == 1
+
+
+def test_silence_while_the_broker_is_away_says_nothing() -> None:
+    rig = Rig()
+    rig.open()
+    rig.feed(ev.BrokerLost)
+    rig.now += 300
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "open", "neither silence nor the deadline ends a round that nobody can reach"
+    rig.feed(ev.BrokerFound, chunk=1000)
+    rig.now += 10
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "open" and rig.job.round is not None and rig.job.round.attempt == 1
+    rig.deliver("dev-a", A)
+    rig.deliver("dev-b", B)
+    assert rig.job.phase == "folding"
+
+
+def test_after_a_long_absence_waiting_updates_get_a_chance() -> None:
+    rig = _to("open")
+    rig.now += 3600
+    rig.restart()
+    assert rig.job.phase == "open"
+    rig.deliver("dev-b", B)
+    assert rig.job.phase == "folding"
+
+
+def test_a_device_that_comes_back_after_the_job_is_told_to_stop() -> None:
+    rig = _to("cancelled")
+    rig.restart()
+    commands = rig.birth("dev-a", epoch=2)
+    assert [c.assign.assignment for c in of(commands, cmd.PublishAssign)] == [None]
+    assert not of(rig.birth("dev-a", epoch=3), cmd.PublishAssign), "told once"
+
+
+def test_an_update_of_impossible_size_is_not_fetched() -> None:
+    rig = Rig()
+    rig.open()
+    manifest = replace(rig.manifest("dev-a", A), size=400 * 1024 * 1024)
+    commands = rig.feed(ev.FromDevice, device="dev-a", message=manifest)
+    assert not of(commands, cmd.Pull) and "bytes" in of(commands, cmd.Settle)[0].reason
+
+
+def test_a_counted_update_is_stored_even_after_the_commit() -> None:
+    rig = Rig()
+    rig.open()
+    manifest = rig.manifest("dev-a", A)
+    rig.deliver("dev-a", A)
+    rig.deliver("dev-b", B)
+    rig.folded()
+    commands = rig.feed(ev.FromDevice, device="dev-a", message=manifest)
+    assert [c.verdict for c in of(commands, cmd.Settle)] == ["stored"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1.0])
+@pytest.mark.parametrize("field", ["train_s", "cores_used", "step_s", "load_s"])
+def test_numbers_that_would_poison_what_is_learned_do_not_decode(field: str, value: float) -> None:
+    rig = Rig()
+    rig.open()
+    poisoned = pack(rig.manifest("dev-a", A, facts=facts(**{field: value})))
+    with pytest.raises(DecodeError):
+        unpack(poisoned, Manifest)
+    with pytest.raises(DecodeError):
+        unpack(pack(Load(epoch=1, seq=1, cores=value)), Load)
+
+
+@pytest.mark.parametrize("job", ["../../etc", "a/b", "a\n", "", "A"])
+def test_a_job_name_that_is_a_path_does_not_decode(job: str) -> None:
+    rig = Rig()
+    rig.open()
+    with pytest.raises(DecodeError):
+        unpack(pack(replace(rig.manifest("dev-a", A), job=job)), Manifest)

@@ -6,6 +6,8 @@ factors as they are. A module is averaged over the devices that tuned it; one th
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from coordinator.core.aggregation import admission
@@ -24,11 +26,13 @@ class FedIt:
         self.rank = rank
 
     def admit(self, update: Adapter, expected: Expectation) -> str | None:
-        """Why `update` must be refused, or None: every tuned module must have the job's rank."""
+        """Why `update` must be refused, or None: every tuned module must have the job's rank, if it is that large."""
         for name in sorted(update.factors):
             rank = update.factors[name].rank
-            if rank != self.rank:
-                return f"module {name!r:.100}: rank {rank}, but fedit averages factors of rank {self.rank} only"
+            module = expected.modules.get(name)
+            wanted = self.rank if module is None else min(self.rank, module.out, module.inp)
+            if rank != wanted:
+                return f"module {name!r:.100}: rank {rank}, but fedit averages factors of rank {wanted} only"
         return admission.refusal(update, expected, trains_directions=True)
 
     # The protocol hands every method its residual.
@@ -57,7 +61,7 @@ class MeanFold:
             self._b = np.zeros((self._module.out, factors.rank))
             self._a = np.zeros((factors.rank, self._module.inp))
             self._scaling = factors.scaling
-        if factors.b.shape != self._b.shape or factors.scaling != self._scaling:
+        if factors.b.shape != self._b.shape or not math.isclose(factors.scaling, self._scaling, rel_tol=1e-5):
             raise ValueError(f"module {self._module.name}: fedit can't average factors of unequal rank or scaling")
         self._b += np.multiply(factors.b, part.weight, dtype=np.float64)
         self._a += np.multiply(factors.a, part.weight, dtype=np.float64)

@@ -1,0 +1,195 @@
+"""Bad input as an operator gives it, to real processes: one line that says what to do, exit code 2, nothing written.
+
+What one process can tell without another is in `tests/unit` and `tests/fleet/test_emulate.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from muster.testbed.broker import free_port
+
+MODULES = {
+    "muster": "muster.cli.main",
+    "muster-coordinator": "coordinator.service",
+    "muster-edge": "edge_daemon.service",
+}
+MARK = "MUSTER_TEST_BAD_INPUT"
+JOB = """
+name = "texts"
+[base]
+model = "{model}"
+[task]
+kind = "classification"
+labels = ["a", "b"]
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Path]:
+    """A folder with good data; afterwards no process that was started for it is left."""
+    data = tmp_path / "texts"
+    data.mkdir()
+    for name in ("train", "test"):
+        write_rows(data / f"{name}.jsonl", [{"text": f"word {i}", "label": i % 2} for i in range(40)])
+    (tmp_path / "job.toml").write_text(JOB.format(model="minilm"), encoding="utf-8")
+    yield tmp_path
+    left = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(tmp_path):
+                left.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    assert left == []
+
+
+def write_rows(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def refused(place: Path, program: str, *arguments: str, **environment: str) -> str:
+    """What it says on standard error: one line, with exit code 2 and no file made."""
+    before = sorted(str(path) for path in place.rglob("*"))
+    # A variable of this shell must not answer for what is missing.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MUSTER_") or k == "MUSTER_TEST_SESSION"}
+    done = subprocess.run(
+        [sys.executable, "-m", MODULES[program], *arguments], cwd=place, capture_output=True, text=True, timeout=90,
+        stdin=subprocess.DEVNULL, env={**clean, MARK: str(place), **environment}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert "Traceback" not in done.stdout
+    assert sorted(str(path) for path in place.rglob("*")) == before
+    return done.stderr
+
+
+EMULATE = ("emulate", "--devices", "2", "--data", "texts", "--job", "job.toml", "--out", "run")
+
+
+def test_emulate_with_an_unknown_model(place: Path) -> None:
+    (place / "job.toml").write_text(JOB.format(model="bert-of-mars"), encoding="utf-8")
+    said = refused(place, "muster", *EMULATE)
+    assert "unknown base model 'bert-of-mars': give --model bert-of-mars=FOLDER" in said
+
+
+def test_emulate_with_a_folder_that_holds_no_model(place: Path) -> None:
+    (place / "empty").mkdir()
+    assert "empty has no config.json" in refused(place, "muster", *EMULATE, "--model", "minilm=empty")
+
+
+def test_emulate_with_labels_outside_the_range(place: Path) -> None:
+    write_rows(place / "texts" / "train.jsonl", [{"text": "word", "label": i % 3} for i in range(40)])
+    assert "row 3 has label 2, the job's labels are 0 to 1" in refused(place, "muster", *EMULATE)
+
+
+def test_emulate_with_held_out_labels_outside_the_range(place: Path) -> None:
+    write_rows(place / "texts" / "test.jsonl", [{"text": "word", "label": -1}])
+    assert "test.jsonl: row 1 has label -1" in refused(place, "muster", *EMULATE)
+
+
+def test_emulate_without_held_out_rows(place: Path) -> None:
+    (place / "texts" / "test.jsonl").write_text("", encoding="utf-8")
+    assert "test.jsonl: no rows" in refused(place, "muster", *EMULATE)
+
+
+def test_emulate_without_a_data_file(place: Path) -> None:
+    (place / "texts" / "test.jsonl").unlink()
+    assert "no test.jsonl.gz there" in refused(place, "muster", *EMULATE)
+
+
+def test_emulate_with_rows_that_are_no_json(place: Path) -> None:
+    (place / "texts" / "train.jsonl").write_text('{"text": "a", "label": 0}\nnothing\n', encoding="utf-8")
+    assert "train.jsonl" in (said := refused(place, "muster", *EMULATE))
+    assert "2" in said
+
+
+def test_emulate_without_mosquitto(place: Path) -> None:
+    said = refused(place, "muster", *EMULATE, MUSTER_MOSQUITTO=str(place / "nowhere"))
+    assert "apt-get install mosquitto (or set MUSTER_MOSQUITTO)" in said
+
+
+def test_submit_without_a_coordinator(place: Path) -> None:
+    (place / "token").write_text("a-token-of-many-letters", encoding="utf-8")
+    url = f"http://127.0.0.1:{free_port()}"
+    said = refused(place, "muster", "--url", url, "--token-file", "token", "submit", "job.toml")
+    assert said.startswith("error: ")
+    assert url in said
+    assert "--url" in said
+
+
+def test_submit_with_a_missing_file(place: Path) -> None:
+    said = refused(place, "muster", "--url", "http://127.0.0.1:1", "submit", "none.toml")
+    assert said == "error: none.toml: no such file\n"
+
+
+def coordinator_file(place: Path, more: str = "") -> str:
+    """A coordinator's settings."""
+    path = place / "coordinator.toml"
+    text = f'fleet = "lab"\nstate_dir = "{place}/state"\n{more}'
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ("[wait]\nsilent_s = 3\n", "wait: unknown key, did you mean 'waits'?"),
+        ("[waits]\nsilent_s = -1\n", "waits.silent_s"),
+        ("[api]\nport = 700000\n", "api.port"),
+        ("[api\n", "not TOML"),
+    ],
+)
+def test_coordinator_with_bad_settings(place: Path, more: str, told: str) -> None:
+    assert told in refused(place, "muster-coordinator", "--config", coordinator_file(place, more))
+
+
+def test_coordinator_without_settings(place: Path) -> None:
+    said = refused(place, "muster-coordinator", "--config", str(place / "none.toml"))
+    assert said == f"muster-coordinator: {place}/none.toml: no such file\n"
+
+
+def test_coordinator_with_its_port_in_use(place: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = coordinator_file(place, f"[api]\nport = {taken.getsockname()[1]}\n")
+        said = refused(place, "muster-coordinator", "--config", config)
+    assert "Address already in use; choose another with [api] port, or 0 for a free one" in said
+
+
+def test_coordinator_with_a_missing_token_file(place: Path) -> None:
+    config = coordinator_file(place, f'[api]\nport = 0\ntoken_file = "{place}/none"\n')
+    assert f"[api] token_file {place}/none: No such file" in refused(place, "muster-coordinator", "--config", config)
+
+
+def broker_file(place: Path, program: str, more: str) -> str:
+    """Settings of either service with a broker table."""
+    path = place / "settings.toml"
+    who = 'device = "edge-01"\n' if program == "muster-edge" else "api = { port = 0 }\n"
+    path.write_text(
+        f'fleet = "lab"\n{who}state_dir = "{place}/state"\n[broker]\n{more}', encoding="utf-8"
+    )  # fmt: skip
+    return str(path)
+
+
+@pytest.mark.parametrize("program", ["muster-coordinator", "muster-edge"])
+def test_a_service_with_missing_certificates(place: Path, program: str) -> None:
+    nowhere = place / "none.crt"
+    more = f'cafile = "{nowhere}"\ncertfile = "{nowhere}"\nkeyfile = "{nowhere}"\n'
+    assert "none.crt" in refused(place, program, "--config", broker_file(place, program, more))
+
+
+@pytest.mark.parametrize("program", ["muster-coordinator", "muster-edge"])
+def test_a_service_with_a_folder_that_can_not_be_made(place: Path, program: str) -> None:
+    (place / "state").write_text("a file", encoding="utf-8")
+    assert f"{place}/state" in refused(place, program, "--config", broker_file(place, program, "port = 1883\n"))

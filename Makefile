@@ -18,7 +18,7 @@ test: setup ## What every change must pass: checks, then all tests but the slow 
 	@scripts/check
 	@scripts/test
 
-test-all: setup ## The same with the slow tests: the whole fault matrix, long runs
+test-all: setup ## The same with the slow tests: long transfers, long runs
 	@scripts/check
 	@scripts/test --all
 
@@ -31,9 +31,10 @@ bench: setup ## Measure; writes bench/results.json and docs/benchmarks.md (keep 
 soak: setup ## Many rounds on a small fleet; fails when memory or file descriptors grow
 	$(PYTHON) bench/run.py --soak
 
-docs: setup ## Write the generated pages anew: docs/jobs.md, state-machines.md, benchmarks.md
+docs: setup ## Write the generated pages anew: jobs, state-machines, wire-format, benchmarks
 	$(PYTHON) scripts/settings_doc.py
 	$(PYTHON) scripts/machines_doc.py
+	$(PYTHON) scripts/wire_doc.py
 	$(PYTHON) bench/run.py --render
 
 clean: ## Remove .venv, caches, builds and runs

@@ -45,7 +45,8 @@ def measure(out: Path) -> list[dict[str, Any]]:
     effort = reference.effort
     note = (
         f"accuracy {second:.3f} after round 2, {last:.3f} after round {len(rounds)}, chance {chance:.3f}, "
-        f"central {pooled:.3f} with {effort.steps} steps of {effort.batch} samples; {spec.evaluation.rows} held-out rows"
+        f"central {pooled:.3f} with {effort.steps} steps of {effort.batch} samples; "
+        f"{spec.evaluation.rows} held-out rows"
     )
     return [
         figure("demo.seconds", "`make demo` after set-up, 4 devices", round(seconds, 1), "s", "<= 300", "one run"),
@@ -54,7 +55,7 @@ def measure(out: Path) -> list[dict[str, Any]]:
             round(second / chance, 2), "x", ">= 3", note,
         ),
         figure(
-            "demo.behind_central", "demo: points behind one central LoRA run on the pooled data with the same steps",
+            "demo.behind_central", "demo: points behind central LoRA on the pooled data with the same steps",
             round(100 * (pooled - last), 2), "points", "<= 5", note,
         ),
     ]  # fmt: skip

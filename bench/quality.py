@@ -94,8 +94,8 @@ def news(folder: Path) -> Iterator[dict[str, Any]]:
     error = math.hypot(central.standard_error(alone), central.standard_error(ours))
     assert ours.accuracy is not None and alone.accuracy is not None
     note = (
-        f"accuracy {ours.accuracy:.4f} against {alone.accuracy:.4f} on all {ours.rows} test rows, one standard error of "
-        f"the difference {error:.4f}, one seed"
+        f"accuracy {ours.accuracy:.4f} against {alone.accuracy:.4f} on all {ours.rows} test rows, one standard error "
+        f"of the difference {error:.4f}, one seed"
     )
     what = "20news, 6 unequal devices: above the head alone on the largest share, in standard errors"
     yield _figure("quality.20news_over_head", what, (ours.accuracy - alone.accuracy) / error, "SE", "> 2", note)

@@ -185,10 +185,10 @@ def _committed(job: Job, record: rec.RoundCommitted) -> Job:
     round = _current(job, record.round)
     done: Phase = "exporting" if record.round >= job.spec.rounds.count else "waiting"
     parts = ((device, round.participants[device].blob) for device in round.counted)
-    counted = {(round.number, device, blob.sha) for device, blob in parts if blob is not None}
+    counted = {(round.number, device, blob.sha) for device, blob in parts if blob}
     job = replace(
-        job, settled=frozenset(counted), phase=done, round=None, committed=record.round, attempt=0, reason=record.reason,
-        planner=job.planner.learn(report(job, round)),
+        job, settled=frozenset(counted), phase=done, round=None, committed=record.round, attempt=0,
+        reason=record.reason, planner=job.planner.learn(report(job, round)),
     )  # fmt: skip
     if record.accepted:
         judged = job.judged if record.metrics is None else _best(job.judged, record.metrics)

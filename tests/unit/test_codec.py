@@ -51,8 +51,10 @@ def value(info: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
             return st.floats(low if above is None else above, high, exclude_min=above is not None, allow_nan=False)
         case msgspec.inspect.BoolType():
             return st.booleans()
-        case msgspec.inspect.StrType(pattern=pattern):
-            return sha if pattern else text
+        case msgspec.inspect.StrType(pattern=None):
+            return text
+        case msgspec.inspect.StrType(pattern=str(pattern)):
+            return sha if "{64}" in pattern else st.from_regex(pattern, fullmatch=True)
         case msgspec.inspect.LiteralType(values=values):
             return st.sampled_from(values)
         case msgspec.inspect.NoneType():

@@ -82,7 +82,7 @@ def test_what_has_run_under_the_limit_fits(peak: int) -> None:
     )
     again = _plan(tight, spec=spec, planner=UniformPlanner().learn(report)).participants["a"]
     assert again.bits == 4
-    assert "meets 420 MiB memory limit, under which it has run" in again.reasons["bits"]
+    assert "meets 420 MiB memory limit by having run under it" in again.reasons["bits"]
 
 
 def test_fixed_bits_leave_out_who_can_not() -> None:

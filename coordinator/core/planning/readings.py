@@ -58,9 +58,14 @@ class Budget(NamedTuple):
         return f"{mebibytes(self.bytes)} memory budget ({parts})"
 
     def holds(self, size: float, *, proven: bool = False) -> bool:
-        """Whether `size` bytes fit. What has run under this limit (`proven`) does, whatever its size is thought to be:
-        resident memory counts shared pages that no limit is charged for."""
-        return not self.limit or (proven and not self.foreign) or size <= self.bytes
+        """Whether `size` bytes fit. `proven`: it has run under the limit already.
+
+        Then it needs no reserve for errors, and fits whatever was measured while nobody else takes memory: a peak of
+        resident memory contains pages of files, which the system takes back before it runs out.
+        """
+        if not self.limit or (proven and not self.foreign):
+            return True
+        return size <= (self.limit - self.foreign if proven else self.bytes)
 
 
 def capacity(info: DeviceInfo | None, load: Load | None) -> Capacity:

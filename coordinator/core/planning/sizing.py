@@ -112,7 +112,7 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
         bits, size, why = fitting[1]
     bound = str(place.budget)
     if not place.budget.holds(size):
-        bound = f"{mebibytes(place.budget.limit)} memory limit, under which it has run"
+        bound = f"{mebibytes(place.budget.limit)} memory limit by having run under it"
     return bits, word("bits", bits, f"{mebibytes(size)} at batch {least} ({why})", bound, *told)
 
 

@@ -213,4 +213,5 @@ def report(job: Job, round: Round) -> RoundReport:
         loads=round.loads,
         facts=job.facts,
         job=job.spec,
+        adapter_bytes=job.adapter.size if job.adapter else 0,
     )

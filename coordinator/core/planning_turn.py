@@ -35,6 +35,7 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
         round=job.committed + 1,
         candidates=tuple(_candidate(known, event.now) for known in able),
         facts=job.facts,
+        adapter_bytes=job.adapter.size if job.adapter else 0,
         fresh_s=state.waits.fresh_s,
     )
     try:

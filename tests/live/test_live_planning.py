@@ -107,7 +107,7 @@ def test_measured_memory_decides_the_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.cgroup
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(420)
 def test_a_foreign_load_lowers_the_batch_and_its_end_raises_it(tmp_path: Path) -> None:
     """A process that burns CPU time in a device's control group moves the very next plans, both ways."""
     names = ["edge-01", "edge-02", "edge-03"]

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundReport
@@ -367,3 +368,23 @@ def test_a_planner_survives_its_way_to_disk_and_back() -> None:
     back = unpack(pack(planner), UniformPlanner)
     assert back == planner
     assert back.plan(view(*FLEET), job()) == planner.plan(view(*FLEET), job())
+
+
+def test_a_slow_link_leaves_less_time_for_training() -> None:
+    seen, spec = view(*(device(name) for name in "abc")), job()
+    first = UniformPlanner().plan(seen, spec)
+    results = {
+        name: replace(result(batch=16, step_s=1.0, cores_used=1.0), fetch_s=fetch_s)
+        for name, fetch_s in [("a", 0.1), ("b", 0.1), ("c", 8.0)]
+    }
+    loads = {c.device: c.load for c in seen.candidates if c.load}
+    report = RoundReport(
+        round=1, works=first.participants, results=results, loads=loads, facts=seen.facts, job=spec,
+        adapter_bytes=2_000_000,
+    )  # fmt: skip
+    planner = UniformPlanner().learn(report)
+    plan = planner.plan(replace(seen, round=2, adapter_bytes=2_000_000), spec)
+    batches = _batches(plan)
+    assert batches["a"] == batches["b"] > batches["c"]
+    assert "0.25 MB/s" in plan.participants["c"].reasons["steps"]
+    assert "link not yet measured" in first.participants["c"].reasons["steps"]

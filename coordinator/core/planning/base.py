@@ -31,6 +31,8 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True):
     round: int
     candidates: tuple[Candidate, ...]
     facts: ModelFacts
+    adapter_bytes: int = 0
+    """Size of the global adapter that every participant fetches; 0: not known."""
     fresh_s: float = 30.0
     """A load older than this is stale: plan cautiously and say so."""
 
@@ -59,6 +61,8 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     facts: ModelFacts | None = None
     """The base that was tuned; without it and `job` speed and memory can't be learned."""
     job: JobSpec | None = None
+    adapter_bytes: int = 0
+    """Size of the global adapter that the participants fetched."""
 
 
 class Planner(Protocol):

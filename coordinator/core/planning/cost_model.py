@@ -44,6 +44,7 @@ CUDA_BYTES = 400 * MIB
 """A CUDA context, which the allocator's figures do not contain."""
 LOADING_BYTES = 32 * MIB
 LEAST_CORES = 0.01
+LEAST_MEASURED_BYTES, LEAST_MEASURED_S = 64 * 1024, 0.01
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,6 +72,8 @@ class DeviceModel(msgspec.Struct, frozen=True, kw_only=True):
     """Measured against estimated activations; 0: not yet known."""
     agent_bytes: int = 0
     """Agent as measured with a base loaded, less what the base should take."""
+    link: float = 0.0
+    """Bytes per second of its downloads, a moving average; 0: not yet known."""
     own_bytes: int = 0
     """What the agent held at the end of the last round."""
 
@@ -150,6 +153,13 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         known = self.devices.get(device)
         return max(info.agent_bytes, known.own_bytes if known is not None else 0)
 
+    def transfer(self, device: str, size: int) -> tuple[float, str]:
+        """Seconds to move `size` bytes over the device's link, with the reading; 0 s where it was not yet measured."""
+        known = self.devices.get(device)
+        if known is None or not known.link:
+            return 0.0, "link not yet measured"
+        return size / known.link, f"{mebibytes(size)} at {known.link / 1e6:.2f} MB/s"
+
     def learn(self, report: RoundReport) -> CostModel:
         """The model that also knows `report`. Speeds are learned where the report names the job and the base."""
         devices = dict(self.devices)
@@ -163,6 +173,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
                     need = _demand_of(report.facts, report.job, work, known_needs)
                     found = _with_speed(found, need, result, load)
                     found = _with_memory(found, need, result, self.activation_scale, load)
+                found = _with_link(found, report.adapter_bytes, result.fetch_s)
                 found = replace(found, own_bytes=result.peak_bytes or found.own_bytes)
             if found is not _UNKNOWN:
                 devices[device] = found
@@ -253,6 +264,14 @@ def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Loa
     bits = str(result.bits)
     fit = found.fits.get(bits, Fit()).learn(1 / min(used, 1.0), need.flop * result.batch / used, _mean_step_s(result))
     return replace(found, fits={**found.fits, bits: fit})
+
+
+def _with_link(found: DeviceModel, size: int, fetch_s: float) -> DeviceModel:
+    """Downloads that are too small or too quick measure latency, not the link."""
+    if size < LEAST_MEASURED_BYTES or fetch_s < LEAST_MEASURED_S:
+        return found
+    seen = size / fetch_s
+    return replace(found, link=(found.link + seen) / 2 if found.link else seen)
 
 
 def _mean_step_s(result: UpdateFacts) -> float:

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.cost_model import CostModel
-from coordinator.core.planning.demand import Demand, demand, tuned_modules
+from coordinator.core.planning.demand import Demand, demand, traffic, tuned_modules
 from coordinator.core.planning.reasons import plural, seconds, word
 from coordinator.core.planning.sizing import (
     SLACK,
@@ -70,12 +70,18 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
         if not drafts:
             raise UserError(_nobody(job, left_out))
         target, reason = self._target(drafts, need, job)
+        down, up, _ = traffic(view.facts, ranks, _global_rank(view, job), job.training.codec)
+        size = (view.adapter_bytes or down) + up
+        moved = [self.model.transfer(draft.place.device, size) for draft in drafts]
+        usual = statistics.median(took for took, _ in moved)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}
-        for draft in drafts:
+        for draft, (took, link) in zip(drafts, moved, strict=True):
             device = draft.place.device
-            batch, step_s, why = choose_batch(draft.place, need, draft.bits, self.model, sizes, target)
-            predicted[device], steps_reason = _steps(job, step_s)
+            # What a slow link takes beyond the usual is not there for training.
+            left = Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps)
+            batch, step_s, why = choose_batch(draft.place, need, draft.bits, self.model, sizes, left)
+            predicted[device], steps_reason = _steps(job, step_s, f"transfer {seconds(took)} ({link})")
             reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_reason}
             works[device] = Work(
                 ranks=ranks, batch=batch, bits=draft.bits, steps=job.rounds.local_steps,
@@ -132,7 +138,7 @@ def _global_rank(view: FleetView, job: JobSpec) -> int:
     return min(job.strategy.global_rank, (view.round - 1) * len(view.candidates) * job.strategy.rank)
 
 
-def _steps(job: JobSpec, step_s: float) -> tuple[float, str]:
+def _steps(job: JobSpec, step_s: float, transfer: str) -> tuple[float, str]:
     """(seconds of training expected, reason of the number of steps)."""
     steps, limit = job.rounds.local_steps, job.rounds.train_for_s
     expected = steps * step_s
@@ -140,7 +146,9 @@ def _steps(job: JobSpec, step_s: float) -> tuple[float, str]:
     met = expected <= bound
     note = "" if met else ("partial work counts" if limit else "an update after the deadline is lost")
     reading = f"{steps} asked x {seconds(step_s)} = {seconds(expected)}"
-    reason = word("steps", steps, reading, f"{seconds(bound)} {name}", note, verb="meets" if met else "exceeds")
+    reason = word(
+        "steps", steps, reading, f"{seconds(bound)} {name}", note, transfer, verb="meets" if met else "exceeds"
+    )
     return (min(expected, limit) if limit else expected), reason
 
 

@@ -90,10 +90,26 @@ class Scene:
         """Start, submit, restart whatever dies, until the job has ended. `act` is called at every look."""
         with self.fleet:
             self.victim.write_text(str(self.fleet.broker.pid), encoding="ascii")
-            self.job = self.fleet.client.submit(self.text()).id
+            self.submit()
             view = self.watch(act, seconds)
             self.fleet.stop()
         return view
+
+    def submit(self) -> None:
+        """Submit the job; where the answer is lost with the coordinator, take what is on disk, or submit again."""
+        try:
+            self.job = self.fleet.client.submit(self.text()).id
+            return
+        except UserError:
+            self.fleet.coordinator.wait()
+            self.revive()
+        while True:
+            try:
+                jobs = self.fleet.client.jobs()
+                break
+            except UserError:
+                time.sleep(0.05)
+        self.job = jobs[0].id if jobs else self.fleet.client.submit(self.text()).id
 
     def watch(self, act: Callable[[Scene, JobView | None], None] | None, seconds: float) -> JobView:
         """Keep the fleet alive until the job has ended."""

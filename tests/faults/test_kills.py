@@ -46,34 +46,11 @@ def test_every_phase_of_a_job_has_a_scenario() -> None:
 @pytest.mark.parametrize("phase", WHOLE)
 def test_coordinator_killed(tmp_path: Path, reference: str, phase: str, point: str) -> None:
     scene = Scene(tmp_path, commands={"coordinator": trap("coordinator", phase, point)})
-    if phase == "queued":
-        _killed_at_submission(scene, point, reference)
-        return
     view = scene.run()
     assert scene.marker.exists(), "the trap never sprang"
     check_whole(scene, view, reference)
     for device in DEVICES:
         assert scene.trainings(device) == dict.fromkeys(range(1, ROUNDS + 1), 1), "trained again"
-
-
-def _killed_at_submission(scene: Scene, point: str, reference: str) -> None:
-    """The answer to the submission is lost; what is on disk runs, what is not is submitted again."""
-    with scene.fleet:
-        with pytest.raises(UserError):
-            scene.fleet.client.submit(scene.text())
-        scene.fleet.coordinator.wait()
-        scene.revive()
-        jobs = None
-        while jobs is None:
-            try:
-                jobs = scene.fleet.client.jobs()
-            except UserError:
-                continue
-        assert len(jobs) == (0 if point == "decided" else 1)
-        scene.job = jobs[0].id if jobs else scene.fleet.client.submit(scene.text()).id
-        view = scene.watch(None, 60.0)
-        scene.fleet.stop()
-    check_whole(scene, view, reference)
 
 
 @pytest.mark.parametrize("point", ["written", "done"])

@@ -61,13 +61,14 @@ class Scene:
     lr: float = 0.05
     worse_by: float = 0.5
     rounds: int = ROUNDS
+    step_s: float = 0.02
     job: str = ""
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.marker = self.folder / "killed"
         self.victim = self.folder / "victim"
-        os.environ["MUSTER_TEST_STEP_S"] = "0.02"
+        os.environ["MUSTER_TEST_STEP_S"] = str(self.step_s)
         least_squares.write_rows(self.folder / "held.jsonl", least_squares.make_rows("12x6", 64, seed=99))
         devices = []
         for number, name in enumerate(DEVICES):

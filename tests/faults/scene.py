@@ -190,6 +190,7 @@ def check_whole(scene: Scene, view: JobView, reference: str) -> None:
     admitted = [(r.round, r.device) for r in records if isinstance(r, rec.UpdateAdmitted)]
     assert sorted(admitted) == [(number, d) for number in range(1, ROUNDS + 1) for d in DEVICES]
     check_counted(scene, view)
+    assert scene.exported() == reference, "other bytes than the undisturbed run's"
 
 
 def check_counted(scene: Scene, view: JobView) -> None:
@@ -197,4 +198,3 @@ def check_counted(scene: Scene, view: JobView) -> None:
     assert view.state == "finished", view.reason
     closed = [(r.round, r.devices) for r in scene.records() if isinstance(r, rec.RoundClosed)]
     assert closed == [(number, list(DEVICES)) for number in range(1, ROUNDS + 1)]
-    assert scene.exported() == reference, "other bytes than the undisturbed run's"

@@ -109,12 +109,15 @@ def test_measured_memory_decides_the_bits(tmp_path: Path) -> None:
 @pytest.mark.cgroup
 @pytest.mark.timeout(420)
 def test_a_foreign_load_lowers_the_batch_and_its_end_raises_it(tmp_path: Path) -> None:
-    """A process that burns CPU time in a device's control group moves the very next plans, both ways."""
+    """A process that burns CPU time in a device's control group moves the very next plans, both ways.
+
+    Quotas far below the machine's cores, so that they bind although other things run on it.
+    """
     names = ["edge-01", "edge-02", "edge-03"]
     slowed = names[1]
     specs = [
         DeviceSpec(
-            name, 0.6, data={"texts": write_texts(tmp_path / f"{name}.jsonl", 64, seed)},
+            name, 0.35, data={"texts": write_texts(tmp_path / f"{name}.jsonl", 64, seed)},
             # The owner lets it train beside any load.
             settings={"policy": {"foreign_limit": 100.0}, "telemetry": {"idle_s": 1.0, "busy_s": 1.0}},
         )
@@ -138,9 +141,9 @@ def test_a_foreign_load_lowers_the_batch_and_its_end_raises_it(tmp_path: Path) -
                 told = "foreign 0.00 of" not in reason["reading"] and "foreign" in reason["reading"]
                 return low <= work.batch <= high and told == foreign
 
-            return wait_for(fleet, job, met, seconds=90)
+            return wait_for(fleet, job, met, seconds=150)
 
-        wait_for(fleet, job, committed(2), seconds=90)
+        wait_for(fleet, job, committed(2), seconds=150)
         before = parts_of(batch_is(2, 8, foreign=False), slowed)[-1].work.batch
         burner = start_in(fleet.edges[slowed].group, [sys.executable, "-c", BURNER], tmp_path / "burner.log")
         try:

@@ -265,9 +265,11 @@ def begin(assignment: Assignment, adapter: Adapter, rows: Rows, *, batch: int = 
     frozen = None
     if part is not None:
         sigma = part.scaling * (np.ones(part.rank) if part.sigma is None else part.sigma.astype(np.float64))
-        a[:known] = part.a[:known].astype(np.float64) / _NORMALISER
+        # Factors that were averaged as they are (no sigma) have their size already.
+        size = 1.0 if part.sigma is None else _NORMALISER
+        a[:known] = part.a[:known].astype(np.float64) / size
         scaling = assignment.training.alpha_ratio
-        b[:, :known] = _NORMALISER * part.b[:, :known].astype(np.float64) * sigma[:known] / scaling
+        b[:, :known] = size * part.b[:, :known].astype(np.float64) * sigma[:known] / scaling
         if known < part.rank:
             frozen = Factors(b=part.b[:, known:], a=part.a[known:], sigma=sigma[known:].astype(np.float32))
     return Training(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from typing_extensions import assert_never
 
 from coordinator import export, folding
-from coordinator.adapters.worker import Answer, WorkerSpoke
+from coordinator.adapters.worker import Answer
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
@@ -60,14 +60,6 @@ class Performer:
                 self._evaluate(command)
             case _:
                 assert_never(command)
-
-    def on_worker(self, event: WorkerSpoke) -> None:
-        """Hand the worker's message to its supervisor."""
-        self._runtime.ports.worker.on_spoke(event)
-
-    def tick(self, now: float) -> None:
-        """Let the worker's supervisor watch its clock."""
-        self._runtime.ports.worker.tick(now)
 
     def _pull(self, command: cmd.Pull) -> None:
         runtime = self._runtime

@@ -56,13 +56,6 @@ class Call:
     run: Callable[[], None]
 
 
-class Offload:
-    """Runs slow work somewhere and posts `Finished`. This one runs it at once; the service has a thread."""
-
-    def __call__(self, work: Callable[[], ev.AnyEvent], post: Callable[[Finished], None]) -> None:
-        post(Finished(work()))
-
-
 @dataclass
 class Ports:
     """The edges the runtime works through."""
@@ -136,7 +129,7 @@ class Runtime:
             case Finished():
                 self.step(event.event)
             case WorkerSpoke():
-                self._performer.on_worker(event)
+                self.ports.worker.on_spoke(event)
             case Call():
                 event.run()
             case _:
@@ -159,7 +152,7 @@ class Runtime:
 
     def _send_due(self, now: float) -> None:
         """Even where a decision failed: nobody else should wait for it."""
-        self._performer.tick(now)
+        self.ports.worker.tick(now)
         if self.connected and now - self._present_at >= PRESENCE_S:
             self._say_presence(online=True)
         for device, want in self.receiver.due(now):

@@ -30,8 +30,9 @@ class Made:
     norm: float
 
 
-def check_update(job: Job, device: str, path: Path, blobs: BlobFolder) -> str:
-    """Why the update at `path` must be refused; empty: it is admitted."""
+def check_update(job: Job, device: str, path: Path, agents: int, blobs: BlobFolder) -> str:
+    """Why the update at `path`, by so many agents of `device`, must be refused; empty: it is admitted."""
+    aggregator = registry.create(job.spec.strategy)
     assert job.round is not None and job.facts is not None and job.adapter is not None
     expected = Expectation(
         job=job.id,
@@ -43,12 +44,13 @@ def check_update(job: Job, device: str, path: Path, blobs: BlobFolder) -> str:
         modules={module.name: module for module in job.facts.modules},
         alpha_ratio=job.spec.training.alpha_ratio,
         before=adapter_files.read_file(_path(job.adapter, blobs)),
+        stacked=1 if aggregator.start == "factors" else agents,
     )
     try:
         update = adapter_files.read_file(path)
     except DecodeError as error:
         return str(error)
-    return registry.create(job.spec.strategy).admit(update, expected) or ""
+    return aggregator.admit(update, expected) or ""
 
 
 def fold_job(job: Job, blobs: BlobFolder) -> Made:

@@ -84,7 +84,7 @@ class Performer:
             reason = (
                 "the blob vanished"
                 if path is None
-                else folding.check_update(job, device, path, self._runtime.ports.blobs)
+                else folding.check_update(job, device, path, command.agents, self._runtime.ports.blobs)
             )
             return ev.UpdateChecked(
                 job=job.id, round=number, attempt=attempt, device=device, sha=sha, reason=reason, **self._runtime.now()

@@ -1,7 +1,8 @@
 """What the daemon and its agent say to each other over the pipe (`shared.frames`).
 
 The daemon starts `<agent command> --read-fd R --write-fd W` and sends `Probe` first. One agent serves one GPU (or the
-CPU) for as long as it lives and keeps the base loaded between rounds. The agent must answer `Pause` and `Stop` between
+CPU) for as long as it lives and keeps the base loaded between rounds. Where a device has several, each trains on its
+own share of the rows, and one of them merges their updates. The agent must answer `Pause` and `Stop` between
 micro-batches, and say something (`Beat` or `Progressed`) at least every `Probe.beat_s` seconds of work, from its
 *working* thread: a beat from a thread of its own would hide a hang.
 """
@@ -51,14 +52,36 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     """Id of this device, written into the update."""
     hub: bool = False
     """Whether the owner lets data sets and bases come from the hub."""
+    part: int = 0
+    parts: int = 1
+    """This agent takes the samples at places part, part + parts, part + 2 parts, ... of the order."""
     update_path: str
     """Where to write the update (temp file, then rename)."""
     checkpoint_dir: str
     """Folder for this work's checkpoints; a checkpoint of the same (job, round, attempt) is resumed."""
+    digests_path: str = ""
+    """File in which to remember the digests of base models; empty: none."""
     train_for_s: float = 0.0
     """Seconds left of `Work.train_for_s`; 0: no limit."""
     batch_limit: int = 0
     """Largest batch known to fit; 0: not known. Set by the daemon after an agent was killed for memory."""
+
+
+class Partial(msgspec.Struct, frozen=True, kw_only=True):
+    """One agent's update of work that several did."""
+
+    update_path: str
+    samples: int
+
+
+class Merge(PipeMessage, frozen=True, kw_only=True):
+    """Make one update of these, weighted by their samples; answer with `Merged` or `Failed`."""
+
+    assignment: Assignment
+    partials: list[Partial]
+    adapter_path: str
+    """The global adapter file that all started from."""
+    update_path: str
 
 
 class Pause(PipeMessage, frozen=True, kw_only=True):
@@ -81,7 +104,7 @@ class Shutdown(PipeMessage, frozen=True, kw_only=True):
     """Exit."""
 
 
-ToAgent = Probe | Train | Pause | Resume | Stop | Shutdown
+ToAgent = Probe | Train | Merge | Pause | Resume | Stop | Shutdown
 
 # ---- agent -> daemon
 
@@ -93,6 +116,8 @@ class Probed(PipeMessage, frozen=True, kw_only=True):
     notes: dict[str, str] = {}
     """Bits not offered -> why; data set -> what is wrong with it."""
     datasets: dict[str, DatasetFacts] = {}
+    agents: int = 1
+    """Agents that this stands for."""
     agent_bytes: int = 0
     hardware: str = ""
 
@@ -124,6 +149,15 @@ class Trained(PipeMessage, frozen=True, kw_only=True):
     facts: UpdateFacts
 
 
+class Merged(PipeMessage, frozen=True, kw_only=True):
+    """The merged update is on disk at `Merge.update_path`, fsynced and renamed."""
+
+    sha: str
+    size: int
+    norm: float
+    """As in `UpdateFacts`."""
+
+
 class Failed(PipeMessage, frozen=True, kw_only=True):
     """The work can't be done. `memory` carries the largest batch that fits (0: none does)."""
 
@@ -135,4 +169,4 @@ class Failed(PipeMessage, frozen=True, kw_only=True):
     batch_limit: int = 0
 
 
-FromAgent = Probed | Beat | Progressed | Trained | Failed
+FromAgent = Probed | Beat | Progressed | Trained | Merged | Failed

@@ -15,7 +15,8 @@ from typing_extensions import assert_never
 
 from edge_daemon import protocol
 from edge_daemon.adapters.store import UPDATE_FILE, Store
-from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke, Trainer
+from edge_daemon.adapters.team import TeamTrainer
+from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
 from edge_daemon.core.session_machine import initial, step
@@ -65,7 +66,7 @@ class Ports:
 
     transport: base.Transport
     store: Store
-    trainer: Trainer
+    trainer: TeamTrainer
     clock: Callable[[], float]
     wall: Callable[[], float]
     minute: Callable[[], int]
@@ -166,7 +167,7 @@ class Runtime:
             case cmd.Publish():
                 self._send(_TOPICS[type(command.message)], command.message)
             case cmd.StartAgent():
-                ports.trainer.start(command.probe)
+                ports.trainer.start(command.probe, command.gpus)
             case cmd.KillAgent():
                 ports.trainer.kill(command.reason)
             case cmd.Tell():
@@ -226,6 +227,7 @@ class Runtime:
                 adapter_path=str(adapter),
                 update_path=str(folder / UPDATE_FILE),
                 checkpoint_dir=str(folder),
+                digests_path=str(store.digests),
                 train_for_s=order.train_for_s,
                 batch_limit=order.batch_limit,
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edge_daemon.adapters.store import Store
 from edge_daemon.adapters.systemd import notifier
+from edge_daemon.adapters.team import TeamTrainer
 from edge_daemon.adapters.telemetry.facts import static_facts
 from edge_daemon.adapters.telemetry.host import HostReader
 from edge_daemon.adapters.telemetry.nvidia import NvidiaReader
@@ -57,7 +58,9 @@ class Service:
             lambda load: self._queue.put(Sampled(load)),
             host=self._host, gpus=self._gpus, period_s=config.telemetry.idle_s,
         )  # fmt: skip
-        trainer = SubprocessTrainer(config.agent.command, self._queue.put, self._host.oom_kills)
+        trainer = TeamTrainer(
+            lambda post: SubprocessTrainer(config.agent.command, post, self._host.oom_kills), self._queue.put
+        )
         ports = Ports(
             transport=self._transport,
             store=self._store,
@@ -120,7 +123,7 @@ def _minute() -> int:
 
 def _load(path: Path) -> EdgeSettings:
     config = settings.load(path, EdgeSettings)
-    faults = policy.faults(config.policy)
+    faults = policy.faults(config)
     if faults:
         raise SettingsError(str(path), faults)
     return config

@@ -19,7 +19,7 @@ class PolicySettings(Section, frozen=True, kw_only=True):
     hours: list[Annotated[str, Meta(pattern=r"^\d\d:\d\d-\d\d:\d\d\Z")]] = []
     """Local times of day, such as "22:00-06:00"; empty: always."""
     foreign_limit: Annotated[float, Meta(gt=0)] = 0.9
-    """Share of the device's cores that other programs may use before training pauses."""
+    """Share of the device's cores, or of one of its GPUs, that other programs may use before training pauses."""
     temperature_limit_c: float = 95.0
     """Training pauses while the hottest sensor is above this."""
     memory_reserve_bytes: Annotated[int, Meta(ge=0)] = 0
@@ -40,9 +40,10 @@ class AgentSettings(Section, frozen=True, kw_only=True):
     command: list[str] = msgspec.field(default_factory=lambda: [sys.executable, "-m", "edge_daemon.training.agent"])
     """The program; the daemon adds the numbers of the pipe's ends."""
     gpus: list[str] = []
-    """UUIDs of the GPUs to report; the first one trains. Empty: all found, or the CPU where there is none."""
+    """UUIDs of the GPUs that train, one agent each; "cpu" (alone or repeated) is an agent on the CPU. Empty: all GPUs
+    found, or one agent on the CPU where there is none."""
     threads: Annotated[int, Meta(ge=0)] = 0
-    """CPU threads of an agent; 0: the cores of the quota, at least one."""
+    """CPU threads of all agents together; 0: the cores of the quota. Each agent gets its share, at least one."""
     silence_s: Annotated[float, Meta(gt=0)] = 180.0
     """An agent that says nothing for so long is killed and started again."""
     tries: Annotated[int, Meta(ge=1)] = 3

@@ -79,8 +79,10 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     gpus: list[Gpu] = []
     bits: list[Bits] = []
     """Precisions of the base that passed a real quantize-dequantize-matmul in bounds; empty: not yet probed."""
+    agents: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Agents that train side by side: one for each listed GPU that passed the probe, or those on the CPU."""
     agent_bytes: Natural = 0
-    """Resident memory of the agent before it holds a model."""
+    """Resident memory of an agent before it holds a model."""
     datasets: dict[str, DatasetFacts] = {}
     max_chunk: Natural = MAX_CHUNK_BYTES
     problem: Text = ""
@@ -98,7 +100,9 @@ class GpuLoad(msgspec.Struct, frozen=True, kw_only=True):
     power_w: Finite | None = None
     throttled: bool | None = None
     foreign_memory: Natural | None = None
-    """Bytes held by processes other than the agent."""
+    """Bytes held by processes other than the agents."""
+    foreign_utilization: Finite | None = None
+    """Share of the GPU's time that processes other than the agents used since the last reading."""
 
 
 class Load(Message, frozen=True, kw_only=True):
@@ -139,6 +143,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Samples per optimizer step."""
     bits: Bits
     steps: Annotated[int, Meta(ge=1)]
+    agents: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Agents of the device that train; each does all of the above on its own share of the rows."""
     train_for_s: Amount = 0.0
     """Seconds by the device's monotonic clock from receipt; 0: no limit."""
     reasons: dict[str, str] = {}
@@ -214,9 +220,12 @@ class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What training the update cost and gave, as the device measured it."""
 
     samples: Natural
+    """Of all its agents together; the other figures are an agent's, of the slowest where they differ."""
     steps: Natural
     batch: Natural
     """The batch really used; below the assigned one after out of memory."""
+    agents: Annotated[int, Meta(ge=1, le=64)] = 1
+    """Agents whose work is in the update."""
     batch_limit: Natural = 0
     bits: Bits
     loss_first: Finite

@@ -73,8 +73,11 @@ def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
     if part.outcome == "refused" and part.reason.startswith("update refused"):
         return "refused", part.reason
     work, facts = round.plan.participants[device], manifest.facts
-    if not 0 < facts.samples <= work.steps * work.batch:
-        return "refused", f"{facts.samples} samples claimed, the work allows 1 to {work.steps * work.batch}"
+    if facts.agents > work.agents:
+        return "refused", f"{facts.agents} agents claimed, the work is for {work.agents}"
+    samples = work.steps * work.batch * facts.agents
+    if not 0 < facts.samples <= samples:
+        return "refused", f"{facts.samples} samples claimed, the work allows 1 to {samples}"
     most = _largest_update(job, work)
     if manifest.size > most:
         return "refused", f"an update of {manifest.size} bytes, the work allows {most}"
@@ -85,7 +88,7 @@ def _largest_update(job: Job, work: Work) -> int:
     """Bytes that no sound update of `work` exceeds: twice its tensors in float32, and names."""
     assert job.facts is not None
     sides = {module.name: module.out + module.inp for module in job.facts.modules}
-    numbers = sum(rank * sides.get(name, 0) for name, rank in work.ranks.items())
+    numbers = work.agents * sum(rank * sides.get(name, 0) for name, rank in work.ranks.items())
     numbers += sum(math.prod(shape) for shape in job.facts.dense.values())
     return 8 * numbers + UPDATE_SLACK
 
@@ -96,7 +99,8 @@ def on_stored(turn: Turn, event: ev.UpdateStored) -> None:
     if manifest is None or manifest.sha != event.sha or not _waits_for(turn.state, event.device, manifest):
         return
     job = turn.state.jobs[manifest.job]
-    turn.do(cmd.CheckUpdate(job, event.device, BlobRef(sha=manifest.sha, size=manifest.size)))
+    ref = BlobRef(sha=manifest.sha, size=manifest.size)
+    turn.do(cmd.CheckUpdate(job, event.device, ref, manifest.facts.agents))
 
 
 def on_lost(turn: Turn, event: ev.UpdateLost) -> None:

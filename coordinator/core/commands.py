@@ -52,11 +52,12 @@ class Settle:
 
 @dataclass(frozen=True)
 class CheckUpdate:
-    """Run admission on a stored update; answers with `UpdateChecked`."""
+    """Run admission on a stored update; answers with `UpdateChecked`. `agents`: whose work it claims to hold."""
 
     job: Job
     device: str
     ref: BlobRef
+    agents: int
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from coordinator.core.aggregation.base import START_NOTE
+from coordinator.core.aggregation.registry import create
 from coordinator.core.facts import Metrics, ModelFacts, ModuleSpec
 from coordinator.workers.protocol import (
     Evaluate,
@@ -83,7 +85,7 @@ class ModelWorker:
         covered, others = base_model.count_parameters(base)
         start = adapter.Adapter(
             kind="global", job=job.name, round=0, base_digest=self._held.digest, factors={},
-            dense=base_model.fresh_head(base, job.seed),
+            dense=base_model.fresh_head(base, job.seed), notes={START_NOTE: create(job.strategy).start},
         )  # fmt: skip
         write_whole(Path(request.adapter_path), adapter.write(start))
         config = base.model.config

@@ -70,6 +70,11 @@ class Store:
             if self._epoch() < at_least:
                 self._replace(self.root / "epoch", str(at_least).encode())
 
+    @property
+    def digests(self) -> Path:
+        """Where agents remember the digests of base models."""
+        return self.root / "digests.json"
+
     def work_folder(self, identity: Identity) -> Path:
         """The folder of one piece of work: checkpoints and its update until that is adopted."""
         return self.root / "work" / f"{identity.job}.{identity.round}.{identity.attempt}"

@@ -27,6 +27,8 @@ class AgentSpoke:
 
     run: int
     message: protocol.FromAgent | None
+    member: int = 0
+    """Which of the device's agents spoke."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class AgentEnded:
 
 
 class Trainer(Protocol):
-    """Runs the agent."""
+    """Runs one agent."""
 
     def start(self, probe: protocol.Probe) -> None:
         """Start the agent and probe it."""

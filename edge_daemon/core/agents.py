@@ -26,7 +26,7 @@ _NO_TIME_S = 0.001
 
 
 def ensure(state: State) -> Result:
-    """Start the agent where it is absent and its time has come."""
+    """Start the agent, one a GPU, where it is absent and its time has come."""
     agent = state.agent
     if agent.status != "absent" or state.now < agent.start_at:
         return state, []
@@ -37,10 +37,11 @@ def ensure(state: State) -> Result:
     cores = state.machine.cores if state.machine else 1.0
     probe = protocol.Probe(
         datasets=settings.data, share_labels=settings.policy.share_labels,
-        hub=settings.policy.hub, gpu=gpus[0] if gpus else "",
+        hub=settings.policy.hub,
         threads=settings.agent.threads or max(1, int(cores)), beat_s=min(BEAT_S, settings.agent.silence_s / 4),
     )  # fmt: skip
-    return replace(state, agent=replace(agent, status="starting", heard_at=state.now)), [cmd.StartAgent(probe)]
+    start = cmd.StartAgent(probe, tuple(gpus))
+    return replace(state, agent=replace(agent, status="starting", heard_at=state.now)), [start]
 
 
 def watch(state: State) -> Result:
@@ -59,7 +60,7 @@ def probed(state: State, event: ev.AgentProbed) -> Result:
     found = event.probed
     capability = Capability(
         bits=tuple(found.bits), datasets=found.datasets, notes=found.notes, agent_bytes=found.agent_bytes,
-        hardware=found.hardware,
+        hardware=found.hardware, agents=found.agents,
     )  # fmt: skip
     notes: list[cmd.Command] = [
         cmd.Note("info", f"probe: {name}: {note}") for name, note in sorted(found.notes.items())

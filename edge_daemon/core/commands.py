@@ -19,9 +19,11 @@ class Publish:
 
 @dataclass(frozen=True)
 class StartAgent:
-    """Start the training subprocess and probe it; answers with `AgentProbed` or `AgentGone`."""
+    """Start the training subprocess and probe it, or one for each of `gpus`; answers with `AgentProbed` or
+    `AgentGone`."""
 
     probe: protocol.Probe
+    gpus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from edge_daemon.core.state import Capability
+from edge_daemon.core.team import CPU
 from edge_daemon.settings import EdgeSettings, PolicySettings
 from shared.messages import Assignment, Load
 
@@ -54,10 +55,15 @@ def in_hours(spans: list[str], minute: int) -> bool:
     return not spans or any(_within(span, minute) for span in spans)
 
 
-def faults(policy: PolicySettings) -> list[str]:
-    """What is wrong with a policy beyond its types: a list of "key: reason"."""
+def faults(settings: EdgeSettings) -> list[str]:
+    """What is wrong with the owner's settings beyond their types: a list of "key: reason"."""
     wrong = []
-    for span in policy.hours:
+    gpus = settings.agent.gpus
+    if CPU in gpus and set(gpus) != {CPU}:
+        wrong.append(f'agent.gpus: "{CPU}" does not go together with GPUs')
+    twice = sorted({gpu for gpu in gpus if gpu != CPU and gpus.count(gpu) > 1})
+    wrong += [f"agent.gpus: {gpu!r} is listed twice" for gpu in twice]
+    for span in settings.policy.hours:
         begin, end = _minutes(span)
         if max(begin, end) > 24 * 60 or any(int(part[3:]) > 59 for part in span.split("-")):
             wrong.append(f"policy.hours: {span!r} is no span of a day")
@@ -96,6 +102,10 @@ def _too_busy(policy: PolicySettings, load: Load, *, resuming: bool) -> str:
     share = load.foreign_cores / load.cores if load.cores > 0 else 0.0
     if share > limit:
         return f"foreign load: other programs use {share:.0%} of the cores, the limit is {limit:.0%}"
+    for gpu in load.gpus:
+        share = gpu.foreign_utilization or 0.0
+        if share > limit:
+            return f"foreign load: other programs use {share:.0%} of {gpu.uuid}, the limit is {limit:.0%}"
     return _strained(policy, load, resuming=resuming)
 
 

@@ -45,8 +45,8 @@ def device_info(state: State) -> DeviceInfo:
     if capability is None:
         return info
     return msgspec.structs.replace(
-        info, bits=list(capability.bits), agent_bytes=capability.agent_bytes, datasets=capability.datasets,
-        hardware=info.hardware or capability.hardware, problem=capability.problem[:1000],
+        info, bits=list(capability.bits), agents=capability.agents, agent_bytes=capability.agent_bytes,
+        datasets=capability.datasets, hardware=info.hardware or capability.hardware, problem=capability.problem[:1000],
     )  # fmt: skip
 
 
@@ -174,6 +174,7 @@ def _differs(old: Load, new: Load, share: float) -> bool:
         total = float(before.memory_total or after.memory_total or 1)
         moves.append(_move(before.memory_free, after.memory_free, total))
         moves.append(_move(before.temperature_c, after.temperature_c, 100.0))
+        moves.append(_move(before.foreign_utilization, after.foreign_utilization, 1.0))
     return max(moves) > share
 
 

@@ -120,6 +120,7 @@ class Capability:
     bits: tuple[Bits, ...] = ()
     datasets: dict[str, DatasetFacts] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    agents: int = 1
     agent_bytes: int = 0
     hardware: str = ""
     problem: str = ""
@@ -127,7 +128,7 @@ class Capability:
 
 @dataclass(frozen=True, kw_only=True)
 class Agent:
-    """The training subprocess as the machine sees it."""
+    """The training subprocess as the machine sees it; several, one a GPU, are one to it (`core.team`)."""
 
     status: AgentStatus = "absent"
     heard_at: float = 0.0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edge_daemon.protocol import Beat, Failed, Probe, Probed, Shutdown, ToAgent, Train, Trained
+from edge_daemon.protocol import Beat, Failed, Merge, Merged, Probe, Probed, Shutdown, ToAgent, Train, Trained
 from edge_daemon.training.control import Control, PipeClosed, Stopped
 from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, resident_bytes
 from shared import logs
@@ -76,6 +76,8 @@ class Agent:
                     self._control.send(self.probe(probe))
                 case Train() as train:
                     self._control.send(self.train(train))
+                case Merge() as order:
+                    self._control.send(self.merge(order))
                 case Shutdown() | None:
                     return 0
                 case other:
@@ -137,6 +139,15 @@ class Agent:
             batch_limit=limit,
         )  # fmt: skip
 
+    def merge(self, order: Merge) -> Merged | Failed:
+        """Make one update of what the agents of this device trained."""
+        from edge_daemon.training import merging
+
+        try:
+            return merging.merge(order)
+        except (DecodeError, OSError) as error:
+            return merging.failure(order, error)
+
     def _work(self, request: Train) -> Trained:
         from edge_daemon.training import loop
 
@@ -148,8 +159,9 @@ class Agent:
         carried = self._carry(request, loaded)
         load_s = time.monotonic() - started if fresh or data_fresh else 0.0
         work = loop.Loop(
-            loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir), request.batch_limit
-        )
+            loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir), request.batch_limit,
+            request.part, request.parts,
+        )  # fmt: skip
         try:
             ended = work.run()
         except loop.OutOfMemory as error:
@@ -170,7 +182,7 @@ class Agent:
         bits = assignment.work.bits
         if bits not in self._bits:
             raise Refused("bits", f"{bits} bits: {self._notes.get(str(bits), 'not proven on this device')}")
-        cache = Path(request.checkpoint_dir).parent / "digests.json"
+        cache = Path(request.digests_path) if request.digests_path else None
         try:
             folder = weights.resolve(request.base_path, assignment.base.revision)
             digest = weights.base_digest(folder, cache)
@@ -226,6 +238,7 @@ class Agent:
         self, request: Train, carried: Carried, work: Loop, ended: str, load_s: float, peak: int, loaded: _Loaded
     ) -> Trained:
         from edge_daemon.training.loop import mean_ends
+        from edge_daemon.training.merging import norm
         from shared import adapter
         from shared.modeling import lora
 
@@ -253,7 +266,7 @@ class Agent:
             base_bytes=loaded.base_bytes,
             cores_used=position.cpu_s / position.train_s if position.train_s > 0 else 0.0,
             ended="complete" if ended == "complete" else "time" if ended == "time" else "drain",
-            norm=_norm(update),
+            norm=norm(update),
         )
         return Trained(
             job=assignment.job, round=assignment.round, attempt=assignment.attempt,
@@ -271,16 +284,6 @@ def _stop_reason(stop: Stopped) -> str:
     if stop.discard:
         return "discarded as asked"
     return "the time was up before the first step" if stop.ended == "time" else "stopped before the first step"
-
-
-def _norm(update: object) -> float:
-    import numpy as np
-
-    from shared.adapter import Adapter
-
-    assert isinstance(update, Adapter)
-    tensors = [tensor for part in update.factors.values() for tensor in (part.b, part.a)] + list(update.dense.values())
-    return float(np.sqrt(sum(float(np.sum(np.square(tensor, dtype=np.float64))) for tensor in tensors)))
 
 
 def _set_environment(probe: Probe) -> None:

@@ -34,9 +34,9 @@ class Position(msgspec.Struct, kw_only=True):
     cpu_s: float = 0.0
 
 
-def identity(assignment: Assignment) -> str:
+def identity(assignment: Assignment, part: int = 0, parts: int = 1) -> str:
     """Digest over everything that decides what the work gives."""
-    return hashlib.sha256(pack(assignment)).hexdigest()
+    return hashlib.sha256(pack(assignment) + f"{part}/{parts}".encode()).hexdigest()
 
 
 def save_checkpoint(folder: Path, work: str, position: Position, tensors: dict[str, torch.Tensor]) -> None:

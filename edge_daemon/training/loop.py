@@ -53,7 +53,10 @@ def learning_rate(training: TrainingSpec, step: int, steps: int) -> float:
 
 @dataclass
 class Loop:
-    """Trains `carried` on `data` as `assignment` says. `batch_limit`: largest batch known to fit, 0 if not known."""
+    """Trains `carried` on `data` as `assignment` says. `batch_limit`: largest batch known to fit, 0 if not known.
+
+    `part` of `parts`: which of the samples are this agent's, as in `protocol.Train`.
+    """
 
     base: Base
     carried: Carried
@@ -62,11 +65,13 @@ class Loop:
     control: Control
     checkpoint_dir: Path
     batch_limit: int = 0
+    part: int = 0
+    parts: int = 1
 
     def __post_init__(self) -> None:
         self.position = Position(batch=self.assignment.work.batch)
-        self._order = SampleOrder(self.data.rows, self.assignment.seed, self.assignment.round)
-        self._work = identity(self.assignment)
+        self._order = SampleOrder(self.data.rows, self.assignment.seed, self.assignment.round, self.part, self.parts)
+        self._work = identity(self.assignment, self.part, self.parts)
         self._optimizer = self._make_optimizer()
         self._loss_of_step: Callable[[int], float] = self._step
 
@@ -145,7 +150,7 @@ class Loop:
         training = self.assignment.training
         indices = self._order.take(self.position.samples, batch)
         # Dropout of a step must not depend on what ran before it, for a resumed run.
-        torch.manual_seed(_mix(self.assignment.seed, self.assignment.round, self.position.samples))
+        torch.manual_seed(_mix(self.assignment.seed, self.assignment.round, self.position.samples, self.part))
         micro = -(-batch // training.accumulation)
         weight = self.data.weight(indices)
         total = torch.zeros((), device=self.base.device)

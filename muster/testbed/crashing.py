@@ -106,7 +106,7 @@ def edge_runtime(trap: Trap) -> type[EdgeRuntime]:
                 trap.spring("done", self._agent())
 
         def _agent(self) -> int | None:
-            process: Any = getattr(self.ports.trainer, "_process", None)
+            process: Any = next((getattr(one, "_process", None) for one in self.ports.trainer.trainers), None)
             return None if process is None else int(process.pid)
 
     return Trapped

@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from coordinator.core.aggregation.base import START_NOTE, Start
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from shared import adapter as adapters
 from shared.adapter import Adapter, Factors
@@ -75,10 +76,11 @@ def model_facts(model: str) -> ModelFacts:
     )
 
 
-def initial_adapter(job: str, model: str) -> bytes:
-    """The global adapter of round 0: no factors, no dense tensors."""
+def initial_adapter(job: str, model: str, start: Start = "directions") -> bytes:
+    """The global adapter of round 0: no factors, no dense tensors; `start`: as the job's aggregator wants it."""
+    notes: dict[str, str] = {START_NOTE: start}
     return adapters.write(
-        Adapter(kind="global", job=job, round=0, base_digest=base_digest(model), factors={}, dense={})
+        Adapter(kind="global", job=job, round=0, base_digest=base_digest(model), factors={}, dense={}, notes=notes)
     )
 
 
@@ -156,6 +158,9 @@ class Training:
     a: Matrix
     b: Matrix
     batch: int
+    part: int = 0
+    parts: int = 1
+    """As in `protocol.Train`."""
     step_done: int = 0
     drawn: int = 0
     """Samples taken so far, over all epochs."""
@@ -190,7 +195,7 @@ class Training:
 
     def _next_batch(self) -> tuple[Matrix, Matrix]:
         rows = len(self.rows)
-        positions = np.arange(self.drawn, self.drawn + self.batch)
+        positions = np.arange(self.drawn, self.drawn + self.batch) * self.parts + self.part
         picked = np.empty(self.batch, dtype=np.int64)
         for epoch in range(int(positions[0]) // rows, int(positions[-1]) // rows + 1):
             order = np.random.default_rng([self.assignment.seed, self.assignment.round, 2, epoch]).permutation(rows)
@@ -243,7 +248,10 @@ class Training:
         self.losses = [float(v) for v in losses]
 
 
-def begin(assignment: Assignment, adapter: Adapter, rows: Rows, *, batch: int = 0, fill: bool = False) -> Training:
+def begin(
+    assignment: Assignment, adapter: Adapter, rows: Rows, *, batch: int = 0, fill: bool = False, part: int = 0,
+    parts: int = 1,
+) -> Training:  # fmt: skip
     """Prepare `assignment` from the global `adapter`. `batch` 0: the assigned one.
 
     The first k = min(rank, rank of G) directions of G = U diag(sigma) V^T become A0 = V^T / sqrt(3),
@@ -254,27 +262,28 @@ def begin(assignment: Assignment, adapter: Adapter, rows: Rows, *, batch: int = 
     if assignment.base_digest != base_digest(assignment.base.model):
         raise UserError(f"base {assignment.base.model!r} has another digest here")
     rank = assignment.work.ranks.get(MODULE, 0)
-    part = adapter.factors.get(MODULE)
-    if part is not None and (part.a.shape[1] != inputs or part.b.shape[0] != outputs):
-        raise DecodeError(f"global adapter of {part.b.shape[0]} x {part.a.shape[1]}, base of {outputs} x {inputs}")
+    whole = adapter.factors.get(MODULE)
+    if whole is not None and (whole.a.shape[1] != inputs or whole.b.shape[0] != outputs):
+        raise DecodeError(f"global adapter of {whole.b.shape[0]} x {whole.a.shape[1]}, base of {outputs} x {inputs}")
     fresh = adapter.notes.get("start") == "fresh"
-    known = 0 if part is None or fresh else min(rank, part.rank)
+    known = 0 if whole is None or fresh else min(rank, whole.rank)
     rng = np.random.default_rng([assignment.seed, assignment.round, 1])
     a = rng.standard_normal((rank, inputs)) / math.sqrt(inputs)
     b = rng.standard_normal((outputs, rank)) / math.sqrt(outputs) if fill else np.zeros((outputs, rank))
     frozen = None
-    if part is not None:
-        sigma = part.scaling * (np.ones(part.rank) if part.sigma is None else part.sigma.astype(np.float64))
+    if whole is not None:
+        sigma = whole.scaling * (np.ones(whole.rank) if whole.sigma is None else whole.sigma.astype(np.float64))
         # Factors that were averaged as they are (no sigma) have their size already.
-        size = 1.0 if part.sigma is None else _NORMALISER
-        a[:known] = part.a[:known].astype(np.float64) / size
+        size = 1.0 if whole.sigma is None else _NORMALISER
+        a[:known] = whole.a[:known].astype(np.float64) / size
         scaling = assignment.training.alpha_ratio
-        b[:, :known] = size * part.b[:, :known].astype(np.float64) * sigma[:known] / scaling
-        if known < part.rank:
-            frozen = Factors(b=part.b[:, known:], a=part.a[known:], sigma=sigma[known:].astype(np.float32))
+        b[:, :known] = size * whole.b[:, :known].astype(np.float64) * sigma[:known] / scaling
+        if known < whole.rank:
+            frozen = Factors(b=whole.b[:, known:], a=whole.a[known:], sigma=sigma[known:].astype(np.float32))
     return Training(
-        assignment=assignment, rows=rows, frozen=frozen, trained=known, a=a, b=b, batch=batch or assignment.work.batch
-    )
+        assignment=assignment, rows=rows, frozen=frozen, trained=known, a=a, b=b, batch=batch or assignment.work.batch,
+        part=part, parts=parts,
+    )  # fmt: skip
 
 
 def learning_rate(assignment: Assignment, step: int) -> float:

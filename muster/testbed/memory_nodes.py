@@ -21,6 +21,7 @@ from coordinator.workers import protocol as worker_wire
 from edge_daemon import protocol
 from edge_daemon import runtime as edge_runtime
 from edge_daemon.adapters.store import Store
+from edge_daemon.adapters.team import TeamTrainer
 from edge_daemon.core.state import Journal, Machine
 from edge_daemon.settings import EdgeSettings
 from muster.testbed import numpy_worker
@@ -350,8 +351,12 @@ class DaemonNode(Node):
             self.world.network, self.client_id, self._store.next_epoch, will=self._will, settings=self.settings.broker
         )
         self._transport.subscribe(topics.device_filters(FLEET, self.client_id))
-        trainer = MemoryTrainer(
-            self.member.rows, self.member.behaviour, self.post, self.later, lambda: self.now, self._watch()
+        watch = self._watch()
+        trainer = TeamTrainer(
+            lambda post: MemoryTrainer(
+                self.member.rows, self.member.behaviour, post, self.later, lambda: self.now, watch
+            ),
+            self.post,
         )
         ports = edge_runtime.Ports(
             transport=self._transport, store=self._store, trainer=trainer, clock=lambda: self.now,

@@ -13,6 +13,7 @@ from typing import Literal
 
 from edge_daemon import protocol
 from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
+from edge_daemon.training import merging
 from muster.testbed import least_squares
 from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
@@ -91,6 +92,7 @@ class MemoryTrainer:
         self._alive = False
         self._beat_s = 5.0
         self._task: _Task | None = None
+        self._ordered: protocol.Train | None = None
         self._end = AgentEnded("", out_of_memory=False)
 
     # ---- what the daemon asks
@@ -109,8 +111,11 @@ class MemoryTrainer:
             return
         match message:
             case protocol.Train():
+                self._ordered = message
                 self._watch.ordered(message)
                 self._begin(message)
+            case protocol.Merge():
+                self._later(0.0, lambda: self._merge(message))
             case protocol.Pause() if self._task is not None:
                 self._pause(self._task)
             case protocol.Resume() if self._task is not None:
@@ -166,7 +171,7 @@ class MemoryTrainer:
             return
         try:
             start = adapters.read_file(Path(order.adapter_path))
-            training = least_squares.begin(work, start, self._rows, batch=batch)
+            training = least_squares.begin(work, start, self._rows, batch=batch, part=order.part, parts=order.parts)
         except MusterError as error:
             self._fail(order, "data" if isinstance(error, UserError) else "adapter", str(error))
             return
@@ -176,6 +181,12 @@ class MemoryTrainer:
         self._task = _Task(order, training, saved, begun=self._clock(), last=self._clock())
         self._later(self._behaviour.step_s, self._step)
         self._later(self._beat_s, self._beat)
+
+    def _merge(self, order: protocol.Merge) -> None:
+        merged = merging.merge(order)
+        assert self._ordered is not None
+        self._watch.trained(self._ordered, Path(order.update_path).read_bytes())
+        self._say(merged)
 
     def _beat(self) -> None:
         if self._task is not None:
@@ -248,8 +259,10 @@ class MemoryTrainer:
         data = training.update(order.device)
         if self._behaviour.forge is not None:
             data = self._behaviour.forge(order, data)
+        Path(order.update_path).parent.mkdir(parents=True, exist_ok=True)
         Path(order.update_path).write_bytes(data)
-        self._watch.trained(order, data)
+        if order.parts == 1:
+            self._watch.trained(order, data)
         times = sorted(task.steps)
         facts = least_squares.facts_of(
             training, ended=ended, step_s=times[len(times) // 2] if times else 0.0, train_s=sum(task.steps),

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal
 
 from edge_daemon import protocol
+from edge_daemon.training import merging
 from muster.testbed import least_squares
 from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
@@ -118,6 +119,8 @@ class Agent:
                         self._probe(probe)
                     case protocol.Train() as train:
                         self._train(train)
+                    case protocol.Merge() as order:
+                        self._merge(order)
         except (Leave, BrokenPipeError):
             return
 
@@ -157,6 +160,12 @@ class Agent:
         except MusterError as error:
             self._fail(order, "adapter", str(error))
 
+    def _merge(self, order: protocol.Merge) -> None:
+        try:
+            self._writer.write(merging.merge(order))
+        except (DecodeError, OSError) as error:
+            self._writer.write(merging.failure(order, error))
+
     def _fail(self, order: protocol.Train, kind: FailureKind, reason: str) -> None:
         work = order.assignment
         self._writer.write(
@@ -169,8 +178,9 @@ class Agent:
         work = order.assignment
         batch = min(work.work.batch, order.batch_limit) if order.batch_limit else work.work.batch
         training = least_squares.begin(
-            work, adapters.read_file(Path(order.adapter_path)), self._data(order), batch=batch, fill=self._hooks.echo
-        )
+            work, adapters.read_file(Path(order.adapter_path)), self._data(order), batch=batch, fill=self._hooks.echo,
+            part=order.part, parts=order.parts,
+        )  # fmt: skip
         saved = folder / f"{work.job}-{work.round}-{work.attempt}.npz"
         if saved.exists():
             training.restore(saved.read_bytes())

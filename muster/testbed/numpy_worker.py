@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from coordinator.core.aggregation.registry import create
 from coordinator.core.facts import Metrics
 from coordinator.workers import protocol
 from muster.testbed import least_squares
@@ -47,7 +48,8 @@ class Worker:
         facts = least_squares.model_facts(request.job.base.model)
         if request.job.evaluation.data:
             self._held_out(request.job, request.job.evaluation.rows)
-        initial = least_squares.initial_adapter(request.job.name, request.job.base.model)
+        start = create(request.job.strategy).start
+        initial = least_squares.initial_adapter(request.job.name, request.job.base.model, start)
         write_whole(Path(request.adapter_path), initial)
         return protocol.Prepared(facts=facts)
 

@@ -179,14 +179,22 @@ def tokenize(
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """An endless, reproducible order of `rows` samples: one shuffled pass after the other."""
+    """An endless, reproducible order of `rows` samples: one shuffled pass after the other.
+
+    Of `parts` agents that divide it, `part` takes every `parts`-th place.
+    """
 
     rows: int
     seed: int
     round: int
+    part: int = 0
+    parts: int = 1
 
     def take(self, position: int, count: int) -> Ints:
-        """The samples at places `position` .. `position + count` of the order."""
+        """The samples at places `position` .. `position + count` of this part of the order."""
+        return self._stretch(position * self.parts, count * self.parts)[self.part :: self.parts]
+
+    def _stretch(self, position: int, count: int) -> Ints:
         parts: list[Ints] = []
         while count > 0:
             epoch, offset = divmod(position, self.rows)

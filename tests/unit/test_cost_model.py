@@ -111,6 +111,15 @@ def test_a_busy_gpu_is_foreign_while_our_agent_idles_only() -> None:
     assert capacity(training.info, training.load).free == 1.0
 
 
+def test_a_driver_that_tells_processes_apart_is_believed_at_any_time() -> None:
+    case = gpu_device("a", used=0.97, phase="training")
+    assert case.load is not None
+    gpus = [msgspec.structs.replace(case.load.gpus[0], foreign_utilization=0.3)]
+    assert capacity(case.info, msgspec.structs.replace(case.load, gpus=gpus)).free == pytest.approx(0.7)
+    gpus = [msgspec.structs.replace(case.load.gpus[0], foreign_utilization=0.0)]
+    assert capacity(case.info, msgspec.structs.replace(case.load, gpus=gpus, phase="idle")).free == 1.0
+
+
 def test_budget_leaves_a_reserve_and_what_others_use() -> None:
     case = device("edge-1", memory=2000, used=700)
     own = 300 * MIB

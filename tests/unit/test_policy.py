@@ -9,7 +9,7 @@ import pytest
 
 from edge_daemon.core import policy
 from edge_daemon.core.state import Capability
-from edge_daemon.settings import PolicySettings
+from edge_daemon.settings import AgentSettings, PolicySettings
 from shared.jobs import BaseSpec, TaskSpec
 from shared.messages import DatasetFacts, GpuLoad, Load
 from tests.unit.session_rig import GIB, SETTINGS, assignment, load
@@ -102,4 +102,28 @@ def test_training_rests_outside_the_owners_hours() -> None:
     [("22:00-06:00", True), ("00:00-24:00", True), ("08:60-09:00", False), ("25:00-26:00", False)],
 )
 def test_spans_are_checked_when_the_settings_are_read(span: str, good: bool) -> None:
-    assert (policy.faults(PolicySettings(hours=[span])) == []) == good
+    settings = msgspec.structs.replace(SETTINGS, policy=PolicySettings(hours=[span]))
+    assert (policy.faults(settings) == []) == good
+
+
+@pytest.mark.parametrize(
+    ("gpus", "words"),
+    [
+        ([], ""),
+        (["cpu", "cpu"], ""),
+        (["GPU-1", "GPU-2"], ""),
+        (["cpu", "GPU-1"], "does not go together"),
+        (["GPU-1", "GPU-1"], "'GPU-1' is listed twice"),
+    ],
+)
+def test_listed_gpus_are_checked_when_the_settings_are_read(gpus: list[str], words: str) -> None:
+    found = policy.faults(msgspec.structs.replace(SETTINGS, agent=AgentSettings(gpus=gpus)))
+    assert [words in fault for fault in found] == ([True] if words else [])
+
+
+def test_the_foreign_load_of_one_gpu_pauses() -> None:
+    gpus = [GpuLoad(uuid="GPU-1"), GpuLoad(uuid="GPU-2", foreign_utilization=0.95)]
+    assert _pause(gpus=gpus) == "foreign load: other programs use 95% of GPU-2, the limit is 90%"
+    calm = [GpuLoad(uuid="GPU-1", utilization=1.0, foreign_utilization=0.75)]
+    assert _pause(gpus=calm) == "", "our own load is no reason"
+    assert "75% of GPU-1" in _pause(gpus=calm, paused=True)

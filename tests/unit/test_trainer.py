@@ -16,12 +16,15 @@ import pytest
 
 from edge_daemon import protocol
 from edge_daemon.adapters.store import Store
+from edge_daemon.adapters.team import TeamTrainer
 from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke, SubprocessTrainer
 from edge_daemon.core import events as ev
 from edge_daemon.core.state import Machine
 from edge_daemon.runtime import Asked, Ports, Runtime
 from edge_daemon.settings import AgentSettings, EdgeSettings
+from edge_daemon.training.merging import mean_update
 from muster.testbed import least_squares
+from shared import adapter as adapters
 from shared.jobs import BaseSpec, TaskSpec, TrainingSpec
 from shared.messages import Assign, Assignment, BlobRef, Work
 from shared.transport.memory import MemoryTransport
@@ -52,19 +55,19 @@ def work(adapter: BlobRef, steps: int = 10, batch: int = 4) -> Assignment:
 class Daemon:
     """A runtime over a real agent, turned by the test; `kills`: what the cgroup counts."""
 
-    def __init__(self, folder: Path, command: list[str], silence_s: float) -> None:
+    def __init__(self, folder: Path, command: list[str], silence_s: float, gpus: list[str]) -> None:
         least_squares.write_rows(folder / "points.jsonl", ROWS)
         settings = EdgeSettings(
             fleet="lab",
             device="edge-01",
             data={"points": str(folder / "points.jsonl")},
-            agent=AgentSettings(command=command, silence_s=silence_s),
+            agent=AgentSettings(command=command, silence_s=silence_s, gpus=gpus),
         )
         self.kills = 0
         self.events: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.spoken: list[object] = []
         self.store = Store(folder / "state", fsync=False)
-        self.trainer = SubprocessTrainer(command, self._post, lambda: self.kills)
+        self.trainer = TeamTrainer(lambda post: SubprocessTrainer(command, post, lambda: self.kills), self._post)
         ports = Ports(
             transport=MemoryTransport(MemoryNetwork(1), "edge-01", self.store.next_epoch),
             store=self.store,
@@ -102,9 +105,14 @@ class Daemon:
         assign = Assign(term=1, assignment=wanted)
         self.runtime.step(ev.AssignReceived(now=time.monotonic(), assign=assign))
 
+    def agents(self) -> list[psutil.Process]:
+        """The agents' processes, the first to start first."""
+        living = (p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE)
+        return [p for p in living if "muster.testbed.numpy_agent" in p.cmdline()]
+
     def agent(self) -> psutil.Process:
-        """The agent's process."""
-        (child,) = [p for p in psutil.Process().children() if "muster.testbed.numpy_agent" in p.cmdline()]
+        """The one agent's process."""
+        (child,) = self.agents()
         return child
 
     def update(self) -> bytes:
@@ -125,10 +133,12 @@ Start = Callable[..., Daemon]
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
     made: list[Daemon] = []
 
-    def make(command: list[str] = AGENT, *, silence_s: float = 60.0, **environment: str) -> Daemon:
+    def make(
+        command: list[str] = AGENT, *, silence_s: float = 60.0, gpus: tuple[str, ...] = (), **environment: str
+    ) -> Daemon:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        made.append(Daemon(tmp_path, command, silence_s))
+        made.append(Daemon(tmp_path, command, silence_s, list(gpus)))
         return made[-1]
 
     yield make
@@ -279,3 +289,96 @@ def test_the_settings_of_work_reach_the_agent(start: Start) -> None:
     (offer,) = daemon.runtime.state.journal.outbox
     assert offer.facts.ended == "time"
     assert 0 < offer.facts.samples < 10_000 * 4
+
+
+# ---- several agents, one a GPU
+
+TWO = ("GPU-1", "GPU-2")
+
+
+def shared(adapter: BlobRef, agents: int = 2, **changes: int) -> Assignment:
+    wanted = work(adapter, **changes)
+    return msgspec.structs.replace(wanted, work=msgspec.structs.replace(wanted.work, agents=agents))
+
+
+def merged(daemon: Daemon, agents: int = 2) -> bytes:
+    """The update that two undisturbed agents make together."""
+    updates = []
+    for part in range(agents):
+        training = least_squares.begin(shared(daemon.adapter), adapters.read(START), ROWS, part=part, parts=agents)
+        while not training.finished:
+            training.step()
+        updates.append(adapters.read(training.update("edge-01")))
+    return adapters.write(mean_update(updates, [1 / agents] * agents, stack=True))
+
+
+def test_each_gpu_has_its_agent_and_the_device_one_update(start: Start) -> None:
+    daemon = start(gpus=TWO)
+    daemon.turn_until(lambda: daemon.phase == "idle")
+    assert len(daemon.agents()) == 2
+    capability = daemon.runtime.state.capability
+    assert capability is not None
+    assert (capability.agents, capability.datasets["points"].rows) == (2, 40)
+    daemon.assign(shared(daemon.adapter))
+    daemon.turn_until(lambda: daemon.phase == "offering")
+    assert daemon.update() == merged(daemon)
+    (offer,) = daemon.runtime.state.journal.outbox
+    assert (offer.facts.agents, offer.facts.samples, offer.facts.steps) == (2, 80, 10)
+    assert not daemon.store.work_folder(offer.identity).exists()
+
+
+def test_work_for_one_agent_leaves_the_other_idle(start: Start) -> None:
+    daemon = start(gpus=TWO)
+    daemon.turn_until(lambda: daemon.phase == "idle")
+    daemon.assign(work(daemon.adapter))
+    daemon.turn_until(lambda: daemon.phase == "offering")
+    assert daemon.update() == expected(daemon)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_end_of_one_agent_costs_no_work(start: Start, victim: int) -> None:
+    """All start again and resume; the bytes are those of the undisturbed run."""
+    daemon = start(gpus=TWO, MUSTER_TEST_STEP_S="0.1")
+    daemon.turn_until(lambda: daemon.phase == "idle")
+    daemon.assign(shared(daemon.adapter))
+    daemon.turn_until(daemon.progressed)
+    before = daemon.agents()
+    before[victim].send_signal(signal.SIGKILL)
+    daemon.turn_until(lambda: daemon.phase == "offering")
+    assert not any(agent.is_running() for agent in before)
+    assert daemon.update() == merged(daemon)
+    assert daemon.runtime.state.journal.deaths == 1
+
+
+def test_the_hang_of_one_agent_is_not_hidden_by_the_other(start: Start) -> None:
+    daemon = start(gpus=TWO, silence_s=2.0, MUSTER_TEST_STEP_S="0.1")
+    daemon.turn_until(lambda: daemon.phase == "idle")
+    daemon.assign(shared(daemon.adapter, steps=10_000))
+    daemon.turn_until(daemon.progressed)
+    daemon.agents()[1].send_signal(signal.SIGSTOP)
+    daemon.turn_until(lambda: daemon.runtime.state.journal.deaths == 1)
+    daemon.turn_until(lambda: daemon.phase == "training" and daemon.runtime.state.agent.status == "busy")
+
+
+def test_a_kill_of_one_for_memory_halves_the_batch_of_all(start: Start) -> None:
+    daemon = start(gpus=TWO, MUSTER_TEST_STEP_S="0.1")
+    daemon.turn_until(lambda: daemon.phase == "idle")
+    daemon.assign(shared(daemon.adapter, batch=8))
+    daemon.turn_until(daemon.progressed)
+    daemon.kills += 1
+    daemon.agents()[1].send_signal(signal.SIGKILL)
+    daemon.turn_until(lambda: daemon.phase == "offering")
+    (offer,) = daemon.runtime.state.journal.outbox
+    assert (offer.facts.batch, offer.facts.batch_limit, offer.facts.agents) == (4, 4, 2)
+
+
+def test_a_leaving_daemon_keeps_what_all_its_agents_did(start: Start) -> None:
+    daemon = start(gpus=TWO, MUSTER_TEST_STEP_S="0.1")
+    daemon.turn_until(lambda: daemon.phase == "idle")
+    daemon.assign(shared(daemon.adapter, steps=10_000))
+    daemon.turn_until(daemon.progressed)
+    daemon.runtime.handle(Asked())
+    daemon.turn_until(lambda: daemon.runtime.left)
+    (offer,) = daemon.store.load().outbox
+    assert (offer.facts.ended, offer.facts.agents) == ("drain", 2)
+    assert adapters.read(daemon.update()).factors[least_squares.MODULE].rank == 4

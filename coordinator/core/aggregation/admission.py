@@ -21,7 +21,7 @@ _SCALING_ERROR = 1e-6
 def refusal(update: Adapter, expected: Expectation, *, trains_directions: bool) -> str | None:
     """Why `update` must be refused, or None.
 
-    `trains_directions`: the update contains the first min(its rank, the global rank) directions of the global adapter.
+    `trains_directions`: the update contains the first min(assigned rank, global rank) directions of the global adapter.
     """
     return (
         _identity_fault(update, expected)
@@ -74,9 +74,10 @@ def _names_fault(word: str, found: Iterable[str], wanted: Iterable[str]) -> str 
 
 def _modules_fault(update: Adapter, expected: Expectation, trains_directions: bool) -> str | None:
     for name in sorted(update.factors):
-        part, module, rank = update.factors[name], expected.modules[name], expected.ranks[name]
+        part, module, given = update.factors[name], expected.modules[name], expected.ranks[name]
         before = expected.before.factors.get(name)
-        trained = min(rank, before.rank) if trains_directions and before is not None else 0
+        trained = min(given, before.rank) if trains_directions and before is not None else 0
+        rank = given * expected.stacked
         fault = None
         if part.rank != rank:
             fault = f"rank {part.rank}, expected {rank}"

@@ -32,7 +32,8 @@ class Expectation:
     """What an update must be: the identity of its work, and the global adapter its device started from.
 
     `ranks`: as assigned, 0 or absent for a module that is not tuned. `modules`: of the base, by name.
-    `norm_bound`: largest Euclidean norm of the change (`admission.change_norm`) that is believed.
+    `stacked`: how many agents' factors lie side by side in each module. `norm_bound`: largest Euclidean norm of the
+    change (`admission.change_norm`) that is believed.
     """
 
     job: str
@@ -44,6 +45,7 @@ class Expectation:
     modules: Mapping[str, ModuleSpec]
     alpha_ratio: float
     before: Adapter
+    stacked: int = 1
     norm_bound: float = NORM_BOUND
 
 

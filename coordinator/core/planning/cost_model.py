@@ -171,8 +171,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             if result is not None:
                 if report.facts is not None and report.job is not None:
                     need = _demand_of(report.facts, report.job, work, known_needs)
-                    found = _with_speed(found, need, result, load)
-                    found = _with_memory(found, need, result, self.activation_scale, load)
+                    found = _with_speed(found, need, result, load, work.agents)
+                    found = _with_memory(found, need, result, self.activation_scale, load, work.agents)
                 found = _with_link(found, report.adapter_bytes, result.fetch_s)
                 found = replace(found, own_bytes=result.peak_bytes or found.own_bytes)
             if found is not _UNKNOWN:
@@ -246,10 +246,10 @@ def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met
     return replace(found, limits={**found.limits, bits: min(told)}) if told else found
 
 
-def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Load | None) -> DeviceModel:
+def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Load | None, agents: int) -> DeviceModel:
     if result.step_s <= 0 or result.steps < 1 or result.batch < 1:
         return found
-    free = capacity(None, load)
+    free = capacity(None, load, agents)
     found = replace(found, gpu=free.gpu)
     if free.gpu:
         used = free.free
@@ -292,13 +292,13 @@ def _with_occupancy(found: DeviceModel, free: Capacity, used: float) -> DeviceMo
 
 
 def _with_memory(
-    found: DeviceModel, need: Demand, result: UpdateFacts, fleet_scale: float, load: Load | None
+    found: DeviceModel, need: Demand, result: UpdateFacts, fleet_scale: float, load: Load | None, agents: int
 ) -> DeviceModel:
     if not result.peak_bytes or result.batch < 1:
         return found
     bits = str(result.bits)
     # Of a GPU the limit is its own memory, which the allocator can't exceed unseen: there the estimate decides.
-    limit = load.memory_limit if load is not None and not load.gpus else 0
+    limit = load.memory_limit // agents if load is not None and not load.gpus else 0
     met = Measured(
         peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit
     )

@@ -115,13 +115,16 @@ def global_params(modules: Iterable[ModuleSpec], rank: int) -> int:
     )
 
 
-def traffic(facts: ModelFacts, ranks: Mapping[str, int], global_rank: int, codec: Codec) -> tuple[int, int, str]:
+def traffic(
+    facts: ModelFacts, ranks: Mapping[str, int], global_rank: int, codec: Codec, stacked: int = 1
+) -> tuple[int, int, str]:
     """(download, upload, explanation) of one device and round, in bytes.
 
-    Down: the global adapter of at most `global_rank`, once, in fp32. Up: the trained factors and the head at `codec`.
+    Down: the global adapter of at most `global_rank`, once, in fp32. Up: the trained factors, of `stacked` agents side
+    by side, and the head at `codec`.
     """
     dense = dense_params(facts)
-    tuned = [(module, rank) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
+    tuned = [(module, rank * stacked) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
     down = 4 * (global_params([module for module, _ in tuned], global_rank) + dense)
     width = BYTES_CODEC[codec]
     up = width * (sum(rank * (module.out + module.inp) for module, rank in tuned) + dense)

@@ -68,18 +68,21 @@ class Budget(NamedTuple):
         return size <= (self.limit - self.foreign if proven else self.bytes)
 
 
-def capacity(info: DeviceInfo | None, load: Load | None) -> Capacity:
-    """The compute free for training by the last load, or by the capability alone where there is none."""
+def capacity(info: DeviceInfo | None, load: Load | None, agents: int = 1) -> Capacity:
+    """The compute free for training by the last load, or by the capability alone where there is none.
+
+    Of each agent, where the device has several: they share its cores, but each has a GPU.
+    """
     if (info is not None and info.gpus) or (info is None and load is not None and load.gpus):
         foreign = _quiet(_foreign_gpu(load), 1.0)
         return Capacity(1.0, foreign, max(1.0 - foreign, 0.5), True)
     cores = (load.cores if load is not None else 0.0) or (info.cores if info is not None else 0.0) or 1.0
     foreign = _quiet(min(load.foreign_cores, cores) if load is not None else 0.0, cores)
     if foreign == 0.0:
-        return Capacity(cores, 0.0, cores, False)
+        return Capacity(cores / agents, 0.0, cores / agents, False)
     own_threads, foreign_threads = math.ceil(cores), math.ceil(foreign)
     fair = cores * own_threads / (own_threads + foreign_threads)
-    return Capacity(cores, foreign, max(cores - foreign, fair), False)
+    return Capacity(cores / agents, foreign / agents, max(cores - foreign, fair) / agents, False)
 
 
 def has_gpu_memory(info: DeviceInfo) -> bool:
@@ -87,13 +90,20 @@ def has_gpu_memory(info: DeviceInfo) -> bool:
     return any(gpu.memory_bytes for gpu in info.gpus)
 
 
-def budget(info: DeviceInfo, load: Load | None, own_bytes: int) -> Budget:
-    """The memory a plan may fill. `own_bytes`: what the agent holds by its last measurement."""
-    limit, foreign = _gpu_memory(info, load) if has_gpu_memory(info) else _host_memory(info, load, own_bytes)
+def budget(info: DeviceInfo, load: Load | None, own_bytes: int, agents: int = 1) -> Budget:
+    """The memory a plan may fill. `own_bytes`: what an agent holds by its last measurement.
+
+    Of each agent, where the device has several: they share its memory, but each has a GPU's.
+    """
+    if has_gpu_memory(info):
+        (limit, foreign), agents = _gpu_memory(info, load), 1
+    else:
+        limit, foreign = _host_memory(info, load, own_bytes * agents)
     reserve = max(limit // 20, 64 * MIB) if limit else 0
     if foreign <= reserve:
         foreign = 0
-    return Budget(max(0, limit - reserve - foreign), limit, reserve, foreign)
+    free = max(0, limit - reserve - foreign)
+    return Budget(free // agents, limit // agents, reserve // agents, foreign // agents)
 
 
 def _quiet(foreign: float, cores: float) -> float:
@@ -101,10 +111,15 @@ def _quiet(foreign: float, cores: float) -> float:
 
 
 def _foreign_gpu(load: Load | None) -> float:
-    """Share of the busiest GPU that others use: while our agent idles, all that is used is theirs."""
-    if load is None or load.phase != "idle":
+    """Share of the busiest GPU that others use: as the driver tells it apart, or all of it while our agents idle."""
+    if load is None:
         return 0.0
-    return min(1.0, max((gpu.utilization or 0.0 for gpu in load.gpus), default=0.0))
+    idle = load.phase == "idle"
+    shares = (
+        gpu.foreign_utilization if gpu.foreign_utilization is not None else (gpu.utilization or 0.0) if idle else 0.0
+        for gpu in load.gpus
+    )
+    return min(1.0, max(shares, default=0.0))
 
 
 def _gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int]:

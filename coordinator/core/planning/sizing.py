@@ -24,7 +24,10 @@ SMALL_MARGIN = 0.8
 
 
 class Seat(NamedTuple):
-    """A device that may take part: what it offers in this round. `caution`: why to be careful, else empty."""
+    """A device that may take part: what it offers in this round, each of its `agents` where it has several.
+
+    `caution`: why to be careful, else empty.
+    """
 
     device: str
     info: DeviceInfo
@@ -32,6 +35,7 @@ class Seat(NamedTuple):
     budget: Budget
     rows: int
     caution: str
+    agents: int = 1
 
 
 class Target(NamedTuple):
@@ -79,7 +83,18 @@ def seat(candidate: Candidate, job: JobSpec, fresh_s: float, model: CostModel) -
     elif candidate.load_age_s > fresh_s:
         caution = f"telemetry is {candidate.load_age_s:.0f} s old (limit {fresh_s:g} s)"
     own = model.own_bytes(candidate.device, info)
-    return Seat(candidate.device, info, capacity(info, load), budget(info, load, own), data.rows, caution)
+    # Every one of them needs rows of its own.
+    agents = min(info.agents, data.rows)
+    return Seat(
+        candidate.device, info, capacity(info, load, agents), budget(info, load, own, agents), data.rows // agents,
+        caution, agents,
+    )  # fmt: skip
+
+
+def agents_reason(place: Seat) -> str:
+    """Why so many agents of a device with several train."""
+    ready = f"{place.info.agents} ready on the device"
+    return word("agents", place.agents, ready, f"{plural(place.rows, 'row')} or more for each")
 
 
 def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least: int) -> tuple[Bits, str] | str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from coordinator.core.aggregation import registry as aggregation
 from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.cost_model import CostModel
@@ -21,6 +22,7 @@ from coordinator.core.planning.sizing import (
     SLACK,
     Seat,
     Target,
+    agents_reason,
     batch_sizes,
     choose_batch,
     choose_bits,
@@ -70,9 +72,7 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
         if not drafts:
             raise UserError(_nobody(job, left_out))
         target, reason = self._target(drafts, need, job)
-        down, up, _ = traffic(view.facts, ranks, _global_rank(view, job), job.training.codec)
-        size = (view.adapter_bytes or down) + up
-        moved = [self.model.transfer(draft.place.device, size) for draft in drafts]
+        moved = [self.model.transfer(d.place.device, _moved(view, job, ranks, d.place.agents)) for d in drafts]
         usual = statistics.median(took for took, _ in moved)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}
@@ -83,8 +83,10 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
             batch, step_s, why = choose_batch(draft.place, need, draft.bits, self.model, sizes, left)
             predicted[device], steps_reason = _steps(job, step_s, f"transfer {seconds(took)} ({link})")
             reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_reason}
+            if draft.place.info.agents > 1:
+                reasons["agents"] = agents_reason(draft.place)
             works[device] = Work(
-                ranks=ranks, batch=batch, bits=draft.bits, steps=job.rounds.local_steps,
+                ranks=ranks, batch=batch, bits=draft.bits, steps=job.rounds.local_steps, agents=draft.place.agents,
                 train_for_s=job.rounds.train_for_s, reasons=reasons,
             )  # fmt: skip
         reason = f"{reason}; {len(works)} of {plural(len(view.candidates), 'candidate')} take part"
@@ -135,7 +137,16 @@ def _ranks(facts: ModelFacts, job: JobSpec) -> tuple[dict[str, int], str]:
 
 def _global_rank(view: FleetView, job: JobSpec) -> int:
     """An upper bound of the global adapter's rank: what the rounds so far can have added, up to its cap."""
-    return min(job.strategy.global_rank, (view.round - 1) * len(view.candidates) * job.strategy.rank)
+    agents = sum(candidate.info.agents for candidate in view.candidates)
+    return min(job.strategy.global_rank, (view.round - 1) * agents * job.strategy.rank)
+
+
+def _moved(view: FleetView, job: JobSpec, ranks: dict[str, int], agents: int) -> int:
+    """Bytes over a device's link in the round: the global adapter down, the update of its agents up."""
+    # Factors that are averaged are so on the device already; products are stacked.
+    stacked = 1 if aggregation.create(job.strategy).start == "factors" else agents
+    down, up, _ = traffic(view.facts, ranks, _global_rank(view, job), job.training.codec, stacked)
+    return (view.adapter_bytes or down) + up
 
 
 def _steps(job: JobSpec, step_s: float, transfer: str) -> tuple[float, str]:

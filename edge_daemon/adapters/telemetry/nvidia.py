@@ -34,6 +34,8 @@ class NvidiaReader:
         self._nvml = nvml
         self._ready = False
         self._quiet = False
+        self._sampled: dict[str, int] = {}
+        """UUID -> time stamp of the latest sample of its processes."""
 
     def facts(self) -> list[Gpu]:
         """What changes by the boot only: identity, memory, compute capability."""
@@ -130,6 +132,7 @@ class NvidiaReader:
             power_w=None if power is None else power / 1000.0,
             throttled=self._throttled(handle),
             foreign_memory=self._foreign(handle, own),
+            foreign_utilization=self._foreign_share(uuid, handle, own),
         )
 
     def _memory(self, handle: Any) -> Any:
@@ -168,8 +171,28 @@ class NvidiaReader:
         foreign = [used for pid, used in held.items() if pid not in own]
         return None if any(used is None for used in foreign) else int(sum(foreign))
 
-    def _call(self, name: str, *arguments: Any) -> Any:
-        """The answer, or None where this driver or GPU does not support the question. Raises `_Lost`."""
+    def _foreign_share(self, uuid: str, handle: Any, own: Collection[int]) -> float | None:
+        """Share of the time since the last reading that processes other than ours used; None where that can't be told.
+
+        In a container the driver may number processes otherwise than we do: unless it knows one of ours, ours would
+        count as foreign, and training would rest because of itself.
+        """
+        running = self._call("nvmlDeviceGetComputeRunningProcesses", handle) or []
+        if not any(entry.pid in own for entry in running):
+            return None
+        since = self._sampled.get(uuid, 0)
+        samples = self._call("nvmlDeviceGetProcessUtilization", handle, since, nothing=[])
+        if samples is None:
+            return None
+        self._sampled[uuid] = max((sample.timeStamp for sample in samples), default=since)
+        used = sum(int(sample.smUtil) for sample in samples if sample.pid not in own)
+        return min(1.0, used / 100.0)
+
+    def _call(self, name: str, *arguments: Any, nothing: Any = None) -> Any:
+        """The answer, or None where this driver or GPU does not support the question. Raises `_Lost`.
+
+        `nothing`: the answer where there is none of what was asked for.
+        """
         function = getattr(self._nvml, name, None)
         if function is None:
             return None
@@ -178,7 +201,7 @@ class NvidiaReader:
         except self._nvml.NVMLError as error:
             if type(error).__name__ in _LOST:
                 raise _Lost(str(error)) from error
-            return None
+            return nothing if type(error).__name__ == "NVMLError_NotFound" else None
 
 
 def _text(value: Any) -> str:

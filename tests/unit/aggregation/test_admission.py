@@ -132,3 +132,16 @@ def test_an_update_that_returns_its_start_changes_nothing() -> None:
 def test_norm_of_a_product_without_the_product() -> None:
     part = ROUND.before.factors["m0"]
     assert product_norm(part) == pytest.approx(np.linalg.norm(product(part)), rel=1e-6)
+
+
+def test_factors_of_several_agents_lie_side_by_side() -> None:
+    """Each of the assigned rank; the directions of the global adapter are in their mean once."""
+    pair = {
+        name: replace(part, b=np.hstack([part.b, part.b]) / 2, a=np.vstack([part.a, part.a]))
+        for name, part in UPDATE.factors.items()
+    }
+    update, expected = replace(UPDATE, factors=pair), replace(EXPECTED, stacked=2)
+    assert FSR.admit(update, expected) is None
+    assert FSR.admit(update, EXPECTED) == "module 'm0': rank 8, expected 4"
+    assert FSR.admit(UPDATE, expected) == "module 'm0': rank 4, expected 8"
+    assert change_norm(update, ROUND.before) == pytest.approx(change_norm(UPDATE, ROUND.before), rel=1e-5)

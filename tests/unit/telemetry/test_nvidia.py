@@ -19,6 +19,9 @@ class FakeNvml:
     class NVMLError_NotSupported(NVMLError):  # noqa: N801 - NVML's name
         pass
 
+    class NVMLError_NotFound(NVMLError):  # noqa: N801 - NVML's name
+        pass
+
     class NVMLError_GpuIsLost(NVMLError):  # noqa: N801 - NVML's name
         pass
 
@@ -30,6 +33,7 @@ class FakeNvml:
     def __init__(self, cards: list[dict[str, Any]], *, driver: bool = True) -> None:
         self.cards = cards
         self.driver = driver
+        self.asked: list[tuple[str, tuple[Any, ...]]] = []
         self.sessions = 0
         self.lost = False
 
@@ -62,11 +66,18 @@ class FakeNvml:
             if self.lost:
                 raise self.NVMLError_GpuIsLost("GPU is lost")
             key = name.removeprefix("nvmlDeviceGet")
+            self.asked.append((key, arguments))
             if key not in card:
                 raise self.NVMLError_NotSupported(key)
+            if isinstance(card[key], self.NVMLError):
+                raise card[key]
             return card[key]
 
         return ask
+
+
+def sample(pid: int, share: int, at: int = 5) -> SimpleNamespace:
+    return SimpleNamespace(pid=pid, smUtil=share, timeStamp=at)
 
 
 def process(pid: int, used: int | None) -> SimpleNamespace:
@@ -156,3 +167,30 @@ def test_a_lost_gpu_begins_a_new_session() -> None:
     nvml.lost = True
     assert len(reader.read()) == 1
     assert nvml.sessions == 2
+
+
+def test_the_share_of_foreign_processes() -> None:
+    card = {**FULL, "ProcessUtilization": [sample(10, 60), sample(99, 25), sample(98, 10)]}
+    reader = NvidiaReader(nvml=FakeNvml([card]))
+    assert reader.read(own={10})[0].foreign_utilization == 0.35
+    card["ProcessUtilization"] = [sample(10, 60), sample(99, 90), sample(98, 80)]
+    assert reader.read(own={10})[0].foreign_utilization == 1.0
+
+
+def test_samples_are_asked_for_since_the_last_ones() -> None:
+    nvml = FakeNvml([{**FULL, "ProcessUtilization": [sample(10, 60, at=5), sample(99, 25, at=7)]}])
+    reader = NvidiaReader(nvml=nvml)
+    reader.read(own={10})
+    reader.read(own={10})
+    assert [arguments for key, arguments in nvml.asked if key == "ProcessUtilization"] == [(0,), (7,)]
+
+
+def test_no_sample_means_that_nobody_computes() -> None:
+    nvml = FakeNvml([{**FULL, "ProcessUtilization": FakeNvml.NVMLError_NotFound("Not Found")}])
+    assert NvidiaReader(nvml=nvml).read(own={10})[0].foreign_utilization == 0.0
+
+
+def test_where_the_driver_does_not_know_our_process_nothing_counts_as_foreign() -> None:
+    """In a container it may number processes otherwise: our own work would make us rest for ever."""
+    card = {**FULL, "ProcessUtilization": [sample(4010, 95)], "ComputeRunningProcesses": [process(4010, 1)]}
+    assert NvidiaReader(nvml=FakeNvml([card])).read(own={10})[0].foreign_utilization is None

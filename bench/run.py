@@ -2,7 +2,6 @@
 
     .venv/bin/python bench/run.py [NAME ...]    all benchmarks, or these; results of the others stay
     .venv/bin/python bench/run.py --soak        the soak runs (`bench/soak*.py`), which the default leaves out
-    .venv/bin/python bench/run.py NAME --printed FILE   record what a run of it by hand printed
     .venv/bin/python bench/run.py --render      only write the page anew from the recorded results
 
 What a benchmark is, and what it prints: `bench/README.md`.
@@ -106,13 +105,9 @@ def complete(result: Result, benchmark: str, command: str, where: str, date: str
     return {**known, **{key: value for key, value in result.items() if key not in known}}
 
 
-def run(name: str, path: Path, printed: Path | None = None) -> list[Result]:
-    """Run one benchmark, or take what it `printed`. Raises `ValueError` with the reason where it gave no result."""
-    command = f".venv/bin/python {path.relative_to(ROOT)}"
-    if printed is not None:
-        output = printed.read_text(encoding="utf-8")
-        date = datetime.fromtimestamp(printed.stat().st_mtime, tz=timezone.utc).strftime("%Y-%m-%d")
-        return [complete(one, name, command, machine(), date) for one in parse(output, name)]
+def run(name: str, path: Path) -> list[Result]:
+    """Run one benchmark. Raises `ValueError` with the reason where it gave no result."""
+    command = f".venv/bin/python bench/run.py {name}"
     print(f"bench: {command}", flush=True)
     environment = {
         **os.environ,
@@ -188,7 +183,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run benchmarks and record what they measured.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; none: all")
     parser.add_argument("--soak", action="store_true", help="run the soak runs instead")
-    parser.add_argument("--printed", type=Path, help="record what the one named benchmark printed to this file")
     parser.add_argument("--render", action="store_true", help="write the page from the recorded results")
     arguments = parser.parse_args()
     if arguments.render:
@@ -203,7 +197,7 @@ def main() -> int:
     failed: list[str] = []
     for name in wanted:
         try:
-            measured = run(name, offered[name], arguments.printed)
+            measured = run(name, offered[name])
         except ValueError as error:
             failed.append(str(error))
             continue

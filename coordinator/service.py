@@ -34,6 +34,7 @@ from coordinator.settings import CoordinatorSettings  # noqa: E402
 from coordinator.web import api  # noqa: E402
 from coordinator.web.desk import Desk  # noqa: E402
 from shared import logs, settings, topics  # noqa: E402
+from shared.allocator import keep_small  # noqa: E402
 from shared.blob_folder import BlobFolder  # noqa: E402
 from shared.codec import pack  # noqa: E402
 from shared.errors import MusterError, UserError  # noqa: E402
@@ -177,6 +178,8 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
         if arguments.check:
             return 0
         logs.set_up("muster-coordinator", config.log_level)
+        # Updates come and go by the megabyte, in several threads.
+        keep_small()
         Service(config, runtime).run()
     except UserError as error:
         print(f"muster-coordinator: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees

@@ -22,6 +22,7 @@ from edge_daemon.protocol import Beat, Failed, Merge, Merged, Probe, Probed, Shu
 from edge_daemon.training.control import Control, PipeClosed, Stopped
 from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, resident_bytes
 from shared import logs
+from shared.allocator import give_back
 from shared.errors import DecodeError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
@@ -76,6 +77,8 @@ class Agent:
                     self._control.send(self.probe(probe))
                 case Train() as train:
                     self._control.send(self.train(train))
+                    # Its factors and moments are held by cycles alone: the next work would find them still there.
+                    give_back()
                 case Merge() as order:
                     self._control.send(self.merge(order))
                 case Shutdown() | None:

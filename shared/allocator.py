@@ -1,0 +1,38 @@
+"""What a long-running process gives back to the system of the memory that it freed. glibc only; elsewhere nothing happens.
+
+glibc keeps what was freed for the next allocation: in an arena per thread, and below a threshold that rises to 32 MiB with
+use. A process that now and then holds large buffers so seems to grow for a long time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+
+
+def keep_small(threshold: int = 256 * 1024) -> None:
+    """Give blocks above `threshold` bytes back as soon as they are freed, and use one arena. Call it before any thread
+    starts. It costs a system call for each large block."""
+    libc = _libc()
+    if libc is not None:
+        libc.mallopt(_M_ARENA_MAX, 1)
+        libc.mallopt(_M_MMAP_THRESHOLD, threshold)
+        libc.mallopt(_M_TRIM_THRESHOLD, threshold)
+
+
+def give_back() -> None:
+    """Collect what only cycles hold, and give everything free back to the system."""
+    gc.collect()
+    libc = _libc()
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _libc() -> ctypes.CDLL | None:
+    try:
+        libc = ctypes.CDLL(None)
+    except OSError:
+        return None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shared.files import UNREADABLE
 from shared.jobs import TaskSpec
 from shared.messages import DatasetFacts
 from shared.modeling.faults import DataFault
@@ -221,7 +222,7 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, row
     except msgspec.DecodeError as error:
         raise DataFault(f"{path}: row {number} is not JSON: {error}") from error
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataFault(f"{path}: can't be read: {error}") from error
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from edge_daemon.adapters import sources
 from edge_daemon.adapters.store import Store
 from edge_daemon.adapters.systemd import notifier
 from edge_daemon.adapters.telemetry.facts import static_facts
@@ -118,9 +119,10 @@ def _minute() -> int:
     return now.tm_hour * 60 + now.tm_min
 
 
-def _load(path: Path) -> EdgeSettings:
+def _load(path: Path, *, strict: bool) -> EdgeSettings:
+    """The settings; `strict`: what they name must be there. Raises `SettingsError` with every fault."""
     config = settings.load(path, EdgeSettings)
-    faults = policy.faults(config.policy)
+    faults = policy.faults(config.policy) + (sources.faults(config) if strict else [])
     if faults:
         raise SettingsError(str(path), faults)
     return config
@@ -132,15 +134,21 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
         prog="muster-edge", description="Trains on this device what a coordinator assigns."
     )
     parser.add_argument("--config", default="/etc/muster/edge.toml", help="settings file (%(default)s)")
-    parser.add_argument("--check", action="store_true", help="only check the settings file")
+    parser.add_argument(
+        "--check", action="store_true", help="only check the settings file, and that what it names can be read"
+    )
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args(argv)
     try:
-        config = _load(Path(arguments.config))
+        config = _load(Path(arguments.config), strict=arguments.check)
         if arguments.check:
             return 0
         logs.set_up("muster-edge", config.log_level)
-        Service(config, runtime).run()
+        service = Service(config, runtime)
+        for fault in sources.faults(config):
+            # It may be mounted later, and the other data sets are good: no reason to stay away from the fleet.
+            log.error("%s: %s", arguments.config, fault)
+        service.run()
     except UserError as error:
         print(f"muster-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line the owner sees
         return 2

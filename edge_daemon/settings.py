@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -81,5 +81,5 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     """Bytes of chunks that may be under way to this device at once."""
     reannounce_s: Annotated[float, Meta(gt=0)] = 5.0
     """Seconds after which a finished update is announced again while no one took it."""
-    log_level: str = "INFO"
-    """DEBUG, INFO, WARNING or ERROR."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """The least that is logged."""

@@ -32,6 +32,7 @@ from shared.messages import DeviceState
 from shared.transport.base import Outgoing
 from shared.transport.credentials import read_credentials
 from shared.transport.mqtt import MqttTransport
+from shared.transport.watch import Watch
 from shared.version import VERSION
 
 log = logging.getLogger("edge_daemon")
@@ -70,8 +71,11 @@ class Service:
         )
         self._runtime = runtime(config, ports, boot_id=boot_id, version=VERSION)
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then leave: partial work is kept, the fleet is told."""
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, then leave: partial work is kept, the fleet is told. Returns the exit code.
+
+        1: the network thread is lost. The agent saves what it has when its pipe ends; the next daemon goes on with it.
+        """
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: self._queue.put(Asked()))
         self._transport.start(self._queue.put)
@@ -80,7 +84,11 @@ class Service:
         self._notify("READY=1")
         log.info("device %s of fleet %s runs", self._config.device, self._config.fleet)
         phase = ""
+        watch = Watch(self._transport, time.monotonic)
         while not self._runtime.left:
+            if watch.lost():
+                log.error("the network thread is dead or hangs: leaving, to be started again")
+                return 1
             try:
                 event = self._queue.get(timeout=TICK_S)
             except queue.Empty:
@@ -92,6 +100,7 @@ class Service:
                 self._notify(f"STATUS={phase}")
         self._notify("STOPPING=1")
         log.info("left")
+        return 0
 
     def _guarded(self, run: Callable[[], None]) -> None:
         """One turn of the loop: what goes wrong in it is logged, and the daemon lives on."""
@@ -129,7 +138,7 @@ def _load(path: Path, *, strict: bool) -> EdgeSettings:
 
 
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
-    """Run the daemon. Exit code 2: bad configuration, said in one line."""
+    """Run the daemon. Exit code 2: bad configuration, said in one line; 1: start it again."""
     parser = argparse.ArgumentParser(
         prog="muster-edge", description="Trains on this device what a coordinator assigns."
     )
@@ -148,11 +157,10 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
         for fault in sources.faults(config):
             # It may be mounted later, and the other data sets are good: no reason to stay away from the fleet.
             log.error("%s: %s", arguments.config, fault)
-        service.run()
+        return service.run()
     except UserError as error:
         print(f"muster-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line the owner sees
         return 2
-    return 0
 
 
 if __name__ == "__main__":

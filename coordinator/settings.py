@@ -59,7 +59,7 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
     api: ApiSettings = ApiSettings()
     waits: WaitSettings = WaitSettings()
     models: dict[str, str] = {}
-    """Name of a base model -> folder, as on the devices; a job may also name a folder."""
+    """Name of a base model -> folder or hub id: the same model, under the same name, as on the devices."""
     worker: list[str] = msgspec.field(
         default_factory=lambda: [sys.executable, "-m", "coordinator.workers.model_worker"]
     )

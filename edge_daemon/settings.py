@@ -31,7 +31,7 @@ class PolicySettings(Section, frozen=True, kw_only=True):
     share_labels: bool = False
     """Whether the label counts of the data sets may leave the device."""
     hub: bool = False
-    """Whether models and data sets may be loaded from the Hugging Face hub."""
+    """Whether base models and the data sets of `[data]` may be loaded from the Hugging Face hub."""
 
 
 class AgentSettings(Section, frozen=True, kw_only=True):
@@ -71,9 +71,10 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     """Folder for models, adapters, checkpoints and updates not yet taken."""
     broker: BrokerSettings = BrokerSettings()
     data: dict[str, str] = {}
-    """Name of a data set -> JSONL(.gz) file, or hub id."""
+    """Name of a data set -> JSONL(.gz) file, or with `policy.hub` a hub id ("id" or "id:split")."""
     models: dict[str, str] = {}
-    """Name of a base model -> folder. Only these (and the hub, if `policy.hub`) are ever loaded."""
+    """Name of a base model -> folder, or with `policy.hub` a hub id. Only these are ever loaded, and with `policy.hub`
+    any hub id that a job names."""
     policy: PolicySettings = PolicySettings()
     agent: AgentSettings = AgentSettings()
     telemetry: TelemetrySettings = TelemetrySettings()

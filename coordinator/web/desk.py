@@ -149,7 +149,7 @@ class Desk:
         if "/" in model:
             return []  # a hub id: the worker tries it
         known = ", ".join(sorted(self._runtime.settings.models)) or "none"
-        return [f"base.model: unknown model {model!r}; in [models] of the coordinator: {known}; or name a folder"]
+        return [f"base.model: unknown model {model!r}; in [models] of the coordinator: {known}"]
 
     def _request(self, job_id: str, event: ev.CancelRequested | ev.ResumeRequested, refusal: str) -> JobView:
         def act() -> JobView:

@@ -73,7 +73,7 @@ def test_a_job_without_a_fault_is_queued(desk: Desk, held_out: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "told"),
     [
-        ("bert", "base.model: unknown model 'bert'; in [models] of the coordinator: minilm; or name a folder"),
+        ("bert", "base.model: unknown model 'bert'; in [models] of the coordinator: minilm"),
         ("/no/such/model", "base.model: /no/such/model: no such folder"),
         ("./model", "base.model: ./model: no such folder"),
     ],

@@ -9,7 +9,6 @@ loaded by peft's own `PeftModel.from_pretrained` and evaluated on the whole test
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 from muster.testbed import central
 from muster.testbed.emulate import Emulation, Outcome, carry_out
+from muster.testbed.exported import quality
 from muster.testbed.rows import read_rows, write_rows
 
 DATA = Path(os.environ.get("MUSTER_DATA", "../shared/data"))
@@ -71,7 +71,7 @@ def dbpedia14(folder: Path) -> Iterator[dict[str, Any]]:
     outcome = _run(folder, "dbpedia14", job, devices=4, profile="equal")
     effort = central.effort_of(outcome.job)
     pooled = central.central_lora(outcome.spec, Path(outcome.model), outcome.train, effort).after
-    ours = exported(outcome, [Path(outcome.spec.evaluation.data)])[0]
+    ours = _exported(outcome, [Path(outcome.spec.evaluation.data)])[0]
     assert pooled.accuracy is not None and ours.accuracy is not None
     note = (
         f"accuracy {ours.accuracy:.4f} against {pooled.accuracy:.4f} on all {ours.rows} test rows, "
@@ -90,7 +90,7 @@ def news(folder: Path) -> Iterator[dict[str, Any]]:
     alone = central.head_alone(
         outcome.spec, Path(outcome.model), share, central.Effort(effort.steps, outcome.spec.strategy.batch)
     ).after
-    ours = exported(outcome, [Path(outcome.spec.evaluation.data)])[0]
+    ours = _exported(outcome, [Path(outcome.spec.evaluation.data)])[0]
     error = math.hypot(central.standard_error(alone), central.standard_error(ours))
     assert ours.accuracy is not None and alone.accuracy is not None
     note = (
@@ -109,7 +109,7 @@ def e2e(folder: Path) -> Iterator[dict[str, Any]]:
     files = [folder / f"chunk-{part}.jsonl.gz" for part in range(CHUNKS)]
     for part, path in enumerate(files):
         write_rows(path, rows[part::CHUNKS])
-    ours, base = exported(outcome, files), untuned(outcome, files)
+    ours, base = _exported(outcome, files), _untuned(outcome, files)
     gains = [before.loss - after.loss for before, after in zip(base, ours, strict=True)]
     mean = sum(gains) / CHUNKS
     error = math.sqrt(sum((gain - mean) ** 2 for gain in gains) / (CHUNKS - 1) / CHUNKS)
@@ -122,49 +122,28 @@ def e2e(folder: Path) -> Iterator[dict[str, Any]]:
     yield _figure("quality.e2e_over_base", what, mean / error, "SE", "> 2", note)
 
 
-def exported(outcome: Outcome, files: Sequence[Path]) -> list[Any]:
+def _exported(outcome: Outcome, files: Sequence[Path], *, rows: int = 0) -> list[Any]:
     """Quality of the exported adapter on each file, loaded by peft alone."""
-    from peft import PeftModel
-
-    return _evaluate(outcome, files, lambda model: PeftModel.from_pretrained(model, str(outcome.out / "adapter")))
+    return _quality(outcome, outcome.out / "adapter", files, rows)
 
 
-def untuned(outcome: Outcome, files: Sequence[Path]) -> list[Any]:
+def _untuned(outcome: Outcome, files: Sequence[Path]) -> list[Any]:
     """Quality of the base as it is."""
-    return _evaluate(outcome, files, lambda model: model)
+    return _quality(outcome, None, files, 0)
 
 
-def _evaluate(outcome: Outcome, files: Sequence[Path], wrap: Any) -> list[Any]:
+def _quality(outcome: Outcome, adapter: Path | None, files: Sequence[Path], rows: int) -> list[Any]:
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-    from shared.modeling import base_model
-    from shared.modeling.data import tokenize
-    from shared.modeling.evaluation import evaluate
 
     torch.set_num_threads(os.cpu_count() or 1)
-    spec, folder = outcome.spec, Path(outcome.model)
-    base = base_model.load(folder, spec.task)
-    if spec.task.kind == "causal":
-        model = AutoModelForCausalLM.from_pretrained(folder)
-    else:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=len(spec.task.labels))
-    wrapped = dataclasses.replace(base, model=wrap(model).eval())
-    found = []
-    for path in files:
-        data = tokenize(str(path), spec.task, base.tokenizer)
-        found.append(evaluate(wrapped, data, spec.evaluation.batch))
-    return found
+    return quality(outcome.spec, Path(outcome.model), adapter, files, rows=rows)
 
 
 def _export_figure(outcome: Outcome, name: str) -> dict[str, Any]:
     """How far the export is from what the coordinator measured in the last round, on the same rows."""
     metrics = outcome.job.rounds[-1].metrics
     assert metrics is not None
-    rows = read_rows(Path(outcome.spec.evaluation.data))[: metrics.rows]
-    path = outcome.out / "same-rows.jsonl.gz"
-    write_rows(path, rows)
-    found = exported(outcome, [path])[0]
+    found = _exported(outcome, [Path(outcome.spec.evaluation.data)], rows=metrics.rows)[0]
     what = f"{name}: exported adapter under `PeftModel.from_pretrained` against the coordinator's evaluation, loss"
     note = f"{found.loss:.7f} against {metrics.loss:.7f} on {metrics.rows} rows, ranks unequal by module"
     return _figure(f"quality.{name}_export", what, abs(found.loss - metrics.loss), "", "<= 0.00001", note)

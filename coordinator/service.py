@@ -44,6 +44,7 @@ from shared.processes import lock_folder  # noqa: E402
 from shared.transport.base import Outgoing  # noqa: E402
 from shared.transport.credentials import read_credentials  # noqa: E402
 from shared.transport.mqtt import MqttTransport  # noqa: E402
+from shared.transport.watch import Watch  # noqa: E402
 
 log = logging.getLogger("coordinator")
 TICK_S = 0.25
@@ -87,15 +88,20 @@ class Service:
         self._runtime = runtime(config, ports)
         self._transport = transport
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT."""
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT. Returns the exit code; 1: the network thread is lost."""
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: self._stopping.set())
         self._transport.start(self._queue.put)
         server = self._start_api()
         log.info("coordinator %s of fleet %s runs", self._config.name, self._config.fleet)
         self._guarded(self._runtime.tick)
+        watch = Watch(self._transport, time.monotonic)
         while not self._stopping.is_set():
+            if watch.lost():
+                log.error("the network thread is dead or hangs: leaving, to be started again")
+                self._leave(server)
+                return 1
             try:
                 event = self._queue.get(timeout=TICK_S)
             except queue.Empty:
@@ -103,8 +109,12 @@ class Service:
                 continue
             self._guarded(lambda event=event: self._runtime.handle(event))  # type: ignore[misc]  # bound now
         log.info("stopping")
-        server.should_exit = True
         self._runtime.stop()
+        self._leave(server)
+        return 0
+
+    def _leave(self, server: uvicorn.Server) -> None:
+        server.should_exit = True
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _guarded(self, run: Callable[[], None]) -> None:
@@ -166,7 +176,7 @@ def _token(config: CoordinatorSettings) -> str:
 
 
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
-    """Run the coordinator. Exit code 2: bad configuration, said in one line."""
+    """Run the coordinator. Exit code 2: bad configuration, said in one line; 1: start it again."""
     parser = argparse.ArgumentParser(
         prog="muster-coordinator", description="Plans rounds and aggregates their updates."
     )
@@ -180,11 +190,10 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
         logs.set_up("muster-coordinator", config.log_level)
         # Updates come and go by the megabyte, in several threads.
         keep_small()
-        Service(config, runtime).run()
+        return Service(config, runtime).run()
     except UserError as error:
         print(f"muster-coordinator: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
         return 2
-    return 0
 
 
 if __name__ == "__main__":

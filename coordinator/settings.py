@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -59,7 +59,7 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
     api: ApiSettings = ApiSettings()
     waits: WaitSettings = WaitSettings()
     models: dict[str, str] = {}
-    """Name of a base model -> folder, as on the devices; a job may also name a folder."""
+    """Name of a base model -> folder or hub id: the same model, under the same name, as on the devices."""
     worker: list[str] = msgspec.field(
         default_factory=lambda: [sys.executable, "-m", "coordinator.workers.model_worker"]
     )
@@ -70,5 +70,5 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
     """Whether every record is forced to disk before it counts; off only in tests."""
     keep_rounds: Annotated[int, Meta(ge=1)] = 3
     """Committed rounds whose updates stay in the blob store."""
-    log_level: str = "INFO"
-    """DEBUG, INFO, WARNING or ERROR."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """The least that is logged."""

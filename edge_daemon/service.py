@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from edge_daemon.adapters import sources
 from edge_daemon.adapters.store import Store
 from edge_daemon.adapters.systemd import notifier
 from edge_daemon.adapters.team import TeamTrainer
@@ -32,6 +33,7 @@ from shared.messages import DeviceState
 from shared.transport.base import Outgoing
 from shared.transport.credentials import read_credentials
 from shared.transport.mqtt import MqttTransport
+from shared.transport.watch import Watch
 from shared.version import VERSION
 
 log = logging.getLogger("edge_daemon")
@@ -72,8 +74,11 @@ class Service:
         )
         self._runtime = runtime(config, ports, boot_id=boot_id, version=VERSION)
 
-    def run(self) -> None:
-        """Serve until SIGTERM or SIGINT, then leave: partial work is kept, the fleet is told."""
+    def run(self) -> int:
+        """Serve until SIGTERM or SIGINT, then leave: partial work is kept, the fleet is told. Returns the exit code.
+
+        1: the network thread is lost. The agent saves what it has when its pipe ends; the next daemon goes on with it.
+        """
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: self._queue.put(Asked()))
         self._transport.start(self._queue.put)
@@ -82,7 +87,11 @@ class Service:
         self._notify("READY=1")
         log.info("device %s of fleet %s runs", self._config.device, self._config.fleet)
         phase = ""
+        watch = Watch(self._transport, time.monotonic)
         while not self._runtime.left:
+            if watch.lost():
+                log.error("the network thread is dead or hangs: leaving, to be started again")
+                return 1
             try:
                 event = self._queue.get(timeout=TICK_S)
             except queue.Empty:
@@ -94,6 +103,7 @@ class Service:
                 self._notify(f"STATUS={phase}")
         self._notify("STOPPING=1")
         log.info("left")
+        return 0
 
     def _guarded(self, run: Callable[[], None]) -> None:
         """One turn of the loop: what goes wrong in it is logged, and the daemon lives on."""
@@ -121,33 +131,39 @@ def _minute() -> int:
     return now.tm_hour * 60 + now.tm_min
 
 
-def _load(path: Path) -> EdgeSettings:
+def _load(path: Path, *, strict: bool) -> EdgeSettings:
+    """The settings; `strict`: what they name must be there. Raises `SettingsError` with every fault."""
     config = settings.load(path, EdgeSettings)
-    faults = policy.faults(config)
+    faults = policy.faults(config) + (sources.faults(config) if strict else [])
     if faults:
         raise SettingsError(str(path), faults)
     return config
 
 
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
-    """Run the daemon. Exit code 2: bad configuration, said in one line."""
+    """Run the daemon. Exit code 2: bad configuration, said in one line; 1: start it again."""
     parser = argparse.ArgumentParser(
         prog="muster-edge", description="Trains on this device what a coordinator assigns."
     )
     parser.add_argument("--config", default="/etc/muster/edge.toml", help="settings file (%(default)s)")
-    parser.add_argument("--check", action="store_true", help="only check the settings file")
+    parser.add_argument(
+        "--check", action="store_true", help="only check the settings file, and that what it names can be read"
+    )
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args(argv)
     try:
-        config = _load(Path(arguments.config))
+        config = _load(Path(arguments.config), strict=arguments.check)
         if arguments.check:
             return 0
         logs.set_up("muster-edge", config.log_level)
-        Service(config, runtime).run()
+        service = Service(config, runtime)
+        for fault in sources.faults(config):
+            # It may be mounted later, and the other data sets are good: no reason to stay away from the fleet.
+            log.error("%s: %s", arguments.config, fault)
+        return service.run()
     except UserError as error:
         print(f"muster-edge: {error}", file=sys.stderr)  # noqa: T201 - the one line the owner sees
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -31,7 +31,7 @@ class PolicySettings(Section, frozen=True, kw_only=True):
     share_labels: bool = False
     """Whether the label counts of the data sets may leave the device."""
     hub: bool = False
-    """Whether models and data sets may be loaded from the Hugging Face hub."""
+    """Whether base models and the data sets of `[data]` may be loaded from the Hugging Face hub."""
 
 
 class AgentSettings(Section, frozen=True, kw_only=True):
@@ -72,9 +72,10 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     """Folder for models, adapters, checkpoints and updates not yet taken."""
     broker: BrokerSettings = BrokerSettings()
     data: dict[str, str] = {}
-    """Name of a data set -> JSONL(.gz) file, or hub id."""
+    """Name of a data set -> JSONL(.gz) file, or with `policy.hub` a hub id ("id" or "id:split")."""
     models: dict[str, str] = {}
-    """Name of a base model -> folder. Only these (and the hub, if `policy.hub`) are ever loaded."""
+    """Name of a base model -> folder, or with `policy.hub` a hub id. Only these are ever loaded, and with `policy.hub`
+    any hub id that a job names."""
     policy: PolicySettings = PolicySettings()
     agent: AgentSettings = AgentSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
@@ -82,5 +83,5 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     """Bytes of chunks that may be under way to this device at once."""
     reannounce_s: Annotated[float, Meta(gt=0)] = 5.0
     """Seconds after which a finished update is announced again while no one took it."""
-    log_level: str = "INFO"
-    """DEBUG, INFO, WARNING or ERROR."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """The least that is logged."""

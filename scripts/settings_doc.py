@@ -30,6 +30,11 @@ edge_daemon/settings.py and coordinator/settings.py: change those, then run `mak
 All three are TOML and are checked whole: an unknown key, a missing one, a wrong type or a number out of its range is
 reported with its key and the reason, every fault of the file at once, and the command ends with exit code 2.
 
+`muster-edge --check --config edge.toml` looks further: every file of `[data]` must hold a row and every folder of
+`[models]` a `config.json` and safetensors, or the command names each that does not and ends with exit code 2. The
+daemon itself starts all the same and logs an error for each, since a disk may be mounted later. It offers the data
+sets that could be read when its agent started: restart it after mounting one.
+
 A job file that leaves everything to the defaults:
 
 ```toml

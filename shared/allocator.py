@@ -1,7 +1,7 @@
-"""What a long-running process gives back to the system of the memory that it freed. glibc only; elsewhere nothing happens.
+"""What a long-running process gives back to the system of the memory that it freed. glibc only.
 
-glibc keeps what was freed for the next allocation: in an arena per thread, and below a threshold that rises to 32 MiB with
-use. A process that now and then holds large buffers so seems to grow for a long time.
+glibc keeps what was freed for the next allocation: in an arena per thread, and below a threshold that rises to 32 MiB
+with use. A process that now and then holds large buffers so seems to grow for a long time.
 """
 
 from __future__ import annotations

@@ -1,9 +1,15 @@
-"""Files written whole or not at all."""
+"""Files written whole or not at all; whether a file of rows can be read at all."""
 
 from __future__ import annotations
 
+import gzip
 import os
+import zlib
 from pathlib import Path
+
+UNREADABLE = (OSError, EOFError, zlib.error)
+"""What reading a plain or gzipped file raises where it is missing, cut off or damaged."""
+_PIECE = 64 * 1024
 
 
 def write_whole(path: Path, data: bytes, *, fsync: bool = True) -> None:
@@ -30,3 +36,33 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rows_fault(path: Path) -> str:
+    """Why no row can be read from a JSONL(.gz) file, or "". Reads up to its first line that is not blank."""
+    if not path.exists():
+        return f"{path}: no such file"
+    if not path.is_file():
+        return f"{path}: not a file"
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rb") as file:
+            while piece := file.read(_PIECE):
+                if piece.strip():
+                    return ""
+    except UNREADABLE as error:
+        return f"{path}: can't be read: {getattr(error, 'strerror', None) or error}"
+    return f"{path}: no rows"
+
+
+def model_fault(folder: Path) -> str:
+    """Why no base model can be loaded from `folder`, or "". Looks at names alone."""
+    if not folder.is_dir():
+        return f"{folder}: no such folder"
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return f"{folder}: can't be read: Permission denied"
+    if not (folder / "config.json").is_file():
+        return f"{folder}: no config.json there"
+    if not any(folder.glob("*.safetensors")):
+        return f"{folder}: no *.safetensors there, and no other weights are loaded"
+    return ""

@@ -29,7 +29,8 @@ class BaseSpec(Spec, frozen=True, kw_only=True):
     """The frozen base model."""
 
     model: str
-    """A name from the devices' `[models]` table, a folder, or a hub id; for `least_squares`: "inputs x outputs"."""
+    """A name from the `[models]` tables of devices and coordinator, or a hub id where owners allow it (`policy.hub`);
+    for `least_squares`: "inputs x outputs"."""
     revision: str = ""
     """Commit of a hub model."""
     targets: list[str] = []
@@ -42,7 +43,7 @@ class TaskSpec(Spec, frozen=True, kw_only=True):
     kind: TaskKind
     """`least_squares` is the task of the test agent: no torch, no base model."""
     dataset: str
-    """Name of a data set in the devices' `[data]` table, or a hub data set id its owner allows."""
+    """Name of a data set in the devices' `[data]` table; what it stands for is each owner's choice."""
     labels: list[str] = []
     """Names of the classes in the order of the label numbers (classification)."""
     text_field: str = "text"

@@ -20,6 +20,7 @@ from coordinator.runtime import Call, Runtime
 from coordinator.web import history
 from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
 from shared.errors import SettingsError, UserError
+from shared.files import rows_fault
 from shared.jobs import JobSpec
 from shared.settings import check, parse_toml
 
@@ -130,8 +131,8 @@ class Desk:
                 faults.append(f"{key}: unknown {name!r}; known: {', '.join(sorted(known))}")
         if spec.strategy.batch_min > spec.strategy.batch_max:
             faults.append("strategy.batch_min: larger than strategy.batch_max")
-        if spec.evaluation.data and not Path(spec.evaluation.data).is_file():
-            faults.append(f"evaluation.data: {spec.evaluation.data}: no such file on the coordinator")
+        if spec.evaluation.data and (fault := rows_fault(Path(spec.evaluation.data))):
+            faults.append(f"evaluation.data: on the coordinator: {fault}")
         if spec.task.kind == "classification" and len(spec.task.labels) < 2:
             faults.append("task.labels: a classification needs the names of its classes, in the order of their numbers")
         if spec.task.kind != "least_squares":
@@ -148,7 +149,7 @@ class Desk:
         if "/" in model:
             return []  # a hub id: the worker tries it
         known = ", ".join(sorted(self._runtime.settings.models)) or "none"
-        return [f"base.model: unknown model {model!r}; in [models] of the coordinator: {known}; or name a folder"]
+        return [f"base.model: unknown model {model!r}; in [models] of the coordinator: {known}"]
 
     def _request(self, job_id: str, event: ev.CancelRequested | ev.ResumeRequested, refusal: str) -> JobView:
         def act() -> JobView:

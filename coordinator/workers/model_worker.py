@@ -128,7 +128,7 @@ class ModelWorker:
         from shared.modeling import base_model, data, weights
 
         _check_task(job)
-        folder = weights.resolve(base_path, job.base.revision)
+        folder = weights.resolve(base_path, job.base.revision, hub=True)
         digest = weights.base_digest(folder, _digest_cache())
         key = (str(folder), digest, job.task.kind, len(job.task.labels), job.task.max_tokens)
         if key != self._held.key:

@@ -187,7 +187,7 @@ class Agent:
             raise Refused("bits", f"{bits} bits: {self._notes.get(str(bits), 'not proven on this device')}")
         cache = Path(request.digests_path) if request.digests_path else None
         try:
-            folder = weights.resolve(request.base_path, assignment.base.revision)
+            folder = weights.resolve(request.base_path, assignment.base.revision, hub=request.hub)
             digest = weights.base_digest(folder, cache)
             if digest != assignment.base_digest:
                 raise Refused(

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from shared.errors import UserError
-from shared.files import write_whole
+from shared.files import UNREADABLE, write_whole
 
 Row = dict[str, Any]
 
@@ -22,7 +22,7 @@ def read_rows(path: Path) -> list[Row]:
         text = gzip.decompress(data) if path.suffix == ".gz" else data
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{path}: can't be read: {error}") from error
     decoder = msgspec.json.Decoder(Row)
     rows: list[Row] = []

@@ -20,9 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shared.files import UNREADABLE
 from shared.jobs import TaskSpec
 from shared.messages import DatasetFacts
-from shared.modeling.faults import DataFault
+from shared.modeling.faults import DataFault, one_line
 
 Ints = npt.NDArray[np.int64]
 Beat = Callable[[str], None]
@@ -229,20 +230,21 @@ def _file_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, row
     except msgspec.DecodeError as error:
         raise DataFault(f"{path}: row {number} is not JSON: {error}") from error
-    except (OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise DataFault(f"{path}: can't be read: {error}") from error
 
 
 def _hub_rows(source: str) -> Iterable[Row]:
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise DataFault(f"{source}: a hub data set needs the package datasets (extra hub)") from None
     name, _, split = source.partition(":")
     try:
         rows: Iterable[Row] = datasets.load_dataset(name, split=split or "train", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise DataFault(f"{source}: the hub data set can't be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, DatasetsError) as error:
+        raise DataFault(f"{source}: the hub data set can't be loaded: {one_line(error)}") from error
     return rows
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from shared.modeling.data import IGNORED, Batch
 
@@ -25,9 +26,14 @@ def loss_sum(model: Any, batch: Batch, kind: str) -> tuple[torch.Tensor, int]:
 def _causal(model: Any, batch: Batch) -> torch.Tensor:
     targets = batch.targets[:, 1:]
     learned = targets != IGNORED
-    if model.config.model_type in _PLAIN_HEADS:
+    if model.config.model_type in _PLAIN_HEADS and _is_plain(model):
         hidden = model.base_model(input_ids=batch.ids, attention_mask=batch.mask)[0]
         logits = model.get_output_embeddings()(hidden[:, :-1][learned])
     else:
         logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1][learned]
     return functional.cross_entropy(logits.float(), targets[learned], reduction="sum")
+
+
+def _is_plain(model: Any) -> bool:
+    """Whether nothing is wrapped around it: what peft wraps calls another thing its base model."""
+    return isinstance(model, PreTrainedModel)

@@ -21,8 +21,8 @@ _TOKENIZER_FILES = (
 _PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
 
 
-def resolve(model: str, revision: str = "") -> Path:
-    """Folder of a base model: `model` itself, or a hub id's files at `revision`, downloaded where not yet cached.
+def resolve(model: str, revision: str = "", *, hub: bool) -> Path:
+    """Folder of a base model: `model` itself, or with `hub` a hub id's files at `revision`, downloaded if not cached.
 
     Raises `ModelFault` for an unknown model, and for a folder without `config.json` or safetensors.
     """
@@ -30,6 +30,8 @@ def resolve(model: str, revision: str = "") -> Path:
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith(".") or model.count("/") > 1:
             raise ModelFault(f"{model}: no such model folder")
+        if not hub:
+            raise ModelFault(f"{model}: no such model folder, and policy.hub is off")
         folder = _from_hub(model, revision)
     if not (folder / "config.json").is_file():
         raise ModelFault(f"{model}: no config.json there")

@@ -219,7 +219,8 @@ class MqttTransport:
         return f"{message.name}: a packet of {packet_size(message)} bytes, the broker takes {self._max_packet}"
 
     def _promise(self, seconds: float) -> None:
-        self._due = time.monotonic() + seconds + max(1.5 * self._settings.keepalive_s, 20.0)
+        """The thread is back in `seconds`; what it may be late is bounded, for its owner must know within a minute."""
+        self._due = time.monotonic() + seconds + min(max(1.5 * self._settings.keepalive_s, 20.0), 45.0)
 
     # ---- the network thread --------------------------------------------------------------------------------------
 

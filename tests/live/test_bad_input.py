@@ -5,11 +5,13 @@ What one process can tell without another is in `tests/unit` and `tests/fleet/te
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +109,27 @@ def test_emulate_without_a_data_file(place: Path) -> None:
     assert "no test.jsonl.gz there" in refused(place, "muster", *EMULATE)
 
 
+def test_emulate_with_no_training_rows(place: Path) -> None:
+    (place / "texts" / "train.jsonl").write_text("\n", encoding="utf-8")
+    assert "train.jsonl: no rows" in refused(place, "muster", *EMULATE)
+
+
+def test_emulate_with_a_damaged_file(place: Path) -> None:
+    data = bytearray(gzip.compress((place / "texts" / "train.jsonl").read_bytes()))
+    data[20] ^= 0xFF
+    (place / "texts" / "train.jsonl").unlink()
+    (place / "texts" / "train.jsonl.gz").write_bytes(data)
+    assert "train.jsonl.gz: can't be read" in refused(place, "muster", *EMULATE)
+
+
+def test_emulate_with_an_unknown_key(place: Path) -> None:
+    with (place / "job.toml").open("a", encoding="utf-8") as file:
+        file.write("lables = []\n[rouns]\ncount = 1\n")
+    said = refused(place, "muster", *EMULATE)
+    assert "rouns: unknown key, did you mean 'rounds'?" in said
+    assert "task.lables: unknown key, did you mean 'labels'?" in said
+
+
 def test_emulate_with_rows_that_are_no_json(place: Path) -> None:
     (place / "texts" / "train.jsonl").write_text('{"text": "a", "label": 0}\nnothing\n', encoding="utf-8")
     assert "train.jsonl" in (said := refused(place, "muster", *EMULATE))
@@ -130,6 +153,71 @@ def test_submit_without_a_coordinator(place: Path) -> None:
 def test_submit_with_a_missing_file(place: Path) -> None:
     said = refused(place, "muster", "--url", "http://127.0.0.1:1", "submit", "none.toml")
     assert said == "error: none.toml: no such file\n"
+
+
+@pytest.fixture
+def address(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Options that lead `muster` to a coordinator, which knows one model. Its own files are outside `place`."""
+    folder = tmp_path_factory.mktemp("coordinator")
+    (folder / "minilm").mkdir()
+    (folder / "minilm" / "config.json").write_text("{}", encoding="utf-8")
+    config = folder / "coordinator.toml"
+    config.write_text(
+        f'fleet = "lab"\nstate_dir = "{folder}/state"\nmodels = {{ minilm = "{folder}/minilm" }}\n'
+        f"[api]\nport = 0\n[broker]\nport = {free_port()}\n",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", MODULES["muster-coordinator"], "--config", str(config)]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(command, stderr=log, env={**os.environ, MARK: str(place)})
+    try:
+        until = time.monotonic() + 60.0
+        while not (folder / "state" / "api.json").exists():
+            assert process.poll() is None and time.monotonic() < until, (folder / "log").read_text("utf-8")
+            time.sleep(0.05)
+        yield ["--config", str(config)]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_submit_of_a_job_that_the_coordinator_refuses(place: Path, address: list[str]) -> None:
+    (place / "empty.jsonl").write_text("", encoding="utf-8")
+    good = JOB.format(model="minilm") + 'dataset = "texts"\n'
+    for text, told in (
+        (good.replace("minilm", "bert-of-mars"), "base.model: unknown model 'bert-of-mars'"),
+        (good.replace("minilm", f"{place}/none"), f"base.model: {place}/none: no such folder"),
+        (good + '[evaluation]\ndata = "none.jsonl"\n', "evaluation.data: on the coordinator: none.jsonl: no such file"),
+        (good + f'[evaluation]\ndata = "{place}/empty.jsonl"\n', "empty.jsonl: no rows"),
+        (good + '[strategy]\nname = "magic"\n', "strategy.name: unknown 'magic'"),
+        (good + "[rouns]\ncount = 1\n", "rouns: unknown key, did you mean 'rounds'?"),
+    ):
+        (place / "job.toml").write_text(text, encoding="utf-8")
+        said = refused(place, "muster", *address, "submit", "job.toml")
+        assert said.startswith("error: ")
+        assert told in said
+    listed = subprocess.run(
+        [sys.executable, "-m", MODULES["muster"], *address, "list", "--json"], capture_output=True, text=True,
+        timeout=90, check=True,
+    )  # fmt: skip
+    assert json.loads(listed.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ('[data]\ntexts = "{place}/none.jsonl"\n', "data.texts: {place}/none.jsonl: no such file"),
+        ('[models]\nminilm = "{place}/texts"\n', "models.minilm: {place}/texts: no config.json there"),
+        ('log_level = "LOUD"\n', "log_level: invalid enum value 'LOUD'"),
+        ('[dta]\ntexts = "{place}/none.jsonl"\n', "dta: unknown key, did you mean 'data'?"),
+    ],
+)
+def test_edge_check_of_settings_that_do_not_hold(place: Path, more: str, told: str) -> None:
+    text = f'fleet = "lab"\ndevice = "edge-01"\nstate_dir = "{place}/state"\n' + more.format(place=place)
+    (place / "edge.toml").write_text(text, encoding="utf-8")
+    said = refused(place, "muster-edge", "--check", "--config", "edge.toml")
+    assert said.startswith("muster-edge: edge.toml: ")
+    assert told.format(place=place) in said
 
 
 def coordinator_file(place: Path, more: str = "") -> str:

@@ -120,15 +120,15 @@ def test_a_remembered_digest_is_not_computed_again(bert: Path, tmp_path: Path) -
 
 def test_a_base_that_is_not_there_or_not_one_is_named(tmp_path: Path, bert: Path) -> None:
     with pytest.raises(ModelFault, match="no such model folder"):
-        weights.resolve(str(tmp_path / "none"))
+        weights.resolve(str(tmp_path / "none"), hub=True)
     with pytest.raises(ModelFault, match="no config.json"):
-        weights.resolve(str(tmp_path))
+        weights.resolve(str(tmp_path), hub=True)
     with pytest.raises(ModelFault, match="no such folder, and not from the hub"):
-        weights.resolve("nobody/nothing")
+        weights.resolve("nobody/nothing", hub=True)
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelFault, match="other weight formats are not loaded"):
-        weights.resolve(str(tmp_path))
+        weights.resolve(str(tmp_path), hub=True)
     broken = tmp_path / "broken"
     shutil.copytree(bert, broken)
     (broken / "model.safetensors").write_bytes(b"no")

@@ -72,6 +72,11 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path, words: Any) -> None
     damaged.write_bytes(gzip.compress(b'{"text": "a", "label": 0}\n' * 50)[:-20])
     with pytest.raises(DataFault, match="can't be read"):
         tokenize(str(damaged), COLOURS, words)
+    turned = bytearray(gzip.compress(b'{"text": "a", "label": 0}\n' * 500))
+    turned[20] ^= 0xFF
+    damaged.write_bytes(turned)
+    with pytest.raises(DataFault, match="can't be read"):
+        tokenize(str(damaged), COLOURS, words)
 
 
 def test_labels_may_be_names(tmp_path: Path, words: Any) -> None:

@@ -1,12 +1,13 @@
-"""Files written whole."""
+"""Files written whole; what can be read of a file of rows."""
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 
-from shared.files import write_whole
+from shared.files import rows_fault, write_whole
 
 
 @pytest.mark.parametrize("fsync", [True, False])
@@ -25,3 +26,36 @@ def test_what_can_not_be_written_leaves_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="file"):
         write_whole(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def damaged() -> bytes:
+    """A gzip file with a byte turned over behind its header, which zlib notices and not gzip."""
+    data = bytearray(gzip.compress(b'{"text": "a", "label": 0}\n' * 500))
+    data[20] ^= 0xFF
+    return bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("good.jsonl", b"\n" * 200_000 + b"{}\n", ""),
+        ("good.jsonl.gz", gzip.compress(b"{}\n"), ""),
+        ("empty.jsonl", b"", "no rows"),
+        ("empty.jsonl.gz", gzip.compress(b""), "no rows"),
+        ("blank.jsonl", b" \n\n", "no rows"),
+        ("cut.jsonl.gz", gzip.compress(b"{}\n" * 99)[:12], "can't be read: Compressed file ended"),
+        ("damaged.jsonl.gz", damaged(), "can't be read: Error -3 while decompressing"),
+    ],
+)
+def test_a_file_without_rows_is_named_with_the_reason(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    found = rows_fault(path)
+    assert found.startswith(f"{path}: {told}") if told else found == ""
+
+
+def test_what_is_no_file_or_can_not_be_read_is_named(tmp_path: Path) -> None:
+    assert rows_fault(tmp_path / "none") == f"{tmp_path}/none: no such file"
+    assert rows_fault(tmp_path) == f"{tmp_path}: not a file"
+    # Its first page is never mapped: a reading error that root meets too.
+    assert rows_fault(Path("/proc/self/mem")) == "/proc/self/mem: can't be read: Input/output error"

@@ -21,7 +21,7 @@ MACHINE_WAIT_S = 5.0
 RETRY_BASE_S = 0.25
 RETRY_CAP_S = 60.0
 PROGRESS_S = 1.0
-_NO_TIME_S = 0.001
+_NO_TIME_S = 1e-6
 """`Train.train_for_s` for work whose time is over: 0 would mean no limit."""
 
 
@@ -74,7 +74,10 @@ def beat(state: State, event: ev.AgentBeat) -> Result:
     """The agent is alive; its progress is passed on at most once a second."""
     state = replace(state, agent=replace(state.agent, heard_at=state.now))
     done, work = event.progressed, state.work
-    if done is None or work is None or state.agent.identity != identity_of(work) or not state.connected:
+    if done is None or work is None or state.agent.identity != identity_of(work):
+        return state, []
+    state = replace(state, reached=max(state.reached, done.step))
+    if not state.connected:
         return state, []
     if state.now - state.progress_at < PROGRESS_S:
         return state, []
@@ -88,7 +91,9 @@ def beat(state: State, event: ev.AgentBeat) -> Result:
 def train(state: State, work: Assignment) -> Result:
     """Give the ready agent its work, with what is left of its time."""
     settings, left = state.settings, work.work.train_for_s
-    if left > 0:
+    if state.journal.given_up:
+        left = _NO_TIME_S
+    elif left > 0:
         left = max(_NO_TIME_S, left - (state.now - state.received_at))
     order = cmd.Train(
         assignment=work,
@@ -157,6 +162,8 @@ def failed(state: State, failure: protocol.Failed) -> Result:
     state = replace(state, agent=_free(state), paused="")
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
+    if state.journal.given_up:
+        return outbox.fail(state, identity, state.journal.given_up)
     reason, memory = f"{failure.kind}: {failure.reason}", failure.kind == "memory"
     return outbox.fail(state, identity, reason, out_of_memory=memory, batch_limit=failure.batch_limit)
 
@@ -190,18 +197,29 @@ def gone(state: State, event: ev.AgentGone) -> Result:
 
 
 def _died(state: State, work: Assignment, event: ev.AgentGone, deaths: int) -> Result:
-    identity = identity_of(work)
+    if state.journal.given_up:
+        return outbox.fail(state, identity_of(work), state.journal.given_up, out_of_memory=event.out_of_memory)
     if not event.out_of_memory:
         state = replace(state, journal=msgspec.structs.replace(state.journal, deaths=deaths))
         if deaths < state.settings.agent.tries:
             return state, []
-        return outbox.fail(state, identity, f"the agent died {deaths} times, last: {event.reason}")
+        return _give_up(state, work, f"the agent died {deaths} times, last: {event.reason}", out_of_memory=False)
     batch = min(work.work.batch, state.journal.batch_limit or work.work.batch)
     limit = batch // 2
     if limit < 1:
-        return outbox.fail(state, identity, "memory: not even a batch of one fits", out_of_memory=True)
+        return _give_up(state, work, "memory: not even a batch of one fits", out_of_memory=True)
     state = replace(state, journal=msgspec.structs.replace(state.journal, batch_limit=limit))
     return state, [cmd.Note("warning", f"out of memory with a batch of {batch}: again with {limit}")]
+
+
+def _give_up(state: State, work: Assignment, reason: str, *, out_of_memory: bool) -> Result:
+    """Try no more. What a checkpoint holds still counts: a last agent is asked for that alone."""
+    if state.reached < work.training.checkpoint_every:
+        return outbox.fail(state, identity_of(work), reason, out_of_memory=out_of_memory)
+    # That it ran for a while is told by its update; that it then did not fit, by the smallest limit there is.
+    limit = 1 if out_of_memory else state.journal.batch_limit
+    state = replace(state, journal=msgspec.structs.replace(state.journal, given_up=reason, batch_limit=limit))
+    return state, [cmd.Note("warning", f"{identity_of(work)} is given up: {reason}; what its checkpoint holds counts")]
 
 
 def _free(state: State) -> Agent:

@@ -217,6 +217,19 @@ def test_an_agent_that_always_crashes_fails_its_work_not_the_daemon(start: Start
     daemon.turn_until(lambda: daemon.runtime.state.agent.status == "ready")
 
 
+def test_the_checkpoint_of_an_agent_that_always_crashes_counts(start: Start) -> None:
+    daemon = start(MUSTER_TEST_CRASH_AT="7!", MUSTER_TEST_STEP_S="0.15")
+    daemon.turn_until(lambda: daemon.phase == "idle")
+    daemon.assign(work(daemon.adapter))
+    daemon.turn_until(lambda: daemon.phase == "offering")
+    (offer,) = daemon.runtime.state.journal.outbox
+    assert (offer.facts.steps, offer.facts.samples, offer.facts.ended) == (6, 24, "time")
+    six = least_squares.begin(work(daemon.adapter), adapters.read(START), ROWS)
+    for _ in range(6):
+        six.step()
+    assert daemon.update() == six.update("edge-01")
+
+
 def test_a_leaving_daemon_keeps_the_partial_update(start: Start) -> None:
     daemon = start(MUSTER_TEST_STEP_S="0.1")
     daemon.turn_until(lambda: daemon.phase == "idle")

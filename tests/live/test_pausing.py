@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +28,7 @@ DEVICE = "edge-01"
 LIMIT = 0.2
 """The owner's, as a share of the cores: where the machine has much else to do the burner may get but half of them."""
 WITHIN_S = 2.0
-"""A pause comes so soon after the first reading in which the load can show; a micro-batch that is longer ends first."""
+"""A pause comes so soon after a load began; a micro-batch that takes longer ends first."""
 STEP_S = 0.05
 JOB = """
 name = "pause"
@@ -133,11 +135,12 @@ def test_training_rests_while_the_owner_works(tmp_path: Path) -> None:
 
 def _check_pause(watcher: Watcher, begun: float, rested: float, resumed: float) -> None:
     """It came in time, and it was kept."""
-    first = next(when for when, _ in watcher.loads if when > begun)
-    # The step under way ends first; the daemon's word is waited for no longer than that.
-    assert rested - first <= max(WITHIN_S, STEP_S), (
-        "it rested too late after the first reading that could show the load"
-    )
+    gaps = [after - before for (before, _), (after, _) in itertools.pairwise(watcher.loads)]
+    usual = statistics.median(gaps)
+    assert usual < WITHIN_S, "it looks too seldom"
+    # A machine with much else to do reads late now and then; by how much at most, its own readings tell.
+    late_s = max(gaps) - usual
+    assert rested - begun <= max(WITHIN_S, STEP_S) + late_s, "it rested too late after the load began"
     for _, load in watcher.loads:
         above = load.foreign_cores > LIMIT * load.cores
         assert not above or load.phase == "paused", (

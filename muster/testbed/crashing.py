@@ -5,8 +5,11 @@
 
 The service itself is the ordinary one and knows nothing of this. Points: `decided`: nothing of the step is on disk;
 `written`: records or journal are, nothing that follows from them was done; `done`: the step is performed. The marker
-file keeps a restarted service from dying again. The victim is this process unless another is named, by its PID file or
-as `agent`.
+file keeps a restarted service from dying again, and tells the phase that was met. The victim is this process unless
+another is named, by its PID file or as `agent`.
+
+A daemon is born in `probing`, no step leads there: that trap springs after the first step within it that left an agent
+running.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from coordinator.runtime import Runtime as CoordinatorRuntime
 from edge_daemon.core import events as edge_events
 from edge_daemon.core.session_machine import step as edge_step
 from edge_daemon.core.state import Journal
+from edge_daemon.core.transitions import FIRST
 from edge_daemon.runtime import Runtime as EdgeRuntime
 
 
@@ -41,13 +45,13 @@ class Trap:
         self._victim = victim
 
     def spring(self, point: str, agent: int | None = None) -> None:
-        """The machine is entering the phase and stands at `point`."""
+        """The machine is entering the phase, or is in it for the first time, and stands at `point`."""
         if point != self.point or self._marker.exists():
             return
         victim = os.getpid() if self._victim == "self" else agent if self._victim == "agent" else self._named()
         if victim is None:
             return
-        self._marker.touch()
+        self._marker.write_text(f"{self.phase} {point}", encoding="ascii")
         os.kill(victim, signal.SIGKILL)
 
     def _named(self) -> int:
@@ -87,8 +91,13 @@ def edge_runtime(trap: Trap) -> type[EdgeRuntime]:
 
     class Trapped(EdgeRuntime):
         def step(self, event: edge_events.AnyEvent) -> None:
-            entering = edge_step(self.state, event)[0].phase == trap.phase != self.state.phase
-            if not entering:
+            before, after = self.state.phase, edge_step(self.state, event)[0].phase
+            if after == trap.phase == FIRST:
+                super().step(event)
+                if self._agent() is not None:
+                    trap.spring("done", self._agent())
+                return
+            if not after == trap.phase != before:
                 super().step(event)
                 return
             trap.spring("decided", self._agent())

@@ -129,8 +129,9 @@ class Fleet:
 
     `models`: name -> folder, for the coordinator and the devices. `agent`: "numpy" is the small one for least squares.
     `secure`: mutual TLS and the generated ACL. `coordinator`: over its settings, as in its file. `limits`: whether
-    devices get control groups at all. `broker`: over its configuration. `relay`: count each
-    device's bytes in `relays`. `commands`: program name -> what is started in its place (same arguments).
+    devices get control groups at all. `broker`: over its configuration. `relay`: each device has a link of its own in
+    `relays`, which counts its bytes and can be made a bad one. `commands`: program name -> what is started in its place
+    (same arguments).
     """
 
     def __init__(
@@ -257,7 +258,7 @@ class Fleet:
         return plain
 
     def _link(self, name: str) -> dict[str, object]:
-        """Where a device finds the broker, if not where it is: at a relay that counts its bytes."""
+        """Where a device finds the broker, if not where it is: at a relay of its own."""
         if not self._relay:
             return {}
         self.relays[name] = Relay(self.broker.port)

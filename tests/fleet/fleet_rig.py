@@ -71,6 +71,26 @@ def check(fleet: MemoryFleet, job_id: str, *, exact: bool = True) -> None:
         assert all(len(shas) == 1 for shas in fleet.history.trained.values()), "one work gave two different updates"
 
 
+def check_none_lost(fleet: MemoryFleet, job_id: str) -> Counter[str]:
+    """Of every update that was ever trained its device was told what became of it, and the log agrees: `stored` are
+    exactly those it holds, `refused` those it names; `late` is the rest. How many ended in each way."""
+    records = fleet.records(job_id)
+    held = {_work(r) for r in records if isinstance(r, rec.UpdateAdmitted)}
+    refused = {Work(r.job, r.round, r.attempt, r.device) for r in records if isinstance(r, rec.UpdateRefused)}
+    told = {
+        Work(done.job, done.round, done.attempt, name): done.verdict
+        for name, node in fleet.daemons.items()
+        for done in node.runtime.state.journal.finished
+    }
+    assert not [name for name, node in fleet.daemons.items() if node.runtime.state.journal.outbox], "not settled yet"
+    lost = [work for work in fleet.history.trained if told.get(work) not in ("stored", "late", "refused")]
+    assert lost == [], "an update was trained, and nobody decided about it"
+    verdicts = {work: told[work] for work in fleet.history.trained}
+    assert {work for work, verdict in verdicts.items() if verdict == "stored"} == held
+    assert {work for work, verdict in verdicts.items() if verdict == "refused"} == refused
+    return Counter(verdicts.values())
+
+
 def _check_rounds(records: list[rec.AnyRecord]) -> None:
     """Every closed round folds what was admitted in its attempt; rounds commit in order, each planned as digested."""
     plans: dict[tuple[int, int], str] = {}

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.settings import WaitSettings
 from muster.testbed.memory_fleet import MemoryFleet
 from muster.testbed.memory_nodes import COORDINATOR
+from shared.settings import BrokerSettings
 from shared.transport.memory_network import Faults
 from tests.fleet import fleet_rig as rig
 
@@ -28,12 +30,45 @@ def _cuts(fleet: MemoryFleet, seed: int) -> None:
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_fifty_devices_on_a_bad_network_commit_every_round(tmp_path: Path, seed: int) -> None:
+    """Rounds close on half of the updates: of the others each one is settled too, with its reason."""
     spec = rig.spec(50, count=5, quorum=0.5, deadline_s=60.0, min_devices=25)
     with MemoryFleet(tmp_path, rig.members(50), seed=seed, faults=BAD) as fleet:
         _cuts(fleet, seed)
         job = fleet.finish(fleet.submit(spec), within_s=900.0)
         assert (job.phase, job.committed) == ("finished", 5)
         rig.check(fleet, job.id)
+        _settle(fleet)
+        ends = rig.check_none_lost(fleet, job.id)
+        assert ends["refused"] == 0, "a bad network makes no update wrong"
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_fifty_devices_that_are_waited_for_lose_no_update(tmp_path: Path, seed: int) -> None:
+    """With a quorum of all and ample time every update that was trained is in its round's fold, once."""
+    spec = rig.spec(50, count=5, quorum=1.0, deadline_s=600.0)
+    # Nobody is given up: who is cut off is waited for.
+    waits = WaitSettings(silent_s=120.0, absent_s=120.0)
+    broker = BrokerSettings(keepalive_s=10, reconnect_max_s=4.0, will_delay_s=120)
+    with MemoryFleet(tmp_path, rig.members(50), seed=seed, faults=BAD, waits=waits, broker=broker) as fleet:
+        _cuts(fleet, seed)
+        job = fleet.finish(fleet.submit(spec), within_s=900.0)
+        assert (job.phase, job.committed) == ("finished", 5)
+        rig.check(fleet, job.id)
+        _settle(fleet)
+        assert rig.check_none_lost(fleet, job.id) == {"stored": 5 * 50}
+        assert [r.devices for r in rig.of_kind(fleet, job.id, rig.rec.RoundClosed)] == [sorted(fleet.daemons)] * 5
+        assert [(r.round, r.attempt) for r in rig.of_kind(fleet, job.id, rig.rec.RoundPlanned)] == [
+            (number, 1) for number in range(1, 6)
+        ]
+
+
+def _settle(fleet: MemoryFleet) -> None:
+    """Run until no device works or keeps an update any more."""
+
+    def rests() -> bool:
+        return all(node.phase == "idle" for node in fleet.daemons.values())
+
+    fleet.run_until(rests, 300.0, "rest")
 
 
 def test_with_all_updates_the_network_leaves_no_trace_in_the_bytes(tmp_path: Path) -> None:

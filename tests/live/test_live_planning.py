@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from coordinator.core import records as rec
 from coordinator.core.planning.reasons import PATTERN, mebibytes
-from coordinator.web.views import JobView
 from muster.testbed import least_squares, profiles
 from muster.testbed.fleet import AGENTS, DeviceSpec, Fleet, start_in
 from muster.testbed.models import minilm_folder
-from tests.live.rig import LABELS, committed, ended, history, parts_of, wait_for, wait_until_heard, write_texts
+from tests.live.rig import (
+    LABELS,
+    committed,
+    ended,
+    history,
+    parts_of,
+    records_of,
+    wait_for,
+    wait_until_heard,
+    write_texts,
+)
 
 TEXTS = """
 name = "texts"
@@ -59,6 +71,10 @@ batch_max = 8
 bits = 32
 """
 BURNER = "while True: sum(i * i for i in range(10_000))"
+MUCH = 0.3
+"""Share of a device's cores that the burner takes for certain: beside a training agent it gets half of them."""
+NONE = 0.02
+"""And what is left of it in the readings afterwards."""
 
 
 def texts_job(
@@ -106,6 +122,34 @@ def test_measured_memory_decides_the_bits(tmp_path: Path) -> None:
     assert first & {16, 32}, history(view)
 
 
+def _foreign_share(fleet: Fleet, device: str) -> float:
+    """Share of its cores that others use, by the last load the coordinator has of it."""
+    (load,) = [view.load for view in fleet.client.devices() if view.device == device]
+    assert load is not None
+    return load.foreign_cores / load.cores
+
+
+def _next_plan(fleet: Fleet, job: str, device: str, shows: Callable[[float], bool]) -> rec.RoundPlanned:
+    """Wait until the device's load `shows` (a share of its cores); the first plan that is made after that."""
+    until = time.monotonic() + 60.0
+    while not shows(share := _foreign_share(fleet, device)):
+        assert time.monotonic() < until, f"the load still tells of {share:.0%}"
+        time.sleep(0.05)
+    # A round planned since the load came counts as old here: the next one must know it all the more.
+    last = fleet.client.job(job).round
+    wait_for(fleet, job, lambda view: view.round > last, seconds=150)
+    records = [record for record in records_of(fleet, job) if isinstance(record, rec.RoundPlanned)]
+    return next(record for record in records if record.round > last)
+
+
+def _batch(planned: rec.RoundPlanned, device: str) -> tuple[int, str]:
+    """The device's batch, and the reading that its reason names."""
+    work = planned.plan.participants[device]
+    reason = PATTERN.fullmatch(work.reasons["batch"])
+    assert reason is not None, work.reasons["batch"]
+    return work.batch, reason["reading"]
+
+
 @pytest.mark.cgroup
 @pytest.mark.timeout(420)
 def test_a_foreign_load_lowers_the_batch_and_its_end_raises_it(tmp_path: Path) -> None:
@@ -127,31 +171,25 @@ def test_a_foreign_load_lowers_the_batch_and_its_end_raises_it(tmp_path: Path) -
     with Fleet(tmp_path / "fleet", specs, {"minilm": minilm_folder()}) as fleet:
         wait_until_heard(fleet)
         job = fleet.client.submit(text).id
-
-        def batch_is(low: int, high: int, *, foreign: bool) -> JobView:
-            """Wait for a plan of the slowed device in these bounds whose reason tells the load."""
-            begun = fleet.client.job(job).round
-
-            def met(view: JobView) -> bool:
-                if view.round <= begun:
-                    return False
-                work = parts_of(view, slowed)[-1].work
-                reason = PATTERN.fullmatch(work.reasons["batch"])
-                assert reason is not None, work.reasons["batch"]
-                told = "foreign 0.00 of" not in reason["reading"] and "foreign" in reason["reading"]
-                return low <= work.batch <= high and told == foreign
-
-            return wait_for(fleet, job, met, seconds=150)
-
         wait_for(fleet, job, committed(2), seconds=150)
-        before = parts_of(batch_is(2, 8, foreign=False), slowed)[-1].work.batch
+        before, reading = _batch(_next_plan(fleet, job, slowed, lambda share: share < NONE), slowed)
+        assert before >= 2, "there is nothing to lower"
+        assert "foreign 0.00 of" in reading
         burner = start_in(fleet.edges[slowed].group, [sys.executable, "-c", BURNER], tmp_path / "burner.log")
         try:
-            batch_is(1, before - 1, foreign=True)
+            loaded = _next_plan(fleet, job, slowed, lambda share: share > MUCH)
         finally:
             burner.kill()
             burner.wait(10)
-        view = batch_is(before, 8, foreign=False)
+        batch, reading = _batch(loaded, slowed)
+        seen = loaded.loads[slowed]
+        assert seen.foreign_cores > MUCH * seen.cores, "planned by an older load"
+        assert "foreign" in reading and "foreign 0.00 of" not in reading, "the reason does not name the load"
+        assert batch < before, history(fleet.client.job(job))
+        after, reading = _batch(_next_plan(fleet, job, slowed, lambda share: share < NONE), slowed)
+        assert "foreign 0.00 of" in reading
+        assert after > batch, history(fleet.client.job(job))
+        view = fleet.client.job(job)
         fleet.client.cancel(job)
     others = [part.work for name in names if name != slowed for part in parts_of(view, name)]
     assert all("foreign 0.00 of" in work.reasons["batch"] for work in others), "nobody else had a foreign load"

@@ -124,6 +124,8 @@ class Load(Message, frozen=True, kw_only=True):
     """Share of the scheduler's periods in which the quota stopped us since the last reading."""
     memory_available: Natural = 0
     memory_limit: Natural = 0
+    own_memory: Natural = 0
+    """Resident memory of the daemon and its agents together; 0: not told."""
     temperature_c: Finite | None = None
     on_battery: bool | None = None
     gpus: list[GpuLoad] = []

@@ -130,6 +130,10 @@ def test_budget_leaves_a_reserve_and_what_others_use() -> None:
     assert budget(case.info, case.load, 700 * MIB).foreign == 0  # all of it is the agent's own
     assert budget(case.info, case.load, 600 * MIB).foreign == 0  # absorbed by the reserve
     assert budget(case.info, None, own).bytes == 1900 * MIB
+    assert case.load is not None
+    large = msgspec.structs.replace(case.load, own_memory=690 * MIB)  # our agent at its worst moment
+    assert budget(case.info, large, own).foreign == 0
+    assert budget(case.info, msgspec.structs.replace(case.load, own_memory=500 * MIB), own).foreign == 200 * MIB
 
 
 def test_budget_of_a_gpu_and_of_a_device_that_tells_nothing() -> None:

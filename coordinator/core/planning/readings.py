@@ -6,8 +6,9 @@ agent can count on `own threads / all threads`, even where nothing seems left. B
 the plan does not depend on the moment of the reading. On a GPU, the share not used by others; time slices leave half.
 
 **Memory.** `limit` is what training may use (cgroup limit or RAM, or the smallest GPU). A reserve of 5 %, at least
-64 MiB, stays free. What is used beyond the agent's own last measured size is foreign: below the reserve it is absorbed
-by it (so that a jitter of page cache moves nothing), above it is subtracted.
+64 MiB, stays free. What is used beyond the agent's own last measured size, and beyond what our processes held when it
+was read, is foreign: below the reserve it is absorbed by it (so that a jitter of page cache moves nothing), above it is
+subtracted.
 """
 
 from __future__ import annotations
@@ -135,5 +136,7 @@ def _host_memory(info: DeviceInfo, load: Load | None, own_bytes: int) -> tuple[i
     limit = min(load.memory_limit, info.memory_bytes or load.memory_limit)
     if not load.memory_available:
         return limit, 0
-    foreign = max(0, load.memory_limit - load.memory_available - own_bytes - DAEMON_BYTES)
+    # An agent at its worst moment holds more than it was last measured with, and none of it is foreign.
+    own = max(own_bytes + DAEMON_BYTES, load.own_memory)
+    foreign = max(0, load.memory_limit - load.memory_available - own)
     return limit, max(0, foreign - (load.memory_limit - limit))

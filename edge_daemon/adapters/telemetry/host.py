@@ -28,6 +28,8 @@ class HostReading:
     throttled: float
     memory_available: int
     memory_limit: int
+    own_memory: int
+    """Resident bytes of the daemon and its descendants."""
     oom_kills: int
     """Of our cgroup since it was made; a rise after an agent died of SIGKILL means: out of memory."""
     temperature_c: float | None = None
@@ -66,12 +68,13 @@ class HostReader:
     def read(self) -> HostReading:
         """The load now."""
         cores = self.cores()
-        own, foreign, throttled = self._rated(self._counters(), cores)
+        tree = self.tree()
+        own, foreign, throttled = self._rated(self._counters(tree), cores)
         limit, available = self.memory()
         return HostReading(
             cores=cores, own_cores=own, foreign_cores=foreign, throttled=throttled,
-            memory_available=available, memory_limit=limit, oom_kills=self.oom_kills(),
-            temperature_c=self._temperature(), on_battery=self._battery(),
+            memory_available=available, memory_limit=limit, own_memory=self._own_memory(tree),
+            oom_kills=self.oom_kills(), temperature_c=self._temperature(), on_battery=self._battery(),
         )  # fmt: skip
 
     def _rated(self, now: _Counters, cores: float) -> tuple[float, float, float]:
@@ -119,9 +122,9 @@ class HostReader:
         except psutil.Error:
             return {self._pid}
 
-    def _counters(self) -> _Counters:
+    def _counters(self, tree: set[int]) -> _Counters:
         group = self._group.cpu_times()
-        own = self._own_seconds(self.tree())
+        own = self._own_seconds(tree)
         if group is None:
             return _Counters(self._clock(), own, self._machine_seconds(), 0, 0)
         return _Counters(self._clock(), own, group.usage_s, group.periods, group.throttled)
@@ -134,6 +137,17 @@ class HostReader:
             try:
                 total += sum(psutil.Process(pid).cpu_times()[:4])
             except psutil.Error:
+                continue
+        return total
+
+    @staticmethod
+    def _own_memory(pids: Iterable[int]) -> int:
+        """Resident bytes of these processes. Pages they share count more than once."""
+        total = 0
+        for pid in pids:
+            try:
+                total += int(psutil.Process(pid).memory_info().rss)
+            except (psutil.Error, OSError):
                 continue
         return total
 

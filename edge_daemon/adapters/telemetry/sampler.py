@@ -84,6 +84,7 @@ class Sampler:
         return Load(
             epoch=0, seq=0, cores=host.cores, own_cores=host.own_cores, foreign_cores=host.foreign_cores,
             throttled=host.throttled, memory_available=host.memory_available, memory_limit=host.memory_limit,
+            own_memory=host.own_memory,
             temperature_c=host.temperature_c, on_battery=host.on_battery, gpus=gpus,
         )  # fmt: skip
 

@@ -281,3 +281,17 @@ def test_readings_a_moment_apart_keep_the_rates_and_none_exceeds_the_cores(recor
     stat.write_text(stat.read_text().replace("cpu  15700 ", "cpu  99999 ", 1))
     reading = reader.read()
     assert reading.foreign_cores == reading.cores == 2.0
+
+
+def test_own_memory_is_that_of_the_daemon_and_its_descendants() -> None:
+    command = [sys.executable, "-c", "held = b'1' * 64_000_000; print('held', flush=True); input()"]
+    reader = HostReader()
+    before = reader.read().own_memory
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"held\n"
+        assert reader.read().own_memory - before >= 64_000_000
+    finally:
+        child.kill()
+        child.wait()

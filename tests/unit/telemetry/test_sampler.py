@@ -13,7 +13,8 @@ from shared.messages import GpuLoad, Load
 
 WAIT_S = 20.0
 READING = HostReading(
-    cores=2.0, own_cores=0.5, foreign_cores=0.25, throttled=0.1, memory_available=5, memory_limit=7, oom_kills=0,
+    cores=2.0, own_cores=0.5, foreign_cores=0.25, throttled=0.1, memory_available=5, memory_limit=7, own_memory=3,
+    oom_kills=0,
     temperature_c=40.0, on_battery=False,
 )  # fmt: skip
 
@@ -55,7 +56,8 @@ def test_a_reading_becomes_a_load() -> None:
     sampler.stop()
     assert load == Load(
         epoch=0, seq=0, cores=2.0, own_cores=0.5, foreign_cores=0.25, throttled=0.1, memory_available=5,
-        memory_limit=7, temperature_c=40.0, on_battery=False, gpus=[GpuLoad(uuid="GPU-1", utilization=0.5)],
+        memory_limit=7, own_memory=3, temperature_c=40.0, on_battery=False,
+        gpus=[GpuLoad(uuid="GPU-1", utilization=0.5)],
     )  # fmt: skip
     assert gpus.own == {1, 2}
 

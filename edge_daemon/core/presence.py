@@ -68,6 +68,10 @@ def say(state: State) -> Result:
     if info != state.info_sent:
         state = replace(state, info_sent=info)
         commands.append(cmd.Publish(info))
+    if state.load_sent is None:
+        # In a new session nobody knows it yet, and the next reading may be far off.
+        state, load = say_load(state)
+        commands += load
     state, offers = _announce(state)
     return state, commands + offers
 

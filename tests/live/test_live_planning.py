@@ -12,9 +12,11 @@ import pytest
 
 from coordinator.core import records as rec
 from coordinator.core.planning.reasons import PATTERN, mebibytes
+from coordinator.web.views import JobView
 from muster.testbed import least_squares, profiles
 from muster.testbed.fleet import AGENTS, DeviceSpec, Fleet, start_in
 from muster.testbed.models import minilm_folder
+from shared.messages import Work
 from tests.live.rig import (
     LABELS,
     committed,
@@ -150,30 +152,40 @@ def _batch(planned: rec.RoundPlanned, device: str) -> tuple[int, str]:
     return work.batch, reason["reading"]
 
 
-@pytest.mark.cgroup
-@pytest.mark.timeout(420)
-def test_a_foreign_load_lowers_the_batch_and_its_end_raises_it(tmp_path: Path) -> None:
-    """A process that burns CPU time in a device's control group moves the very next plans, both ways.
+def _five_devices(folder: Path) -> list[DeviceSpec]:
+    """Four that differ in memory, and one that tells its load only when its work changes.
 
-    Quotas far below the machine's cores, so that they bind although other things run on it.
+    Quotas far below the machine's cores, so that they bind although other things run on it. The first is quick enough
+    for the largest batch, but not with half of its cores; the fifth's reading is old when the others are through.
     """
-    names = ["edge-01", "edge-02", "edge-03"]
-    slowed = names[1]
-    specs = [
-        DeviceSpec(
-            name, 0.35, data={"texts": write_texts(tmp_path / f"{name}.jsonl", 64, seed)},
-            # The owner lets it train beside any load.
-            settings={"policy": {"foreign_limit": 100.0}, "telemetry": {"idle_s": 1.0, "busy_s": 1.0}},
-        )
-        for seed, name in enumerate(names)
-    ]  # fmt: skip
-    text = texts_job(devices=3, rounds=200, steps=3, batch=8, least=1, most=8, bits="32", tokens=32)
-    with Fleet(tmp_path / "fleet", specs, {"minilm": minilm_folder()}) as fleet:
+    shares = [write_texts(folder / f"{seed}.jsonl", 64, seed) for seed in range(5)]
+    size = profiles.measure_agent(AGENTS["torch"], {"texts": str(shares[0])})
+    # The owner lets them train beside any load.
+    owner = {"policy": {"foreign_limit": 100.0}, "telemetry": {"idle_s": 1.0, "busy_s": 1.0}}
+    quiet = {**owner, "telemetry": {"idle_s": 300.0, "busy_s": 300.0, "change": 1e9}}
+    shapes = profiles.shapes("mixed", 4, size)
+    four = [
+        DeviceSpec(one.name, 0.3 if n else 0.4, one.memory_bytes, {"texts": shares[n]}, owner)
+        for n, one in enumerate(shapes)
+    ]
+    return [*four, DeviceSpec("edge-05", 0.6, None, {"texts": shares[4]}, quiet)]
+
+
+@pytest.mark.cgroup
+@pytest.mark.timeout(600)
+def test_one_run_follows_memory_load_and_the_age_of_readings(tmp_path: Path) -> None:
+    """In one run over mosquitto: unequal memory gives unequal bits in a round, a process that burns CPU time in a
+    device's control group moves the very next plans both ways, and an old reading makes a plan cautious."""
+    slowed, quiet = "edge-01", "edge-05"
+    specs = _five_devices(tmp_path)
+    text = texts_job(devices=5, rounds=200, steps=8, batch=8, least=4, most=8, bits='"auto"', tokens=32)
+    waits = {"period_s": 1.0, "cautious_periods": 3.0}
+    with Fleet(tmp_path / "fleet", specs, {"minilm": minilm_folder()}, coordinator={"waits": waits}) as fleet:
         wait_until_heard(fleet)
         job = fleet.client.submit(text).id
-        wait_for(fleet, job, committed(2), seconds=150)
+        wait_for(fleet, job, committed(2), seconds=200)
         before, reading = _batch(_next_plan(fleet, job, slowed, lambda share: share < NONE), slowed)
-        assert before >= 2, "there is nothing to lower"
+        assert before == 8, "there is nothing to lower"
         assert "foreign 0.00 of" in reading
         burner = start_in(fleet.edges[slowed].group, [sys.executable, "-c", BURNER], tmp_path / "burner.log")
         try:
@@ -191,8 +203,16 @@ def test_a_foreign_load_lowers_the_batch_and_its_end_raises_it(tmp_path: Path) -
         assert after > batch, history(fleet.client.job(job))
         view = fleet.client.job(job)
         fleet.client.cancel(job)
-    others = [part.work for name in names if name != slowed for part in parts_of(view, name)]
+    _check_bits(view)
+    _check_caution([part.work for part in parts_of(view, quiet)])
+    others = [part.work for spec in specs if spec.name != slowed for part in parts_of(view, spec.name)]
     assert all("foreign 0.00 of" in work.reasons["batch"] for work in others), "nobody else had a foreign load"
+
+
+def _check_bits(view: JobView) -> None:
+    """In one round devices trained at 4, at 8, and at 16 or 32 bits."""
+    together = [{part.facts.bits for part in one.participants if part.facts} for one in view.rounds]
+    assert any({4, 8} < bits and bits & {16, 32} for bits in together), history(view)
 
 
 @pytest.mark.timeout(120)
@@ -216,7 +236,11 @@ def test_old_telemetry_leads_to_a_cautious_assignment(tmp_path: Path) -> None:
         job = fleet.client.submit(SQUARES).id
         view = wait_for(fleet, job, ended, seconds=90)
     assert view.state == "finished", view.reason
-    works = [part.work for part in parts_of(view, silent)]
+    _check_caution([part.work for part in parts_of(view, silent)])
+
+
+def _check_caution(works: list[Work]) -> None:
+    """Some were planned by an old reading, each with half the batch and the age as the reason."""
     cautious = [work for work in works if "telemetry is" in work.reasons["batch"]]
     assert cautious, [work.reasons["batch"] for work in works]
     for work in cautious:

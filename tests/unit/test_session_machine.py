@@ -336,10 +336,22 @@ def test_the_own_will_is_contradicted() -> None:
     assert [state.epoch for state in rig.said(DeviceState)] == [901]
 
 
+def test_a_reading_from_before_the_session_is_told_once_it_stands() -> None:
+    rig = Rig()
+    rig.feed(ev.LoadRead, reading=load())
+    assert rig.said(Load) == []
+    rig.link()
+    assert [one.memory_available for one in rig.said(Load)] == [GIB]
+    rig.tick()
+    assert rig.said(Load) == []
+
+
 def test_a_rebirth_says_everything_again() -> None:
     rig = Rig().training()
+    rig.feed(ev.LoadRead, reading=load())
     rig.trained()
     rig.feed(ev.CommandReceived, command=Command(kind="rebirth"))
+    assert len(rig.said(Load)) == 1
     assert (len(rig.said(DeviceState)), len(rig.said(DeviceInfo)), len(rig.said(Manifest))) == (1, 1, 1)
 
 

@@ -250,7 +250,8 @@ class Agent:
             carried, job=assignment.job, round=assignment.round, attempt=assignment.attempt,
             base_digest=assignment.base_digest, device=request.device,
         )  # fmt: skip
-        content = adapter.write(update, assignment.training.codec)
+        # A part of several is merged here, at full precision: only what travels is coded.
+        content = adapter.write(update, assignment.training.codec if request.parts == 1 else "fp32")
         write_whole(Path(request.update_path), content)
         first, last = mean_ends(position.losses)
         facts = UpdateFacts(

@@ -221,7 +221,7 @@ class Training:
             kind="update", job=work.job, round=work.round, base_digest=work.base_digest, factors=parts, dense={},
             attempt=work.attempt, device=device,
         )  # fmt: skip
-        return adapters.write(made, work.training.codec)
+        return adapters.write(made, work.training.codec if self.parts == 1 else "fp32")
 
     def norm(self) -> float:
         """Euclidean norm of all tensors of the update."""

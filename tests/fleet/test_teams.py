@@ -48,6 +48,22 @@ def test_two_gpus_count_as_the_mean_of_what_each_trained(tmp_path: Path) -> None
         assert np.abs(double - single).max() > 1e-3
 
 
+def test_what_travels_is_coded_once(tmp_path: Path) -> None:
+    """The parts are merged at full precision: the update is the code of the exact one."""
+    spec = rig.spec(2, count=1)
+    coded: dict[str, bytes] = {}
+    for codec in ("fp32", "int8"):
+        given = msgspec.structs.replace(spec, training=msgspec.structs.replace(spec.training, codec=codec))
+        with MemoryFleet(tmp_path / codec, _members()) as fleet:
+            job = fleet.submit(given)
+            assert fleet.finish(job).phase == "finished"
+            (update,) = [r.blob.sha for r in rig.of_kind(fleet, job, rec.UpdateAdmitted) if r.device == "dev-001"]
+            path = fleet.coordinator.blobs.path(update)
+            assert path is not None
+            coded[codec] = path.read_bytes()
+    assert adapters.write(adapters.read(coded["fp32"]), "int8") == coded["int8"]
+
+
 def test_three_rounds_teach_the_fleet(tmp_path: Path) -> None:
     """The directions that both agents of a device took over from the global adapter are folded once."""
     with MemoryFleet(tmp_path, _members()) as fleet:

@@ -58,7 +58,7 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     update_path: str
     """Where to write the update (temp file, then rename)."""
     checkpoint_dir: str
-    """Folder for this work's checkpoints; a checkpoint of the same (job, round, attempt) is resumed."""
+    """Folder for this work's checkpoints; a checkpoint of the same (job, round, attempt, part, parts) is resumed."""
     digests_path: str = ""
     """File in which to remember the digests of base models; empty: none."""
     train_for_s: float = 0.0

@@ -125,7 +125,7 @@ class Load(Message, frozen=True, kw_only=True):
     memory_available: Natural = 0
     memory_limit: Natural = 0
     own_memory: Natural = 0
-    """Resident memory of the daemon and its agents together; 0: not told."""
+    """Resident memory of the daemon and its agents together, shared pages left out; 0: not told."""
     temperature_c: Finite | None = None
     on_battery: bool | None = None
     gpus: list[GpuLoad] = []

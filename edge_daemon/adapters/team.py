@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from edge_daemon import protocol
@@ -9,6 +10,7 @@ from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke, Trainer
 from edge_daemon.core import team as crew
 from edge_daemon.core.team import Team
 
+log = logging.getLogger(__name__)
 Post = Callable[[AgentSpoke], None]
 
 
@@ -59,6 +61,9 @@ class TeamTrainer:
             return None
         if isinstance(message, AgentEnded):
             return self._ended(spoke.member, message)
+        if isinstance(message, protocol.Failed) and len(self._team.members) > 1:
+            # Where others trained, the session hears of it only by what is missing.
+            log.warning("agent of %s: %s: %s", self._team.members[spoke.member].gpu, message.kind, message.reason)
         return self._perform(crew.hear(self._team, spoke.member, message)) if self._end is None else None
 
     def _ended(self, member: int, end: AgentEnded) -> AgentEnded | None:

@@ -76,7 +76,8 @@ def beat(state: State, event: ev.AgentBeat) -> Result:
     done, work = event.progressed, state.work
     if done is None or work is None or state.agent.identity != identity_of(work):
         return state, []
-    state = replace(state, reached=max(state.reached, done.step))
+    if done.step >= work.training.checkpoint_every and not state.journal.checkpointed:
+        state = replace(state, journal=msgspec.structs.replace(state.journal, checkpointed=True))
     if not state.connected:
         return state, []
     if state.now - state.progress_at < PROGRESS_S:
@@ -146,6 +147,9 @@ def trained(state: State, done: protocol.Trained) -> Result:
     journal = state.journal
     limits = [limit for limit in (journal.batch_limit, done.facts.batch_limit) if limit]
     facts = msgspec.structs.replace(done.facts, fetch_s=journal.fetch_s, batch_limit=min(limits, default=0))
+    if journal.given_up:
+        # The last agent only loaded: what it measured is not what this work takes.
+        facts = msgspec.structs.replace(facts, peak_bytes=0, base_bytes=0, step_s=0.0)
     return outbox.offer(
         state,
         Offer(
@@ -163,7 +167,7 @@ def failed(state: State, failure: protocol.Failed) -> Result:
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
     if state.journal.given_up:
-        return outbox.fail(state, identity, state.journal.given_up)
+        return _end_given_up(state, identity)
     reason, memory = f"{failure.kind}: {failure.reason}", failure.kind == "memory"
     return outbox.fail(state, identity, reason, out_of_memory=memory, batch_limit=failure.batch_limit)
 
@@ -198,7 +202,7 @@ def gone(state: State, event: ev.AgentGone) -> Result:
 
 def _died(state: State, work: Assignment, event: ev.AgentGone, deaths: int) -> Result:
     if state.journal.given_up:
-        return outbox.fail(state, identity_of(work), state.journal.given_up, out_of_memory=event.out_of_memory)
+        return _end_given_up(state, identity_of(work))
     if not event.out_of_memory:
         state = replace(state, journal=msgspec.structs.replace(state.journal, deaths=deaths))
         if deaths < state.settings.agent.tries:
@@ -214,12 +218,21 @@ def _died(state: State, work: Assignment, event: ev.AgentGone, deaths: int) -> R
 
 def _give_up(state: State, work: Assignment, reason: str, *, out_of_memory: bool) -> Result:
     """Try no more. What a checkpoint holds still counts: a last agent is asked for that alone."""
-    if state.reached < work.training.checkpoint_every:
+    if not state.journal.checkpointed:
         return outbox.fail(state, identity_of(work), reason, out_of_memory=out_of_memory)
     # That it ran for a while is told by its update; that it then did not fit, by the smallest limit there is.
     limit = 1 if out_of_memory else state.journal.batch_limit
-    state = replace(state, journal=msgspec.structs.replace(state.journal, given_up=reason, batch_limit=limit))
+    journal = msgspec.structs.replace(
+        state.journal, given_up=reason, given_up_memory=out_of_memory, batch_limit=limit
+    )  # fmt: skip
+    state = replace(state, journal=journal)
     return state, [cmd.Note("warning", f"{identity_of(work)} is given up: {reason}; what its checkpoint holds counts")]
+
+
+def _end_given_up(state: State, identity: Identity) -> Result:
+    """Not even the checkpoint could be had."""
+    journal = state.journal
+    return outbox.fail(state, identity, journal.given_up, out_of_memory=journal.given_up_memory)
 
 
 def _free(state: State) -> Agent:

@@ -228,10 +228,9 @@ def _take(state: State, wanted: Assignment | None) -> Result:
     old = state.journal.assignment
     journal = msgspec.structs.replace(
         state.journal, assignment=wanted, boot_id=state.boot_id, received_at=state.now, received_wall=state.wall,
-        deaths=0, batch_limit=0, given_up="", fetch_s=0.0,
+        deaths=0, batch_limit=0, given_up="", given_up_memory=False, checkpointed=False, fetch_s=0.0,
     )  # fmt: skip
     state = replace(state, journal=journal, received_at=state.now, accepted=False, adapter_there=False, paused="")
-    state = replace(state, reached=0)
     state = replace(state, phase="idle")
     commands: list[cmd.Command] = []
     if old is not None and (wanted is None or wanted.adapter.sha != old.adapter.sha):

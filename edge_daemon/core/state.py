@@ -99,6 +99,10 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     """Largest batch that may fit, after agents were killed for memory; 0: not known."""
     given_up: str = ""
     """Why the work is not tried any more: the agent is only asked for what its checkpoint holds."""
+    given_up_memory: bool = False
+    """Memory was the reason."""
+    checkpointed: bool = False
+    """An agent got as far as a first checkpoint."""
     fetch_s: float = 0.0
     outbox: tuple[Offer, ...] = ()
     finished: tuple[Finished, ...] = ()
@@ -195,8 +199,6 @@ class State:
     load_sent_at: float = 0.0
     load_seq: int = 0
     progress_at: float = -1e9
-    reached: int = 0
-    """The highest step of the assignment that an agent of this process told."""
     word: str = ""
     """The lifecycle word last published in this connection."""
     info_sent: DeviceInfo | None = None

@@ -197,18 +197,21 @@ def _merged(team: Team, merged: Merged) -> Trained:
     assert team.order is not None
     work = team.order.assignment
     parts = [member.answer.facts for member in team.members if isinstance(member.answer, Trained)]
-    facts = msgspec.structs.replace(combine(parts), norm=merged.norm)
+    failures = [member.answer for member in team.members if isinstance(member.answer, Failed)]
+    # What did not fit one of them must not be asked of any again.
+    limits = [max(1, failed.batch_limit) for failed in failures if failed.kind == "memory"]
+    facts = msgspec.structs.replace(combine(parts, limits), norm=merged.norm)
     return Trained(
         job=work.job, round=work.round, attempt=work.attempt, sha=merged.sha, size=merged.size, facts=facts
     )  # fmt: skip
 
 
-def combine(parts: Sequence[UpdateFacts]) -> UpdateFacts:
+def combine(parts: Sequence[UpdateFacts], limits: Sequence[int] = ()) -> UpdateFacts:
     """The facts of a merged update, its norm left out: samples summed, losses weighted by them, the rest as of the
-    slowest agent, memory as of the largest."""
+    slowest agent, memory as of the largest. `limits`: batches that fit agents whose part is missing."""
     slowest = max(parts, key=lambda facts: facts.train_s)
     samples = sum(facts.samples for facts in parts)
-    limits = [facts.batch_limit for facts in parts if facts.batch_limit]
+    limits = [*limits, *(facts.batch_limit for facts in parts if facts.batch_limit)]
     return msgspec.structs.replace(
         slowest,
         samples=samples,
@@ -261,7 +264,12 @@ def _probed(team: Team) -> Turn:
         [],
         Probed(
             bits=[bits for bits in fit[0].bits if all(bits in other.bits for other in fit)] if fit else [],
-            notes={f"{gpu}: {name}": note for gpu, probed in found for name, note in probed.notes.items()},
+            notes={
+                # The first one's stand for the data sets, too, by their names.
+                (f"{gpu}: {name}" if index else name): note
+                for index, (gpu, probed) in enumerate(found)
+                for name, note in probed.notes.items()
+            },
             datasets=found[0][1].datasets,
             agents=max(1, len(fit)),
             agent_bytes=max(probed.agent_bytes for _, probed in found),

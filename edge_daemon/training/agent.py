@@ -119,8 +119,6 @@ class Agent:
     def train(self, request: Train) -> Trained | Failed:
         """Do one piece of work."""
         assignment = request.assignment
-        started = time.monotonic()
-        self._control.deadline = started + request.train_for_s if request.train_for_s > 0 else None
         try:
             return self._work(request)
         except Refused as refused:
@@ -148,7 +146,7 @@ class Agent:
 
         try:
             return merging.merge(order)
-        except (DecodeError, OSError) as error:
+        except (DecodeError, OSError, ValueError, MemoryError) as error:
             return merging.failure(order, error)
 
     def _work(self, request: Train) -> Trained:
@@ -165,6 +163,8 @@ class Agent:
             loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir), request.batch_limit,
             request.part, request.parts,
         )  # fmt: skip
+        # Not before: work whose time is over has to be loaded to deliver what its checkpoint holds.
+        self._control.deadline = started + request.train_for_s if request.train_for_s > 0 else None
         try:
             ended = work.run()
         except loop.OutOfMemory as error:

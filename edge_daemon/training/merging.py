@@ -38,7 +38,7 @@ def merge(order: Merge) -> Merged:
 def failure(order: Merge, error: Exception) -> Failed:
     """The answer where `merge` raised."""
     work = order.assignment
-    reason = f"the updates of this device's agents can't be merged: {error}"
+    reason = f"the updates of this device's agents can't be merged: {error or type(error).__name__}"
     return Failed(job=work.job, round=work.round, attempt=work.attempt, kind="internal", reason=reason[:300])
 
 

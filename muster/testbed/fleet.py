@@ -25,6 +25,7 @@ from typing import Any, Literal
 import msgspec
 
 from coordinator.settings import CoordinatorSettings
+from edge_daemon.core.team import CPU
 from edge_daemon.settings import EdgeSettings
 from muster.client import Client
 from muster.testbed import cgroups, toml
@@ -286,7 +287,8 @@ class Fleet:
             "broker": self._broker_settings(spec.name, **self._link(spec.name)),
             "data": {name: str(path.resolve()) for name, path in spec.data.items()},
             "models": self._models,
-            "agent": {"command": AGENTS[self._agent]},
+            # Its processor is what is divided here; a GPU of this machine would be the same for all.
+            "agent": {"command": AGENTS[self._agent], "gpus": [CPU]},
             "telemetry": {"idle_s": 5.0, "busy_s": 2.0},
         }
         if not self.available.cpu:

@@ -43,6 +43,8 @@ class Behaviour:
     """Say nothing any more before this step, once."""
     forge: Callable[[protocol.Train, bytes], bytes] | None = None
     """Puts other bytes in the place of an update; its digest is of those."""
+    crash_at_merge: bool = False
+    """Die when told to merge, once."""
     every_time: bool = False
     """Crash or hang each time, not only once."""
 
@@ -175,7 +177,7 @@ class MemoryTrainer:
         except MusterError as error:
             self._fail(order, "data" if isinstance(error, UserError) else "adapter", str(error))
             return
-        saved = Path(order.checkpoint_dir) / "checkpoint.npz"
+        saved = Path(order.checkpoint_dir) / f"checkpoint-{order.part}-{order.parts}.npz"
         if saved.exists():
             training.restore(saved.read_bytes())
         self._task = _Task(order, training, saved, begun=self._clock(), last=self._clock())
@@ -183,6 +185,10 @@ class MemoryTrainer:
         self._later(self._beat_s, self._beat)
 
     def _merge(self, order: protocol.Merge) -> None:
+        if self._behaviour.crash_at_merge:
+            self._behaviour.crash_at_merge = False
+            self._die(AgentEnded("exit status 70", out_of_memory=False))
+            return
         merged = merging.merge(order)
         assert self._ordered is not None
         self._watch.trained(self._ordered, Path(order.update_path).read_bytes())

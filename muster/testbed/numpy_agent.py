@@ -181,7 +181,7 @@ class Agent:
             work, adapters.read_file(Path(order.adapter_path)), self._data(order), batch=batch, fill=self._hooks.echo,
             part=order.part, parts=order.parts,
         )  # fmt: skip
-        saved = folder / f"{work.job}-{work.round}-{work.attempt}.npz"
+        saved = folder / f"{work.job}-{work.round}-{work.attempt}-{order.part}-{order.parts}.npz"
         if saved.exists():
             training.restore(saved.read_bytes())
         clock = Clock(order.train_for_s)

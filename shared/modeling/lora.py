@@ -28,6 +28,7 @@ from shared.tensors import Array
 
 OWN = "own"
 REST = "rest"
+_RANK_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def carry(
     if base.bits == 32:
         base.fold(rests)
     else:
+        rests = {name: _widened(*rest) for name, rest in rests.items()}
         _inject(base, REST, {name: rest[1].shape[0] for name, rest in rests.items()}, 1.0)
     _inject(base, OWN, wanted, alpha_ratio)
     base.set_head(adapter.dense)
@@ -196,6 +198,16 @@ def read_update(
         dense={name: _array(tensor) for name, tensor in carried.head.items()},
         attempt=attempt, device=device, notes=notes or {},
     )  # fmt: skip
+
+
+def _widened(b: Array, a: Array) -> tuple[Array, Array]:
+    """The same product with zeros beside it, up to a rank of whole `_RANK_STEP`s.
+
+    torch's CPU library compiles and keeps a kernel for every shape it meets. Ranks of the global adapter differ by
+    module and round: with 36 modules this took 130 MiB within three rounds (lab log, 2026-11-24).
+    """
+    more = -b.shape[1] % _RANK_STEP
+    return np.pad(b, ((0, 0), (0, more))), np.pad(a, ((0, more), (0, 0)))
 
 
 def _inject(base: Base, name: str, ranks: Mapping[str, int], scaling: float) -> None:

@@ -1,4 +1,4 @@
-"""Devices with several agents in a fleet: one exact update each, whatever ends or gets lost on the way."""
+"""Devices with several agents in a fleet: one exact update each, whichever agent dies or hangs on the way."""
 
 from __future__ import annotations
 
@@ -78,18 +78,21 @@ def test_three_rounds_teach_the_fleet(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("aggregator", ["fsr", "fresh", "fedit"])
-@pytest.mark.parametrize("step", [0, 3, 7])
-def test_an_agent_that_dies_changes_no_byte(tmp_path: Path, aggregator: str, step: int) -> None:
+@pytest.mark.parametrize("step", [0, 3, 7, "merge"])
+def test_an_agent_that_dies_changes_no_byte(tmp_path: Path, aggregator: str, step: int | str) -> None:
+    """Before a step, or when all have trained and it is to merge."""
     spec = rig.spec(2, count=2)
     spec = msgspec.structs.replace(spec, strategy=msgspec.structs.replace(spec.strategy, aggregator=aggregator))
 
-    def run(folder: Path, crash_at: int | None) -> bytes:
+    def run(folder: Path, crash_at: int | str | None) -> bytes:
         with MemoryFleet(folder, _members()) as fleet:
-            fleet.daemons["dev-001"].member.behaviour.crash_at = crash_at
+            behaviour = fleet.daemons["dev-001"].member.behaviour
+            behaviour.crash_at = crash_at if isinstance(crash_at, int) else None
+            behaviour.crash_at_merge = crash_at == "merge"
             job = fleet.submit(spec)
             assert fleet.finish(job).phase == "finished"
             rig.check(fleet, job)
-            assert fleet.daemons["dev-001"].member.behaviour.crash_at is None
+            assert (behaviour.crash_at, behaviour.crash_at_merge) == (None, False)
             return fleet.adapter(job)
 
     assert run(tmp_path / "crash", step) == run(tmp_path / "calm", None)
@@ -106,3 +109,25 @@ def test_a_hang_of_one_agent_ends_in_the_same_bytes(tmp_path: Path) -> None:
         assert fleet.finish(job).phase == "finished"
         rig.check(fleet, job)
         assert fleet.adapter(job) == calm
+
+
+def test_a_pause_rests_all_agents_and_changes_no_byte(tmp_path: Path) -> None:
+    finals = []
+    for busy in (0.0, 4.0):
+        with MemoryFleet(tmp_path / f"busy-{busy:.0f}", _members()) as fleet:
+            node = fleet.daemons["dev-001"]
+            node.member.behaviour.step_s = 1.0
+            job = fleet.submit(rig.spec(2, count=1))
+            fleet.run_until(lambda node=node: node.phase == "training", 60.0)  # type: ignore[misc]  # bound now
+            node.member.foreign_cores = busy
+            if busy:
+                fleet.run_until(lambda node=node: node.phase == "paused", 20.0)  # type: ignore[misc]  # bound now
+                fleet.run(30.0)
+                assert node.phase == "paused", "an agent went on, or gave up"
+                node.member.foreign_cores = 0.0
+            assert fleet.finish(job).phase == "finished"
+            rig.check(fleet, job)
+            (update,) = [r for r in rig.of_kind(fleet, job, rec.UpdateAdmitted) if r.device == "dev-001"]
+            assert (update.facts.paused_s >= 29.0) == bool(busy)
+            finals.append(fleet.adapter(job))
+    assert finals[0] == finals[1]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -228,6 +229,23 @@ def test_the_time_limit_gives_partial_work(agent: Agent, site: Site) -> None:
     assert trained.facts.ended == "time"
     assert 0 < trained.facts.steps < 100_000
     assert adapter.read_file(Path(site.folder / "t.update")).factors
+
+
+def test_what_a_checkpoint_holds_is_delivered_by_an_agent_that_has_no_time(site: Site, colours: Path) -> None:
+    """It has to load first, and no check of the time on the way may keep it from that."""
+    request = site.train("g", steps=100_000)
+    first = Agent()
+    first.ask(probe(colours), Probed)
+    first.say(request)
+    first.hear(Progressed, lambda told: told.step >= 4)
+    first.kill()
+    last = Agent()
+    last.ask(probe(colours), Probed)
+    trained = last.ask(msgspec.structs.replace(request, train_for_s=1e-6), Trained)
+    last.kill()
+    assert trained.facts.ended == "time"
+    assert trained.facts.steps >= 4 and trained.facts.steps % 2 == 0
+    assert trained.facts.samples == 4 * trained.facts.steps
 
 
 def test_discarded_work_leaves_no_update(agent: Agent, site: Site) -> None:

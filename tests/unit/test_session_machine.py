@@ -222,21 +222,27 @@ def test_what_a_checkpoint_holds_counts_when_the_work_is_given_up(out_of_memory:
     rig.trained()
     (offer,) = rig.state.journal.outbox
     assert offer.facts.batch_limit == (1 if out_of_memory else 0)
+    # The last agent only loaded: nothing it measured may be learned.
+    assert (offer.facts.peak_bytes, offer.facts.step_s) == (0, 0.0)
     assert rig.state.phase == "offering"
 
 
-def test_a_last_agent_that_finds_no_checkpoint_ends_the_work_with_its_first_reason() -> None:
-    for end in ("failed", "gone"):
-        rig = _given_up(4, out_of_memory=False)
-        rig.tick(60.0)
-        rig.probe()
-        assert len(rig.did(cmd.Train)) == 1
-        if end == "failed":
-            rig.failed("stopped")
-        else:
-            rig.gone()
-        (ack,) = rig.said(Ack)
-        assert (ack.verdict, "died 3 times" in ack.reason) == ("failed", True)
+@pytest.mark.parametrize("end", ["failed", "gone"])
+@pytest.mark.parametrize("out_of_memory", [True, False])
+def test_a_last_agent_that_finds_no_checkpoint_ends_the_work_with_its_first_reason(
+    end: str, out_of_memory: bool
+) -> None:
+    rig = _given_up(4, out_of_memory=out_of_memory)
+    rig.tick(60.0)
+    rig.probe()
+    assert len(rig.did(cmd.Train)) == 1
+    if end == "failed":
+        rig.failed("stopped")
+    else:
+        rig.gone()
+    (ack,) = rig.said(Ack)
+    assert (ack.verdict, ack.out_of_memory) == ("failed", out_of_memory)
+    assert ("not even a batch of one" if out_of_memory else "died 3 times") in ack.reason
 
 
 def test_without_a_checkpoint_nothing_is_tried_once_more() -> None:

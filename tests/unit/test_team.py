@@ -76,7 +76,7 @@ def test_a_gpu_that_can_do_nothing_is_left_out_and_named() -> None:
     team = hear(assemble(PROBE, ["GPU-1", "GPU-2"]).team, 0, probed(notes={"gpu": "gone"})).team
     turn = hear(team, 1, probed(32, 8))
     assert isinstance(turn.said, protocol.Probed)
-    assert (turn.said.bits, turn.said.agents, turn.said.notes) == ([32, 8], 1, {"GPU-1: gpu": "gone"})
+    assert (turn.said.bits, turn.said.agents, turn.said.notes) == ([32, 8], 1, {"gpu": "gone"})
     assert told(tell(turn.team, order())) == {1: order()}, "one that works gets the order as it is"
 
 
@@ -122,6 +122,37 @@ def test_what_some_could_not_do_counts_with_what_the_others_did() -> None:
     said = hear(turn.team, 1, protocol.Merged(sha="f" * 64, size=9, norm=1.0)).said
     assert isinstance(said, protocol.Trained)
     assert (said.facts.agents, said.facts.samples) == (1, 10)
+
+
+def test_the_batch_that_did_not_fit_one_is_told_of_all() -> None:
+    turn = hear(tell(ready("GPU-1", "GPU-2"), order()).team, 0, failed("memory", 2))
+    turn = hear(turn.team, 1, trained(batch_limit=4))
+    said = hear(turn.team, 1, protocol.Merged(sha="f" * 64, size=9, norm=1.0)).said
+    assert isinstance(said, protocol.Trained)
+    assert said.facts.batch_limit == 2
+    turn = hear(tell(ready("GPU-1", "GPU-2"), order()).team, 0, failed("memory", 0))
+    turn = hear(turn.team, 1, trained())
+    said = hear(turn.team, 1, protocol.Merged(sha="f" * 64, size=9, norm=1.0)).said
+    assert isinstance(said, protocol.Trained)
+    assert said.facts.batch_limit == 1, "0 would say that there is no limit"
+
+
+def test_only_those_at_work_are_told_to_rest_and_to_stop() -> None:
+    turn = hear(tell(ready("a", "b"), order()).team, 0, trained())
+    assert told(tell(turn.team, protocol.Pause())) == {1: protocol.Pause()}
+    assert told(tell(turn.team, protocol.Resume())) == {1: protocol.Resume()}
+    merging = hear(turn.team, 1, trained())
+    stop = tell(merging.team, protocol.Stop())
+    assert told(stop) == {0: protocol.Stop()}
+    said = hear(stop.team, 0, protocol.Merged(sha="f" * 64, size=9, norm=1.0)).said
+    assert isinstance(said, protocol.Trained), "what is merged already counts"
+
+
+def test_what_a_data_set_lacks_keeps_its_name() -> None:
+    team = hear(assemble(PROBE, ["a", "b"]).team, 0, probed(32, notes={"points": "no such file"})).team
+    said = hear(team, 1, probed(32, notes={"8": "inexact"})).said
+    assert isinstance(said, protocol.Probed)
+    assert said.notes == {"points": "no such file", "b: 8": "inexact"}
 
 
 def test_of_failures_the_lack_of_memory_is_told_with_the_smallest_batch() -> None:

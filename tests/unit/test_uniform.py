@@ -21,7 +21,7 @@ from coordinator.core.planning.uniform import UniformPlanner
 from shared.codec import pack, unpack
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec, RoundsSpec, StrategySpec
-from shared.messages import DatasetFacts
+from shared.messages import DatasetFacts, Gpu
 from tests.unit.planning_cases import device, gpu_device, job, minilm, result, view
 
 
@@ -164,8 +164,21 @@ def _of_agents(candidate: Candidate, agents: int, **info: object) -> Candidate:
     return replace(candidate, info=replace(candidate.info, agents=agents, **info))
 
 
+def _gpus(count: int) -> list[Gpu]:
+    return [Gpu(uuid=f"GPU-{number}", memory_bytes=2**33) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "agents"),
+    [(_of_agents(gpu_device("a"), 64), 1), (_of_agents(device("a", cores=1.5), 64), 2)],
+    ids=["one GPU", "two cores"],
+)
+def test_a_device_that_claims_more_agents_than_it_can_have_gets_no_more_work(candidate: Candidate, agents: int) -> None:
+    assert _plan(candidate).participants["a"].agents == agents
+
+
 def test_every_gpu_of_a_device_trains() -> None:
-    one, two = gpu_device("a"), _of_agents(gpu_device("b"), 2)
+    one, two = gpu_device("a"), _of_agents(gpu_device("b"), 2, gpus=_gpus(2))
     plan = _plan(one, two)
     assert [plan.participants[name].agents for name in "ab"] == [1, 2]
     assert _batches(plan)["a"] == _batches(plan)["b"], "each has a GPU of its own"
@@ -187,7 +200,7 @@ def test_agents_on_the_cpu_share_its_memory_and_cores() -> None:
 
 
 def test_no_agent_is_asked_to_train_on_nothing() -> None:
-    plan = _plan(_of_agents(gpu_device("a"), 3, datasets={"news": DatasetFacts(rows=2)}))
+    plan = _plan(_of_agents(gpu_device("a"), 3, gpus=_gpus(3), datasets={"news": DatasetFacts(rows=2)}))
     assert (plan.participants["a"].agents, plan.participants["a"].batch) == (2, 1)
     assert plan.participants["a"].reasons["agents"].startswith("agents 2: 3 ready")
 

@@ -7,6 +7,7 @@ readings count as none (`readings`), the round target does not depend on live lo
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from coordinator.core.planning.base import Candidate
@@ -83,8 +84,8 @@ def seat(candidate: Candidate, job: JobSpec, fresh_s: float, model: CostModel) -
     elif candidate.load_age_s > fresh_s:
         caution = f"telemetry is {candidate.load_age_s:.0f} s old (limit {fresh_s:g} s)"
     own = model.own_bytes(candidate.device, info)
-    # Every one of them needs rows of its own.
-    agents = min(info.agents, data.rows)
+    # Every one of them needs rows of its own, and a GPU or a core.
+    agents = max(1, min(info.agents, data.rows, len(info.gpus) or math.ceil(info.cores)))
     return Seat(
         candidate.device, info, capacity(info, load, agents), budget(info, load, own, agents), data.rows // agents,
         caution, agents,

@@ -29,7 +29,7 @@ class HostReading:
     memory_available: int
     memory_limit: int
     own_memory: int
-    """Resident bytes of the daemon and its descendants."""
+    """Resident bytes of the daemon and its descendants, what they share left out."""
     oom_kills: int
     """Of our cgroup since it was made; a rise after an agent died of SIGKILL means: out of memory."""
     temperature_c: float | None = None
@@ -142,11 +142,12 @@ class HostReader:
 
     @staticmethod
     def _own_memory(pids: Iterable[int]) -> int:
-        """Resident bytes of these processes. Pages they share count more than once."""
+        """Resident bytes of these processes that they share with nobody: libraries count for none of them."""
         total = 0
         for pid in pids:
             try:
-                total += int(psutil.Process(pid).memory_info().rss)
+                memory = psutil.Process(pid).memory_info()
+                total += int(memory.rss - memory.shared)
             except (psutil.Error, OSError):
                 continue
         return total

@@ -162,12 +162,14 @@ class NvidiaReader:
         return bool(reasons & mask)
 
     def _foreign(self, handle: Any, own: Collection[int]) -> int | None:
-        """Bytes of processes that are not ours; None where the driver does not tell a foreign process's share."""
+        """Bytes of processes that are not ours; None where that can't be told (see `_foreign_share`, too)."""
         compute = self._call("nvmlDeviceGetComputeRunningProcesses", handle)
         graphics = self._call("nvmlDeviceGetGraphicsRunningProcesses", handle)
         if compute is None and graphics is None:
             return None
         held = {entry.pid: entry.usedGpuMemory for entry in [*(graphics or []), *(compute or [])]}
+        if held and not any(pid in own for pid in held):
+            return None
         foreign = [used for pid, used in held.items() if pid not in own]
         return None if any(used is None for used in foreign) else int(sum(foreign))
 

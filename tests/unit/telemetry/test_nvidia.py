@@ -193,4 +193,7 @@ def test_no_sample_means_that_nobody_computes() -> None:
 def test_where_the_driver_does_not_know_our_process_nothing_counts_as_foreign() -> None:
     """In a container it may number processes otherwise: our own work would make us rest for ever."""
     card = {**FULL, "ProcessUtilization": [sample(4010, 95)], "ComputeRunningProcesses": [process(4010, 1)]}
-    assert NvidiaReader(nvml=FakeNvml([card])).read(own={10})[0].foreign_utilization is None
+    (load,) = NvidiaReader(nvml=FakeNvml([card])).read(own={10})
+    assert (load.foreign_utilization, load.foreign_memory) == (None, None)
+    idle = {**FULL, "ComputeRunningProcesses": [], "GraphicsRunningProcesses": []}
+    assert NvidiaReader(nvml=FakeNvml([idle])).read(own={10})[0].foreign_memory == 0

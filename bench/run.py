@@ -1,6 +1,7 @@
 """Runs the benchmarks one after the other and writes `bench/results.json` and `docs/benchmarks.md`.
 
     .venv/bin/python bench/run.py [NAME ...]    all benchmarks, or these; results of the others stay
+    .venv/bin/python bench/run.py quality --part e2e    a part of one that has several; its other figures stay
     .venv/bin/python bench/run.py --soak        the soak runs (`bench/soak*.py`), which the default leaves out
     .venv/bin/python bench/run.py --render      only write the page anew from the recorded results
 
@@ -105,9 +106,9 @@ def complete(result: Result, benchmark: str, command: str, where: str, date: str
     return {**known, **{key: value for key, value in result.items() if key not in known}}
 
 
-def run(name: str, path: Path) -> list[Result]:
-    """Run one benchmark. Raises `ValueError` with the reason where it gave no result."""
-    command = f".venv/bin/python bench/run.py {name}"
+def run(name: str, path: Path, part: str = "") -> list[Result]:
+    """Run one benchmark, or a part of it. Raises `ValueError` with the reason where it gave no result."""
+    command = f".venv/bin/python bench/run.py {name}" + (f" --part {part}" if part else "")
     print(f"bench: {command}", flush=True)
     environment = {
         **os.environ,
@@ -117,7 +118,12 @@ def run(name: str, path: Path) -> list[Result]:
     }
     try:
         done = subprocess.run(
-            [sys.executable, str(path)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, timeout=LIMIT_S
+            [sys.executable, str(path), *([part] if part else [])],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=LIMIT_S,
         )
     except subprocess.TimeoutExpired:
         raise ValueError(f"{name}: not done after {LIMIT_S} s") from None
@@ -183,6 +189,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run benchmarks and record what they measured.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run; none: all")
     parser.add_argument("--soak", action="store_true", help="run the soak runs instead")
+    parser.add_argument("--part", default="", help="of the one named benchmark, only this part")
     parser.add_argument("--render", action="store_true", help="write the page from the recorded results")
     arguments = parser.parse_args()
     if arguments.render:
@@ -197,11 +204,15 @@ def main() -> int:
     failed: list[str] = []
     for name in wanted:
         try:
-            measured = run(name, offered[name])
+            measured = run(name, offered[name], arguments.part)
         except ValueError as error:
             failed.append(str(error))
             continue
-        write([one for one in recorded() if one["benchmark"] != name] + measured)
+        again = {one["name"] for one in measured}
+        write(
+            [one for one in recorded() if one["benchmark"] != name or (arguments.part and one["name"] not in again)]
+            + measured
+        )
         failed += [f"{one['name']}: target {one['target']} missed" for one in measured if one["met"] is False]
     for line in failed:
         print(f"bench: {line}", file=sys.stderr)

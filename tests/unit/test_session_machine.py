@@ -11,7 +11,6 @@ from edge_daemon.core import events as ev
 from edge_daemon.core.state import Identity
 from edge_daemon.core.transitions import TABLE
 from edge_daemon.settings import AgentSettings, PolicySettings
-from shared.jobs import TrainingSpec
 from shared.machines import phases
 from shared.messages import Ack, Command, CoordState, DeviceInfo, DeviceState, Load, Manifest, Progress
 from tests.unit.session_rig import ADAPTER, GIB, SETTINGS, UPDATE, Rig, assignment, load
@@ -196,59 +195,6 @@ def test_a_kill_for_memory_halves_the_batch_until_none_fits() -> None:
     rig.gone(out_of_memory=True)
     (ack,) = rig.said(Ack)
     assert (ack.verdict, ack.out_of_memory, ack.batch_limit) == ("failed", True, 0)
-
-
-def _given_up(reached: int, *, out_of_memory: bool) -> Rig:
-    """An agent got to step `reached`, with a checkpoint every 4, and then died until nothing was left to try."""
-    rig = Rig().training(training=TrainingSpec(checkpoint_every=4))
-    step = protocol.Progressed(step=reached, steps=8, samples=8, loss=1.0, samples_per_s=1.0)
-    rig.feed(ev.AgentBeat, progressed=step)
-    for _ in range(2):
-        rig.gone(out_of_memory=out_of_memory)
-        rig.tick(60.0)
-        rig.probe()
-    rig.gone(out_of_memory=out_of_memory)
-    return rig
-
-
-@pytest.mark.parametrize("out_of_memory", [True, False])
-def test_what_a_checkpoint_holds_counts_when_the_work_is_given_up(out_of_memory: bool) -> None:
-    rig = _given_up(4, out_of_memory=out_of_memory)
-    assert rig.said(Ack) == []
-    rig = rig.restart().up()  # the decision survives the daemon
-    rig.feed(ev.AdapterStored, sha=ADAPTER)
-    (order,) = rig.did(cmd.Train)
-    assert 0 < order.train_for_s < 0.001
-    rig.trained()
-    (offer,) = rig.state.journal.outbox
-    assert offer.facts.batch_limit == (1 if out_of_memory else 0)
-    # The last agent only loaded: nothing it measured may be learned.
-    assert (offer.facts.peak_bytes, offer.facts.step_s) == (0, 0.0)
-    assert rig.state.phase == "offering"
-
-
-@pytest.mark.parametrize("end", ["failed", "gone"])
-@pytest.mark.parametrize("out_of_memory", [True, False])
-def test_a_last_agent_that_finds_no_checkpoint_ends_the_work_with_its_first_reason(
-    end: str, out_of_memory: bool
-) -> None:
-    rig = _given_up(4, out_of_memory=out_of_memory)
-    rig.tick(60.0)
-    rig.probe()
-    assert len(rig.did(cmd.Train)) == 1
-    if end == "failed":
-        rig.failed("stopped")
-    else:
-        rig.gone()
-    (ack,) = rig.said(Ack)
-    assert (ack.verdict, ack.out_of_memory) == ("failed", out_of_memory)
-    assert ("not even a batch of one" if out_of_memory else "died 3 times") in ack.reason
-
-
-def test_without_a_checkpoint_nothing_is_tried_once_more() -> None:
-    rig = _given_up(3, out_of_memory=True)
-    assert rig.said(Ack)[0].verdict == "failed"
-    assert rig.state.phase == "idle"
 
 
 def test_a_memory_failure_of_the_agent_tells_the_planner_its_limit() -> None:

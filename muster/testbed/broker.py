@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -17,6 +20,7 @@ from shared.processes import die_with_parent
 from shared.settings import BrokerSettings
 
 _START_S = 10.0
+_LOWEST_PORT, _PORT_TRIES = 20_000, 100
 _DEFAULTS = {
     "persistence": "true",
     # A broker that is killed keeps sessions and retained messages only if it writes after every change.
@@ -46,12 +50,19 @@ def find_mosquitto() -> str:
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    assert isinstance(port, int)
-    return port
+    """A TCP port of 127.0.0.1 that is free now, and that no outgoing connection takes before it is used.
+
+    Raises `OSError` where there is none.
+    """
+    ephemeral = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    choices = random.SystemRandom()  # a test that seeds the other one would get one port again and again
+    for _ in range(_PORT_TRIES):
+        # Not by port 0: the kernel would give one that it may give to a connection a moment later.
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            port = choices.randrange(_LOWEST_PORT, max(ephemeral, _LOWEST_PORT + 1000))
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError(errno.EADDRINUSE, "no free port")
 
 
 class Broker:

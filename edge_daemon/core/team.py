@@ -51,6 +51,8 @@ class Member:
     """It gave a sign of life since the team last did."""
     probed: Probed | None = None
     progress: Progressed | None = None
+    news: bool = False
+    """It told its progress since the team last did."""
     answer: Trained | Failed | None = None
 
     @property
@@ -112,9 +114,10 @@ def tell(team: Team, message: ToAgent) -> Turn:
 def hear(team: Team, index: int, message: FromAgent) -> Turn:
     """What agent `index` said."""
     match message:
-        case Beat() | Progressed():
-            progress = message if isinstance(message, Progressed) else team.members[index].progress
-            return _signs(_with(team, index, heard=True, progress=progress))
+        case Beat():
+            return _signs(_with(team, index, heard=True))
+        case Progressed():
+            return _signs(_with(team, index, heard=True, news=True, progress=message))
         case Probed():
             return _probed(_with(team, index, busy=False, probed=message))
         case Trained():
@@ -145,7 +148,7 @@ def _begin(team: Team, order: Train) -> Turn:
             for part, index in enumerate(workers)
         ]  # fmt: skip
     members = tuple(
-        replace(member, busy=index in workers, heard=False, progress=None, answer=None)
+        replace(member, busy=index in workers, heard=False, news=False, progress=None, answer=None)
         for index, member in enumerate(team.members)
     )
     return Turn(Team(members=members, order=order), orders)
@@ -233,10 +236,10 @@ def _signs(team: Team) -> Turn:
     busy = [member for member in team.members if member.busy]
     if not busy or not all(member.heard for member in busy):
         return Turn(team)
-    quiet = replace(team, members=tuple(replace(member, heard=False) for member in team.members))
-    told = [member.progress for member in team.members if member.progress is not None]
-    if not told:
+    quiet = replace(team, members=tuple(replace(member, heard=False, news=False) for member in team.members))
+    if not any(member.news for member in team.members):
         return Turn(quiet, [], Beat(what="working"))
+    told = [member.progress for member in team.members if member.progress is not None]
     return Turn(
         quiet,
         [],
@@ -285,5 +288,7 @@ def _with(team: Team, index: int, **changes: Any) -> Team:
 
 
 def _idle(team: Team) -> Team:
-    members = tuple(replace(member, busy=False, heard=False, progress=None, answer=None) for member in team.members)
+    members = tuple(
+        replace(member, busy=False, heard=False, news=False, progress=None, answer=None) for member in team.members
+    )
     return Team(members=members)

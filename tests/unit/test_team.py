@@ -210,6 +210,14 @@ def test_progress_is_that_of_all_together() -> None:
     assert turn.said == protocol.Progressed(step=2, steps=8, samples=20, loss=2.0, samples_per_s=6.0)
 
 
+def test_old_progress_is_not_told_again_while_all_rest() -> None:
+    step = protocol.Progressed(step=3, steps=8, samples=12, loss=1.0, samples_per_s=4.0)
+    turn = hear(tell(ready("a"), order(1)).team, 0, step)
+    assert isinstance(turn.said, protocol.Progressed)
+    turn = hear(turn.team, 0, protocol.Beat(what="paused"))
+    assert isinstance(turn.said, protocol.Beat)
+
+
 def test_nobody_orders_the_team_what_is_its_own_business() -> None:
     with pytest.raises(TypeError):
         crew.tell(ready("a"), PROBE)

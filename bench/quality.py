@@ -152,7 +152,7 @@ def _export_figure(outcome: Outcome, name: str) -> dict[str, Any]:
 def _run(folder: Path, data: str, job: Path, *, devices: int, profile: str) -> Outcome:
     out = folder / data
     outcome = carry_out(
-        Emulation(devices=devices, profile=profile, data=str(DATA / data), job=job, out=out, alpha=1.0),
+        Emulation(devices=devices, profile=profile, data=str(DATA / data), job=job, out=out, alpha=1.0, lm=DATA / "lm"),
         command=f"muster emulate --devices {devices} --profile {profile} --data {data} --job {job}",
     )
     if outcome.job.state != "finished":

@@ -21,9 +21,7 @@ class TeamTrainer:
     goes on from its own checkpoint.
     """
 
-    def __init__(
-        self, make: Callable[[Callable[[AgentSpoke], None]], Trainer], post: Callable[[AgentSpoke], None]
-    ) -> None:
+    def __init__(self, make: Callable[[Post], Trainer], post: Post) -> None:
         self._make = make
         self._post = post
         self.trainers: list[Trainer] = []

@@ -72,7 +72,8 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
         if not drafts:
             raise UserError(_nobody(job, left_out))
         target, reason = self._target(drafts, need, job)
-        moved = [self.model.transfer(d.place.device, _moved(view, job, ranks, d.place.agents)) for d in drafts]
+        traffic_of = {agents: _moved(view, job, ranks, agents) for agents in {draft.place.agents for draft in drafts}}
+        moved = [self.model.transfer(draft.place.device, traffic_of[draft.place.agents]) for draft in drafts]
         usual = statistics.median(took for took, _ in moved)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}

@@ -19,6 +19,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from coordinator.core.aggregation.base import column_weights, narrow
+from coordinator.core.aggregation.registry import name_of
 from coordinator.core.facts import Metrics
 from shared import adapter as adapter_files
 from shared.adapter import Adapter, Factors
@@ -133,7 +134,7 @@ def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, bas
     lines = [
         f"# {adapter.job}",
         "",
-        f"LoRA adapter trained by Muster in {adapter.round} rounds (aggregator `{spec.strategy.aggregator}`).",
+        f"LoRA adapter trained by Muster in {adapter.round} rounds (aggregator `{name_of(spec.strategy)}`).",
         "",
         f"- base model: `{base}`, digest `{adapter.base_digest}`",
         f"- task: {spec.task.kind} on `{spec.task.dataset}`",

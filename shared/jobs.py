@@ -80,8 +80,8 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
 
     name: str = "uniform"
     """The planner."""
-    aggregator: str = "fsr"
-    """How updates become the next global adapter."""
+    aggregator: str = ""
+    """How updates become the next global adapter; empty: as the strategy's own paper does."""
     rank: Annotated[int, Meta(ge=1, le=1024)] = 8
     """LoRA rank of every tuned layer; planners may ask less of a device."""
     batch: Positive = 16

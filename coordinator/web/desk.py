@@ -11,11 +11,10 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from coordinator.core import events as ev
-from coordinator.core.aggregation import registry as aggregators
+from coordinator.core import strategies
 from coordinator.core.collecting import statuses
 from coordinator.core.fleet import Presence
 from coordinator.core.job import TERMINAL, Job
-from coordinator.core.planning import registry as planners
 from coordinator.runtime import Call, Runtime
 from coordinator.web import history
 from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
@@ -121,16 +120,7 @@ class Desk:
         return self._on_loop(look)
 
     def _faults(self, spec: JobSpec) -> list[str]:
-        faults = []
-        for key, known in (
-            ("strategy.name", list(planners.PLANNERS)),
-            ("strategy.aggregator", aggregators.names()),
-        ):
-            name = getattr(spec.strategy, key.rpartition(".")[2])
-            if name not in known:
-                faults.append(f"{key}: unknown {name!r}; known: {', '.join(sorted(known))}")
-        if spec.strategy.batch_min > spec.strategy.batch_max:
-            faults.append("strategy.batch_min: larger than strategy.batch_max")
+        faults = strategies.faults(spec.strategy)
         if spec.evaluation.data and (fault := rows_fault(Path(spec.evaluation.data))):
             faults.append(f"evaluation.data: on the coordinator: {fault}")
         if spec.task.kind == "classification" and len(spec.task.labels) < 2:

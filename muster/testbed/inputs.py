@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from coordinator.core import strategies
 from muster.testbed import corpus, partition, toml
 from muster.testbed.models import make_small_gpt2, minilm_folder
 from muster.testbed.rows import Row, read_rows
@@ -208,22 +209,6 @@ def check_job(tables: toml.Table, source: str) -> None:
     """Raise `SettingsError` with every fault that does not depend on the data; writes nothing."""
     placeholder = DataFiles("data", Path("train"), Path("test"), ["a", "b"])
     _, spec = filled(tables, placeholder, 1, source)
-    faults = strategy_faults(spec)
+    faults = strategies.faults(spec.strategy)
     if faults:
         raise SettingsError(source, faults)
-
-
-def strategy_faults(spec: JobSpec) -> list[str]:
-    """Names of the strategy that the coordinator does not know."""
-    from coordinator.core.aggregation import registry as aggregators
-    from coordinator.core.planning import registry as planners
-
-    asked = (
-        ("name", spec.strategy.name, sorted(planners.PLANNERS)),
-        ("aggregator", spec.strategy.aggregator, sorted(aggregators.names())),
-    )
-    return [
-        f"strategy.{key}: unknown {name!r}; known: {', '.join(names)}"
-        for key, name, names in asked
-        if name not in names
-    ]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordinator.core.aggregation.registry import name_of
 from coordinator.core.facts import Metrics
 from coordinator.web.views import JobView, ParticipantView, RoundView
 from muster.cli import tables
@@ -66,7 +67,7 @@ def _summary(run: Run) -> list[str]:
     job, spec = run.job, run.spec
     lines = [
         f"- base {spec.base.model}, task {spec.task.kind} on {spec.task.dataset}, planner {spec.strategy.name}, "
-        f"aggregator {spec.strategy.aggregator}",
+        f"aggregator {name_of(spec.strategy)}",
         f"- before training: {tables.quality(job.baseline)}; best round: {tables.quality(job.best)}",
         f"- {len(job.rounds)} of {job.rounds_total} rounds in {run.seconds:.0f} s, start included",
     ]

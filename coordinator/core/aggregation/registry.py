@@ -1,4 +1,4 @@
-"""Aggregators by the name that a job's `strategy.aggregator` gives."""
+"""Aggregators by the name that a job's `strategy.aggregator` gives, or else by the strategy they belong to."""
 
 from __future__ import annotations
 
@@ -17,15 +17,25 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "fedit": lambda spec: FedIt(spec.rank),
 }
 
+DEFAULT = "fsr"
+OWN: dict[str, str] = {}
+"""Strategy -> the aggregator of its paper, where that is another than the default."""
+
 
 def names() -> list[str]:
     """All names, sorted."""
     return sorted(_FACTORIES)
 
 
+def name_of(spec: StrategySpec) -> str:
+    """The aggregator that `spec` asks for, by itself or by its strategy."""
+    return spec.aggregator or OWN.get(spec.name, DEFAULT)
+
+
 def create(spec: StrategySpec) -> Aggregator:
-    """The aggregator that `spec` names, with its settings. Raises `UserError` for an unknown name."""
-    factory = _FACTORIES.get(spec.aggregator)
+    """The aggregator that `spec` asks for, with its settings. Raises `UserError` for an unknown name."""
+    name = name_of(spec)
+    factory = _FACTORIES.get(name)
     if factory is None:
-        raise UserError(f"strategy.aggregator: no {spec.aggregator!r}, there are {', '.join(names())}")
+        raise UserError(f"strategy.aggregator: no {name!r}, there are {', '.join(names())}")
     return factory(spec)

@@ -1,0 +1,23 @@
+"""What a job's `strategy` table may name, checked in one place for the coordinator and for those who write jobs."""
+
+from __future__ import annotations
+
+from coordinator.core.aggregation import registry as aggregators
+from coordinator.core.planning import registry as planners
+from shared.jobs import StrategySpec
+
+
+def faults(strategy: StrategySpec) -> list[str]:
+    """Every fault of the table that needs no look at data or base, each with its key."""
+    asked = (
+        ("name", strategy.name, sorted(planners.PLANNERS)),
+        ("aggregator", aggregators.name_of(strategy), aggregators.names()),
+    )
+    found = [
+        f"strategy.{key}: unknown {name!r:.80}; known: {', '.join(known)}"
+        for key, name, known in asked
+        if name not in known
+    ]
+    if strategy.batch_min > strategy.batch_max:
+        found.append("strategy.batch_min: larger than strategy.batch_max")
+    return found

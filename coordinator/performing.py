@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
 from typing_extensions import assert_never
 
 from coordinator import export, folding
@@ -16,10 +17,10 @@ from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core.job import Job
 from coordinator.workers import protocol as wire
-from shared import topics
+from shared import bases, topics
 from shared.blob_folder import NoRoom
 from shared.errors import MusterError, RemoteError
-from shared.messages import BlobRef, Command, Done
+from shared.messages import BaseSource, BlobRef, Command, Done
 
 if TYPE_CHECKING:
     from coordinator.runtime import Runtime
@@ -128,12 +129,19 @@ class Performer:
         def reply(answer: Answer) -> None:
             if isinstance(answer, wire.Prepared):
                 ref = runtime.ports.blobs.adopt(target)
-                runtime.step(ev.BasePrepared(job=job.id, facts=answer.facts, adapter=ref, **runtime.now()))
+                facts = replace(answer.facts, served=self._served(answer.packed))
+                runtime.step(ev.BasePrepared(job=job.id, facts=facts, adapter=ref, **runtime.now()))
             else:
                 self._worker_failed(job, "preparing the base", answer)
 
-        question = wire.Prepare(job=job.spec, base_path=self._base(job), adapter_path=str(target))
+        into = str(Path(runtime.settings.state_dir) / bases.FOLDER) if runtime.settings.api.public_url else ""
+        question = wire.Prepare(job=job.spec, base_path=self._base(job), adapter_path=str(target), pack_into=into)
         runtime.ports.worker.ask(question, reply)
+
+    def _served(self, packed: Mapping[str, str]) -> dict[str, BaseSource]:
+        """Where devices find what the worker packed."""
+        url = self._runtime.settings.api.public_url.rstrip("/")
+        return {bits: BaseSource(url=f"{url}/v1/bases/{sha}", sha=sha) for bits, sha in packed.items()}
 
     def _evaluate(self, command: cmd.EvaluateAdapter) -> None:
         runtime, job = self._runtime, command.job

@@ -33,7 +33,8 @@ from coordinator.runtime import Finished, Ports, Runtime  # noqa: E402
 from coordinator.settings import CoordinatorSettings  # noqa: E402
 from coordinator.web import api  # noqa: E402
 from coordinator.web.desk import Desk  # noqa: E402
-from shared import logs, settings, topics  # noqa: E402
+from coordinator.web.shelf import Shelf  # noqa: E402
+from shared import bases, logs, settings, topics  # noqa: E402
 from shared.allocator import keep_small  # noqa: E402
 from shared.blob_folder import BlobFolder  # noqa: E402
 from shared.codec import pack  # noqa: E402
@@ -133,7 +134,8 @@ class Service:
 
     def _start_api(self) -> uvicorn.Server:
         token = _token(self._config)
-        application = api.create(Desk(self._runtime, self._queue.put), token)
+        shelf = Shelf(Path(self._config.state_dir) / bases.FOLDER)
+        application = api.create(Desk(self._runtime, self._queue.put), token, shelf)
         server = uvicorn.Server(uvicorn.Config(application, log_level="warning", access_log=False, lifespan="off"))
         threading.Thread(target=server.run, kwargs={"sockets": [self._socket]}, name="api", daemon=True).start()
         host, port = self._socket.getsockname()[:2]

@@ -23,6 +23,9 @@ class ApiSettings(Section, frozen=True, kw_only=True):
     """0: a free port, written to `<state_dir>/api.json`."""
     token_file: str = ""
     """Empty: `<state_dir>/token`, made at the first start with mode 0600."""
+    public_url: str = ""
+    """Where devices reach this API, such as "https://muster.example:8470". With it base models are quantized once per
+    bit width and served to devices that lack them; empty: every device has its own copy."""
 
 
 class WaitSettings(Section, frozen=True, kw_only=True):

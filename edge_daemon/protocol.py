@@ -44,7 +44,7 @@ class Train(PipeMessage, frozen=True, kw_only=True):
 
     assignment: Assignment
     base_path: str
-    """Folder of the base model; for hub ids allowed by the owner the id itself."""
+    """Folder of the base model; for hub ids allowed by the owner the id itself; empty: fetch `assignment.source`."""
     data_path: str
     adapter_path: str
     """The global adapter file to start from."""
@@ -59,6 +59,10 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     """Where to write the update (temp file, then rename)."""
     checkpoint_dir: str
     """Folder for this work's checkpoints; a checkpoint of the same (job, round, attempt, part, parts) is resumed."""
+    bases_dir: str = ""
+    """Folder for bases that are fetched."""
+    disk_reserve: int = 0
+    """Bytes of disk that a fetch must leave free."""
     digests_path: str = ""
     """File in which to remember the digests of base models; empty: none."""
     train_for_s: float = 0.0

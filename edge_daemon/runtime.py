@@ -227,6 +227,8 @@ class Runtime:
                 adapter_path=str(adapter),
                 update_path=str(folder / UPDATE_FILE),
                 checkpoint_dir=str(folder),
+                bases_dir=str(store.bases),
+                disk_reserve=self.settings.policy.disk_reserve_bytes,
                 digests_path=str(store.digests),
                 train_for_s=order.train_for_s,
                 batch_limit=order.batch_limit,

@@ -30,6 +30,8 @@ class PolicySettings(Section, frozen=True, kw_only=True):
     """Whether this device may train while it runs on battery."""
     share_labels: bool = False
     """Whether the label counts of the data sets may leave the device."""
+    base_hosts: list[str] = []
+    """Hosts ("name" or "name:port") from which base models that are not in `[models]` may be fetched."""
     hub: bool = False
     """Whether base models and the data sets of `[data]` may be loaded from the Hugging Face hub."""
 
@@ -74,8 +76,8 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     data: dict[str, str] = {}
     """Name of a data set -> JSONL(.gz) file, or with `policy.hub` a hub id ("id" or "id:split")."""
     models: dict[str, str] = {}
-    """Name of a base model -> folder, or with `policy.hub` a hub id. Only these are ever loaded, and with `policy.hub`
-    any hub id that a job names."""
+    """Name of a base model -> folder, or with `policy.hub` a hub id. Only these are ever loaded, with
+    `policy.base_hosts` those that the coordinator serves, and with `policy.hub` any hub id that a job names."""
     policy: PolicySettings = PolicySettings()
     agent: AgentSettings = AgentSettings()
     telemetry: TelemetrySettings = TelemetrySettings()

@@ -160,6 +160,14 @@ class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
     size: Annotated[int, Meta(ge=0, le=MAX_BLOB_BYTES)]
 
 
+class BaseSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a device can fetch the base it lacks, at the bits of its work: the manifest at `url`, files under it."""
+
+    url: Text
+    sha: Sha
+    """Digest of the manifest (`shared.bases`), which holds those of the files."""
+
+
 class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """Work with all a device needs to do it."""
 
@@ -170,6 +178,8 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     base: BaseSpec
     base_digest: Text
     """Digest over the base's files; a device whose copy differs refuses."""
+    source: BaseSource | None = None
+    """For devices that don't have the base and whose owner allows the host."""
     task: TaskSpec
     training: TrainingSpec
     rounds: Annotated[int, Meta(ge=1)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from shared.messages import BaseSource
+
 
 class ModuleSpec(msgspec.Struct, frozen=True, kw_only=True):
     """A linear layer that can be tuned: W is (out x in). `block`: index of its transformer block, -1 outside."""
@@ -31,6 +33,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     heads: int = 1
     intermediate: int = 0
     """Width of the feed-forward layer; 0: not known."""
+    served: dict[str, BaseSource] = {}
+    """Bits as text -> where devices can fetch the base at these; {}: nowhere."""
 
 
 class Metrics(msgspec.Struct, frozen=True, kw_only=True):

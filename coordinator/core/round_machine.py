@@ -305,9 +305,11 @@ def _assign(state: State, job: Job, device: str) -> Assign:
     """The desired state of a participant that still owes an update."""
     round = job.round
     assert round is not None and job.facts is not None and job.adapter is not None
+    work = round.plan.participants[device]
     assignment = Assignment(
-        job=job.id, round=round.number, attempt=round.attempt, work=round.plan.participants[device],
-        base=job.spec.base, base_digest=job.facts.base_digest, task=job.spec.task, training=job.spec.training,
-        rounds=job.spec.rounds.count, seed=job.spec.seed, adapter=job.adapter, chunk=state.chunk,
+        job=job.id, round=round.number, attempt=round.attempt, work=work, base=job.spec.base,
+        base_digest=job.facts.base_digest, source=job.facts.served.get(str(work.bits)), task=job.spec.task,
+        training=job.spec.training, rounds=job.spec.rounds.count, seed=job.spec.seed, adapter=job.adapter,
+        chunk=state.chunk,
     )  # fmt: skip
     return Assign(term=state.term, assignment=assignment)

@@ -11,25 +11,31 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
+from fastapi.responses import FileResponse
 
 from coordinator.web.desk import Conflict, Desk, NotFound
+from coordinator.web.shelf import NotOnShelf, Shelf
 from coordinator.web.views import Problem
 from shared.errors import SettingsError, UserError
 
 MAX_JOB_BYTES = 256 * 1024
+BASES = "/v1/bases/"
+"""Open to all who know a digest (`coordinator.web.shelf`); every other path asks for the token."""
 
 
 class _JobFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     toml: str
 
 
-def create(desk: Desk, token: str) -> FastAPI:
-    """The application over `desk`; callers must show `token`."""
+def create(desk: Desk, token: str, shelf: Shelf) -> FastAPI:
+    """The application over `desk` and `shelf`; callers of the former must show `token`."""
     app = FastAPI(title="Muster", version="1", openapi_url=None, docs_url=None, redoc_url=None)
     expected = f"Bearer {token}".encode()
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        if request.url.path.startswith(BASES) and request.method == "GET":
+            return await call_next(request)
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, expected):
             return _json(Problem(error="missing or wrong bearer token (see --token-file)"), 401)
@@ -39,11 +45,11 @@ def create(desk: Desk, token: str) -> FastAPI:
     async def refuse(_: Request, error: UserError) -> Response:
         return _refusal(error)
 
-    _routes(app, desk)
+    _routes(app, desk, shelf)
     return app
 
 
-def _routes(app: FastAPI, desk: Desk) -> None:
+def _routes(app: FastAPI, desk: Desk, shelf: Shelf) -> None:
     @app.get("/v1/health")
     def health() -> Response:
         return _json(desk.health())
@@ -82,6 +88,14 @@ def _routes(app: FastAPI, desk: Desk) -> None:
         archive = _tar(desk.export_folder(job_id), job_id)
         return Response(archive, media_type="application/gzip")
 
+    @app.get(f"{BASES}{{sha}}")
+    def manifest(sha: str) -> Response:
+        return FileResponse(shelf.file(sha), media_type="application/json")
+
+    @app.get(f"{BASES}{{sha}}/{{name}}")
+    def base_file(sha: str, name: str) -> Response:
+        return FileResponse(shelf.file(sha, name), media_type="application/octet-stream")
+
     @app.get("/v1/devices")
     def devices() -> Response:
         return _json(desk.devices())
@@ -92,7 +106,7 @@ def _json(value: Any, status: int = 200) -> Response:
 
 
 def _refusal(error: UserError) -> Response:
-    status = 404 if isinstance(error, NotFound) else 409 if isinstance(error, Conflict) else 422
+    status = 404 if isinstance(error, (NotFound, NotOnShelf)) else 409 if isinstance(error, Conflict) else 422
     faults = error.faults if isinstance(error, SettingsError) else []
     return _json(Problem(error=str(error), faults=faults), status)
 

@@ -59,7 +59,7 @@ class ModelWorker:
         """Serve one request. The operator's faults become `WorkerFailed`, one line each."""
         try:
             if isinstance(request, Prepare):
-                return Prepared(facts=self._prepare(request))
+                return Prepared(facts=self._prepare(request), packed=self._pack(request))
             return Evaluated(metrics=self._evaluate(request))
         except (UserError, DecodeError) as error:
             return WorkerFailed(reason=str(error), operator=isinstance(error, UserError))
@@ -100,6 +100,17 @@ class ModelWorker:
             heads=int(getattr(config, "num_attention_heads", 1)),
             intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),
         )
+
+    def _pack(self, request: Prepare) -> dict[str, str]:
+        """The base at each bit width for devices to fetch; what was packed for an earlier job is used again."""
+        from shared.modeling import packing, weights
+
+        if not request.pack_into:
+            return {}
+        job = request.job
+        folder = weights.resolve(request.base_path, job.base.revision, hub=True)
+        into = Path(request.pack_into)
+        return {str(bits): packing.pack(folder, job.task, bits, into, self.beat) for bits in packing.PACKED_BITS}
 
     def _evaluate(self, request: Evaluate) -> Metrics:
         from shared import adapter

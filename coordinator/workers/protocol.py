@@ -21,6 +21,8 @@ class Prepare(PipeMessage, frozen=True, kw_only=True):
     job: JobSpec
     base_path: str
     adapter_path: str
+    pack_into: str = ""
+    """Folder for the base at each bit width, to be served; empty: none is made."""
 
 
 class Evaluate(PipeMessage, frozen=True, kw_only=True):
@@ -44,6 +46,8 @@ class Prepared(PipeMessage, frozen=True, kw_only=True):
     """Answer to `Prepare`."""
 
     facts: ModelFacts
+    packed: dict[str, str] = {}
+    """Bits as text -> digest of the manifest of the packed base."""
 
 
 class Evaluated(PipeMessage, frozen=True, kw_only=True):

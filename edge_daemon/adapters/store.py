@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 
 from edge_daemon.core.state import Identity, Journal
+from shared import bases
 from shared.blob_folder import BlobFolder
 from shared.errors import UserError
 from shared.files import write_whole
@@ -69,6 +70,11 @@ class Store:
         with self._epoch_guard:
             if self._epoch() < at_least:
                 self._replace(self.root / "epoch", str(at_least).encode())
+
+    @property
+    def bases(self) -> Path:
+        """Where agents keep the base models they fetched."""
+        return self.root / bases.FOLDER
 
     @property
     def digests(self) -> Path:

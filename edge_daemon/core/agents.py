@@ -98,7 +98,7 @@ def train(state: State, work: Assignment) -> Result:
         left = max(_NO_TIME_S, left - (state.now - state.received_at))
     order = cmd.Train(
         assignment=work,
-        base_path=settings.models.get(work.base.model, work.base.model),
+        base_path=policy.base_path(settings, work),
         data_path=settings.data[work.task.dataset],
         train_for_s=left,
         batch_limit=state.journal.batch_limit,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import urlsplit
 
 from edge_daemon.core.state import Capability
 from edge_daemon.core.team import CPU
@@ -70,6 +71,32 @@ def faults(settings: EdgeSettings) -> list[str]:
     return wrong
 
 
+def base_path(settings: EdgeSettings, assignment: Assignment) -> str:
+    """Folder or hub id of the base model, by the owner's `[models]`; "": to be fetched from where the work says."""
+    model, source = assignment.base.model, assignment.source
+    if model not in settings.models and source is not None and _may_fetch(settings.policy, source.url):
+        return ""
+    return settings.models.get(model, model)
+
+
+def _may_fetch(policy: PolicySettings, url: str) -> bool:
+    """Whether the owner lists the host of `url`, with its port or for any port."""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError:
+        return False
+    allowed = {name.lower() for name in policy.base_hosts}
+    return parts.scheme in ("http", "https") and not parts.username and bool({host, f"{host}:{port}"} & allowed)
+
+
+def _not_fetched(assignment: Assignment) -> str:
+    if assignment.source is None:
+        return "policy.hub is off"
+    host = urlsplit(assignment.source.url).netloc
+    return f"neither is {host!r:.100} in policy.base_hosts nor policy.hub on"
+
+
 def _unable(settings: EdgeSettings, capability: Capability, assignment: Assignment) -> str:
     if capability.problem:
         return capability.problem
@@ -80,9 +107,9 @@ def _unable(settings: EdgeSettings, capability: Capability, assignment: Assignme
         note = capability.notes.get(task.dataset, "it could not be read")
         return f"data set {task.dataset!r}: {note}"
     # A least-squares base is its name: nothing is loaded.
-    if base.model not in settings.models and task.kind != "least_squares":
+    if base.model not in settings.models and task.kind != "least_squares" and base_path(settings, assignment):
         if not settings.policy.hub:
-            return f"base model {base.model!r} is not in this device's [models] table, and policy.hub is off"
+            return f"base model {base.model!r} is not in this device's [models] table, and {_not_fetched(assignment)}"
         if not _HUB_ID.fullmatch(base.model):
             return f"base model {base.model!r} is neither in this device's [models] table nor a hub id (owner/name)"
     if work.bits not in capability.bits:

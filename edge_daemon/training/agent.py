@@ -179,7 +179,7 @@ class Agent:
     def _load(self, request: Train) -> tuple[_Loaded, bool]:
         """The base the work wants, loaded now (True) or still there (False)."""
         from shared.modeling import base_model, weights
-        from shared.modeling.faults import ModelFault
+        from shared.modeling.faults import BitsFault, ModelFault
 
         assignment = request.assignment
         bits = assignment.work.bits
@@ -187,7 +187,7 @@ class Agent:
             raise Refused("bits", f"{bits} bits: {self._notes.get(str(bits), 'not proven on this device')}")
         cache = Path(request.digests_path) if request.digests_path else None
         try:
-            folder = weights.resolve(request.base_path, assignment.base.revision, hub=request.hub)
+            folder = self._folder(request)
             digest = weights.base_digest(folder, cache)
             if digest != assignment.base_digest:
                 raise Refused(
@@ -199,10 +199,20 @@ class Agent:
             self._loaded = held = None
             gc.collect()  # the old base is full of cycles, and there may be no room for two
             base = base_model.load(folder, assignment.task, bits, self._device, self._control.poll)
-        except ModelFault as error:
+        except (ModelFault, BitsFault) as error:
             raise Refused("model", str(error)) from error
         self._loaded = _Loaded(base, digest, MemoryGauge.held(self._device))
         return self._loaded, True
+
+    def _folder(self, request: Train) -> Path:
+        """The base's folder, fetched where the device lacks it and the owner allows it."""
+        from edge_daemon.training import fetching
+        from shared.modeling import weights
+
+        base, source = request.assignment.base, request.assignment.source
+        if request.base_path or source is None:
+            return weights.resolve(request.base_path, base.revision, hub=request.hub)
+        return fetching.fetch(source, Path(request.bases_dir), request.disk_reserve, self._control.poll)
 
     def _data(self, request: Train, loaded: _Loaded) -> tuple[TokenData, bool]:
         from shared.modeling.faults import DataFault

@@ -29,7 +29,7 @@ from edge_daemon.core.team import CPU
 from edge_daemon.settings import EdgeSettings
 from muster.client import Client
 from muster.testbed import cgroups, toml
-from muster.testbed.broker import Broker
+from muster.testbed.broker import Broker, free_port
 from muster.testbed.certs import Authority
 from muster.testbed.relay import Relay
 from shared import settings, topics
@@ -39,6 +39,7 @@ from shared.processes import lock_folder
 Agent = Literal["torch", "numpy"]
 FLEET = "emulated"
 COORDINATOR = "coord-1"
+HOST = "127.0.0.1"
 AGENTS: Mapping[str, list[str]] = {
     "torch": [sys.executable, "-m", "edge_daemon.training.agent"],
     "numpy": [sys.executable, "-m", "muster.testbed.numpy_agent"],
@@ -132,7 +133,7 @@ class Fleet:
     `secure`: mutual TLS and the generated ACL. `coordinator`: over its settings, as in its file. `limits`: whether
     devices get control groups at all. `broker`: over its configuration. `relay`: each device has a link of its own in
     `relays`, which counts its bytes and can be made a bad one. `commands`: program name -> what is started in its place
-    (same arguments).
+    (same arguments). `serve`: devices have no base model of their own and fetch it from the coordinator.
     """
 
     def __init__(
@@ -148,6 +149,7 @@ class Fleet:
         commands: Mapping[str, Sequence[str]] | None = None,
         broker: Mapping[str, str] | None = None,
         relay: bool = False,
+        serve: bool = False,
     ) -> None:
         self.folder = folder.resolve()
         self.devices = list(devices)
@@ -160,6 +162,7 @@ class Fleet:
         self._commands = commands or {}
         self._broker_overrides = dict(broker or {})
         self._relay = relay
+        self._serve = serve
         self.relays: dict[str, Relay] = {}
         self._stack = contextlib.ExitStack()
         self.available = cgroups.Available(False, False, "not asked for")
@@ -273,20 +276,26 @@ class Fleet:
             "state_dir": str(self.folder / "coordinator"),
             "worker": WORKERS[self._agent],
             "broker": self._broker_settings(COORDINATOR, window=32, queue=4096),
-            "api": {"port": 0},
+            "api": self._api(),
             "waits": {"period_s": 5.0},
             "models": self._models,
         }
         return self._write("coordinator", CoordinatorSettings, toml.merged(tables, self._overrides))
 
+    def _api(self) -> dict[str, Any]:
+        if not self._serve:
+            return {"port": 0}
+        port = free_port()
+        return {"port": port, "public_url": f"http://{HOST}:{port}"}
+
     def _edge_settings(self, spec: DeviceSpec) -> Path:
-        tables = {
+        tables: dict[str, Any] = {
             "fleet": FLEET,
             "device": spec.name,
             "state_dir": str(self.folder / spec.name),
             "broker": self._broker_settings(spec.name, **self._link(spec.name)),
             "data": {name: str(path.resolve()) for name, path in spec.data.items()},
-            "models": self._models,
+            "models": {} if self._serve else self._models,
             # Its processor is what is divided here; a GPU of this machine would be the same for all.
             "agent": {"command": AGENTS[self._agent], "gpus": [CPU]},
             "telemetry": {"idle_s": 5.0, "busy_s": 2.0},
@@ -294,6 +303,8 @@ class Fleet:
         if not self.available.cpu:
             # Without a quota the other devices are foreign load, and each would wait for the others.
             tables["policy"] = {"foreign_limit": 1000.0}
+        if self._serve:
+            tables.setdefault("policy", {})["base_hosts"] = [HOST]
         return self._write(spec.name, EdgeSettings, toml.merged(tables, spec.settings))
 
     def _write(self, name: str, wanted: type[msgspec.Struct], tables: Mapping[str, Any]) -> Path:

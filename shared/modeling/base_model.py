@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from shared import bases
 from shared.jobs import Bits, TaskSpec
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import ModelFault, one_line
@@ -103,6 +104,10 @@ class Base:
                     weight.addmm_(b, a)
         self._folded = set(deltas)
 
+    def source_key(self, module: str) -> str:
+        """The name under which the weight of linear layer `module` is stored."""
+        return self._sources[module].key
+
     def set_head(self, dense: Mapping[str, Array]) -> None:
         """Copy the head's tensors out of an adapter whose names and shapes were checked."""
         with torch.no_grad():
@@ -127,6 +132,9 @@ def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", bea
 
     The head is not initialised; `fresh_head` gives its first values. Raises `ModelFault` with a one-line reason.
     """
+    packed = bases.read(folder)
+    if packed is not None and packed.bits != bits:
+        raise ModelFault(f"{folder}: packed at {packed.bits} bits, {bits} are wanted")
     tokenizer = _tokenizer(folder)
     model = _empty_model(folder, task, tokenizer)
     beat("loading the base")
@@ -245,15 +253,19 @@ def _fill(base: Base, transposed: set[str], beat: Beat) -> list[str]:
             continue
         module = name.rpartition(".")[0]
         turn = module in transposed and name.endswith("weight")
-        value = files.read(key)
-        value = value.t() if turn else value
         linear = base.linears.get(module)
-        if linear is not None and name.endswith(".weight"):
+        weight = linear if name.endswith(".weight") else None
+        if weight is not None:
             base._sources[module] = _Source(key, turn)
             beat("loading the base")
-            if base.bits < 16:
-                _put_quantized(base, linear, value)
+            if key not in files:
+                _put_packed(base, weight, files.parts(key))
                 continue
+        value = files.read(key)
+        value = value.t() if turn else value
+        if weight is not None and base.bits < 16:
+            _put_quantized(base, weight, value)
+            continue
         _put(base.model, name, value.to(base.compute).contiguous())
     base.model.tie_weights()
     return _missing(base)
@@ -303,6 +315,14 @@ def _put_quantized(base: Base, linear: Linear, value: torch.Tensor) -> None:
     old = base.model.get_submodule(linear.name)
     has_bias = old.bias is not None
     set_module(base.model, linear.name, quantized(value, has_bias, base.bits, base.compute, base.device))
+
+
+def _put_packed(base: Base, linear: Linear, parts: dict[str, torch.Tensor]) -> None:
+    from shared.modeling.quantization import from_parts
+
+    has_bias = base.model.get_submodule(linear.name).bias is not None
+    shape = torch.Size((linear.out, linear.inp))
+    set_module(base.model, linear.name, from_parts(parts, shape, has_bias, base.bits, base.compute, base.device))
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -54,16 +54,13 @@ class LinearNF(nn.Module):
     codes: torch.Tensor
     absmax: torch.Tensor
 
-    def __init__(self, weight: torch.Tensor, has_bias: bool, compute: torch.dtype) -> None:
-        """Quantize `weight` where it lies; a bias, if any, is to be set later."""
+    def __init__(self, codes: torch.Tensor, absmax: torch.Tensor, has_bias: bool, compute: torch.dtype) -> None:
+        """`codes`: (out x in) uint8; `absmax`: one float32 per block of 64. A bias, if any, is to be set later."""
         super().__init__()
-        self.out_features, self.in_features = weight.shape
+        self.out_features, self.in_features = codes.shape
         self.compute = compute
-        codes, state = _functional().quantize_blockwise(
-            weight.float().contiguous(), code=_code(str(weight.device)), blocksize=BLOCK
-        )
         self.register_buffer("codes", codes)
-        self.register_buffer("absmax", state.absmax)
+        self.register_buffer("absmax", absmax)
         self.bias: nn.Parameter | None = None
         if has_bias:
             self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=compute), requires_grad=False)
@@ -126,26 +123,63 @@ def quantized(weight: torch.Tensor, has_bias: bool, bits: Bits, compute: torch.d
     """A frozen layer of `bits` (8 or 4) with `weight` (out x in); a bias is to be set later."""
     weight = weight.detach().to(device, torch.float32).contiguous()
     if bits == 8:
-        return LinearNF(weight, has_bias, compute)
+        codes, state = _functional().quantize_blockwise(weight, code=_code(str(weight.device)), blocksize=BLOCK)
+        return LinearNF(codes, state.absmax, has_bias, compute)
     if bits == 4:
         return _linear_4bit(weight, has_bias, compute)
     raise BitsFault(f"{bits} bits: not a quantized precision")
 
 
+def parts_of(layer: Any, bits: Bits) -> dict[str, torch.Tensor]:
+    """The tensors from which `from_parts` makes the same layer again, without its bias."""
+    if bits == 8:
+        return {"codes": layer.codes, "absmax": layer.absmax}
+    return {"codes": layer.weight.data, **layer.weight.quant_state.as_dict(packed=True)}
+
+
+def from_parts(
+    parts: dict[str, torch.Tensor], shape: torch.Size, has_bias: bool, bits: Bits, compute: torch.dtype, device: str
+) -> nn.Module:
+    """The layer of `shape` (out x in) that `parts_of` took apart. Raises `BitsFault` where the parts don't fit."""
+    count = shape.numel()
+    try:
+        found = (parts["codes"].numel(), parts["absmax"].numel())
+        wanted = (count if bits == 8 else -(-count // 2), -(-count // BLOCK))
+        if found != wanted:
+            raise BitsFault(f"{found} codes and scales for a layer of {tuple(shape)}, which has {wanted}")
+        if bits == 8:
+            return LinearNF(parts["codes"].reshape(shape).to(device), parts["absmax"].to(device), has_bias, compute)
+        bitsandbytes: Any = importlib.import_module("bitsandbytes")
+        stats = {name: value for name, value in parts.items() if name != "codes"}
+        packed = bitsandbytes.nn.Params4bit.from_prequantized(parts["codes"], stats, device=device)
+        if packed.quant_state.shape != shape:
+            raise BitsFault(f"a weight of {tuple(packed.quant_state.shape)} for a layer of {tuple(shape)}")
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise BitsFault(f"parts of a quantized layer: {one_line(error, 120)}") from error
+    return _around(packed, shape, has_bias, compute)
+
+
 def _linear_4bit(weight: torch.Tensor, has_bias: bool, compute: torch.dtype) -> nn.Module:
     bitsandbytes: Any = importlib.import_module("bitsandbytes")
-    out, inp = weight.shape
+    packed = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=BLOCK
+    )
+    return _around(packed.to(weight.device), weight.shape, has_bias, compute)
+
+
+def _around(packed: Any, shape: torch.Size, has_bias: bool, compute: torch.dtype) -> nn.Module:
+    """The layer of a packed 4-bit weight of `shape` (out x in)."""
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
+    out, inp = shape
     layer: Any = bitsandbytes.nn.Linear4bit(
         inp, out, bias=has_bias, compute_dtype=compute, compress_statistics=True, quant_type="nf4", device="meta"
     )
-    packed = bitsandbytes.nn.Params4bit(
-        weight, requires_grad=False, compress_statistics=True, quant_type="nf4", blocksize=BLOCK, module=layer
-    )
-    layer.weight = packed.to(weight.device)
+    packed.module = layer
+    layer.weight = packed
     # Inference on a CPU with bf16 would repack the weight into a form that later gives no gradient.
     layer.support_avx512bf16_for_cpu = False
     if has_bias:
-        layer.bias = nn.Parameter(torch.zeros(out, dtype=compute, device=weight.device), requires_grad=False)
+        layer.bias = nn.Parameter(torch.zeros(out, dtype=compute, device=packed.device), requires_grad=False)
     finished: nn.Module = layer
     return finished
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from shared import bases
 from shared.modeling.faults import ModelFault, one_line
 
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
     "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
+FOLDER_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
+"""The files of a model folder that count."""
 
 
 def resolve(model: str, revision: str = "", *, hub: bool) -> Path:
@@ -45,7 +47,7 @@ def _from_hub(model: str, revision: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(model, revision=revision or None, allow_patterns=_PATTERNS)
+        found = snapshot_download(model, revision=revision or None, allow_patterns=FOLDER_PATTERNS)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelFault(f"{model}: no such folder, and not from the hub: {one_line(error, 160)}") from error
     return Path(found)
@@ -54,12 +56,16 @@ def _from_hub(model: str, revision: str) -> Path:
 def base_digest(folder: Path, cache: Path | None = None) -> str:
     """SHA-256 over config, safetensors and tokenizer files, each by name and content.
 
-    `cache`: JSON file of digests by path, size and time of change, so that large files are read once.
+    `cache`: JSON file of digests by path, size and time of change, so that large files are read once. A packed base
+    (`shared.bases`) has the digest of what it was made from.
     """
+    packed = bases.read(folder)
+    if packed is not None:
+        return packed.base_digest
     known = _read_cache(cache)
     whole = hashlib.sha256()
     fresh = False
-    for path in sorted({p for pattern in _PATTERNS for p in folder.glob(pattern)}, key=lambda p: p.name):
+    for path in sorted({p for pattern in FOLDER_PATTERNS for p in folder.glob(pattern)}, key=lambda p: p.name):
         stat = path.stat()
         key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         if key not in known:
@@ -106,9 +112,19 @@ class WeightFiles:
         for path in sorted(folder.glob("*.safetensors")):
             with _opened(path) as file:
                 self._files.update(dict.fromkeys(file.keys(), path))
+        self._packed = {name.partition("/")[0] for name in self._files if "/" in name}
 
     def __contains__(self, key: str) -> bool:
         return key in self._files
+
+    def names(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def parts(self, key: str) -> dict[str, torch.Tensor]:
+        """The parts of a quantized tensor `key` of a packed base; {} where it is not one."""
+        start = f"{key}/"
+        return {name[len(start) :]: self.read(name) for name in self._files if name.startswith(start)}
 
     def read(self, key: str) -> torch.Tensor:
         """The tensor `key` in memory of its own."""
@@ -124,7 +140,7 @@ class WeightFiles:
         # BERT's own checkpoints name the tensors of a LayerNorm as TensorFlow did.
         names += [n[:-6] + "gamma" for n in names if n.endswith("LayerNorm.weight")]
         names += [n[:-4] + "beta" for n in names if n.endswith("LayerNorm.bias")]
-        return next((candidate for candidate in names if candidate in self._files), None)
+        return next((candidate for candidate in names if candidate in self._files or candidate in self._packed), None)
 
 
 @contextlib.contextmanager

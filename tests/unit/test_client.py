@@ -15,6 +15,7 @@ import uvicorn
 from coordinator.core.facts import Metrics
 from coordinator.web import api
 from coordinator.web.desk import Conflict, NotFound
+from coordinator.web.shelf import Shelf
 from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
 from muster.cli import main as cli
 from muster.client import Client, Unreachable
@@ -88,12 +89,12 @@ def desk(tmp_path: Path) -> MemoryDesk:
 
 
 @pytest.fixture
-def url(desk: MemoryDesk) -> Iterator[str]:
+def url(desk: MemoryDesk, tmp_path: Path) -> Iterator[str]:
     """Address of a server over `desk`."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    server = uvicorn.Server(uvicorn.Config(api.create(desk, TOKEN), log_level="error", lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(api.create(desk, TOKEN, Shelf(tmp_path)), log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"

@@ -11,7 +11,7 @@ from edge_daemon.core import policy
 from edge_daemon.core.state import Capability
 from edge_daemon.settings import AgentSettings, PolicySettings
 from shared.jobs import BaseSpec, TaskSpec
-from shared.messages import DatasetFacts, GpuLoad, Load
+from shared.messages import BaseSource, DatasetFacts, GpuLoad, Load
 from tests.unit.session_rig import GIB, SETTINGS, assignment, load
 
 NOON = 12 * 60
@@ -127,3 +127,31 @@ def test_the_foreign_load_of_one_gpu_pauses() -> None:
     calm = [GpuLoad(uuid="GPU-1", utilization=1.0, foreign_utilization=0.75)]
     assert _pause(gpus=calm) == "", "our own load is no reason"
     assert "75% of GPU-1" in _pause(gpus=calm, paused=True)
+
+
+SOURCE = BaseSource(url="https://Coord.example:8470/v1/bases/" + "0" * 64, sha="0" * 64)
+
+
+@pytest.mark.parametrize("host", ["coord.example", "coord.example:8470", "COORD.EXAMPLE"])
+def test_a_base_may_be_fetched_from_a_host_that_the_owner_lists(host: str) -> None:
+    owner = PolicySettings(base_hosts=[host])
+    assert _refusal(owner, base=BaseSpec(model="big"), task=CAUSAL, source=SOURCE) == ""
+    settings = msgspec.structs.replace(SETTINGS, policy=owner)
+    assert policy.base_path(settings, assignment(base=BaseSpec(model="big"), source=SOURCE)) == ""
+    held = msgspec.structs.replace(settings, models={"big": "/srv/big"})
+    assert policy.base_path(held, assignment(base=BaseSpec(model="big"), source=SOURCE)) == "/srv/big"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://coord.example:8471/x", "https://other.example:8470/x", "ftp://coord.example:8470/x",
+        "https://coord.example:8470@evil.example/x", "https://me@coord.example:8470/x", "https://coord.example:x/y", "",
+        "file:///etc/passwd", "https://coord.example.evil:8470/",
+    ],
+)  # fmt: skip
+def test_no_other_address_is_fetched_from(url: str) -> None:
+    owner = PolicySettings(base_hosts=["coord.example:8470"])
+    source = BaseSource(url=url, sha="0" * 64)
+    reason = _refusal(owner, base=BaseSpec(model="big"), task=CAUSAL, source=source)
+    assert "policy.base_hosts" in reason and "'big'" in reason

@@ -1,0 +1,144 @@
+"""Fetching a base that this device does not have: by HTTP from where the assignment says, checked by digest, resumable.
+
+The owner's policy has allowed the host before (`edge_daemon.core.policy`); a redirect could lead elsewhere and is an
+error. A cut connection goes on where it ended; what was fetched counts only once every file has its digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import random
+import shutil
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from shared import backoff, bases
+from shared.errors import DecodeError
+from shared.files import sync_folder, write_whole
+from shared.messages import BaseSource
+from shared.modeling.data import Beat, silent
+from shared.modeling.faults import ModelFault, one_line
+
+KEEP = 6
+"""Bases kept on the device, the last used ones."""
+TRIES = 6
+"""Tries in a row that bring nothing new."""
+TIMEOUT_S = 30.0
+_PIECE = 1 << 18
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: object) -> None:
+        """Refuse every redirect: it then counts as an error."""
+
+
+def fetch(source: BaseSource, root: Path, reserve: int = 0, beat: Beat = silent, base_s: float = 1.0) -> Path:
+    """The folder of the base beneath `root`, fetched now if it is not there. `reserve`: bytes of disk to leave free.
+
+    `base_s`: first pause between tries. Raises `ModelFault` with a one-line reason; a part stays, to be resumed.
+    """
+    folder = root / source.sha
+    if (folder / bases.MANIFEST).is_file():
+        os.utime(folder)
+        return folder
+    part = root / f".{source.sha}.part"
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        data = b"".join(_pieces(source.url, 0, bases.MAX_MANIFEST_BYTES, beat, base_s))
+        manifest = bases.decode(data, source.sha)
+        _check_room(root, manifest.size - _held(part), reserve)
+        for file in manifest.files:
+            _pull(f"{source.url}/{file.name}", part / file.name, file, beat, base_s)
+    except (DecodeError, OSError) as error:
+        raise ModelFault(f"base from {source.url}: {one_line(error, 160)}") from error
+    write_whole(part / bases.MANIFEST, data)
+    part.replace(folder)
+    sync_folder(root)
+    _forget_old(root, folder)
+    return folder
+
+
+def _pull(url: str, path: Path, file: bases.BaseFile, beat: Beat, base_s: float) -> None:
+    held = path.stat().st_size if path.exists() else 0
+    with path.open("r+b" if path.exists() else "wb") as out:
+        out.seek(held)
+        for piece in _pieces(url, held, file.size, beat, base_s) if held < file.size else ():
+            out.write(piece)
+        out.truncate(file.size)
+        out.flush()
+        os.fsync(out.fileno())
+    if _digest(path, beat) != file.sha:
+        path.unlink()
+        raise DecodeError(f"{file.name} is not what its digest says")
+
+
+def _pieces(url: str, start: int, end: int, beat: Beat, base_s: float) -> Iterator[bytes]:
+    """The bytes from `start` on, at most to `end`, over as many connections as it takes. Raises `OSError`."""
+    opener = urllib.request.build_opener(_NoRedirect)
+    failed = 0
+    while True:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})  # noqa: S310  # the policy admits http and https alone
+        try:
+            with opener.open(request, timeout=TIMEOUT_S) as answer:
+                _skip(answer, start if answer.status != 206 else 0)
+                while start < end and (piece := answer.read(min(_PIECE, end - start))):
+                    start, failed = start + len(piece), 0
+                    beat("fetching the base")
+                    yield piece
+                if start >= end or answer.length in (0, None):
+                    return
+            raise OSError("the connection ended early")
+        except (OSError, http.client.HTTPException) as error:
+            failed += 1
+            gone = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if gone or failed >= TRIES:
+                raise OSError(one_line(error, 120)) from error
+        _rest(backoff.delay(failed, random.random(), base_s=base_s, cap_s=20.0), beat)
+
+
+def _skip(answer: IO[bytes], count: int) -> None:
+    """Pass over what is there already, where the server sends the whole."""
+    while count > 0 and (piece := answer.read(min(_PIECE, count))):
+        count -= len(piece)
+
+
+def _rest(seconds: float, beat: Beat) -> None:
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        beat("fetching the base")
+        time.sleep(min(left, 0.5))
+
+
+def _digest(path: Path, beat: Beat) -> str:
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            whole.update(block)
+            beat("fetching the base")
+    return whole.hexdigest()
+
+
+def _held(part: Path) -> int:
+    return sum(path.stat().st_size for path in part.iterdir())
+
+
+def _check_room(root: Path, size: int, reserve: int) -> None:
+    free = shutil.disk_usage(root).free
+    if free < size + reserve:
+        mib = 1024 * 1024
+        raise OSError(
+            f"disk: {free // mib} MiB free, {(size + reserve) // mib} MiB needed (base and the owner's reserve)"
+        )
+
+
+def _forget_old(root: Path, latest: Path) -> None:
+    whole = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)[KEEP:]:
+        if path != latest:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,171 @@
+"""Fetching a base over HTTP from the coordinator's own application: whole, cut, forged, moved away."""
+
+from __future__ import annotations
+
+import http.server
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import uvicorn
+
+from coordinator.web import api
+from coordinator.web.desk import Desk
+from coordinator.web.shelf import Shelf
+from edge_daemon.training import fetching
+from shared import bases
+from shared.messages import BaseSource
+from shared.modeling import base_model, packing, weights
+from shared.modeling.faults import ModelFault
+from tests.training.tiny_models import COLOURS
+
+
+@pytest.fixture(scope="module")
+def shelf_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("coordinator") / bases.FOLDER
+
+
+@pytest.fixture(scope="module")
+def server(shelf_folder: Path) -> Iterator[str]:
+    """Address of the coordinator's API over `shelf_folder`."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen()
+    application = api.create(cast(Desk, None), "a-token-of-the-operator", Shelf(shelf_folder))
+    running = uvicorn.Server(uvicorn.Config(application, log_level="error", lifespan="off"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    running.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def source(bert: Path, shelf_folder: Path, server: str) -> BaseSource:
+    sha = packing.pack(bert, COLOURS, 4, shelf_folder)
+    return BaseSource(url=f"{server}/v1/bases/{sha}", sha=sha)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def served(shelf_folder: Path, bert: Path) -> Path:
+    return shelf_folder / f"{weights.base_digest(bert)}-4"
+
+
+def test_a_base_arrives_whole_and_loads(source: BaseSource, shelf_folder: Path, bert: Path, tmp_path: Path) -> None:
+    folder = fetching.fetch(source, tmp_path)
+    assert files(folder) == files(served(shelf_folder, bert))
+    assert weights.base_digest(folder) == weights.base_digest(bert)
+    assert base_model.load(folder, COLOURS, 4).linears
+    before = folder.stat().st_ino
+    assert fetching.fetch(source, tmp_path).stat().st_ino == before
+
+
+def test_a_part_is_resumed(source: BaseSource, shelf_folder: Path, bert: Path, tmp_path: Path) -> None:
+    part = tmp_path / f".{source.sha}.part"
+    part.mkdir()
+    whole = (served(shelf_folder, bert) / "model.safetensors").read_bytes()
+    (part / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert files(fetching.fetch(source, tmp_path)) == files(served(shelf_folder, bert))
+
+
+def test_a_part_that_rotted_is_fetched_anew_the_next_time(source: BaseSource, tmp_path: Path) -> None:
+    part = tmp_path / f".{source.sha}.part"
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(b"\0" * 100)
+    with pytest.raises(ModelFault, match=r"model\.safetensors is not what its digest says"):
+        fetching.fetch(source, tmp_path)
+    assert fetching.fetch(source, tmp_path).is_dir()
+
+
+def test_what_is_not_served_is_said_at_once(source: BaseSource, server: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelFault, match="404"):
+        fetching.fetch(BaseSource(url=f"{server}/v1/bases/{'0' * 64}", sha="0" * 64), tmp_path)
+    with pytest.raises(ModelFault, match="digest"):
+        fetching.fetch(BaseSource(url=source.url, sha="0" * 64), tmp_path)
+    for path in ("/v1/jobs", "/v1/devices", "/v1/bases/../jobs"):
+        with pytest.raises(ModelFault, match="40[14]"):
+            fetching.fetch(BaseSource(url=server + path, sha="0" * 64), tmp_path)
+
+
+def test_a_full_disk_is_said_before_anything_is_moved(source: BaseSource, tmp_path: Path) -> None:
+    with pytest.raises(ModelFault, match=r"disk: \d+ MiB free"):
+        fetching.fetch(source, tmp_path, reserve=1 << 60)
+
+
+def test_the_oldest_bases_make_room(source: BaseSource, tmp_path: Path) -> None:
+    for number in range(fetching.KEEP + 2):
+        (tmp_path / f"{number:064d}").mkdir()
+    folder = fetching.fetch(source, tmp_path)
+    assert folder.is_dir() and len(list(tmp_path.iterdir())) == fetching.KEEP
+
+
+class _Cut(http.server.BaseHTTPRequestHandler):
+    """Serves a folder, but ends each connection after 300 bytes of a file."""
+
+    folder: Path
+
+    def do_GET(self) -> None:
+        name = self.path.rpartition("/")[2]
+        whole = (
+            self.folder / (bases.MANIFEST if self.path.startswith("/manifest") and name == "manifest" else name)
+        ).read_bytes()
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(whole) - start))
+        self.end_headers()
+        self.wfile.write(whole[start : start + 300] if name != "manifest" else whole[start:])
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+class _Away(http.server.BaseHTTPRequestHandler):
+    """Sends everyone elsewhere."""
+
+    target = ""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.target)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        """Say nothing."""
+
+
+def listening(handler: type[http.server.BaseHTTPRequestHandler]) -> http.server.ThreadingHTTPServer:
+    found = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=found.serve_forever, daemon=True).start()
+    return found
+
+
+def test_a_connection_cut_again_and_again_ends_with_the_whole(
+    source: BaseSource, shelf_folder: Path, bert: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "served"
+    shutil.copytree(served(shelf_folder, bert), folder)
+    cutting = listening(type("Cut", (_Cut,), {"folder": folder}))
+    try:
+        url = f"http://127.0.0.1:{cutting.server_address[1]}/manifest"
+        found = fetching.fetch(BaseSource(url=url, sha=source.sha), tmp_path / "bases", base_s=0.0)
+        assert files(found) == files(folder)
+    finally:
+        cutting.shutdown()
+
+
+def test_a_redirect_is_not_followed(source: BaseSource, tmp_path: Path) -> None:
+    leading = listening(type("Away", (_Away,), {"target": source.url}))
+    try:
+        with pytest.raises(ModelFault, match="302"):
+            fetching.fetch(
+                BaseSource(url=f"http://127.0.0.1:{leading.server_address[1]}/x", sha=source.sha), tmp_path, base_s=0.0
+            )
+    finally:
+        leading.shutdown()

@@ -11,6 +11,7 @@ import http.client
 import os
 import random
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -109,10 +110,11 @@ def _skip(answer: IO[bytes], count: int) -> None:
 
 
 def _rest(seconds: float, beat: Beat) -> None:
+    """Wait, but heed the daemon twice a second."""
     until = time.monotonic() + seconds
     while (left := until - time.monotonic()) > 0:
         beat("fetching the base")
-        time.sleep(min(left, 0.5))
+        threading.Event().wait(min(left, 0.5))
 
 
 def _digest(path: Path, beat: Beat) -> str:

@@ -157,6 +157,26 @@ def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", bea
     return base
 
 
+def outline(folder: Path, task: TaskSpec, bits: Bits, blocks: int) -> Base:
+    """A model of the architecture in `folder` with only so many blocks, its memory never written: for counting.
+
+    It computes in the precision of a base of `bits`. Raises `ModelFault` as `load` does.
+    """
+    tokenizer = _tokenizer(folder)
+    model = _empty_model(folder, task, tokenizer, blocks)
+    _conv1d_to_linear(model)
+    base = Base(
+        folder=folder, kind=task.kind, labels=len(task.labels), max_tokens=task.max_tokens, bits=bits, device="cpu",
+        model=model, tokenizer=tokenizer, linears={linear.name: linear for linear in _linears(model)}, head={},
+    )  # fmt: skip
+    for name, parameter in list(model.named_parameters()):
+        _put(model, name, torch.empty(parameter.shape, dtype=base.compute))
+    model.tie_weights()
+    _finish_head(base)
+    model.requires_grad_(False)
+    return base
+
+
 def fresh_head(base: Base, seed: int) -> dict[str, Array]:
     """First values of the head: matrices normal(0, 0.02), biases zero, norms one; the same for the same seed."""
     values: dict[str, Array] = {}
@@ -189,8 +209,8 @@ def _tokenizer(folder: Path) -> Any:
         raise ModelFault(f"{folder}: its tokenizer can't be loaded: {one_line(error, 160)}") from error
 
 
-def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any) -> Any:
-    """The architecture with parameters that hold no memory yet; buffers are real."""
+def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any, blocks: int = 0) -> Any:
+    """The architecture with parameters that hold no memory yet; buffers are real. `blocks`: other than its own."""
     import transformers
 
     accelerate: Any = importlib.import_module("accelerate")
@@ -199,6 +219,8 @@ def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any) -> Any:
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        if blocks:
+            config.num_hidden_layers = blocks
         if config.pad_token_id is None:
             config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id
         if task.kind == "classification":

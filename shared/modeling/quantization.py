@@ -65,6 +65,11 @@ class LinearNF(nn.Module):
         if has_bias:
             self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=compute), requires_grad=False)
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """The codes, under the name by which peft finds out where a quantized layer without a bias lies."""
+        return self.codes
+
     def dequantized(self) -> torch.Tensor:
         """The weight in the precision of computation."""
         return _dequantize(self.codes, self.absmax, self.compute)

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.aggregation import registry
-from coordinator.core.aggregation.base import START_NOTE, Aggregator, product
+from coordinator.core.aggregation.base import Aggregator, product
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.facts import ModuleSpec
 from coordinator.fold import FoldResult, Reported, fold_round
 from shared import adapter as adapters
 from shared.errors import DecodeError
 from shared.jobs import StrategySpec
+from shared.starts import START_NOTE
 from tests.unit.aggregation.rounds import Round, make_round, rounds
 
 MODULES = [ModuleSpec(name=f"m{i}", out=20, inp=14) for i in range(3)]

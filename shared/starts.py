@@ -44,6 +44,11 @@ def averages_factors(start: Start) -> bool:
     return start in ("factors", "cut_factors", "frozen_a")
 
 
+def unsent_a(rank: int) -> Array:
+    """What an update carries for an A that is the first `rank` rows of the global adapter's and was not trained."""
+    return np.zeros((rank, 0), np.float32)
+
+
 def fixed_rows(seed: int, module: str, rank: int, inp: int) -> Array:
     """The first `rank` rows of the A (rank x inp) that `frozen_a` never trains: kaiming-uniform, as LoRA's own start.
 

@@ -27,7 +27,7 @@ from shared.errors import DecodeError, UserError
 from shared.ids import Digest, digest_of
 from shared.jobs import TrainingSpec
 from shared.messages import Assignment, UpdateFacts
-from shared.starts import START_NOTE, Start, drops_rest, fixed_rows, start_of
+from shared.starts import START_NOTE, Start, drops_rest, fixed_rows, start_of, unsent_a
 
 MODULE = "linear"
 _MODEL = re.compile(r"\s*(\d{1,6})\s*x\s*(\d{1,6})\s*")
@@ -208,9 +208,10 @@ class Training:
 
     def factors(self) -> Factors:
         """The trained factors as they travel."""
+        known = not self.trains_a and self.trained == len(self.a)
         return Factors(
             b=self.b.astype(np.float32),
-            a=self.a.astype(np.float32),
+            a=unsent_a(self.trained) if known else self.a.astype(np.float32),
             scaling=self.assignment.training.alpha_ratio,
             trained=self.trained,
         )

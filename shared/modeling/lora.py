@@ -25,7 +25,7 @@ from torch import nn
 from shared.adapter import Adapter, Factors
 from shared.modeling.base_model import Base, set_module
 from shared.modeling.faults import AdapterFault
-from shared.starts import Start, drops_rest, fixed_rows, start_of
+from shared.starts import Start, drops_rest, fixed_rows, start_of, unsent_a
 from shared.tensors import Array
 
 OWN = "own"
@@ -191,10 +191,13 @@ def read_update(
     notes: dict[str, str] | None = None,
 ) -> Adapter:  # fmt: skip
     """The trainable tensors as an update."""
-    factors = {
-        name: Factors(b=_array(b), a=_array(a), scaling=carried.scaling, trained=carried.trained[name])
-        for name, (b, a) in carried.factors.items()
-    }
+    factors = {}
+    for name, (b, a) in carried.factors.items():
+        trained = carried.trained[name]
+        known = not carried.trains_a and trained == len(a)
+        factors[name] = Factors(
+            b=_array(b), a=unsent_a(trained) if known else _array(a), scaling=carried.scaling, trained=trained
+        )
     return Adapter(
         kind="update", job=job, round=round, base_digest=base_digest, factors=factors,
         dense={name: _array(tensor) for name, tensor in carried.head.items()},

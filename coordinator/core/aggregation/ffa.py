@@ -2,13 +2,16 @@
 
 The paper's: with one A for all, sum_i p_i s B_i A = s (sum_i p_i B_i) A, so the mean of B is the exact mean of the
 models, at half of LoRA's freedom. Every device draws A from the job's seed (`shared.starts.fixed_rows`), and the
-global adapter carries it from the first round on.
+global adapter carries it from the first round on; an update then brings B alone.
 Our reading, for unequal ranks: a device of rank r trains the first r columns of B over the first r rows of A, and the
 rest rides along frozen. Column k of the mean is then sum of p_i B_i[k] over the devices that trained it, plus what is
-left of one times the former column: exact as well. A travels in the update and is checked, not averaged.
+left of one times the former column: exact as well. Rows of A that the global adapter lacks come with the update and are
+checked, not averaged.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,7 +39,11 @@ class Ffa:
 
     def admit(self, update: Adapter, expected: Expectation) -> str | None:
         """Why `update` must be refused, or None: its A must be the job's."""
-        return admission.refusal(update, expected, trains_directions=True) or _foreign_a(update, expected)
+        whole = replace(
+            update,
+            factors={name: _whole(part, expected.before.factors.get(name)) for name, part in update.factors.items()},
+        )
+        return admission.refusal(whole, expected, trains_directions=True) or _foreign_a(whole, expected)
 
     # The protocol hands every method its residual.
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> SharedFold:  # noqa: ARG002
@@ -78,6 +85,13 @@ class SharedFold:
                 self._b[:, : factors.rank] += factors.b * (remains * factors.scaling / self._scaling)
             factors = Factors(b=narrow(self._b), a=narrow(self._a), scaling=self._scaling)
         return Folded(factors=factors, norm=0.0 if factors is None else admission.product_norm(factors))
+
+
+def _whole(part: Factors, before: Factors | None) -> Factors:
+    """`part` with the global adapter's rows of A where it brings none, having trained over those alone."""
+    if part.a.shape[1] or before is None or part.rank > before.rank:
+        return part
+    return replace(part, a=before.a[: part.rank])
 
 
 def _foreign_a(update: Adapter, expected: Expectation) -> str | None:

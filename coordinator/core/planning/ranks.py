@@ -4,18 +4,20 @@
 draw the ranks or take them as given. The fastest device of the round gets the job's rank R; another the largest power
 of two r below it, 2 at least, with
 
-    step time <= step time of the fastest * R / r,
+    step time <= step time of the fastest * R / r * sqrt(2),
 
-both at the job's batch and with nothing else running, so that live load moves no rank. Where memory would hold a larger
-rank only on a base of fewer bits, the rank gives way.
+both at the job's batch and with nothing else running, so that live load moves no rank. The root rounds a device to the
+nearest power of two, so that neither noise nor a device exactly half as fast flaps between two. Where memory would hold
+a larger rank only on a base of fewer bits, the rank gives way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
 from typing import Literal, NamedTuple
 
 from coordinator.core.facts import ModuleSpec
+from coordinator.core.planning.cost_model import ASSUMED_SPEED, MEDIAN_SPEED
 from coordinator.core.planning.demand import Demand
 from coordinator.core.planning.reasons import plural, seconds, word
 from shared.jobs import Bits
@@ -92,13 +94,12 @@ def memory_note(rank: int, bits: Bits, larger: int, refused: str | Bits) -> str:
     return f"{larger} would leave memory for {refused} bits only, {rank} leaves it for {bits}"
 
 
+def unmeasured_note(source: str) -> str:
+    """What the rank rests on where the device's own speed was never measured; `source` as in `Pace`."""
+    if source == ASSUMED_SPEED:
+        return "nothing was measured yet: cores and GPUs are taken to be equally fast"
+    return "not measured itself yet" if source == MEDIAN_SPEED else ""
+
+
 def _allowed_s(rank: int, sizes: tuple[int, ...], fastest: Timed) -> float:
-    # A little more than the product itself: equal devices must not differ by rounding.
-    return fastest.step_s * sizes[-1] / rank * (1 + 1e-9)
-
-
-def unmeasured_note(device: str, learned: Mapping[str, object]) -> str:
-    """What the rank rests on where the device's own speed was never measured."""
-    if not learned:
-        return "nothing was measured yet: by its free cores or GPU at 1 assumed speed for all"
-    return "" if device in learned else "not measured itself yet: the fleet's median speed is taken"
+    return fastest.step_s * sizes[-1] / rank * math.sqrt(2.0)

@@ -135,7 +135,7 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
                 full = by_rank.memory_note(draft.ranked.rank, draft.bits, ranked.rank, refused)
                 break
             draft = draft._replace(bits_reason=chosen[1], ranked=ranked)
-        notes = (draft.ranked.note, full, by_rank.unmeasured_note(own.device, self.model.devices))
+        notes = (draft.ranked.note, full, by_rank.unmeasured_note(own.source))
         reason = by_rank.capability_reason(draft.ranked.rank, sizes, own, fastest, _batch(job), notes)
         return draft._replace(rank_reason=reason)
 
@@ -195,8 +195,10 @@ def _global_rank(view: FleetView, job: JobSpec) -> int:
 def _moved_bytes(view: FleetView, job: JobSpec, ranks: dict[str, int], agents: int) -> int:
     """Bytes over a device's link in the round: the global adapter down, the update of its agents up."""
     # Factors that are averaged are so on the device already; products are stacked.
-    stacked = 1 if averages_factors(aggregation.create(job.strategy).start) else agents
-    down, up, _ = traffic(view.facts, ranks, _global_rank(view, job), job.training.codec, stacked)
+    start = aggregation.create(job.strategy).start
+    sends_a = start != "frozen_a" or view.round == 1
+    stacked = 1 if averages_factors(start) else agents
+    down, up, _ = traffic(view.facts, ranks, _global_rank(view, job), job.training.codec, stacked, sends_a=sends_a)
     return (view.adapter_bytes or down) + up
 
 

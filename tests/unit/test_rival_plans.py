@@ -15,7 +15,7 @@ from coordinator.core.planning.demand import traffic
 from coordinator.core.planning.reasons import PATTERN
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.codec import pack, unpack
-from shared.jobs import JobSpec, StrategySpec
+from shared.jobs import Codec, JobSpec, StrategySpec
 from tests.unit.planning_cases import device, gpu_device, job, minilm, result, view
 
 FLEET = (device("a", cores=4.0), device("b", cores=2.0), device("c"), device("d", cores=0.1))
@@ -161,6 +161,8 @@ def test_a_planner_of_unequal_ranks_survives_its_way_to_disk_and_back() -> None:
 def test_without_a_half_of_the_factors_is_sent() -> None:
     facts = replace(minilm(), dense={})
     of_all = {module.name: 8 for module in facts.modules}
-    for codec, half in (("fp32", 0.5), ("int8", 0.5)):
-        both, one = (traffic(facts, of_all, 8, codec, sends_a=yes)[1] for yes in (True, False))  # type: ignore[arg-type]
-        assert one == pytest.approx(half * both, rel=0.25)
+    codecs: list[Codec] = ["fp32", "bf16", "int8"]
+    for codec in codecs:
+        both, one = (traffic(facts, of_all, 8, codec, sends_a=yes)[1] for yes in (True, False))
+        # int8: a float32 scale for each row of B and of A.
+        assert one == pytest.approx(both / 2, rel=0.25 if codec == "int8" else 0.0)

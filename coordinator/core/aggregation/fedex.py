@@ -34,6 +34,7 @@ class FedEx(FedIt):
         super().__init__(rank)
         self.global_rank = UNBOUNDED
 
+    # The protocol hands every method its residual.
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> ExactMeanFold:  # noqa: ARG002
         """Open the fold of `module`; the residual of this method is part of its global factors."""
         return ExactMeanFold(module, current)

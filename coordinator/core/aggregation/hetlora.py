@@ -61,9 +61,9 @@ class PaddedFold:
         if weight == 0.0:
             return
         rank = part.factors.rank
-        more = max(0, rank - len(self._a))
-        self._b = np.pad(self._b, ((0, 0), (0, more)))
-        self._a = np.pad(self._a, ((0, more), (0, 0)))
+        if (more := rank - len(self._a)) > 0:
+            self._b = np.pad(self._b, ((0, 0), (0, more)))
+            self._a = np.pad(self._a, ((0, more), (0, 0)))
         self._b[:, :rank] += np.multiply(part.factors.b, weight, dtype=np.float64)
         self._a[:rank] += np.multiply(part.factors.a, weight, dtype=np.float64)
         self._weight += weight

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from coordinator.core.aggregation.base import START_NOTE, Aggregator, DenseFold, Folded, Part, shares
+from coordinator.core.aggregation.base import Aggregator, DenseFold, Folded, Part, shares
 from coordinator.core.aggregation.product_sum import workspace_bytes
 from coordinator.core.facts import ModuleSpec
 from shared import adapter as adapter_files
 from shared.adapter import Adapter, Factors
+from shared.starts import START_NOTE
 from shared.tensors import Array
 
 FOLD_BYTES = 64 * 1024 * 1024

@@ -13,6 +13,7 @@ from shared import adapter as adapter_files
 from shared.blob_folder import BlobFolder
 from shared.errors import DecodeError, MusterError
 from shared.messages import BlobRef
+from shared.starts import averages_factors
 
 
 class MissingBlob(MusterError):
@@ -44,7 +45,8 @@ def check_update(job: Job, device: str, path: Path, agents: int, blobs: BlobFold
         modules={module.name: module for module in job.facts.modules},
         alpha_ratio=job.spec.training.alpha_ratio,
         before=adapter_files.read_file(_path(job.adapter, blobs)),
-        stacked=1 if aggregator.start == "factors" else agents,
+        stacked=1 if averages_factors(aggregator.start) else agents,
+        seed=job.spec.seed,
     )
     try:
         update = adapter_files.read_file(path)

@@ -35,7 +35,8 @@ class Factors:
     """What an adapter adds to one module: `scaling * b @ diag(sigma) @ a`.
 
     b (out x rank), a (rank x in), sigma (rank) or None for all ones; float32. `trained`: in an update, how many of the
-    global adapter's directions (its first, the largest) are contained in it and so must leave the rest.
+    global adapter's directions (its first, the largest) are contained in it and so must leave the rest. An update under
+    the start `frozen_a` has an a without columns where the global adapter holds all its rows.
     """
 
     b: Array

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from coordinator.core.aggregation.base import START_NOTE
 from coordinator.core.aggregation.registry import create
 from coordinator.core.facts import Metrics, ModelFacts, ModuleSpec
 from coordinator.workers.protocol import (
@@ -32,6 +31,7 @@ from shared.errors import DecodeError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import JobSpec
+from shared.starts import START_NOTE
 
 log = logging.getLogger(__name__)
 BEAT_S = 2.0

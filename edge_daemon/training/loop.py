@@ -179,7 +179,7 @@ class Loop:
         return learning_rate(self.assignment.training, place, self.assignment.rounds * steps)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        factors = [tensor for pair in self.carried.factors.values() for tensor in pair]
+        factors = self.carried.trained_factors()
         # Decay of the factors would decay the directions that they took over from the global adapter.
         groups = [{"params": factors, "weight_decay": 0.0}] if factors else []
         if self.carried.head:

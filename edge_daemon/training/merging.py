@@ -2,9 +2,9 @@
 
     sum_i w_i s B_i A_i = s [w_1 B_1 .. w_k B_k] [A_1; ..; A_k],   w_i = n_i / sum n
 
-The stack is exact and has the sum of the ranks; every agent started from the same directions of the global adapter, so
-the mean contains them once, as one agent's update does. Where the aggregator continues the global factors as they are
-(`fedit`), the factors are averaged instead, which is what that method does with everything. Numpy alone.
+The stack is exact and has the sum of the ranks; every agent started from the same directions of the global adapter,
+so the mean contains them once, as one agent's update does. Where the aggregator averages factors itself (`fedit`,
+`hetlora`, `ffa`, `fedex`), so do the agents of a device: exact for `ffa` alone, whose A they share. Numpy alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from shared import adapter as adapters
 from shared.adapter import Adapter, Factors
 from shared.errors import DecodeError
 from shared.files import write_whole
+from shared.starts import averages_factors, start_of
 from shared.tensors import Array
 
 
@@ -29,7 +30,7 @@ def merge(order: Merge) -> Merged:
     updates = [adapters.read_file(Path(part.update_path)) for part in order.partials]
     samples = [part.samples for part in order.partials]
     weights = [count / sum(samples) for count in samples]
-    merged = mean_update(updates, weights, stack=notes.get("start") != "factors")
+    merged = mean_update(updates, weights, stack=not averages_factors(start_of(notes)))
     content = adapters.write(merged, order.assignment.training.codec)
     write_whole(Path(order.update_path), content)
     return Merged(sha=hashlib.sha256(content).hexdigest(), size=len(content), norm=norm(merged))

@@ -2,8 +2,8 @@
 
 The base model is a frozen zero matrix W (out x inp), named "IxO" (inputs x outputs), with one tunable module,
 "linear". Data are rows {"x": [inputs], "y": [outputs]}. All arithmetic is float64 on one thread's order of operations,
-so equal inputs give equal bytes; files are float32. Initialisation follows fold-stack-recompress: the first k
-directions of the global adapter are trained, the rest rides along frozen.
+so equal inputs give equal bytes; files are float32. What is trained and what rides along is as the global adapter asks
+(`shared.starts`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.core.aggregation.base import START_NOTE, Start
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from shared import adapter as adapters
 from shared.adapter import Adapter, Factors
@@ -28,6 +27,7 @@ from shared.errors import DecodeError, UserError
 from shared.ids import Digest, digest_of
 from shared.jobs import TrainingSpec
 from shared.messages import Assignment, UpdateFacts
+from shared.starts import START_NOTE, Start, drops_rest, fixed_rows, start_of, unsent_a
 
 MODULE = "linear"
 _MODEL = re.compile(r"\s*(\d{1,6})\s*x\s*(\d{1,6})\s*")
@@ -161,6 +161,8 @@ class Training:
     part: int = 0
     parts: int = 1
     """As in `protocol.Train`."""
+    trains_a: bool = True
+    """False: B alone is trained (`ffa`)."""
     step_done: int = 0
     drawn: int = 0
     """Samples taken so far, over all epochs."""
@@ -183,7 +185,7 @@ class Training:
         loss = float(np.mean(np.square(residual)))
         outer = (2.0 / residual.size) * residual
         grad_b = scaling * (outer.T @ low)
-        grad_a = scaling * ((outer @ self.b).T @ x)
+        grad_a = scaling * ((outer @ self.b).T @ x) if self.trains_a else np.zeros_like(self.a)
         norm = math.sqrt(float(np.sum(np.square(grad_a)) + np.sum(np.square(grad_b))))
         limit = self.assignment.training.max_grad_norm
         rate = learning_rate(self.assignment, self.step_done) * (limit / norm if 0 < limit < norm else 1.0)
@@ -206,9 +208,10 @@ class Training:
 
     def factors(self) -> Factors:
         """The trained factors as they travel."""
+        known = not self.trains_a and self.trained == len(self.a)
         return Factors(
             b=self.b.astype(np.float32),
-            a=self.a.astype(np.float32),
+            a=unsent_a(self.trained) if known else self.a.astype(np.float32),
             scaling=self.assignment.training.alpha_ratio,
             trained=self.trained,
         )
@@ -265,10 +268,12 @@ def begin(
     whole = adapter.factors.get(MODULE)
     if whole is not None and (whole.a.shape[1] != inputs or whole.b.shape[0] != outputs):
         raise DecodeError(f"global adapter of {whole.b.shape[0]} x {whole.a.shape[1]}, base of {outputs} x {inputs}")
-    fresh = adapter.notes.get("start") == "fresh"
-    known = 0 if whole is None or fresh else min(rank, whole.rank)
+    start = start_of(adapter.notes)
+    known = 0 if whole is None or start == "fresh" else min(rank, whole.rank)
     rng = np.random.default_rng([assignment.seed, assignment.round, 1])
     a = rng.standard_normal((rank, inputs)) / math.sqrt(inputs)
+    if start == "frozen_a":
+        a = fixed_rows(assignment.seed, MODULE, rank, inputs).astype(np.float64)
     b = rng.standard_normal((outputs, rank)) / math.sqrt(outputs) if fill else np.zeros((outputs, rank))
     frozen = None
     if whole is not None:
@@ -278,11 +283,11 @@ def begin(
         a[:known] = whole.a[:known].astype(np.float64) / size
         scaling = assignment.training.alpha_ratio
         b[:, :known] = size * whole.b[:, :known].astype(np.float64) * sigma[:known] / scaling
-        if known < whole.rank:
+        if known < whole.rank and not (rank and drops_rest(start)):
             frozen = Factors(b=whole.b[:, known:], a=whole.a[known:], sigma=sigma[known:].astype(np.float32))
     return Training(
         assignment=assignment, rows=rows, frozen=frozen, trained=known, a=a, b=b, batch=batch or assignment.work.batch,
-        part=part, parts=parts,
+        part=part, parts=parts, trains_a=start != "frozen_a",
     )  # fmt: skip
 
 

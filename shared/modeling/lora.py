@@ -4,7 +4,8 @@ Of the global adapter's directions of a module (ordered by size) the first `trai
 fresh up to the rank asked for, and the rest stays frozen: folded into an fp32 weight, or beside a weight of fewer bits
 as a second adapter, since one fold into a quantized weight costs up to six times the delta. The start model is the
 exact global one either way. The split A = V^T/sqrt(3), B = sqrt(3) U sigma / scaling gives both factors the size that
-LoRA's own start has (rows of kaiming-uniform A have norm 1/sqrt(3)).
+LoRA's own start has (rows of kaiming-uniform A have norm 1/sqrt(3)). Some aggregators ask for other starts than this
+(`shared.starts`): no rest, a new LoRA beside all of it, or B alone trained.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import nn
 from shared.adapter import Adapter, Factors
 from shared.modeling.base_model import Base, set_module
 from shared.modeling.faults import AdapterFault
+from shared.starts import Start, drops_rest, fixed_rows, start_of, unsent_a
 from shared.tensors import Array
 
 OWN = "own"
@@ -50,16 +52,24 @@ class Carried:
     trained: dict[str, int]
     scaling: float
     head: dict[str, nn.Parameter]
+    trains_a: bool = True
+    """False: every A is the job's and stays as it is."""
+
+    def trained_factors(self) -> list[nn.Parameter]:
+        """The factors that an optimizer may move."""
+        return [tensor for b, a in self.factors.values() for tensor in ((b, a) if self.trains_a else (b,))]
 
     def parameters(self) -> list[nn.Parameter]:
         """All trainable tensors: factors, then head."""
-        return [tensor for pair in self.factors.values() for tensor in pair] + list(self.head.values())
+        return self.trained_factors() + list(self.head.values())
 
     def named(self) -> dict[str, nn.Parameter]:
         """The trainable tensors by a name that is stable over restarts."""
         named = dict(self.head)
         for module, (b, a) in self.factors.items():
-            named[f"{module}.lora_b"], named[f"{module}.lora_a"] = b, a
+            named[f"{module}.lora_b"] = b
+            if self.trains_a:
+                named[f"{module}.lora_a"] = a
         return named
 
 
@@ -100,20 +110,16 @@ def merge(base: Base, adapter: Adapter) -> None:
     base.set_head(adapter.dense)
 
 
-def split(
-    part: Factors | None, shape: tuple[int, int], rank: int, scaling: float, seed: int, *, fresh: bool = False
-) -> Split:
-    """Divide a module's global directions for a device of `rank`; `shape` = (out, in), `seed` for fresh directions.
+def split(part: Factors | None, out: int, fresh: Array, scaling: float, start: Start = "directions") -> Split:
+    """Divide a module's global directions for a device that begins as `start` says.
 
-    `fresh`: the aggregator wants a new LoRA beside the whole of the global adapter.
+    `fresh` (rank x in): the rows of A where the global adapter gives none.
     """
-    out, inp = shape
+    a, rank = fresh.copy(), len(fresh)
     b = np.zeros((out, rank), dtype=np.float32)
-    bound = 1.0 / math.sqrt(inp)
-    a = np.random.default_rng(seed).uniform(-bound, bound, (rank, inp)).astype(np.float32)
     if part is None or not part.rank:
         return Split(b, a, 0, None)
-    trained = 0 if fresh else min(rank, part.rank)
+    trained = 0 if start == "fresh" else min(rank, part.rank)
     if part.sigma is None:
         b[:, :trained] = part.b[:, :trained] * np.float32(part.scaling / scaling)
         a[:trained] = part.a[:trained]
@@ -121,7 +127,8 @@ def split(
         size = math.sqrt(3.0)
         b[:, :trained] = part.b[:, :trained] * part.sigma[:trained] * np.float32(size * part.scaling / scaling)
         a[:trained] = part.a[:trained] / np.float32(size)
-    return Split(b, a, trained, product(part, trained) if trained < part.rank else None)
+    stays = trained < part.rank and not (rank and drops_rest(start))
+    return Split(b, a, trained, product(part, trained) if stays else None)
 
 
 def carry(
@@ -137,18 +144,12 @@ def carry(
         raise AdapterFault(f"ranks name {unknown[0]}, a linear layer that the base does not have")
     detach(base)
     wanted = {name: rank for name, rank in sorted(ranks.items()) if rank > 0}
-    fresh = adapter.notes.get("start") == "fresh"
-    splits = {
-        name: split(
-            adapter.factors.get(name),
-            (base.linears[name].out, base.linears[name].inp),
-            wanted.get(name, 0),
-            alpha_ratio,
-            _seed(seed, round, name),
-            fresh=fresh,
-        )
-        for name in sorted(wanted.keys() | adapter.factors.keys())
-    }
+    start = start_of(adapter.notes)
+    splits = {}
+    for name in sorted(wanted.keys() | adapter.factors.keys()):
+        out, inp, rank = base.linears[name].out, base.linears[name].inp, wanted.get(name, 0)
+        fresh = fixed_rows(seed, name, rank, inp) if start == "frozen_a" else _fresh_rows(seed, round, name, rank, inp)
+        splits[name] = split(adapter.factors.get(name), out, fresh, alpha_ratio, start)
     rests = {name: part.rest for name, part in splits.items() if part.rest is not None}
     if base.bits == 32:
         base.fold(rests)
@@ -164,6 +165,7 @@ def carry(
         trained={name: splits[name].trained for name in wanted},
         scaling=alpha_ratio,
         head=dict(base.head),
+        trains_a=start != "frozen_a",
     )
     base.model.requires_grad_(False)
     for tensor in carried.parameters():
@@ -189,10 +191,13 @@ def read_update(
     notes: dict[str, str] | None = None,
 ) -> Adapter:  # fmt: skip
     """The trainable tensors as an update."""
-    factors = {
-        name: Factors(b=_array(b), a=_array(a), scaling=carried.scaling, trained=carried.trained[name])
-        for name, (b, a) in carried.factors.items()
-    }
+    factors = {}
+    for name, (b, a) in carried.factors.items():
+        trained = carried.trained[name]
+        known = not carried.trains_a and trained == len(a)
+        factors[name] = Factors(
+            b=_array(b), a=unsent_a(trained) if known else _array(a), scaling=carried.scaling, trained=trained
+        )
     return Adapter(
         kind="update", job=job, round=round, base_digest=base_digest, factors=factors,
         dense={name: _array(tensor) for name, tensor in carried.head.items()},
@@ -275,6 +280,8 @@ def _array(tensor: torch.Tensor) -> Array:
     return array
 
 
-def _seed(seed: int, round: int, name: str) -> int:
-    """One seed per module, the same on every device: equal fresh directions make the sum of updates low in rank."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{round}/{name}".encode()).digest()[:8], "little")
+def _fresh_rows(seed: int, round: int, name: str, rank: int, inp: int) -> Array:
+    """Kaiming-uniform rows, the same on every device: equal fresh directions make the sum of updates low in rank."""
+    mixed = int.from_bytes(hashlib.sha256(f"{seed}/{round}/{name}".encode()).digest()[:8], "little")
+    bound = 1.0 / math.sqrt(inp)
+    return np.random.default_rng(mixed).uniform(-bound, bound, (rank, inp)).astype(np.float32)

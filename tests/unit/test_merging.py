@@ -56,7 +56,18 @@ def test_factors_are_averaged_where_the_aggregator_does_so_too() -> None:
     assert merged.factors["q"].rank == 3
 
 
-@pytest.mark.parametrize(("start", "rank"), [("directions", 6), ("fresh", 6), ("factors", 3)])
+@pytest.mark.parametrize(
+    ("start", "rank"),
+    [
+        ("directions", 6),
+        ("fresh", 6),
+        ("cut_directions", 6),
+        ("factors", 3),
+        ("cut_factors", 3),
+        ("frozen_a", 3),
+        ("of the future", 6),
+    ],
+)
 def test_the_global_adapter_says_how(tmp_path: Path, start: str, rank: int) -> None:
     rng = np.random.default_rng(2)
     paths = [tmp_path / f"{n}.adapter" for n in range(2)]

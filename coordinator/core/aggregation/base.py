@@ -9,22 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.starts import Start
 from shared.tensors import Array
 
 Wide = npt.NDArray[np.float64]
-Start = Literal["directions", "factors", "fresh"]
-"""What a device trains: the first directions of the global adapter, the global factors as they are, or a new LoRA
-beside the whole global adapter. Written into the global adapter's notes under `START_NOTE`."""
-START_NOTE = "start"
 NORM_BOUND = 1e6
 """A change no sound training makes; keeps the sums within float32 where no better bound is known."""
+UNBOUNDED = 2**31 - 1
+"""A global rank that no module reaches."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Expectation:
 
     `ranks`: as assigned, 0 or absent for a module that is not tuned. `modules`: of the base, by name.
     `stacked`: how many agents' factors lie side by side in each module. `norm_bound`: largest Euclidean norm of the
-    change (`admission.change_norm`) that is believed.
+    change (`admission.change_norm`) that is believed. `seed`: the job's.
     """
 
     job: str
@@ -47,6 +46,7 @@ class Expectation:
     before: Adapter
     stacked: int = 1
     norm_bound: float = NORM_BOUND
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ class Aggregator(Protocol):
 
     name: str
     start: Start
+    """What a device trains; written into the global adapter's notes under `shared.starts.START_NOTE`."""
+    global_rank: int
+    """No module of the global adapter has more directions, as far as this method bounds them."""
 
     def admit(self, update: Adapter, expected: Expectation) -> str | None:
         """Why `update` must be refused, or None."""

@@ -1,4 +1,5 @@
-"""`fedit`: the mean of B and the mean of A, apart. The common baseline (FedIT); inexact, and for one rank only.
+"""`fedit`: the mean of B and the mean of A, apart. The common baseline (FedIT, Zhang et al., arXiv 2305.05644);
+inexact, and for one rank only.
 
 Its product differs from the mean of the products by sum_i p_i (B_i - Bbar)(A_i - Abar). Devices continue the global
 factors as they are. A module is averaged over the devices that tuned it; one that nobody tuned keeps its factors.
@@ -11,9 +12,10 @@ import math
 import numpy as np
 
 from coordinator.core.aggregation import admission
-from coordinator.core.aggregation.base import Expectation, Folded, Part, Start, Wide, narrow
+from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, narrow
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.starts import Start
 
 
 class FedIt:
@@ -23,7 +25,7 @@ class FedIt:
     start: Start = "factors"
 
     def __init__(self, rank: int) -> None:
-        self.rank = rank
+        self.rank = self.global_rank = rank
 
     def admit(self, update: Adapter, expected: Expectation) -> str | None:
         """Why `update` must be refused, or None: every tuned module must have the job's rank, if it is that large."""
@@ -32,7 +34,7 @@ class FedIt:
             module = expected.modules.get(name)
             wanted = self.rank if module is None else min(self.rank, module.out, module.inp)
             if rank != wanted:
-                return f"module {name!r:.100}: rank {rank}, but fedit averages factors of rank {wanted} only"
+                return f"module {name!r:.100}: rank {rank}, but {self.name} averages factors of rank {wanted} only"
         return admission.refusal(update, expected, trains_directions=True)
 
     # The protocol hands every method its residual.
@@ -62,7 +64,7 @@ class MeanFold:
             self._a = np.zeros((factors.rank, self._module.inp))
             self._scaling = factors.scaling
         if factors.b.shape != self._b.shape or not math.isclose(factors.scaling, self._scaling, rel_tol=1e-5):
-            raise ValueError(f"module {self._module.name}: fedit can't average factors of unequal rank or scaling")
+            raise ValueError(f"module {self._module.name}: can't average factors of unequal rank or scaling")
         self._b += np.multiply(factors.b, part.weight, dtype=np.float64)
         self._a += np.multiply(factors.a, part.weight, dtype=np.float64)
         self._weight += part.weight

@@ -7,9 +7,10 @@ stacked adapters merged into the base, but bounds the rank by recompression.
 from __future__ import annotations
 
 from coordinator.core.aggregation import admission
-from coordinator.core.aggregation.base import Expectation, Start
+from coordinator.core.aggregation.base import Expectation
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from shared.adapter import Adapter
+from shared.starts import Start
 
 
 class Fresh(FoldStackRecompress):

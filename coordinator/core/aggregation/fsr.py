@@ -20,13 +20,12 @@ from __future__ import annotations
 import numpy as np
 
 from coordinator.core.aggregation import admission
-from coordinator.core.aggregation.base import Expectation, Folded, Part, Start, Wide, column_weights, narrow
-from coordinator.core.aggregation.product_sum import ProductSum
+from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, column_weights, narrow
+from coordinator.core.aggregation.product_sum import NOISE, ProductSum
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.starts import Start
 
-_NOISE = float(np.finfo(np.float32).eps)
-"""Singular values below this share of the largest are rounding of the float32 factors."""
 _UNTRAINED = 1e-12
 """A direction of which less than this share remains was trained by every device, up to rounding of the shares."""
 
@@ -91,7 +90,7 @@ class StackFold:
         total = float(tails[0])
         if total == 0.0:
             return Folded(factors=None)
-        real = int(np.count_nonzero(sigma > _NOISE * sigma[0]))
+        real = int(np.count_nonzero(sigma > NOISE * sigma[0]))
         enough = int(np.flatnonzero(tails <= (1.0 - self._energy) * total)[0])
         kept = min(enough, real, self._cap)
         carried = min(real, kept + self._cap)

@@ -14,6 +14,8 @@ import numpy as np
 from coordinator.core.aggregation.base import Wide
 from shared.tensors import Array
 
+NOISE = float(np.finfo(np.float32).eps)
+"""Singular values below this share of the largest are rounding of the float32 factors."""
 _BLOCK = 256
 """Columns multiplied at once: wide enough for BLAS to be as fast as it gets (62 of 62 GFLOP/s at 384 x 384)."""
 _BLOCK_MIN = 16

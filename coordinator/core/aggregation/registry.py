@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coordinator.core.aggregation.base import Aggregator
+from coordinator.core.aggregation.fedex import FedEx
 from coordinator.core.aggregation.fedit import FedIt
+from coordinator.core.aggregation.ffa import Ffa
+from coordinator.core.aggregation.flexlora import FlexLora
+from coordinator.core.aggregation.flora import Flora
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
+from coordinator.core.aggregation.hetlora import HetLora
 from shared.errors import UserError
 from shared.jobs import StrategySpec
 
@@ -15,11 +20,25 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "fsr": lambda spec: FoldStackRecompress(spec.energy, spec.global_rank),
     "fresh": lambda spec: Fresh(spec.energy, spec.global_rank),
     "fedit": lambda spec: FedIt(spec.rank),
+    "hetlora": lambda spec: HetLora(spec.rank),
+    "flexlora": lambda spec: FlexLora(spec.rank),
+    "flora": lambda _spec: Flora(),
+    "ffa": lambda spec: Ffa(spec.rank),
+    "fedex": lambda spec: FedEx(spec.rank),
 }
 
 DEFAULT = "fsr"
-OWN: dict[str, str] = {}
+OWN: dict[str, str] = {
+    "fedlora": "fedit",
+    "hetlora": "hetlora",
+    "flexlora": "flexlora",
+    "flora": "flora",
+    "ffa": "ffa",
+    "fedex": "fedex",
+}
 """Strategy -> the aggregator of its paper, where that is another than the default."""
+EQUAL_RANKS = frozenset({"fedit", "fedex"})
+"""Aggregators that refuse an update of another rank than the job's."""
 
 
 def names() -> list[str]:

@@ -36,6 +36,8 @@ BITS_TIME: Mapping[int, float] = {32: 1.0, 16: 1.0, 8: 1.05, 4: 1.3}
 """Step time against fp32 before a device measured its own."""
 CPU_FLOPS, GPU_FLOPS = 8e9, 5e12
 """Per core and per GPU, before anything was measured. Only ratios matter then: all devices start alike."""
+MEDIAN_SPEED, ASSUMED_SPEED = "median of the fleet", "assumed speed"
+"""Where a speed is from that its device did not measure."""
 AGENT_BYTES, SMALL_AGENT_BYTES = 256 * MIB, 48 * MIB
 """Agent without a model where a device tells none: with torch, and the one of `least_squares`."""
 WORKING_BYTES = 68 * MIB
@@ -197,7 +199,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             return fit.overhead_s * ratio, fit.per_flop_s * ratio, f"from {plural(fit.rounds, 'round')} at {other} bits"
         overhead, per_flop = self.gpu if gpu else self.cpu
         ratio = BITS_TIME[bits]
-        return overhead * ratio, per_flop * ratio, "median of the fleet" if self.devices else "assumed speed"
+        return overhead * ratio, per_flop * ratio, MEDIAN_SPEED if self.devices else ASSUMED_SPEED
 
 
 _UNKNOWN = DeviceModel()

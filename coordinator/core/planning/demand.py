@@ -116,20 +116,24 @@ def global_params(modules: Iterable[ModuleSpec], rank: int) -> int:
 
 
 def traffic(
-    facts: ModelFacts, ranks: Mapping[str, int], global_rank: int, codec: Codec, stacked: int = 1
-) -> tuple[int, int, str]:
+    facts: ModelFacts, ranks: Mapping[str, int], global_rank: int, codec: Codec, stacked: int = 1,
+    *, sends_a: bool = True,
+) -> tuple[int, int, str]:  # fmt: skip
     """(download, upload, explanation) of one device and round, in bytes.
 
     Down: the global adapter of at most `global_rank`, once, in fp32. Up: the trained factors, of `stacked` agents side
-    by side, and the head at `codec`.
+    by side, and the head at `codec`. `sends_a`: False where B alone is sent.
     """
     dense = dense_params(facts)
+    rows = int(sends_a)
     tuned = [(module, rank * stacked) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
     down = 4 * (global_params([module for module, _ in tuned], global_rank) + dense)
     width = BYTES_CODEC[codec]
-    up = width * (sum(rank * (module.out + module.inp) for module, rank in tuned) + dense)
+    up = width * (sum(rank * (module.out + rows * module.inp) for module, rank in tuned) + dense)
     if codec == "int8":
-        up += 4 * (sum(rank + module.out for module, rank in tuned) + sum(shape[0] for shape in facts.dense.values()))
+        up += 4 * (
+            sum(rows * rank + module.out for module, rank in tuned) + sum(shape[0] for shape in facts.dense.values())
+        )
     why = (
         f"download {mebibytes(down)} (global rank {global_rank}), upload {mebibytes(up)} "
         f"({len(tuned)} modules and {dense} dense parameters at {width} B)"

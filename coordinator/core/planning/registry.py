@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from coordinator.core.planning.base import Planner
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.errors import UserError
 from shared.jobs import StrategySpec
 
-PLANNERS: Mapping[str, Callable[[], Planner]] = {"uniform": UniformPlanner}
+EQUAL = ("uniform", "fedlora", "ffa", "fedex")
+UNEQUAL = ("hetlora", "flexlora", "flora")
+"""Strategies that are ways to aggregate; their planner differs by its ranks alone."""
+PLANNERS: Mapping[str, Callable[[], Planner]] = {
+    **{name: partial(UniformPlanner, name=name) for name in EQUAL},
+    **{name: partial(UniformPlanner, name=name, ranks="capability") for name in UNEQUAL},
+}
 """Name -> a planner that has seen nothing yet."""
 
 

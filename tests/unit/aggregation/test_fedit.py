@@ -9,9 +9,14 @@ from hypothesis import strategies as st
 
 from coordinator.core.aggregation import registry
 from coordinator.core.aggregation.base import DenseFold, Part, fold_module, shares
+from coordinator.core.aggregation.fedex import FedEx
 from coordinator.core.aggregation.fedit import FedIt
+from coordinator.core.aggregation.ffa import Ffa
+from coordinator.core.aggregation.flexlora import FlexLora
+from coordinator.core.aggregation.flora import Flora
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
+from coordinator.core.aggregation.hetlora import HetLora
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
 from shared.errors import UserError
@@ -91,9 +96,12 @@ def test_dense_tensors_are_averaged_by_share() -> None:
 
 def test_the_registry_knows_every_aggregator_by_its_name() -> None:
     made = {name: registry.create(StrategySpec(aggregator=name, rank=3, energy=0.5)) for name in registry.names()}
-    assert {name: type(made[name]) for name in made} == {"fsr": FoldStackRecompress, "fresh": Fresh, "fedit": FedIt}
+    assert {name: type(made[name]) for name in made} == {
+        "fsr": FoldStackRecompress, "fresh": Fresh, "fedit": FedIt, "hetlora": HetLora, "flexlora": FlexLora,
+        "flora": Flora, "ffa": Ffa, "fedex": FedEx,
+    }  # fmt: skip
     assert all(aggregator.name == name for name, aggregator in made.items())
     assert isinstance(made["fsr"], FoldStackRecompress) and made["fsr"].energy == 0.5
     assert isinstance(made["fedit"], FedIt) and made["fedit"].rank == 3
-    with pytest.raises(UserError, match="no 'krum', there are fedit, fresh, fsr"):
+    with pytest.raises(UserError, match="no 'krum', there are fedex, fedit, .*, fsr, hetlora"):
         registry.create(StrategySpec(aggregator="krum"))

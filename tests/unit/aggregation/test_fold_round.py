@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.aggregation import registry
-from coordinator.core.aggregation.base import START_NOTE, Aggregator, product
+from coordinator.core.aggregation.base import Aggregator, product
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.facts import ModuleSpec
 from coordinator.fold import FoldResult, Reported, fold_round
 from shared import adapter as adapters
 from shared.errors import DecodeError
 from shared.jobs import StrategySpec
+from shared.starts import START_NOTE
 from tests.unit.aggregation.rounds import Round, make_round, rounds
 
 MODULES = [ModuleSpec(name=f"m{i}", out=20, inp=14) for i in range(3)]
@@ -48,7 +49,7 @@ def test_any_order_of_arrival_and_any_budget_gives_the_same_bytes(
 @pytest.mark.parametrize("name", registry.names())
 def test_the_result_is_the_next_global_adapter(tmp_path: Path, name: str) -> None:
     ranks = [{"m0": 4, "m1": 4}, {"m0": 4}]
-    round = make_round(1, ranks, MODULES, samples=[30, 10], train_directions=name != "fresh")
+    round = make_round(1, ranks, MODULES, samples=[30, 10], train_directions=name not in ("fresh", "flora"))
     aggregator = registry.create(StrategySpec(aggregator=name, rank=4, energy=1.0))
     result = run(aggregator, round, round.write(tmp_path))
     made = adapters.read(adapters.write(result.adapter))

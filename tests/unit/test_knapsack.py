@@ -59,7 +59,7 @@ def test_a_small_case_by_hand() -> None:
     # Per weight: a1 3, b1 2, a2 .5, b2 1.
     items = [Item((0, 1, 3), (0.0, 3.0, 4.0)), Item((0, 2, 4), (0.0, 4.0, 6.0))]
     assert [tuple(levels) for levels in greedy(items, [0, 1, 2, 3, 4, 5, 7, 99]).tolist()] == [
-        (0, 0), (1, 0), (1, 0), (1, 1), (1, 1), (1, 2), (2, 2), (2, 2)
+        (0, 0), (1, 0), (0, 1), (1, 1), (1, 1), (1, 2), (2, 2), (2, 2)
     ]  # fmt: skip
     assert [exact(items, room) for room in (0, 1, 2, 3, 5, 7)] == [(0, 0), (1, 0), (0, 1), (1, 1), (1, 2), (2, 2)]
     assert bound(items, [2, 3]).tolist() == [5.0, 7.0]

@@ -5,8 +5,9 @@
 The multiple-choice knapsack of FedPipe's second stage: an item is a matrix, its levels are ranks. Level 0 is "not
 taken" (weight and value 0); weights are whole and rise with the level. `exact` solves it as a MILP by HiGHS. `greedy`
 takes the steps of all items in the order of their gain per weight, skipping those that no longer fit, for many
-capacities at once; where a single level alone is worth more, it takes that, so it never gets less than half the best. Only steps on the upper hull of an item count: a level that lies below the line between its
-neighbours is never part of a best mix. `bound` is the optimum of the same problem with parts of steps allowed.
+capacities at once; where a single level alone is worth more, it takes that, so it never gets less than half the best.
+Only steps on the upper hull of an item count: a level that lies below the line between its neighbours is never part of
+a best mix. `bound` is the optimum of the same problem with parts of steps allowed.
 
 The problem is our reading of the paper, which names it a MILP; so is the greedy for large fleets.
 """
@@ -72,7 +73,8 @@ def bound(items: Sequence[Item], capacities: Sequence[int] | Levels) -> Numbers:
     steps = _steps(items)
     weights = np.cumsum([0.0, *(step.weight for step in steps)])
     gains = np.cumsum([0.0, *(step.gain for step in steps)])
-    return np.interp(np.asarray(capacities, dtype=np.float64), weights, gains)
+    most: Numbers = np.interp(np.asarray(capacities, dtype=np.float64), weights, gains)
+    return most
 
 
 def exact(items: Sequence[Item], capacity: int) -> tuple[int, ...]:

@@ -47,6 +47,14 @@ def value(items: Sequence[Item], levels: Sequence[int] | Levels) -> float:
     return math.fsum(item.values[level] for item, level in zip(items, levels, strict=True))
 
 
+def values(items: Sequence[Item], levels: Levels) -> Numbers:
+    """The value of each row of `levels` (choices x items)."""
+    worth = np.zeros(len(levels))
+    for index, item in enumerate(items):
+        worth += np.asarray(item.values)[levels[:, index]]
+    return worth
+
+
 def weight(items: Sequence[Item], levels: Sequence[int] | Levels) -> int:
     """Sum of the weights at `levels`."""
     return sum(item.weights[level] for item, level in zip(items, levels, strict=True))
@@ -88,9 +96,7 @@ def exact(items: Sequence[Item], capacity: int) -> tuple[int, ...]:
 
 def _or_single(items: Sequence[Item], capacities: Levels, levels: Levels) -> Levels:
     """`levels`, or the most valuable single level that fits, where that is worth more."""
-    worth = np.zeros(len(capacities))
-    for index, item in enumerate(items):
-        worth += np.asarray(item.values)[levels[:, index]]
+    worth = values(items, levels)
     singles = ((index, level) for index, item in enumerate(items) for level in range(1, len(item.weights)))
     for index, level in singles:
         better = (capacities >= items[index].weights[level]) & (items[index].values[level] > worth)

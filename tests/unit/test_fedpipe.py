@@ -397,6 +397,7 @@ def test_what_has_run_under_the_limit_fits() -> None:
     )
     again = planner.plan(fleet(tight, round=3), asked).participants["a"]
     assert again.ranks == part.ranks
+    assert "have run under the 435 MiB memory limit at batch 8" in again.reasons["rank"]
 
 
 def test_who_can_not_take_part_is_told_why_and_order_does_not_matter() -> None:

@@ -40,7 +40,7 @@ from coordinator.core.planning.demand import Demand, demand, dense_params, tuned
 from coordinator.core.planning.drafts import Draft, Link, drafts_of, links_of, round_target
 from coordinator.core.planning.knapsack import Item
 from coordinator.core.planning.rank_choice import EXACT_DEVICES, Choice, Site, Task, choose, site
-from coordinator.core.planning.reasons import plural, seconds, word
+from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
 from coordinator.core.planning.sizing import agents_reason, batch_sizes
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.jobs import JobSpec
@@ -233,7 +233,7 @@ class _Desk:
             transfer = f"{asked - choice.steps} of the job's {asked} left undone; {transfer}"
         predicted, steps_why = steps_reason(self._with_steps(choice.steps), step_s, transfer)
         reasons = {
-            "weights": self._weights_why, "rank": self._rank_reason(draft, link, choice, tuned),
+            "weights": self._weights_why, "rank": self._rank_reason(draft, link, one, choice, tuned),
             "batch": batch_why, "bits": draft.bits_reason, "steps": steps_why,
         }  # fmt: skip
         if place.info.agents > 1:
@@ -258,13 +258,16 @@ class _Desk:
             self._jobs[steps] = replace(self._job, rounds=replace(self._job.rounds, local_steps=steps))
         return self._jobs[steps]
 
-    def _rank_reason(self, draft: Draft, link: Link, choice: Choice, tuned: _Tuned) -> str:
+    def _rank_reason(self, draft: Draft, link: Link, one: Site, choice: Choice, tuned: _Tuned) -> str:
         """What the ranks are worth, and the bound that kept them from more."""
         ranks = sorted(tuned.ranks.values())
         spread = f"{ranks[0]} to {ranks[-1]}" if ranks[0] < ranks[-1] else f"{ranks[0]}"
         reading = f"ranks {spread} on {plural(len(ranks), 'module')}, {plural(tuned.params, 'parameter')}"
         room = max(choice.room, 0)
-        if choice.by_memory:
+        if choice.by_memory and choice.batch in one.proven:
+            limit = mebibytes(draft.place.budget.limit)
+            bound = f"{room} that have run under the {limit} memory limit at batch {choice.batch}"
+        elif choice.by_memory:
             bound = f"{room} that {draft.place.budget} leaves at batch {choice.batch}"
         else:
             bound = f"{room} that {seconds(link.left.seconds)} leave at batch {choice.batch} and {draft.place.free}"

@@ -53,10 +53,14 @@ class Task(NamedTuple):
 
 
 class Site(NamedTuple):
-    """One device: the batches it holds, the parameters that memory leaves at each, its pace at the least ranks."""
+    """One device: the batches it holds, the parameters that memory leaves at each, its pace at the least ranks.
+
+    `proven`: the batches whose room has run under the device's limit, though it is above the budget.
+    """
 
     batches: tuple[int, ...]
     rooms: tuple[float, ...]
+    proven: frozenset[int]
     pace: Pace
     left: Target
     note: str
@@ -93,39 +97,43 @@ def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: 
     lightest = min(item.weights[1] for item in task.items)
     batches: list[int] = []
     rooms: list[float] = []
+    ran: set[int] = set()
     note = f"{sizes[-1]} is the largest batch of the job"
     for size in (size for size in sizes if size <= place.rows):
         if limit is not None and size > limit:
             note = f"{size} ran out of memory before (limit {limit})"
             break
-        room = memory_room(draft, task, size, model)
+        room, proven = memory_room(draft, task, size, model)
         if batches and room < lightest:
             note = f"{size} leaves no room for ranks in {place.budget.bytes / 2**20:.0f} MiB memory"
             break
         batches.append(size)
         rooms.append(room)
+        ran |= {size} if proven else set()
     else:
         if place.rows < sizes[-1]:
             note = f"the data set has {place.rows} rows"
     if not batches:
-        batches, rooms = [draft.least], [memory_room(draft, task, draft.least, model)]
-    return Site(tuple(batches), tuple(rooms), pace, left, note)
+        room, proven = memory_room(draft, task, draft.least, model)
+        batches, rooms, ran = [draft.least], [room], {draft.least} if proven else set()
+    return Site(tuple(batches), tuple(rooms), frozenset(ran), pace, left, note)
 
 
-def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> float:
-    """Adapter parameters that memory holds at `batch`; infinite where the device told no limit."""
+def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> tuple[float, bool]:
+    """(adapter parameters that memory holds at `batch`, whether by having run); infinite where no limit was told."""
     place = draft.place
     if not place.budget.limit:
-        return math.inf
+        return math.inf, False
     size, _ = model.memory(place.device, task.need, draft.bits, batch, place.info)
     room = task.params + (place.budget.bytes - size) / BYTES_TRAINED
     known = model.devices.get(place.device)
     met = known.peaks.get(str(draft.bits)) if known is not None else None
     if met is None or met.micro < task.need.micro(batch) or not 0 < met.limit <= place.budget.limit:
-        return room
+        return room, False
     # What has run under this limit fits, whatever its size is thought to be.
     ran = met.adapter_params - task.dense
-    return max(room, ran) if place.budget.holds(size + BYTES_TRAINED * (ran - task.params), proven=True) else room
+    holds = ran > room and place.budget.holds(size + BYTES_TRAINED * (ran - task.params), proven=True)
+    return (ran, True) if holds else (room, False)
 
 
 def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
@@ -226,8 +234,9 @@ def _choice(index: int, options: _Options, values: Numbers, levels: Sequence[tup
     row, under = divmod(flat, len(UNDER_TRAINING))
     best, above = float(values[index, row, under]), one.note
     if row:
-        rival = max(float(values[index, row - 1].max()), 0.0)
-        above = f"{options.batches[index, row - 1]} would give J {rival:.3f}"
+        size, rival = options.batches[index, row - 1], float(values[index, row - 1].max())
+        most = f"{UNDER_TRAINING[-1]:.0%} of the steps undone"
+        above = f"{size} would give J {rival:.3f}" if rival > 0 else f"{size} has no room for ranks even with {most}"
     return Choice(
         batch=int(options.batches[index, row]),
         under=UNDER_TRAINING[under],

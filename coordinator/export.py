@@ -31,6 +31,8 @@ from shared.tensors import Array
 if TYPE_CHECKING:
     from coordinator.core.job import Job
 
+DIGEST_NOTE = "muster_base_digest"
+"""In the metadata of the tensors: the digest of the base that the adapter is for."""
 _PREFIX = "base_model.model."
 _TASK_TYPES: dict[TaskKind, str | None] = {"classification": "SEQ_CLS", "causal": "CAUSAL_LM", "least_squares": None}
 _WHOLE_HEADS = ("classifier", "score")
@@ -58,7 +60,9 @@ def export_peft(adapter: Adapter, folder: Path, *, spec: JobSpec, base: str, met
     factors = {name: part for name, part in sorted(adapter.factors.items()) if part.rank > 0}
     files = {
         "adapter_config.json": _json(_config(factors, adapter.dense, spec, base)),
-        "adapter_model.safetensors": save(_tensors(factors, adapter.dense), metadata={"format": "pt"}),
+        "adapter_model.safetensors": save(
+            _tensors(factors, adapter.dense), metadata={"format": "pt", DIGEST_NOTE: adapter.base_digest}
+        ),
         "README.md": _readme(adapter, factors, spec, base, metrics).encode(),
     }
     if spec.task.labels:

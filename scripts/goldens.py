@@ -27,9 +27,16 @@ def samples() -> dict[str, Any]:
     facts = messages.UpdateFacts(
         samples=160, steps=10, batch=16, batch_limit=0, bits=8, loss_first=2.5, loss_last=1.25, step_s=0.5, train_s=5.0,
         load_s=1.5, peak_bytes=300_000_000, base_bytes=250_000_000, cores_used=0.75, ended="time", norm=3.5,
+        importance={LAYER: 1.0},
     )  # fmt: skip
     work = messages.Work(
-        ranks={LAYER: 8}, batch=16, bits=8, steps=10, train_for_s=60.0, reasons={"batch": "0.75 cores free"}
+        ranks={LAYER: 8},
+        batch=16,
+        bits=8,
+        steps=10,
+        train_for_s=60.0,
+        score=True,
+        reasons={"batch": "0.75 cores free"},
     )
     assignment = messages.Assignment(
         job="demo-1", round=2, attempt=1, work=work, base=BaseSpec(model="minilm", targets=["query"]),

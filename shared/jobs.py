@@ -96,6 +96,8 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """Hard cap of the rank of the global adapter, per module."""
     max_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """Largest share of a round's mean that one device may have: its sample count is its own claim."""
+    rescore_every: Positive = 10
+    """Rounds between two measurements of how much each layer matters (`fedpipe`)."""
     energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99
     """Share of the squared singular values that recompression keeps."""
 

@@ -21,6 +21,7 @@ JobName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
 Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
 """No NaN and no infinity: one would spread through every mean it enters."""
 Amount = Annotated[float, Meta(ge=0.0, le=1e15)]
+Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Sha = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Lifecycle = Literal["init", "ready", "training", "draining", "disconnected", "lost"]
 MAX_BLOB_BYTES = 512 * 1024 * 1024
@@ -149,6 +150,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Agents of the device that train; each does all of the above on its own share of the rows."""
     train_for_s: Amount = 0.0
     """Seconds by the device's monotonic clock from receipt; 0: no limit."""
+    score: bool = False
+    """Whether the device tells `UpdateFacts.importance`."""
     reasons: dict[str, str] = {}
     """Name of a number above -> the reading, the bound it met, the number it produced."""
 
@@ -259,6 +262,9 @@ class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
     ended: Literal["complete", "time", "drain"] = "complete"
     norm: Amount = 0.0
     """Euclidean norm of all tensors of the update."""
+    importance: Annotated[dict[str, Share], Meta(max_length=4096)] = {}
+    """Tuned module -> its share of what all of them matter to the loss, with sum 1; asked for by `Work.score`,
+    and empty where nothing could be observed."""
 
 
 # ---- blobs -------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def _tell_plan(story: _Story, record: rec.RoundPlanned) -> None:
     ]
     story.rounds[record.round] = RoundView(
         round=record.round, phase="open", plan_digest=record.digest, plan_reason=record.plan.reason,
-        participants=participants,
+        participants=participants, weights=record.plan.weights,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from coordinator.core.facts import Metrics
+from coordinator.core.planning.base import Weights
 from shared.messages import DeviceInfo, Load, UpdateFacts, Work
 
 
@@ -38,6 +39,8 @@ class RoundView(View, frozen=True, kw_only=True):
     phase: str
     plan_digest: str = ""
     plan_reason: str = ""
+    weights: Weights | None = None
+    """The modules' scores and those the plan tunes, where the planner chooses among them."""
     participants: list[ParticipantView] = []
     refused_updates: list[str] = []
     closed_reason: str = ""

@@ -210,8 +210,8 @@ def _merged(team: Team, merged: Merged) -> Trained:
 
 
 def combine(parts: Sequence[UpdateFacts], limits: Sequence[int] = ()) -> UpdateFacts:
-    """The facts of a merged update, its norm left out: samples summed, losses weighted by them, the rest as of the
-    slowest agent, memory as of the largest. `limits`: batches that fit agents whose part is missing."""
+    """The facts of a merged update, its norm left out: samples summed, losses and importance weighted by them, the
+    rest as of the slowest agent, memory as of the largest. `limits`: batches that fit agents whose part is missing."""
     slowest = max(parts, key=lambda facts: facts.train_s)
     samples = sum(facts.samples for facts in parts)
     limits = [*limits, *(facts.batch_limit for facts in parts if facts.batch_limit)]
@@ -228,7 +228,18 @@ def combine(parts: Sequence[UpdateFacts], limits: Sequence[int] = ()) -> UpdateF
         cores_used=sum(facts.cores_used for facts in parts) / len(parts),
         ended=next((facts.ended for facts in parts if facts.ended != "complete"), "complete"),
         norm=0.0,
+        importance=_mean_importance(parts),
     )
+
+
+def _mean_importance(parts: Sequence[UpdateFacts]) -> dict[str, float]:
+    """Mean share of each module over the agents that scored, by samples; one that lacks the module has 0."""
+    scored = [facts for facts in parts if facts.importance and facts.samples]
+    samples = sum(facts.samples for facts in scored)
+    return {
+        name: min(1.0, sum(facts.samples * facts.importance.get(name, 0.0) for facts in scored) / samples)
+        for name in sorted({name for facts in scored for name in facts.importance})
+    }
 
 
 def _signs(team: Team) -> Turn:

@@ -281,6 +281,7 @@ class Agent:
             cores_used=position.cpu_s / position.train_s if position.train_s > 0 else 0.0,
             ended="complete" if ended == "complete" else "time" if ended == "time" else "drain",
             norm=norm(update),
+            importance=work.importance,
         )
         return Trained(
             job=assignment.job, round=assignment.round, attempt=assignment.attempt,

@@ -25,10 +25,13 @@ from shared.jobs import TrainingSpec
 from shared.messages import Assignment
 from shared.modeling.base_model import Base
 from shared.modeling.data import SampleOrder, TokenData
+from shared.modeling.importance import Scorer, sensitivities
 from shared.modeling.lora import Carried
 from shared.modeling.objective import loss_sum
 
 log = logging.getLogger(__name__)
+_SCORE = "score/"
+"""Before a module's name in a checkpoint: the state of its score."""
 
 
 class OutOfMemory(Exception):
@@ -73,7 +76,13 @@ class Loop:
         self._order = SampleOrder(self.data.rows, self.assignment.seed, self.assignment.round, self.part, self.parts)
         self._work = identity(self.assignment, self.part, self.parts)
         self._optimizer = self._make_optimizer()
+        self._scorer = Scorer() if self.assignment.work.score else None
         self._loss_of_step: Callable[[int], float] = self._step
+
+    @property
+    def importance(self) -> dict[str, float]:
+        """As in `UpdateFacts`; empty where it was not asked for."""
+        return self._scorer.shares() if self._scorer is not None else {}
 
     def run(self) -> str:
         """Train to the end, the time limit or a stop; how it ended, as in `UpdateFacts.ended`.
@@ -113,6 +122,8 @@ class Loop:
         for name, tensor in named.items():
             for moment, value in self._optimizer.state[tensor].items():
                 tensors[f"{moment}/{name}"] = torch.as_tensor(value)
+        if self._scorer is not None:
+            tensors |= {f"{_SCORE}{name}": state for name, state in self._scorer.save().items()}
         save_checkpoint(self.checkpoint_dir, self._work, self.position, tensors)
 
     def _advance(self) -> None:
@@ -164,6 +175,7 @@ class Loop:
         mean = float(total)
         if not math.isfinite(mean):
             raise Diverged(f"the loss became {mean} at step {self.position.step + 1}")
+        seen = sensitivities(self.carried.factors, self.carried.scaling) if self._scorer is not None else {}
         if training.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.carried.parameters(), training.max_grad_norm)
         rate = self._rate()
@@ -171,6 +183,9 @@ class Loop:
             group["lr"] = rate
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        if self._scorer is not None:
+            # Now, since a step that did not fit the memory is done again.
+            self._scorer.learn(seen)
         return mean
 
     def _rate(self) -> float:
@@ -206,6 +221,9 @@ class Loop:
                 }
                 if state:
                     self._optimizer.state[tensor] = state
+        if self._scorer is not None:
+            scores = {name: tensor for name, tensor in tensors.items() if name.startswith(_SCORE)}
+            self._scorer.restore({name.removeprefix(_SCORE): state for name, state in scores.items()})
         self.position = position
         log.info("resumed at step %d of %d", position.step, self.assignment.work.steps)
 

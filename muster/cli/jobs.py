@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -96,10 +97,20 @@ def resume(place: Place, job_id: str) -> None:
         print(tables.status_line(client.resume(job_id)))
 
 
-def export(place: Place, job_id: str, folder: Path) -> None:
-    """Fetch the adapter of a finished job."""
+def export(place: Place, job_id: str, folder: Path, *, merged: bool = False, base: str = "") -> None:
+    """Fetch the adapter of a finished job; `merged`: as the whole model, on the base that it names or `base`."""
+    if base and not merged:
+        raise UserError("--base says what to merge into: it goes with --merged")
     with place.client() as client:
-        print(client.export(job_id, folder))
+        if not merged:
+            print(client.export(job_id, folder))
+            return
+        from muster.merged import merge
+
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".muster-export-") as temporary:
+            adapter = client.export(job_id, Path(temporary) / "adapter")
+            print(merge(adapter, folder, base))
 
 
 def devices(place: Place, *, as_json: bool) -> None:

@@ -103,11 +103,15 @@ def export(
     context: typer.Context,
     job: Annotated[str, typer.Argument(help="Id of the job.")],
     folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    merged: Annotated[
+        bool, typer.Option("--merged", help="The whole model, the adapter added to its weights.")
+    ] = False,
+    base: Annotated[str, typer.Option(help="With --merged: the base here, if not as the adapter names it.")] = "",
 ) -> None:
     """Fetch a finished job's adapter: a folder that PeftModel.from_pretrained loads."""
     from muster.cli import jobs
 
-    jobs.export(where(context), job, folder)
+    jobs.export(where(context), job, folder, merged=merged, base=base)
 
 
 @app.command(epilog="Example: [bold]muster devices[/bold]")

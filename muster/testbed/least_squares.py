@@ -230,6 +230,12 @@ class Training:
         """Euclidean norm of all tensors of the update."""
         return math.sqrt(float(np.sum(np.square(self.a)) + np.sum(np.square(self.b))))
 
+    def importance(self) -> dict[str, float]:
+        """Share of each module in the size of what was trained, where it was asked for."""
+        sizes = {MODULE: float(np.linalg.norm(self.b @ self.a))} if self.assignment.work.score else {}
+        total = sum(sizes.values())
+        return {name: size / total for name, size in sizes.items()} if total > 0 else {}
+
     def save(self) -> bytes:
         """A checkpoint; `restore` continues from it to the same bytes."""
         buffer = io.BytesIO()
@@ -322,6 +328,7 @@ def facts_of(
         train_s=train_s,
         ended=ended,
         norm=training.norm(),
+        importance=training.importance(),
         **measured,
     )
 

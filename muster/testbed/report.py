@@ -9,6 +9,7 @@ from typing import Any
 
 from coordinator.core.aggregation.registry import name_of
 from coordinator.core.facts import Metrics
+from coordinator.core.planning.base import Weights
 from coordinator.web.views import JobView, ParticipantView, RoundView
 from muster.cli import tables
 from muster.testbed.cgroups import Available
@@ -58,6 +59,7 @@ def render(run: Run, plots: bool = True) -> str:
         lines += [f"![Plan against reality, and bytes, by device]({DEVICES_PNG})"]
     else:
         lines += ["", "No plots: matplotlib is not installed (pip install 'muster[demo]')."]
+    lines += _weights(job.rounds)
     for view in job.rounds:
         lines += ["", f"## Round {view.round}: plan and reality", "", view.plan_reason, "", *_round(view)]
     return "\n".join(lines) + "\n"
@@ -104,6 +106,27 @@ def _rounds(run: Run) -> list[str]:
             f"| {view.seconds:.1f} | {after} | {view.adapter_bytes / 1e6:.2f} MB | {view.lost_energy:.2%} |"
         )
     return lines
+
+
+def _weights(rounds: Sequence[RoundView]) -> list[str]:
+    """Importance of the modules, as measured in each scoring round and used after it; none: no lines."""
+    told = {w.scored: w for view in rounds if (w := view.weights) is not None and w.scores and _chooses(w)}
+    if not told:
+        return []
+    head = " | ".join(f"score of round {scored}" for scored in told)
+    lines = ["", "## Weights", "", f"| module | {head} |", f"|---|{'---|' * len(told)}"]
+    last = list(told.values())[-1].scores
+    for name in sorted(
+        {name for w in told.values() for name in w.scores}, key=lambda name: (-last.get(name, 0.0), name)
+    ):
+        cells = [f"{w.scores.get(name, 0.0):.3f}{', tuned' if name in w.selected else ''}" for w in told.values()]
+        lines.append(f"| {_cell(name)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _chooses(weights: Weights) -> bool:
+    """Whether the plan left modules out by their scores: not so in a round that measures all anew."""
+    return set(weights.selected) < set(weights.scores) or len(weights.scores) == 1
 
 
 def _round(view: RoundView) -> list[str]:

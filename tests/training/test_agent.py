@@ -187,6 +187,19 @@ def test_work_gives_an_update_on_disk(agent: Agent, site: Site, bits: Any, round
     assert facts.norm == pytest.approx(float(np.sqrt(sum(float((t.astype("f8") ** 2).sum()) for t in tensors))))
 
 
+@pytest.mark.parametrize("bits", [32, 8])
+def test_an_agent_tells_what_matters_if_it_is_asked(agent: Agent, site: Site, bits: Any) -> None:
+    """In the first round, too, where B = 0 at the first step: that one step is left out."""
+    facts = agent.ask(site.train("s", bits=bits, steps=5, score=True), Trained).facts
+    assert set(facts.importance) == set(site.base.linears)
+    assert sum(facts.importance.values()) == pytest.approx(1.0)
+    assert min(facts.importance.values()) > 0
+    again = agent.ask(site.train("t", bits=bits, steps=5, score=True), Trained).facts
+    assert again.importance == facts.importance
+    assert agent.ask(site.train("u", bits=bits, steps=1, score=True), Trained).facts.importance == {}, "B = 0 all along"
+    assert agent.ask(site.train("v", bits=bits, steps=2), Trained).facts.importance == {}
+
+
 def test_the_base_stays_loaded_between_rounds(agent: Agent, site: Site) -> None:
     assert agent.ask(site.train("a", bits=16), Trained).facts.load_s > 0
     assert agent.ask(site.train("b", bits=16, round=2), Trained).facts.load_s == 0

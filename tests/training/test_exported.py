@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch")
 from safetensors import safe_open  # noqa: E402 - after the packages that may be missing
 
+from muster.merged import merge  # noqa: E402
 from muster.testbed.exported import quality  # noqa: E402
 from muster.testbed.fleet import DeviceSpec, Fleet  # noqa: E402
 from shared.jobs import JobSpec  # noqa: E402
@@ -77,6 +78,11 @@ def test_the_export_reproduces_the_coordinators_evaluation(tmp_path: Path, make:
     found = quality(spec, base, adapter, [held_out], rows=20)[0]
     assert (found.rows, found.accuracy) == (told.rows, told.accuracy)
     assert found.loss == pytest.approx(told.loss, abs=1e-5)
+    # Merged, an ordinary model folder: no peft, nothing of the adapter beside it.
+    whole = merge(adapter, tmp_path / "whole")
+    again = quality(spec, whole, None, [held_out], rows=20)[0]
+    assert (again.rows, again.accuracy) == (told.rows, told.accuracy)
+    assert again.loss == pytest.approx(told.loss, abs=1e-5)
     # Not the untuned base, and not one rank for all: else little would be shown.
     assert abs(quality(spec, base, None, [held_out], rows=20)[0].loss - told.loss) > 1e-3
     with safe_open(adapter / "adapter_model.safetensors", "np") as file:

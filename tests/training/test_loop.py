@@ -301,3 +301,57 @@ def test_rates_go_on_over_the_rounds(bert: Path, colours: Path, tmp_path: Path) 
     training = TrainingSpec(lr=1.0, schedule="linear")
     rig = Rig(bert, colours, tmp_path, round=3, steps=4, training=training)
     assert rig.loop._rate() == pytest.approx(1 - 8 / 12)
+
+
+def test_scores_are_told_where_they_are_asked_for(bert: Path, colours: Path, tmp_path: Path) -> None:
+    plain = Rig(bert, colours, tmp_path / "a")
+    plain.loop.run()
+    assert plain.loop.importance == {}
+    rig = Rig(bert, colours, tmp_path / "b", score=True)
+    rig.loop.run()
+    assert set(rig.loop.importance) == set(rig.base.linears)
+    assert sum(rig.loop.importance.values()) == pytest.approx(1.0)
+    assert same(rig.weights(), plain.weights()), "scoring changes nothing"
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_resumed_run_gives_the_same_scores(bert: Path, colours: Path, tmp_path: Path, at: int) -> None:
+    whole = Rig(bert, colours, tmp_path / "whole", score=True)
+    whole.loop.run()
+    cut = Rig(bert, colours, tmp_path / "cut", score=True)
+
+    def die() -> None:
+        raise KeyboardInterrupt
+
+    cut.before_step(at, die)
+    with pytest.raises(KeyboardInterrupt):
+        cut.loop.run()
+    resumed = Rig(bert, colours, tmp_path / "cut", score=True)
+    resumed.before_step(1, pytest.fail)
+    resumed.loop.run()
+    assert resumed.loop.importance == whole.loop.importance
+
+
+def test_scores_see_the_gradient_of_the_whole_step_before_it_is_clipped(
+    gpt2: Path, stories: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for parts, norm in ((1, 0.0), (3, 0.0), (1, 1e-3)):
+        training = TrainingSpec(lr=1e-2, accumulation=parts, max_grad_norm=norm)
+        rig = Rig(gpt2, stories, tmp_path / f"{parts}-{norm}", STORIES, steps=1, batch=7, training=training, score=True)
+        for module in rig.base.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        rig.loop.run()
+        assert rig.loop._scorer is not None
+        found[parts, norm] = {name: state[1].item() for name, state in rig.loop._scorer.save().items()}
+    assert found[3, 0.0] == pytest.approx(found[1, 0.0], rel=1e-3)
+    assert found[1, 1e-3] == pytest.approx(found[1, 0.0], rel=1e-6)
+
+
+def test_a_step_that_is_done_again_for_memory_is_scored_once(bert: Path, colours: Path, tmp_path: Path) -> None:
+    rig = Rig(bert, colours, tmp_path, steps=4, batch=12, score=True)
+    limit_batch(rig, 3, MemoryError())
+    rig.loop.run()
+    assert rig.loop._scorer is not None
+    assert {int(state[0]) for state in rig.loop._scorer.save().values()} == {4}

@@ -263,6 +263,8 @@ def test_bad_input_is_one_line_and_exit_code_2(
         ([*place, "show", "other"], "no job 'other'"),
         ([*place, "show"], "Missing argument"),
         ([*place, "shove"], "No such command"),
+        ([*place, "export", "demo-0", str(tmp_path / "out"), "--base", "minilm"], "it goes with --merged"),
+        ([*place, "export", "other", str(tmp_path / "out"), "--merged"], "no job 'other'"),
         ([*nowhere, "list"], "no coordinator answers"),
         (["--url", "http://x", "--token-file", str(tmp_path / "none"), "list"], "--token-file"),
     ]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import pickle
 import subprocess
 import sys
@@ -250,3 +251,20 @@ def test_golden_adapter(codec: Any) -> None:
     read = adapter.read(data)
     assert read.factors[goldens.LAYER].b.shape == (3, 2)
     assert read.notes == {"aggregator": "fsr"}
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, -0.1, 1.5, "much"])
+def test_an_importance_that_is_no_share_is_refused(share: Any) -> None:
+    facts = goldens.samples()["Manifest"].facts
+    plain = msgspec.to_builtins(facts)
+    assert unpack(pack(plain), messages.UpdateFacts) == facts
+    with pytest.raises(DecodeError, match="importance"):
+        unpack(pack({**plain, "importance": {"q": 0.5, "v": share}}), messages.UpdateFacts)
+
+
+def test_facts_of_an_older_agent_have_no_importance_and_too_many_are_refused() -> None:
+    plain = msgspec.to_builtins(goldens.samples()["Manifest"].facts)
+    del plain["importance"]
+    assert unpack(pack(plain), messages.UpdateFacts).importance == {}
+    with pytest.raises(DecodeError):
+        unpack(pack({**plain, "importance": {str(i): 0.0 for i in range(4097)}}), messages.UpdateFacts)

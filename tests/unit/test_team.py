@@ -113,6 +113,15 @@ def test_the_first_merges_what_all_trained() -> None:
     assert (whole.train_s, whole.steps, whole.peak_bytes, whole.cores_used, whole.ended) == (9.0, 7, 5, 1.5, "time")
 
 
+def test_importance_is_the_mean_over_the_agents_that_scored() -> None:
+    parts = [
+        facts(samples=30, importance={"q": 0.8, "v": 0.2}), facts(samples=10, importance={"q": 0.4, "o": 0.6}),
+        facts(samples=500),
+    ]  # fmt: skip
+    assert crew.combine(parts).importance == pytest.approx({"q": 0.7, "v": 0.15, "o": 0.15})
+    assert crew.combine(parts[2:]).importance == {}
+
+
 def test_what_some_could_not_do_counts_with_what_the_others_did() -> None:
     turn = hear(tell(ready("GPU-1", "GPU-2"), order()).team, 0, failed("memory"))
     turn = hear(turn.team, 1, trained(samples=10))

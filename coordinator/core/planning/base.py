@@ -37,6 +37,16 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True):
     """A load older than this is stale: plan cautiously and say so."""
 
 
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """Which modules a plan tunes by their importance."""
+
+    scores: dict[str, float] = {}
+    """Module -> its share of the score, with sum 1; empty: not yet known."""
+    selected: list[str] = []
+    scored: int = 0
+    """The round in which the scores were measured; 0: none."""
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What a round asks of the fleet. `predicted_s`: seconds of training expected, per device."""
 
@@ -46,6 +56,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     predicted_s: dict[str, float] = {}
     left_out: dict[str, str] = {}
     """Candidate -> why it takes no part."""
+    weights: Weights | None = None
+    """Where the planner chooses among the modules."""
 
 
 class RoundReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from coordinator.core.planning.base import Planner
+from coordinator.core.planning.fedpipe import FedPipePlanner
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.errors import UserError
 from shared.jobs import StrategySpec
@@ -17,6 +18,7 @@ UNEQUAL = ("hetlora", "flexlora", "flora")
 PLANNERS: Mapping[str, Callable[[], Planner]] = {
     **{name: partial(UniformPlanner, name=name) for name in EQUAL},
     **{name: partial(UniformPlanner, name=name, ranks="capability") for name in UNEQUAL},
+    "fedpipe": FedPipePlanner,
 }
 """Name -> a planner that has seen nothing yet."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from coordinator.core.facts import Metrics
+from coordinator.core.planning.base import Weights
 from coordinator.web.views import JobView, ParticipantView, RoundView
 from muster.testbed import report
 from muster.testbed.cgroups import Available
@@ -72,6 +74,26 @@ def test_the_report_sets_plan_against_reality() -> None:
     assert r"| silent: no word \| 12 s |" in text
     assert "- edge-02 batch: batch 8: because" in text
     assert "not unequal" not in text
+
+
+def test_the_report_has_the_scores_of_each_scoring_round_and_what_was_chosen() -> None:
+    run = _run()
+    assert "## Weights" not in report.render(run)
+    every, first, second = ["k", "o", "q"], {"q": 0.7, "k": 0.2, "o": 0.1}, {"q": 0.2, "k": 0.8}
+    plans = [
+        Weights(selected=every), Weights(scores=first, selected=["k", "q"], scored=1),
+        Weights(scores=first, selected=every, scored=1), Weights(scores=second, selected=["k"], scored=3),
+    ]  # fmt: skip
+    rounds = [replace(run.job.rounds[0], round=n, weights=plan) for n, plan in enumerate(plans, start=1)]
+    text = report.render(dataclasses.replace(run, job=replace(run.job, rounds=rounds)), plots=False)
+    table = text[text.index("## Weights") :].splitlines()[2:7]
+    assert table == [
+        "| module | score of round 1 | score of round 3 |",
+        "|---|---|---|",
+        "| k | 0.200, tuned | 0.800, tuned |",
+        "| q | 0.700, tuned | 0.200 |",
+        "| o | 0.100 | 0.000 |",
+    ]
 
 
 def test_the_report_says_where_devices_are_not_unequal() -> None:

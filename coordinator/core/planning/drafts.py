@@ -1,0 +1,117 @@
+"""The participants of a round before their numbers are chosen, and the time they all should take.
+
+The device of median speed sets the round target: its time for the local steps at the job's batch with nothing else
+running, plus `SLACK`. What a slow link takes beyond the usual is not there for training.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from coordinator.core.planning.base import FleetView
+from coordinator.core.planning.common import DEADLINE_SHARE, moved, nobody
+from coordinator.core.planning.cost_model import CostModel
+from coordinator.core.planning.demand import Demand
+from coordinator.core.planning.reasons import plural, seconds
+from coordinator.core.planning.sizing import SLACK, Seat, Target, choose_bits, seat
+from shared.errors import UserError
+from shared.jobs import Bits, JobSpec
+
+
+class Draft(NamedTuple):
+    """A participant before its batch is chosen."""
+
+    place: Seat
+    bits: Bits
+    bits_reason: str
+    least: int
+
+
+class Link(NamedTuple):
+    """What a device's transfers of the round take."""
+
+    seconds: float
+    reading: str
+    left: Target
+    """What they leave of the round target."""
+
+
+def drafts_of(
+    view: FleetView, job: JobSpec, need: Demand, sizes: tuple[int, ...], model: CostModel
+) -> tuple[list[Draft], dict[str, str]]:
+    """(who can do `need` with the smallest batch, who can't and why), by device id.
+
+    Raises `UserError` where nobody can, with the reason per device.
+    """
+    drafts: list[Draft] = []
+    left_out: dict[str, str] = {}
+    for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):
+        place = seat(candidate, job, view.fresh_s, model)
+        drafted = place if isinstance(place, str) else _draft(place, need, job, sizes, model)
+        if isinstance(drafted, str):
+            left_out[candidate.device] = drafted
+        else:
+            drafts.append(drafted)
+    if not drafts:
+        raise UserError(nobody(job, left_out))
+    return drafts, left_out
+
+
+def job_batch(job: JobSpec) -> int:
+    """The job's batch, inside its bounds."""
+    strategy = job.strategy
+    return min(max(strategy.batch, strategy.batch_min), max(strategy.batch_min, strategy.batch_max))
+
+
+def round_target(
+    drafts: Sequence[Draft], needs: Sequence[Demand], job: JobSpec, model: CostModel
+) -> tuple[Target, str]:
+    """Seconds of all local steps at the job's batch on the median device, which live load does not move.
+
+    `needs`: of each draft's work.
+    """
+    steps, batch = job.rounds.local_steps, job_batch(job)
+    times = [
+        steps * model.pace(d.place.device, need, d.bits, d.place.free.undisturbed()).step_s(batch)
+        for d, need in zip(drafts, needs, strict=True)
+    ]
+    median = statistics.median(times)
+    wanted = SLACK * median
+    reason = (
+        f"round target {seconds(wanted)}: {plural(steps, 'step')} at batch {batch} take the median of "
+        f"{plural(len(drafts), 'device')} {seconds(median)} undisturbed, + {SLACK - 1:.0%}"
+    )
+    bound = DEADLINE_SHARE * job.rounds.deadline_s
+    # Assumed speeds are good for ratios between devices only: they must not meet a bound in seconds.
+    if model.devices and wanted > bound:
+        reason += f"; lowered to {seconds(bound)}, {DEADLINE_SHARE:.0%} of the deadline"
+        wanted = bound
+    return Target(wanted, steps), reason
+
+
+def links_of(
+    view: FleetView, job: JobSpec, drafts: Sequence[Draft], ranks: Sequence[Mapping[str, int]], bound: int,
+    target: Target, model: CostModel,
+) -> list[Link]:  # fmt: skip
+    """The transfers of each draft with its `ranks`, and what they leave; `bound` as in `common.moved`."""
+    known: dict[tuple[int, int], int] = {}
+    found = []
+    for draft, own in zip(drafts, ranks, strict=True):
+        # Most devices share one mapping.
+        key = (id(own), draft.place.agents)
+        if key not in known:
+            known[key] = moved(view, job, own, bound, draft.place.agents)
+        found.append(model.transfer(draft.place.device, known[key]))
+    usual = statistics.median(took for took, _ in found)
+    return [
+        Link(took, reading, Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps))
+        for took, reading in found
+    ]
+
+
+def _draft(place: Seat, need: Demand, job: JobSpec, sizes: tuple[int, ...], model: CostModel) -> Draft | str:
+    least = min(sizes[0], place.rows)
+    chosen = choose_bits(place, need, job, model, least)
+    return chosen if isinstance(chosen, str) else Draft(place, *chosen, least)

@@ -1,0 +1,265 @@
+"""Batch, ranks and steps of every device of a fleet: FedPipe's second stage, over arrays.
+
+For each batch b and each permitted under-training u of a device, the ranks of the chosen matrices are a multiple-choice
+knapsack (`knapsack`) whose capacity is what memory and time leave for the adapter's parameters, r_m (out_m + in_m):
+
+    memory: what the batch leaves of the budget, at `BYTES_TRAINED` for a parameter
+    time:   n (overhead + b per_flop (base + 6 tokens parameters)) <= round target, n = ceil((1 - u) local steps)
+
+and the best of J = (1 - u) sum_m S_m g(r_m) is taken; of equal ones the largest batch, then the least under-training.
+The under-training is done: n steps are asked for. The figures, J included, are our reading of the paper, which says
+that batch and rank follow the server's compute, to lower its under-training rate.
+
+Capacities between two multiples of the weights' common divisor have the same solution, so that devices of a class share
+theirs, and a fleet of any size asks for few different ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from coordinator.core.planning import knapsack
+from coordinator.core.planning.cost_model import CostModel, Pace
+from coordinator.core.planning.demand import BYTES_TRAINED, Demand
+from coordinator.core.planning.drafts import Draft
+from coordinator.core.planning.knapsack import Item, Levels, Numbers
+from coordinator.core.planning.sizing import Target
+
+Flags = npt.NDArray[np.bool_]
+UNDER_TRAINING = (0.0, 0.1, 0.2, 0.3)
+"""Shares of the local steps that a device may leave undone."""
+EXACT_DEVICES = 32
+"""Fleets up to this size are solved exactly: a second of one core at most, where all devices differ."""
+_TIE = 1e-9
+
+
+class Task(NamedTuple):
+    """What all devices choose from: the ranks of the matrices as knapsack items, and what they cost.
+
+    `need`: the demand with the least rank of each item, `params` its adapter parameters in these items, `dense` those
+    beside them. `flop_per_param`: per sample.
+    """
+
+    items: Sequence[Item]
+    need: Demand
+    params: int
+    dense: int
+    flop_per_param: float
+
+
+class Site(NamedTuple):
+    """One device: the batches it holds, the parameters that memory leaves at each, its pace at the least ranks.
+
+    `proven`: the batches whose room has run under the device's limit, though it is above the budget.
+    """
+
+    batches: tuple[int, ...]
+    rooms: tuple[float, ...]
+    proven: frozenset[int]
+    pace: Pace
+    left: Target
+    note: str
+    """What stopped the next batch."""
+
+
+class Choice(NamedTuple):
+    """What one device does. `room`: parameters it could hold and train in time; below 0: not even none.
+
+    `objective`: J, 0 where nothing fits and the least is asked all the same.
+    """
+
+    batch: int
+    under: float
+    steps: int
+    levels: tuple[int, ...]
+    objective: float
+    room: int
+    by_memory: bool
+    above: str
+    """Why not the next larger batch."""
+
+
+def steps_at(under: float, steps: int) -> int:
+    """The local steps of a device that leaves the share `under` of `steps` undone at most."""
+    return max(1, math.ceil((1 - under) * steps - _TIE))
+
+
+def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: CostModel) -> Site:
+    """The batches that data and memory hold, with the room that memory leaves at each."""
+    place, bits = draft.place, draft.bits
+    pace = model.pace(place.device, task.need, bits, place.free)
+    limit = model.batch_limit(place.device, bits)
+    lightest = min(item.weights[1] for item in task.items)
+    batches: list[int] = []
+    rooms: list[float] = []
+    ran: set[int] = set()
+    note = f"{sizes[-1]} is the largest batch of the job"
+    for size in (size for size in sizes if size <= place.rows):
+        if limit is not None and size > limit:
+            note = f"{size} ran out of memory before (limit {limit})"
+            break
+        room, proven = memory_room(draft, task, size, model)
+        if batches and room < lightest:
+            note = f"{size} leaves no room for ranks in {place.budget.bytes / 2**20:.0f} MiB memory"
+            break
+        batches.append(size)
+        rooms.append(room)
+        ran |= {size} if proven else set()
+    else:
+        if place.rows < sizes[-1]:
+            note = f"the data set has {place.rows} rows"
+    if not batches:
+        room, proven = memory_room(draft, task, draft.least, model)
+        batches, rooms, ran = [draft.least], [room], {draft.least} if proven else set()
+    return Site(tuple(batches), tuple(rooms), frozenset(ran), pace, left, note)
+
+
+def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> tuple[float, bool]:
+    """(adapter parameters that memory holds at `batch`, whether by having run); infinite where no limit was told."""
+    place = draft.place
+    if not place.budget.limit:
+        return math.inf, False
+    size, _ = model.memory(place.device, task.need, draft.bits, batch, place.info)
+    room = task.params + (place.budget.bytes - size) / BYTES_TRAINED
+    known = model.devices.get(place.device)
+    met = known.peaks.get(str(draft.bits)) if known is not None else None
+    if met is None or met.micro < task.need.micro(batch) or not 0 < met.limit <= place.budget.limit:
+        return room, False
+    # What has run under this limit fits, whatever its size is thought to be.
+    ran = met.adapter_params - task.dense
+    holds = ran > room and place.budget.holds(size + BYTES_TRAINED * (ran - task.params), proven=True)
+    return (ran, True) if holds else (room, False)
+
+
+def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
+    """The best choice of each device."""
+    options = _Options(sites, task)
+    values, levels = _solve(options, task, exactly)
+    flat = values.reshape(len(sites), -1)
+    best = flat.max(axis=1)
+    # Options are ordered by what is taken of equal ones.
+    first = np.argmax(flat >= best[:, None] * (1 - _TIE), axis=1)
+    rows = [tuple(row) for row in levels.tolist()]
+    return [
+        _choice(index, options, values, rows, place) if worth > 0 else _least(index, options, task)
+        for index, (worth, place) in enumerate(zip(best.tolist(), first.tolist(), strict=True))
+    ]
+
+
+class _Options:
+    """(devices x batches x under-trainings) arrays; batches from the largest to the smallest, 0 where there are fewer.
+
+    `rooms`: parameters that fit; `by_memory`: whether memory bounds them; `places`: index into `capacities`, -1 where
+    nothing fits.
+    """
+
+    def __init__(self, sites: Sequence[Site], task: Task) -> None:
+        count = max(len(one.batches) for one in sites)
+        shape = (len(sites), count)
+        self.sites = sites
+        self.batches = np.zeros(shape, dtype=np.int64)
+        memory = np.full(shape, -1.0)
+        for index, one in enumerate(sites):
+            self.batches[index, : len(one.batches)] = one.batches[::-1]
+            memory[index, : len(one.rooms)] = one.rooms[::-1]
+        time = _time_rooms(sites, self.batches, task)
+        self.by_memory = memory[:, :, None] <= time
+        self.rooms = np.where(self.batches[:, :, None] > 0, np.minimum(memory[:, :, None], time), -1.0)
+        most = sum(item.weights[-1] for item in task.items)
+        one_unit = knapsack.unit(task.items)
+        units = np.floor(np.clip(self.rooms, -1.0, most) / one_unit).astype(np.int64)
+        found, places = np.unique(units, return_inverse=True)
+        self.capacities: Levels = np.maximum(found, 0) * one_unit
+        self.places: Levels = np.where(units < 0, -1, places.reshape(units.shape))
+
+
+def _time_rooms(sites: Sequence[Site], batches: Levels, task: Task) -> Numbers:
+    """Adapter parameters that the round target leaves: devices x batches x under-trainings."""
+    fixed, per_sample, wanted, steps = (
+        np.array(column, dtype=np.float64)[:, None, None]
+        for column in zip(
+            *((one.pace.fixed_s, one.pace.per_sample_s, one.left.seconds, one.left.steps) for one in sites),
+            strict=True,
+        )
+    )
+    counts = np.maximum(1.0, np.ceil((1 - np.array(UNDER_TRAINING)) * steps - _TIE))
+    samples = np.maximum(batches, 1)[:, :, None]
+    # Seconds per sample against those of the least ranks.
+    ratio = (wanted / counts - fixed) / samples / np.maximum(per_sample, 1e-15)
+    rooms: Numbers = task.params + (ratio - 1) * task.need.flop / task.flop_per_param
+    return rooms
+
+
+def _solve(options: _Options, task: Task, exactly: bool) -> tuple[Numbers, Levels]:
+    """(J of each option, the levels of each capacity)."""
+    levels = knapsack.greedy(task.items, options.capacities)
+    worth = knapsack.values(task.items, levels)
+    share = 1 - np.array(UNDER_TRAINING)
+    fits = options.places >= 0
+    if exactly:
+        most = knapsack.bound(task.items, options.capacities)
+        solved = np.zeros(len(worth), dtype=bool)
+        for places, fit in zip(options.places, fits, strict=True):
+            _solve_exactly(places, fit, share, task.items, options.capacities, most, levels, worth, solved)
+    return np.where(fits, share * worth[options.places], -1.0), levels
+
+
+def _solve_exactly(
+    places: Levels, fit: Flags, share: Numbers, items: Sequence[Item], capacities: Levels, most: Numbers,
+    levels: Levels, worth: Numbers, solved: Flags,
+) -> None:  # fmt: skip
+    """Solve, in place, each capacity of one device that may hold its best choice by its bound, the likeliest first."""
+    bounds = np.where(fit, share * most[places], -1.0)
+    for flat in np.argsort(-bounds, axis=None, kind="stable"):
+        spot = np.unravel_index(flat, bounds.shape)
+        place = places[spot]
+        best = np.max(np.where(fit, share * worth[places], -1.0))
+        if bounds[spot] < best * (1 - _TIE) or bounds[spot] <= 0:
+            return
+        if solved[place] or worth[place] >= most[place] * (1 - _TIE):
+            continue
+        levels[place] = knapsack.exact(items, int(capacities[place]))
+        worth[place] = knapsack.value(items, levels[place])
+        solved[place] = True
+
+
+def _choice(index: int, options: _Options, values: Numbers, levels: Sequence[tuple[int, ...]], flat: int) -> Choice:
+    """The option at place `flat` of a device's."""
+    one = options.sites[index]
+    row, under = divmod(flat, len(UNDER_TRAINING))
+    best, above = float(values[index, row, under]), one.note
+    if row:
+        size, rival = options.batches[index, row - 1], float(values[index, row - 1].max())
+        most = f"{UNDER_TRAINING[-1]:.0%} of the steps undone"
+        above = f"{size} would give J {rival:.3f}" if rival > 0 else f"{size} has no room for ranks even with {most}"
+    return Choice(
+        batch=int(options.batches[index, row]),
+        under=UNDER_TRAINING[under],
+        steps=steps_at(UNDER_TRAINING[under], one.left.steps),
+        levels=levels[options.places[index, row, under]],
+        objective=best,
+        room=int(min(float(options.rooms[index, row, under]), 2.0**53)),
+        by_memory=bool(options.by_memory[index, row, under]),
+        above=above,
+    )
+
+
+def _least(index: int, options: _Options, task: Task) -> Choice:
+    """What is asked of a device that has no room for any rank: the smallest of everything."""
+    one, under = options.sites[index], len(UNDER_TRAINING) - 1
+    last = len(one.batches) - 1
+    return Choice(
+        batch=one.batches[0],
+        under=UNDER_TRAINING[under],
+        steps=steps_at(UNDER_TRAINING[under], one.left.steps),
+        levels=tuple(1 for _ in task.items),
+        objective=0.0,
+        room=int(max(float(options.rooms[index, last, under]), 0.0)),
+        by_memory=bool(options.by_memory[index, last, under]),
+        above="",
+    )

@@ -8,6 +8,7 @@ from coordinator.core.aggregation.base import Aggregator
 from coordinator.core.aggregation.fedit import FedIt
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
+from coordinator.core.aggregation.legend import Legend
 from shared.errors import UserError
 from shared.jobs import StrategySpec
 
@@ -15,10 +16,11 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "fsr": lambda spec: FoldStackRecompress(spec.energy, spec.global_rank),
     "fresh": lambda spec: Fresh(spec.energy, spec.global_rank),
     "fedit": lambda spec: FedIt(spec.rank),
+    "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share),
 }
 
 DEFAULT = "fsr"
-OWN: dict[str, str] = {}
+OWN: dict[str, str] = {"legend": "legend"}
 """Strategy -> the aggregator of its paper, where that is another than the default."""
 
 

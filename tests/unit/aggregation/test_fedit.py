@@ -12,6 +12,7 @@ from coordinator.core.aggregation.base import DenseFold, Part, fold_module, shar
 from coordinator.core.aggregation.fedit import FedIt
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
+from coordinator.core.aggregation.legend import Legend
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
 from shared.errors import UserError
@@ -91,9 +92,10 @@ def test_dense_tensors_are_averaged_by_share() -> None:
 
 def test_the_registry_knows_every_aggregator_by_its_name() -> None:
     made = {name: registry.create(StrategySpec(aggregator=name, rank=3, energy=0.5)) for name in registry.names()}
-    assert {name: type(made[name]) for name in made} == {"fsr": FoldStackRecompress, "fresh": Fresh, "fedit": FedIt}
+    kinds = {"fsr": FoldStackRecompress, "fresh": Fresh, "fedit": FedIt, "legend": Legend}
+    assert {name: type(made[name]) for name in made} == kinds
     assert all(aggregator.name == name for name, aggregator in made.items())
     assert isinstance(made["fsr"], FoldStackRecompress) and made["fsr"].energy == 0.5
     assert isinstance(made["fedit"], FedIt) and made["fedit"].rank == 3
-    with pytest.raises(UserError, match="no 'krum', there are fedit, fresh, fsr"):
+    with pytest.raises(UserError, match="no 'krum', there are fedit, fresh, fsr, legend"):
         registry.create(StrategySpec(aggregator="krum"))

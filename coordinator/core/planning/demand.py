@@ -85,7 +85,7 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
     tokens = 1 if job.task.kind == "least_squares" else job.task.max_tokens
     # A causal model multiplies with its token matrix once more for the logits.
     logits = facts.other_params if job.task.kind == "causal" else 0
-    depth = _depth(facts, [module for module, _ in tuned])
+    depth = depth_share(facts, [module for module, _ in tuned])
     forward = facts.linear_params + logits
     backward = facts.linear_params * depth + logits
     return Demand(
@@ -137,12 +137,12 @@ def traffic(
     return down, up, why
 
 
-def _depth(facts: ModelFacts, tuned: list[ModuleSpec]) -> float:
+def depth_share(facts: ModelFacts, tuned: Iterable[ModuleSpec]) -> float:
     """Share of the blocks that the gradient passes: from the lowest tuned one to the output."""
-    if facts.blocks <= 0 or not tuned:
-        return 1.0 if tuned else 0.0
     # A module outside the blocks may lie before them.
-    lowest = min(max(module.block, 0) for module in tuned)
+    lowest = min((max(module.block, 0) for module in tuned), default=None)
+    if facts.blocks <= 0 or lowest is None:
+        return 0.0 if lowest is None else 1.0
     return 1.0 - lowest / facts.blocks
 
 

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from coordinator.core.aggregation import registry as aggregation
 from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
+from coordinator.core.planning.common import DEADLINE_SHARE, global_rank, moved, nobody, steps_reason
 from coordinator.core.planning.cost_model import CostModel
-from coordinator.core.planning.demand import Demand, demand, traffic, tuned_modules
+from coordinator.core.planning.demand import Demand, demand, tuned_modules
 from coordinator.core.planning.reasons import plural, seconds, word
 from coordinator.core.planning.sizing import (
     SLACK,
@@ -31,9 +31,6 @@ from coordinator.core.planning.sizing import (
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec
 from shared.messages import Work
-
-DEADLINE_SHARE = 0.9
-"""Of the deadline, what training may fill; the rest is for fetching, loading and delivering."""
 
 
 class _Draft(NamedTuple):
@@ -58,7 +55,8 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
     def plan(self, view: FleetView, job: JobSpec) -> Plan:
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
         ranks, rank_reason = _ranks(view.facts, job)
-        need = demand(view.facts, job, ranks, _global_rank(view, job))
+        bound = global_rank(view, job, job.strategy.rank)
+        need = demand(view.facts, job, ranks, bound)
         sizes = batch_sizes(job.strategy, job.training.accumulation)
         drafts: list[_Draft] = []
         left_out: dict[str, str] = {}
@@ -70,20 +68,20 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
             else:
                 drafts.append(drafted)
         if not drafts:
-            raise UserError(_nobody(job, left_out))
+            raise UserError(nobody(job, left_out))
         target, reason = self._target(drafts, need, job)
-        traffic_of = {agents: _moved(view, job, ranks, agents) for agents in {draft.place.agents for draft in drafts}}
-        moved = [self.model.transfer(draft.place.device, traffic_of[draft.place.agents]) for draft in drafts]
-        usual = statistics.median(took for took, _ in moved)
+        traffic_of = {n: moved(view, job, ranks, bound, n) for n in {draft.place.agents for draft in drafts}}
+        transfers = [self.model.transfer(draft.place.device, traffic_of[draft.place.agents]) for draft in drafts]
+        usual = statistics.median(took for took, _ in transfers)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}
-        for draft, (took, link) in zip(drafts, moved, strict=True):
+        for draft, (took, link) in zip(drafts, transfers, strict=True):
             device = draft.place.device
             # What a slow link takes beyond the usual is not there for training.
             left = Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps)
             batch, step_s, why = choose_batch(draft.place, need, draft.bits, self.model, sizes, left)
-            predicted[device], steps_reason = _steps(job, step_s, f"transfer {seconds(took)} ({link})")
-            reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_reason}
+            predicted[device], steps_why = steps_reason(job, step_s, f"transfer {seconds(took)} ({link})")
+            reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
             if draft.place.info.agents > 1:
                 reasons["agents"] = agents_reason(draft.place)
             works[device] = Work(
@@ -134,39 +132,3 @@ def _ranks(facts: ModelFacts, job: JobSpec) -> tuple[dict[str, int], str]:
     reading = f"{rank} asked on {plural(len(modules), 'module')}"
     bound = f"the smallest side {smallest}"
     return ranks, word("rank", rank, reading, bound, note, verb="exceeds" if clipped else "meets")
-
-
-def _global_rank(view: FleetView, job: JobSpec) -> int:
-    """An upper bound of the global adapter's rank: what the rounds so far can have added, up to its cap."""
-    agents = sum(candidate.info.agents for candidate in view.candidates)
-    return min(job.strategy.global_rank, (view.round - 1) * agents * job.strategy.rank)
-
-
-def _moved(view: FleetView, job: JobSpec, ranks: dict[str, int], agents: int) -> int:
-    """Bytes over a device's link in the round: the global adapter down, the update of its agents up."""
-    # Factors that are averaged are so on the device already; products are stacked.
-    stacked = 1 if aggregation.create(job.strategy).start == "factors" else agents
-    down, up, _ = traffic(view.facts, ranks, _global_rank(view, job), job.training.codec, stacked)
-    return (view.adapter_bytes or down) + up
-
-
-def _steps(job: JobSpec, step_s: float, transfer: str) -> tuple[float, str]:
-    """(seconds of training expected, reason of the number of steps)."""
-    steps, limit = job.rounds.local_steps, job.rounds.train_for_s
-    expected = steps * step_s
-    bound, name = (limit, "training time") if limit else (job.rounds.deadline_s, "deadline")
-    met = expected <= bound
-    note = "" if met else ("partial work counts" if limit else "an update after the deadline is lost")
-    reading = f"{steps} asked x {seconds(step_s)} = {seconds(expected)}"
-    reason = word(
-        "steps", steps, reading, f"{seconds(bound)} {name}", note, transfer, verb="meets" if met else "exceeds"
-    )
-    return (min(expected, limit) if limit else expected), reason
-
-
-def _nobody(job: JobSpec, left_out: dict[str, str]) -> str:
-    if not left_out:
-        return f"no device can do job {job.name}: there are no candidates"
-    told = "; ".join(f"{device}: {why}" for device, why in list(left_out.items())[:10])
-    more = f"; and {len(left_out) - 10} more" if len(left_out) > 10 else ""
-    return f"no device can do job {job.name}: {told}{more}"

@@ -82,7 +82,7 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
     """
     tuned = [(module, rank) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
     factors = sum(rank * (module.out + module.inp) for module, rank in tuned)
-    tokens = 1 if job.task.kind == "least_squares" else job.task.max_tokens
+    tokens = _tokens(job)
     # A causal model multiplies with its token matrix once more for the logits.
     logits = facts.other_params if job.task.kind == "causal" else 0
     depth = depth_share(facts, [module for module, _ in tuned])
@@ -99,6 +99,15 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
         accumulation=job.training.accumulation,
         kind=job.task.kind,
     )
+
+
+def block_flop(facts: ModelFacts, job: JobSpec) -> float:
+    """FLOP per sample to back-propagate through one block that holds no adapter."""
+    return 2.0 * _tokens(job) * facts.linear_params / max(1, facts.blocks)
+
+
+def _tokens(job: JobSpec) -> int:
+    return 1 if job.task.kind == "least_squares" else job.task.max_tokens
 
 
 def dense_params(facts: ModelFacts) -> int:

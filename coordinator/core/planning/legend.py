@@ -8,7 +8,8 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
   measured step is divided between forward and backward by their FLOP. Times are kept as core-seconds per sample (a
   GPU counts as one core), so that live load lowers the capacity in the very next plan and spoils nothing that was
   learned. A device not yet met takes the cost model's step time, divided in the same way.
-* t_i(k) = f_i + k mu_i + transfer: the sum of ranks enters by the bytes it makes (`demand.traffic`), beside the whole
+* t_i(k) = f_i + k mu_i + transfer. Back-propagation through a block counts by its FLOP, so that blocks of higher rank
+  count a little more than one. The sum of ranks enters by the bytes it makes (`demand.traffic`), beside the whole
   global adapter, which every device fetches, since its start model holds the blocks it does not tune, too.
 * ranks: R_tot = blocks * `strategy.rank`, so that full depth costs what `uniform` does; r_1 in {1, 2, 4}, a quarter of
   it. A block has one rank in the whole fleet. Modules outside the blocks are tuned like the top block.
@@ -21,14 +22,14 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from coordinator.core.facts import ModelFacts, ModuleSpec
+from coordinator.core.facts import ModelFacts
 from coordinator.core.planning import lcd
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.common import DEADLINE_SHARE, global_rank, moved, nobody, steps_reason
@@ -41,7 +42,7 @@ from coordinator.core.planning.cost_model import (
     usable,
     used_cores,
 )
-from coordinator.core.planning.demand import Demand, demand, depth_share, tuned_modules
+from coordinator.core.planning.demand import Demand, block_flop, demand, depth_share, tuned_modules
 from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
 from coordinator.core.planning.sizing import Seat, agents_reason, batch_by_memory, batch_sizes, choose_bits, seat
 from shared.errors import UserError
@@ -59,7 +60,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     forward: float = 0.0
     """Core-seconds per sample at 32 bits; what a step takes beside the pass is in it."""
     block: float = 0.0
-    """The same, to back-propagate through one block."""
+    """The same, to back-propagate through one block without an adapter."""
     rounds: int = 0
     byte_s: float = 0.0
     """Seconds per byte over its link; 0: not yet known."""
@@ -68,13 +69,15 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 class Ladder(NamedTuple):
     """The depths to choose from: item k - 1 of each is for the top k blocks.
 
-    `spans`: blocks that the gradient passes; `words`: the reason of the ranks.
+    `spans`: blocks that the gradient passes; `backward`: the FLOP of that, in blocks without adapters; `words`: the
+    reason of the ranks.
     """
 
     by_block: tuple[int, ...]
     ranks: list[dict[str, int]]
     needs: list[Demand]
-    spans: Floats
+    spans: list[float]
+    backward: Floats
     words: list[str]
     forward_flop: float
 
@@ -233,9 +236,9 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             )
         need = ladder.needs[-1]
         pace = self.model.pace(place.device, need, bits, place.free)
-        step_s, backward = pace.step_s(batch), 1.0 - ladder.forward_flop / need.flop
-        block = step_s * backward / float(ladder.spans[-1])
-        return step_s * (1.0 - backward), block, seen.byte_s, f"{pace.source}, 0 rounds of its own"
+        step_s, forward = pace.step_s(batch), ladder.forward_flop / need.flop
+        block = step_s * (1.0 - forward) / float(ladder.backward[-1])
+        return step_s * forward, block, seen.byte_s, f"{pace.source}, 0 rounds of its own"
 
 
 _NEVER = Seen()
@@ -263,15 +266,13 @@ def _ladder(view: FleetView, job: JobSpec) -> Ladder:
         note = f"{plural(clipped, 'module')} smaller than that get their size" if clipped else ""
         rise = f"rising from {by_block[0]} over {plural(blocks, 'block')}, sum {sum(by_block)}"
         words.append(word("rank", by_block[-1], reading, f"{total} in all, {job.strategy.rank} on average", rise, note))
-    spans = [depth_share(facts, _named(modules, chosen)) * max(1, facts.blocks) for chosen in ranks]
+    needs = [demand(facts, job, chosen, bound) for chosen in ranks]
+    forward, block = demand(facts, job, {}).flop, block_flop(facts, job)
     return Ladder(
-        by_block=by_block, ranks=ranks, needs=[demand(facts, job, chosen, bound) for chosen in ranks],
-        spans=np.array(spans), words=words, forward_flop=demand(facts, job, {}).flop,
+        by_block=by_block, ranks=ranks, needs=needs, words=words, forward_flop=forward,
+        spans=[max(1, facts.blocks) * depth_share(facts, (m for m in modules if m.name in chosen)) for chosen in ranks],
+        backward=np.array([(need.flop - forward) / block for need in needs]),
     )  # fmt: skip
-
-
-def _named(modules: Iterable[ModuleSpec], ranks: Mapping[str, int]) -> list[ModuleSpec]:
-    return [module for module in modules if ranks.get(module.name, 0) > 0]
 
 
 def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[int]], job: JobSpec) -> Floats:
@@ -280,14 +281,14 @@ def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[int]
         np.array(values) for values in zip(*((d.forward, d.block, d.byte_s) for d in drafts), strict=True)
     )
     sizes = np.array([traffic[draft.place.agents] for draft in drafts], dtype=np.float64)
-    training = job.rounds.local_steps * (forward[:, None] + block[:, None] * ladder.spans[None, :])
+    training = job.rounds.local_steps * (forward[:, None] + block[:, None] * ladder.backward[None, :])
     times: Floats = training + byte_s[:, None] * sizes
     return times
 
 
 def _work(draft: _Draft, told: _Told, ladder: Ladder, choice: lcd.Choice, job: JobSpec) -> tuple[float, Work]:
     """(seconds of training expected, the work) of one device."""
-    step_s = draft.forward + float(ladder.spans[told.depth - 1]) * draft.block
+    step_s = draft.forward + float(ladder.backward[told.depth - 1]) * draft.block
     took = f"{mebibytes(told.bytes)} at {1e-6 / draft.byte_s:.2f} MB/s" if draft.byte_s else "link not yet measured"
     predicted, why_steps = steps_reason(job, step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})")
     reasons = {
@@ -305,7 +306,8 @@ def _work(draft: _Draft, told: _Told, ladder: Ladder, choice: lcd.Choice, job: J
 
 def _depth_reason(draft: _Draft, told: _Told, ladder: Ladder, choice: lcd.Choice, job: JobSpec) -> str:
     steps, depth, caution = job.rounds.local_steps, told.depth, draft.place.caution
-    backward = f"{ladder.spans[depth - 1]:g} blocks x {seconds(steps * draft.block)} backward"
+    back_s = steps * draft.block * float(ladder.backward[depth - 1])
+    backward = f"{seconds(back_s)} back through {ladder.spans[depth - 1]:g} of {ladder.spans[-1]:g} blocks"
     parts = f"forward {seconds(steps * draft.forward)} + {backward} + transfer {seconds(told.bytes * draft.byte_s)}"
     reading = f"{seconds(told.times[depth - 1])} = {parts} ({draft.source}) at {draft.place.free}"
     if told.reached == draft.most:
@@ -335,20 +337,20 @@ def _reason(choice: lcd.Choice, ladder: Ladder) -> str:
 
 
 def _backward(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int]) -> tuple[float, float]:
-    """(share of a step's FLOP that goes backward, blocks it goes through) with `ranks`."""
+    """(share of a step's FLOP that goes backward, in how many blocks without adapters) with `ranks`."""
     whole, forward = demand(facts, job, ranks).flop, demand(facts, job, {}).flop
-    return 1.0 - forward / whole, depth_share(facts, _named(facts.modules, ranks)) * max(1, facts.blocks)
+    return 1.0 - forward / whole, (whole - forward) / block_flop(facts, job)
 
 
-def _with_times(found: Seen, result: UpdateFacts, cores: float | None, backward: float, span: float) -> Seen:
+def _with_times(found: Seen, result: UpdateFacts, cores: float | None, backward: float, blocks: float) -> Seen:
     """With the round's times, in core-seconds per sample."""
-    if cores is None or result.step_s <= 0 or result.steps < 1 or result.batch < 1 or span <= 0:
+    if cores is None or result.step_s <= 0 or result.steps < 1 or result.batch < 1 or blocks <= 0:
         return found
     sample_s = mean_step_s(result) * cores / result.batch / BITS_TIME[result.bits]
     return replace(
         found,
         forward=_average(found.forward, sample_s * (1.0 - backward), known=found.rounds > 0),
-        block=_average(found.block, sample_s * backward / span, known=found.rounds > 0),
+        block=_average(found.block, sample_s * backward / blocks, known=found.rounds > 0),
         rounds=found.rounds + 1,
     )
 

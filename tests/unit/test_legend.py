@@ -17,7 +17,7 @@ from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundRepo
 from coordinator.core.planning.cost_model import BITS_TIME, CostModel
 from coordinator.core.planning.demand import demand, traffic
 from coordinator.core.planning.digest import plan_digest
-from coordinator.core.planning.legend import LegendPlanner
+from coordinator.core.planning.legend import FORWARD, LegendPlanner
 from coordinator.core.planning.readings import budget
 from coordinator.core.planning.reasons import PATTERN
 from shared.codec import pack, unpack
@@ -94,7 +94,10 @@ def test_one_speed_for_all_means_full_depth() -> None:
 
 
 def _times_by_hand(seen: FleetView, spec: JobSpec, planner: LegendPlanner) -> list[list[float]]:
-    """t_i(k) without the planner's own arithmetic: 2 P forward; backward 2 P / 6 a block, and 6 a factor."""
+    """t_i(k) without the planner's own arithmetic: 2 P forward; backward 2 P / 6 a block, and 6 a factor.
+
+    The forward pass of six blocks takes as long as 6 `FORWARD` blocks backward.
+    """
     rows = []
     params = seen.facts.linear_params
     for candidate in seen.candidates:
@@ -102,12 +105,15 @@ def _times_by_hand(seen: FleetView, spec: JobSpec, planner: LegendPlanner) -> li
         row = []
         for depth in range(1, 7):
             tuned = {f"layer.{b}.{part}": RANKS[b] for b in range(6 - depth, 6) for part in "qkvo"}
-            forward, block = 64 * 2 * params, 64 * 2 * params / 6
-            backward = depth * block + 64 * 6 * 4 * 768 * sum(RANKS[6 - depth :])
+            block, factor = 64 * 2 * params / 6, 64 * 6 * 4 * 768
+            back = depth + factor * sum(RANKS[6 - depth :]) / block
+            whole = 6 + factor * sum(RANKS) / block
             if known is None:
-                step_s = (forward + backward) * 16 / 8e9 / cores
+                step_s = (6 + whole) * block * 16 / 8e9 / cores
+                step_s *= (6 * FORWARD + back) / (6 * FORWARD + whole)
             else:
-                step_s = (known.forward + known.block * backward / block) * 16 / cores
+                forward_s, block_s = known.split(6 * FORWARD)
+                step_s = (forward_s + block_s * back) * 16 / cores
             down, up, _ = traffic(seen.facts, tuned, min(64, (seen.round - 1) * 10 * 14), "fp32")
             moved = (seen.adapter_bytes or down) + up
             row.append(10 * step_s + moved * (known.byte_s if known else 0.0))
@@ -152,33 +158,63 @@ def test_a_measured_round_that_would_miss_the_deadline_is_not_asked_for() -> Non
 # ---- capacity
 
 
+def _after(planner: LegendPlanner, candidate: Candidate, depth: int, step_s: float, fetch_s: float) -> LegendPlanner:
+    """After a round of so many blocks, measured on half a core."""
+    ranks = {f"layer.{b}.{part}": RANKS[b] for b in range(6 - depth, 6) for part in "qkvo"}
+    work = Work(ranks=ranks, batch=16, bits=32, steps=10)
+    told = replace(result(batch=16, step_s=step_s, cores_used=0.5), fetch_s=fetch_s)
+    loads = {candidate.device: candidate.load} if candidate.load else {}
+    return planner.learn(
+        RoundReport(
+            round=1, works={candidate.device: work}, results={candidate.device: told}, loads=loads, facts=minilm(),
+            job=job(), adapter_bytes=1_000_000,
+        )
+    )  # fmt: skip
+
+
 def test_capacity_is_a_moving_average_of_core_seconds() -> None:
-    """By hand: a step of 16 samples at full depth, 2 s on 0.5 cores; then 4 s. The FLOP divide it."""
-    seen, spec = view(device("a", cores=0.5)), job()
-    plan = LegendPlanner().plan(seen, spec)
-    planner = LegendPlanner()
+    """By hand: a step of 16 samples at full depth takes 2 s on 0.5 cores; then 4 s."""
+    planner, one = LegendPlanner(), device("a", cores=0.5)
     for step_s, fetch_s in ((2.0, 1.0), (4.0, 2.0)):
-        told = replace(result(batch=16, step_s=step_s, cores_used=0.5), fetch_s=fetch_s)
-        loads = {"a": seen.candidates[0].load}
-        planner = planner.learn(
-            RoundReport(
-                round=1, works=plan.participants, results={"a": told}, loads=loads,  # type: ignore[arg-type]  # heard
-                facts=seen.facts, job=spec, adapter_bytes=1_000_000,
-            )
-        )  # fmt: skip
-    need = demand(seen.facts, spec, plan.participants["a"].ranks)
-    forward = 64 * 2 * seen.facts.linear_params / need.flop
-    step_s = 0.8 * 2.0 + 0.2 * 4.0
+        planner = _after(planner, one, 6, step_s, fetch_s)
     found = planner.seen["a"]
-    assert found.rounds == 2
-    assert found.forward == pytest.approx(step_s * 0.5 / 16 * forward)
+    step_s = 0.8 * 2.0 + 0.2 * 4.0
     # 6 blocks of 2 P / 6, and 6 FLOP a token and parameter of 4 factors of 768 per block and rank.
-    blocks = 6 + 6 * 4 * 768 * sum(RANKS) / (2 * seen.facts.linear_params / 6)
-    assert found.block == pytest.approx(step_s * 0.5 / 16 * (1 - forward) / blocks)
+    blocks = 6 + 6 * 4 * 768 * sum(RANKS) / (2 * minilm().linear_params / 6)
+    assert (found.rounds, found.blocks) == (2, pytest.approx(blocks))
+    assert found.time == pytest.approx(step_s * 0.5 / 16)
     assert found.byte_s == pytest.approx(0.8 * 1e-6 + 0.2 * 2e-6)
-    after = planner.plan(seen, spec)
+    usual = 6 * FORWARD
+    forward, block = found.split(usual)
+    assert forward == pytest.approx(found.time * usual / (usual + blocks))
+    assert block == pytest.approx(found.time / (usual + blocks))
+    after = _plan(one, planner=planner)
     assert after.predicted_s["a"] == pytest.approx(10 * step_s)
     assert "averaged over 2 rounds" in after.participants["a"].reasons["depth"]
+
+
+@pytest.mark.parametrize("forward_s", [0.2, 1.0, 3.0])
+def test_depths_that_were_seen_tell_forward_from_backward(forward_s: float) -> None:
+    """Steps of forward_s + 0.3 s a block, whatever the prior says, as soon as the depths differ much."""
+    planner, one = LegendPlanner(), device("a", cores=0.5)
+    for depth in (6, 1, 5, 2, 6, 1):
+        blocks = _after(LegendPlanner(), one, depth, 1.0, 1.0).seen["a"].blocks
+        planner = _after(planner, one, depth, forward_s + 0.3 * blocks, 1.0)
+    forward, block = planner.seen["a"].split(6 * FORWARD)
+    assert block * 16 / 0.5 == pytest.approx(0.3, rel=0.25)
+    assert forward * 16 / 0.5 == pytest.approx(forward_s, rel=0.4, abs=0.1)
+
+
+def test_a_split_never_makes_time_negative() -> None:
+    """More blocks in less time: something else changed, and the prior alone divides the mean."""
+    planner, one = LegendPlanner(), device("a", cores=0.5)
+    for depth, step_s in ((6, 0.1), (1, 30.0), (6, 0.1), (1, 30.0)):
+        planner = _after(planner, one, depth, step_s, 1.0)
+    found = planner.seen["a"]
+    forward, block = found.split(6 * FORWARD)
+    assert forward > 0 and block > 0
+    assert forward == pytest.approx(6 * FORWARD * block)
+    assert forward + block * found.blocks == pytest.approx(found.time)
 
 
 def test_small_downloads_measure_no_link() -> None:

@@ -4,10 +4,10 @@
 device gets a depth, counted from the output, and the fleet a distribution of ranks, anew in each round by a greedy
 algorithm against waiting, from an estimate of each device's capacity. **Our reading**: all formulas (`lcd`), and
 
-* capacity: moving averages (rho = 0.8) of the forward pass, of back-propagation through one block and of the link. A
-  measured step is divided between forward and backward by their FLOP. Times are kept as core-seconds per sample (a
-  GPU counts as one core), so that live load lowers the capacity in the very next plan and spoils nothing that was
-  learned. A device not yet met takes the cost model's step time, divided in the same way.
+* capacity: moving averages (rho = 0.8) of a step's time and of the link. A step is measured whole; what of it is the
+  forward pass and what a block of back-propagation follows from the depths the device was seen at (`Seen.split`).
+  Times are kept as core-seconds per sample (a GPU counts as one core), so that live load lowers the capacity in the
+  very next plan and spoils nothing that was learned. A device not yet met takes the cost model's step time.
 * t_i(k) = f_i + k mu_i + transfer. Back-propagation through a block counts by its FLOP, so that blocks of higher rank
   count a little more than one. The sum of ranks enters by the bytes it makes (`demand.traffic`), beside the whole
   global adapter, which every device fetches, since its start model holds the blocks it does not tune, too.
@@ -52,18 +52,45 @@ from shared.messages import UpdateFacts, Work
 Floats = lcd.Floats
 KEEP = 0.8
 """rho: the weight of the past against one new round."""
+FORWARD = 0.25
+"""Seconds of a FLOP forward against one backward, before a device was seen at several depths (`bench/depth.py`)."""
+PRIOR = 0.02
+"""Weight of that against what a device's own depths told."""
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device's rounds taught, as moving averages."""
+    """What a device's rounds taught, as moving averages over its rounds.
 
-    forward: float = 0.0
-    """Core-seconds per sample at 32 bits; what a step takes beside the pass is in it."""
-    block: float = 0.0
-    """The same, to back-propagate through one block without an adapter."""
+    y: core-seconds per sample at 32 bits; b: blocks that the gradient went through, by FLOP.
+    """
+
+    time: float = 0.0
+    """Of y."""
+    blocks: float = 0.0
+    """Of b."""
+    blocks_square: float = 0.0
+    """Of b b."""
+    blocks_time: float = 0.0
+    """Of b y."""
     rounds: int = 0
     byte_s: float = 0.0
-    """Seconds per byte over its link; 0: not yet known."""
+    """Of seconds per byte over its link; 0: not yet known."""
+
+    def split(self, usual: float) -> tuple[float, float]:
+        """(core-seconds per sample of the forward pass, per block of back-propagation).
+
+        Least squares of y = forward + b block under a weak prior: forward = `usual` blocks. A device that was only
+        seen at one depth is divided by the prior alone, and both parts are plain moving averages.
+        """
+        s00, s01 = 1.0 + PRIOR, self.blocks - PRIOR * usual
+        s11 = self.blocks_square + PRIOR * usual * usual
+        determinant = s00 * s11 - s01 * s01
+        forward = (self.time * s11 - self.blocks_time * s01) / determinant
+        block = (s00 * self.blocks_time - s01 * self.time) / determinant
+        if forward > 0 and block > 0:
+            return forward, block
+        block = self.time / (usual + self.blocks)
+        return usual * block, block
 
 
 class Ladder(NamedTuple):
@@ -79,7 +106,8 @@ class Ladder(NamedTuple):
     spans: list[float]
     backward: Floats
     words: list[str]
-    forward_flop: float
+    forward: float
+    """The usual time of a forward pass, in blocks of back-propagation without adapters."""
 
     @property
     def blocks(self) -> int:
@@ -129,14 +157,14 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         model = self.model.learn(report)
         seen = dict(self.seen)
         if report.facts is not None and report.job is not None:
-            parts: dict[tuple[tuple[str, int], ...], tuple[float, float]] = {}
+            blocks: dict[tuple[tuple[str, int], ...], float] = {}
             for device, result in sorted(report.results.items()):
                 work = report.works[device]
                 key = tuple(sorted(work.ranks.items()))
-                if key not in parts:
-                    parts[key] = _backward(report.facts, report.job, work.ranks)
+                if key not in blocks:
+                    blocks[key] = _blocks(report.facts, report.job, work.ranks)
                 cores = used_cores(model.devices.get(device), result, report.loads.get(device), work.agents)
-                found = _with_times(seen.get(device, _NEVER), result, cores, *parts[key])
+                found = _with_times(seen.get(device, _NEVER), result, cores, blocks[key])
                 seen[device] = _with_link(found, report.adapter_bytes, result.fetch_s)
         return replace(self, model=model, seen=seen)
 
@@ -228,17 +256,11 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         seen = self.seen.get(place.device, _NEVER)
         if seen.rounds:
             scale = batch * BITS_TIME[bits] / usable(place.free, self.model.devices.get(place.device))
-            return (
-                scale * seen.forward,
-                scale * seen.block,
-                seen.byte_s,
-                f"averaged over {plural(seen.rounds, 'round')}",
-            )
-        need = ladder.needs[-1]
-        pace = self.model.pace(place.device, need, bits, place.free)
-        step_s, forward = pace.step_s(batch), ladder.forward_flop / need.flop
-        block = step_s * (1.0 - forward) / float(ladder.backward[-1])
-        return step_s * forward, block, seen.byte_s, f"{pace.source}, 0 rounds of its own"
+            forward, block = seen.split(ladder.forward)
+            return scale * forward, scale * block, seen.byte_s, f"averaged over {plural(seen.rounds, 'round')}"
+        pace = self.model.pace(place.device, ladder.needs[-1], bits, place.free)
+        block = pace.step_s(batch) / (ladder.forward + float(ladder.backward[-1]))
+        return ladder.forward * block, block, seen.byte_s, f"{pace.source}, 0 rounds of its own"
 
 
 _NEVER = Seen()
@@ -269,7 +291,7 @@ def _ladder(view: FleetView, job: JobSpec) -> Ladder:
     needs = [demand(facts, job, chosen, bound) for chosen in ranks]
     forward, block = demand(facts, job, {}).flop, block_flop(facts, job)
     return Ladder(
-        by_block=by_block, ranks=ranks, needs=needs, words=words, forward_flop=forward,
+        by_block=by_block, ranks=ranks, needs=needs, words=words, forward=FORWARD * forward / block,
         spans=[max(1, facts.blocks) * depth_share(facts, (m for m in modules if m.name in chosen)) for chosen in ranks],
         backward=np.array([(need.flop - forward) / block for need in needs]),
     )  # fmt: skip
@@ -336,21 +358,23 @@ def _reason(choice: lcd.Choice, ladder: Ladder) -> str:
     )
 
 
-def _backward(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int]) -> tuple[float, float]:
-    """(share of a step's FLOP that goes backward, in how many blocks without adapters) with `ranks`."""
-    whole, forward = demand(facts, job, ranks).flop, demand(facts, job, {}).flop
-    return 1.0 - forward / whole, (whole - forward) / block_flop(facts, job)
+def _blocks(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int]) -> float:
+    """Blocks that the gradient goes through with `ranks`, by FLOP: one without adapters counts 1."""
+    return (demand(facts, job, ranks).flop - demand(facts, job, {}).flop) / block_flop(facts, job)
 
 
-def _with_times(found: Seen, result: UpdateFacts, cores: float | None, backward: float, blocks: float) -> Seen:
-    """With the round's times, in core-seconds per sample."""
+def _with_times(found: Seen, result: UpdateFacts, cores: float | None, blocks: float) -> Seen:
+    """With the round's time, in core-seconds per sample."""
     if cores is None or result.step_s <= 0 or result.steps < 1 or result.batch < 1 or blocks <= 0:
         return found
     sample_s = mean_step_s(result) * cores / result.batch / BITS_TIME[result.bits]
+    known = found.rounds > 0
     return replace(
         found,
-        forward=_average(found.forward, sample_s * (1.0 - backward), known=found.rounds > 0),
-        block=_average(found.block, sample_s * backward / blocks, known=found.rounds > 0),
+        time=_average(found.time, sample_s, known=known),
+        blocks=_average(found.blocks, blocks, known=known),
+        blocks_square=_average(found.blocks_square, blocks * blocks, known=known),
+        blocks_time=_average(found.blocks_time, blocks * sample_s, known=known),
         rounds=found.rounds + 1,
     )
 

@@ -84,7 +84,8 @@ def measure(folder: Path, source: Path, turns: int, steps: int) -> Iterator[dict
     case = f"MiniLM, {BATCH} x {TOKENS} tokens, rank {RANK} on every linear layer of the tuned blocks, fp32, 1 thread"
     for depth, (flop, activations) in zip(every, predicted(base, depths), strict=True):
         yield {
-            "name": f"depth.step_{depth}", "what": f"CPU time of an agent step with the top {depth} of {depths} blocks tuned, to all",
+            "name": f"depth.step_{depth}",
+            "what": f"CPU time of an agent step with the top {depth} of {depths} blocks tuned, to all",
             "value": round(step_s[depth] / step_s[depths], 4), "unit": "x", "target": "",
             "note": f"{case}, {turns} turns of {steps}; {step_s[depth]:.3f} CPU s a step; by FLOP {flop:.3f}",
         }  # fmt: skip

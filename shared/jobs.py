@@ -79,7 +79,7 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """Planner and aggregator, with their settings."""
 
     name: str = "uniform"
-    """The planner."""
+    """The planner: `uniform` (one rank, batch by speed) or `legend` (depth by speed, ranks rising to the output)."""
     aggregator: str = ""
     """How updates become the next global adapter; empty: as the strategy's own paper does."""
     rank: Annotated[int, Meta(ge=1, le=1024)] = 8

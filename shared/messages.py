@@ -150,7 +150,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     train_for_s: Amount = 0.0
     """Seconds by the device's monotonic clock from receipt; 0: no limit."""
     reasons: dict[str, str] = {}
-    """Name of a number above -> the reading, the bound it met, the number it produced."""
+    """Name of a number above, or "depth" (blocks tuned) -> the reading, the bound it met, the number it produced."""
 
 
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True):

@@ -29,7 +29,7 @@ def test_a_fleet_learns_by_legend(tmp_path: Path) -> None:
         rig.check(fleet, job)
         assert isinstance(found.planner, LegendPlanner)
         # The data are a few rows and the model is tiny: times are learned, its link is not.
-        assert {name: seen.rounds for name, seen in found.planner.seen.items()} == {
+        assert {name: seen.rounds for name, seen in found.planner.times.devices.items()} == {
             f"dev-{number:03d}": 4 for number in range(4)
         }
         for record in rig.of_kind(fleet, job, rec.RoundPlanned):

@@ -14,10 +14,11 @@ from msgspec.structs import replace
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundReport
+from coordinator.core.planning.block_times import FORWARD
 from coordinator.core.planning.cost_model import BITS_TIME, CostModel
 from coordinator.core.planning.demand import demand, traffic
 from coordinator.core.planning.digest import plan_digest
-from coordinator.core.planning.legend import FORWARD, LegendPlanner
+from coordinator.core.planning.legend import LegendPlanner
 from coordinator.core.planning.readings import budget
 from coordinator.core.planning.reasons import PATTERN
 from shared.codec import pack, unpack
@@ -101,7 +102,7 @@ def _times_by_hand(seen: FleetView, spec: JobSpec, planner: LegendPlanner) -> li
     rows = []
     params = seen.facts.linear_params
     for candidate in seen.candidates:
-        cores, known = candidate.info.cores, planner.seen.get(candidate.device)
+        cores, known = candidate.info.cores, planner.times.devices.get(candidate.device)
         row = []
         for depth in range(1, 7):
             tuned = {f"layer.{b}.{part}": RANKS[b] for b in range(6 - depth, 6) for part in "qkvo"}
@@ -112,7 +113,7 @@ def _times_by_hand(seen: FleetView, spec: JobSpec, planner: LegendPlanner) -> li
                 step_s = (6 + whole) * block * 16 / 8e9 / cores
                 step_s *= (6 * FORWARD + back) / (6 * FORWARD + whole)
             else:
-                forward_s, block_s = known.split(6 * FORWARD)
+                forward_s, block_s = known.split(planner.times.forward(6 * FORWARD, gpu=False))
                 step_s = (forward_s + block_s * back) * 16 / cores
             down, up, _ = traffic(seen.facts, tuned, min(64, (seen.round - 1) * 10 * 14), "fp32")
             moved = (seen.adapter_bytes or down) + up
@@ -141,10 +142,11 @@ def test_a_slow_link_lowers_the_depth() -> None:
     """t_i grows with the ranks that are sent; a device a little slower already loses a block by it."""
     seen, spec = view(*FLEET, round=2), job()
     planner = _learned(LegendPlanner(), seen, spec)
-    slow = {**planner.seen, "d05": replace(planner.seen["d05"], byte_s=4e-6)}
-    before, after = _depths(planner.plan(seen, spec)), _depths(replace(planner, seen=slow).plan(seen, spec))
+    devices = {**planner.times.devices, "d05": replace(planner.times.devices["d05"], byte_s=4e-6)}
+    slow = replace(planner, times=replace(planner.times, devices=devices))
+    before, after = _depths(planner.plan(seen, spec)), _depths(slow.plan(seen, spec))
     assert after["d05"] < before["d05"]
-    assert "at 0.25 MB/s" in replace(planner, seen=slow).plan(seen, spec).participants["d05"].reasons["steps"]
+    assert "at 0.25 MB/s" in slow.plan(seen, spec).participants["d05"].reasons["steps"]
 
 
 def test_a_measured_round_that_would_miss_the_deadline_is_not_asked_for() -> None:
@@ -177,7 +179,7 @@ def test_capacity_is_a_moving_average_of_core_seconds() -> None:
     planner, one = LegendPlanner(), device("a", cores=0.5)
     for step_s, fetch_s in ((2.0, 1.0), (4.0, 2.0)):
         planner = _after(planner, one, 6, step_s, fetch_s)
-    found = planner.seen["a"]
+    found = planner.times.devices["a"]
     step_s = 0.8 * 2.0 + 0.2 * 4.0
     # 6 blocks of 2 P / 6, and 6 FLOP a token and parameter of 4 factors of 768 per block and rank.
     blocks = 6 + 6 * 4 * 768 * sum(RANKS) / (2 * minilm().linear_params / 6)
@@ -195,32 +197,41 @@ def test_capacity_is_a_moving_average_of_core_seconds() -> None:
 
 @pytest.mark.parametrize("forward_s", [0.2, 1.0, 3.0])
 def test_depths_that_were_seen_tell_forward_from_backward(forward_s: float) -> None:
-    """Steps of forward_s + 0.3 s a block, whatever the prior says, as soon as the depths differ much."""
+    """Steps of forward_s + 0.3 s a block, whatever is usual, as soon as the depths differ."""
     planner, one = LegendPlanner(), device("a", cores=0.5)
     for depth in (6, 1, 5, 2, 6, 1):
-        blocks = _after(LegendPlanner(), one, depth, 1.0, 1.0).seen["a"].blocks
+        blocks = _after(LegendPlanner(), one, depth, 1.0, 1.0).times.devices["a"].blocks
         planner = _after(planner, one, depth, forward_s + 0.3 * blocks, 1.0)
-    forward, block = planner.seen["a"].split(6 * FORWARD)
-    assert block * 16 / 0.5 == pytest.approx(0.3, rel=0.25)
-    assert forward * 16 / 0.5 == pytest.approx(forward_s, rel=0.4, abs=0.1)
+    phi = planner.times.forward(6 * FORWARD, gpu=False)
+    assert phi == pytest.approx(forward_s / 0.3, rel=0.25)
+    forward, block = planner.times.devices["a"].split(phi)
+    assert (forward * 16 / 0.5, block * 16 / 0.5) == pytest.approx((forward_s, 0.3), rel=0.25)
+    # Of the other kind of machine nothing was told.
+    assert planner.times.forward(6 * FORWARD, gpu=True) == 6 * FORWARD
 
 
-def test_a_split_never_makes_time_negative() -> None:
-    """More blocks in less time: something else changed, and the prior alone divides the mean."""
+def test_one_depth_tells_nothing_of_the_parts() -> None:
+    planner, one = LegendPlanner(), device("a", cores=0.5)
+    for step_s in (1.0, 1.2, 0.9, 1.1):
+        planner = _after(planner, one, 4, step_s, 1.0)
+    assert planner.times.forward(6 * FORWARD, gpu=False) == pytest.approx(6 * FORWARD, rel=1e-6)
+
+
+def test_more_blocks_in_less_time_make_no_time_negative() -> None:
+    """Something else changed; both parts stay positive and add up to the mean."""
     planner, one = LegendPlanner(), device("a", cores=0.5)
     for depth, step_s in ((6, 0.1), (1, 30.0), (6, 0.1), (1, 30.0)):
         planner = _after(planner, one, depth, step_s, 1.0)
-    found = planner.seen["a"]
-    forward, block = found.split(6 * FORWARD)
+    found = planner.times.devices["a"]
+    forward, block = found.split(planner.times.forward(6 * FORWARD, gpu=False))
     assert forward > 0 and block > 0
-    assert forward == pytest.approx(6 * FORWARD * block)
     assert forward + block * found.blocks == pytest.approx(found.time)
 
 
 def test_small_downloads_measure_no_link() -> None:
     seen, spec = view(device("a")), job()
     report = _report(LegendPlanner().plan(seen, spec), seen, spec, adapter_bytes=1000)
-    assert LegendPlanner().learn(report).seen["a"].byte_s == 0.0
+    assert LegendPlanner().learn(report).times.devices["a"].byte_s == 0.0
 
 
 def test_devices_not_yet_met_take_the_median_of_the_fleet() -> None:
@@ -460,3 +471,23 @@ def test_a_fleet_of_thousands_is_planned_in_one_sweep() -> None:
     plan = _plan(*fleet)
     assert len(plan.participants) == 2000
     assert len({id(work.ranks) for work in plan.participants.values()}) <= 6
+
+
+@pytest.mark.parametrize("forward_blocks", [0.5, 1.5, 6.0])
+def test_depths_settle_whatever_a_forward_pass_really_costs(forward_blocks: float) -> None:
+    """Forward as long as so many blocks backward: the prior is wrong, and the plan still stops moving."""
+    spec, planner, plans = job(), LegendPlanner(), []
+    for round in range(1, 41):
+        seen = view(*FLEET, round=round)
+        plan = planner.plan(seen, spec)
+        plans.append(_depths(plan))
+        report = _report(plan, seen, spec)
+        for name, work in plan.participants.items():
+            blocks = (demand(seen.facts, spec, work.ranks).flop - 6 * _BLOCK_FLOP) / _BLOCK_FLOP
+            step_s = (forward_blocks + blocks) * 0.2 / report.loads[name].cores
+            report.results[name] = replace(report.results[name], step_s=step_s, train_s=10 * step_s)
+        planner = planner.learn(report)
+    assert plans[-1] == plans[-2] == plans[-3] == plans[-4]
+
+
+_BLOCK_FLOP = 2 * 64 * minilm().linear_params / 6

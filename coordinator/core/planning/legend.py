@@ -5,7 +5,7 @@ device gets a depth, counted from the output, and the fleet a distribution of ra
 algorithm against waiting, from an estimate of each device's capacity. **Our reading**: all formulas (`lcd`), and
 
 * capacity: moving averages (rho = 0.8) of a step's time and of the link. A step is measured whole; what of it is the
-  forward pass and what a block of back-propagation follows from the depths the device was seen at (`Seen.split`).
+  forward pass and what a block of back-propagation follows from the depths the fleet was seen at (`block_times`).
   Times are kept as core-seconds per sample (a GPU counts as one core), so that live load lowers the capacity in the
   very next plan and spoils nothing that was learned. A device not yet met takes the cost model's step time.
 * t_i(k) = f_i + k mu_i + transfer. Back-propagation through a block counts by its FLOP, so that blocks of higher rank
@@ -29,68 +29,23 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from coordinator.core.facts import ModelFacts
 from coordinator.core.planning import lcd
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
+from coordinator.core.planning.block_times import NEVER, BlockTimes, usual_forward
 from coordinator.core.planning.common import DEADLINE_SHARE, global_rank, moved, nobody, steps_reason
 from coordinator.core.planning.cost_model import (
     BITS_TIME,
-    LEAST_MEASURED_BYTES,
-    LEAST_MEASURED_S,
     CostModel,
-    mean_step_s,
     usable,
-    used_cores,
 )
 from coordinator.core.planning.demand import Demand, block_flop, demand, depth_share, tuned_modules
 from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
 from coordinator.core.planning.sizing import Seat, agents_reason, batch_by_memory, batch_sizes, choose_bits, seat
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec
-from shared.messages import UpdateFacts, Work
+from shared.messages import Work
 
 Floats = lcd.Floats
-KEEP = 0.8
-"""rho: the weight of the past against one new round."""
-FORWARD = 0.25
-"""Seconds of a FLOP forward against one backward, before a device was seen at several depths (`bench/depth.py`)."""
-PRIOR = 0.02
-"""Weight of that against what a device's own depths told."""
-
-
-class Seen(msgspec.Struct, frozen=True, kw_only=True):
-    """What a device's rounds taught, as moving averages over its rounds.
-
-    y: core-seconds per sample at 32 bits; b: blocks that the gradient went through, by FLOP.
-    """
-
-    time: float = 0.0
-    """Of y."""
-    blocks: float = 0.0
-    """Of b."""
-    blocks_square: float = 0.0
-    """Of b b."""
-    blocks_time: float = 0.0
-    """Of b y."""
-    rounds: int = 0
-    byte_s: float = 0.0
-    """Of seconds per byte over its link; 0: not yet known."""
-
-    def split(self, usual: float) -> tuple[float, float]:
-        """(core-seconds per sample of the forward pass, per block of back-propagation).
-
-        Least squares of y = forward + b block under a weak prior: forward = `usual` blocks. A device that was only
-        seen at one depth is divided by the prior alone, and both parts are plain moving averages.
-        """
-        s00, s01 = 1.0 + PRIOR, self.blocks - PRIOR * usual
-        s11 = self.blocks_square + PRIOR * usual * usual
-        determinant = s00 * s11 - s01 * s01
-        forward = (self.time * s11 - self.blocks_time * s01) / determinant
-        block = (s00 * self.blocks_time - s01 * self.time) / determinant
-        if forward > 0 and block > 0:
-            return forward, block
-        block = self.time / (usual + self.blocks)
-        return usual * block, block
 
 
 class Ladder(NamedTuple):
@@ -106,8 +61,8 @@ class Ladder(NamedTuple):
     spans: list[float]
     backward: Floats
     words: list[str]
-    forward: float
-    """The usual time of a forward pass, in blocks of back-propagation without adapters."""
+    usual: float
+    """Blocks of back-propagation without adapters that a forward pass takes, as long as no device told."""
 
     @property
     def blocks(self) -> int:
@@ -150,23 +105,12 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str = "legend"
     model: CostModel = CostModel()
-    seen: dict[str, Seen] = {}
+    times: BlockTimes = BlockTimes()
 
     def learn(self, report: RoundReport) -> LegendPlanner:
         """The planner that also knows this round."""
         model = self.model.learn(report)
-        seen = dict(self.seen)
-        if report.facts is not None and report.job is not None:
-            blocks: dict[tuple[tuple[str, int], ...], float] = {}
-            for device, result in sorted(report.results.items()):
-                work = report.works[device]
-                key = tuple(sorted(work.ranks.items()))
-                if key not in blocks:
-                    blocks[key] = _blocks(report.facts, report.job, work.ranks)
-                cores = used_cores(model.devices.get(device), result, report.loads.get(device), work.agents)
-                found = _with_times(seen.get(device, _NEVER), result, cores, blocks[key])
-                seen[device] = _with_link(found, report.adapter_bytes, result.fetch_s)
-        return replace(self, model=model, seen=seen)
+        return replace(self, model=model, times=self.times.learn(report, model))
 
     def plan(self, view: FleetView, job: JobSpec) -> Plan:
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
@@ -253,17 +197,15 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def _capacity(self, place: Seat, ladder: Ladder, bits: Bits, batch: int) -> tuple[float, float, float, str]:
         """(forward seconds a step, seconds a step and block, seconds a byte, source) at what is free now."""
-        seen = self.seen.get(place.device, _NEVER)
+        seen = self.times.devices.get(place.device, NEVER)
+        forward_blocks = self.times.forward(ladder.usual, gpu=place.free.gpu)
         if seen.rounds:
             scale = batch * BITS_TIME[bits] / usable(place.free, self.model.devices.get(place.device))
-            forward, block = seen.split(ladder.forward)
+            forward, block = seen.split(forward_blocks)
             return scale * forward, scale * block, seen.byte_s, f"averaged over {plural(seen.rounds, 'round')}"
         pace = self.model.pace(place.device, ladder.needs[-1], bits, place.free)
-        block = pace.step_s(batch) / (ladder.forward + float(ladder.backward[-1]))
-        return ladder.forward * block, block, seen.byte_s, f"{pace.source}, 0 rounds of its own"
-
-
-_NEVER = Seen()
+        block = pace.step_s(batch) / (forward_blocks + float(ladder.backward[-1]))
+        return forward_blocks * block, block, seen.byte_s, f"{pace.source}, 0 rounds of its own"
 
 
 def _ladder(view: FleetView, job: JobSpec) -> Ladder:
@@ -289,11 +231,11 @@ def _ladder(view: FleetView, job: JobSpec) -> Ladder:
         rise = f"rising from {by_block[0]} over {plural(blocks, 'block')}, sum {sum(by_block)}"
         words.append(word("rank", by_block[-1], reading, f"{total} in all, {job.strategy.rank} on average", rise, note))
     needs = [demand(facts, job, chosen, bound) for chosen in ranks]
-    forward, block = demand(facts, job, {}).flop, block_flop(facts, job)
+    plain, block = demand(facts, job, {}).flop, block_flop(facts, job)
     return Ladder(
-        by_block=by_block, ranks=ranks, needs=needs, words=words, forward=FORWARD * forward / block,
+        by_block=by_block, ranks=ranks, needs=needs, words=words, usual=usual_forward(facts, job),
         spans=[max(1, facts.blocks) * depth_share(facts, (m for m in modules if m.name in chosen)) for chosen in ranks],
-        backward=np.array([(need.flop - forward) / block for need in needs]),
+        backward=np.array([(need.flop - plain) / block for need in needs]),
     )  # fmt: skip
 
 
@@ -356,35 +298,3 @@ def _reason(choice: lcd.Choice, ladder: Ladder) -> str:
         f"waiting {choice.waiting:.0%} meets {choice.bound:.0%}{relaxed}; "
         f"{choice.coverage:.0%} of the devices tune the lowest block, at least {choice.asked:.0%} asked"
     )
-
-
-def _blocks(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int]) -> float:
-    """Blocks that the gradient goes through with `ranks`, by FLOP: one without adapters counts 1."""
-    return (demand(facts, job, ranks).flop - demand(facts, job, {}).flop) / block_flop(facts, job)
-
-
-def _with_times(found: Seen, result: UpdateFacts, cores: float | None, blocks: float) -> Seen:
-    """With the round's time, in core-seconds per sample."""
-    if cores is None or result.step_s <= 0 or result.steps < 1 or result.batch < 1 or blocks <= 0:
-        return found
-    sample_s = mean_step_s(result) * cores / result.batch / BITS_TIME[result.bits]
-    known = found.rounds > 0
-    return replace(
-        found,
-        time=_average(found.time, sample_s, known=known),
-        blocks=_average(found.blocks, blocks, known=known),
-        blocks_square=_average(found.blocks_square, blocks * blocks, known=known),
-        blocks_time=_average(found.blocks_time, blocks * sample_s, known=known),
-        rounds=found.rounds + 1,
-    )
-
-
-def _with_link(found: Seen, size: int, fetch_s: float) -> Seen:
-    """Downloads that are too small or too quick measure latency, not the link."""
-    if size < LEAST_MEASURED_BYTES or fetch_s < LEAST_MEASURED_S:
-        return found
-    return replace(found, byte_s=_average(found.byte_s, fetch_s / size, known=found.byte_s > 0))
-
-
-def _average(before: float, new: float, *, known: bool) -> float:
-    return KEEP * before + (1.0 - KEEP) * new if known else new

@@ -18,6 +18,8 @@ def faults(strategy: StrategySpec) -> list[str]:
         for key, name, known in asked
         if name not in known
     ]
+    if strategy.name == "legend" and strategy.aggregator == "fedit":
+        found.append("strategy.aggregator: fedit averages factors of one rank, legend gives every block its own")
     if strategy.batch_min > strategy.batch_max:
         found.append("strategy.batch_min: larger than strategy.batch_max")
     return found

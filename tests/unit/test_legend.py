@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from coordinator.core import strategies
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundReport
@@ -457,6 +458,12 @@ def test_a_restart_loses_no_learning() -> None:
 def test_it_goes_by_its_name() -> None:
     assert isinstance(registry.create(StrategySpec(name="legend")), LegendPlanner)
     assert LegendPlanner().name == "legend"
+
+
+def test_an_aggregator_of_one_rank_does_not_go_with_it() -> None:
+    (fault,) = strategies.faults(StrategySpec(name="legend", aggregator="fedit"))
+    assert fault.startswith("strategy.aggregator: fedit averages factors of one rank")
+    assert strategies.faults(StrategySpec(name="legend")) == strategies.faults(StrategySpec(aggregator="fedit")) == []
 
 
 def test_nobody_able_is_an_error_that_names_each() -> None:

@@ -61,9 +61,11 @@ def adapter(base: Base, rank: int) -> Adapter:
     )
 
 
-def agent_steps(base: Base, data: TokenData, given: Adapter, steps: int) -> list[float]:
-    """Seconds of each step of the agent's loop, as it reports them."""
-    ranks = dict.fromkeys(base.linears, RANK)
+def run_agent(
+    base: Base, data: TokenData, given: Adapter, steps: int, ranks: dict[str, int] | None = None
+) -> tuple[Loop, float]:
+    """(the agent's loop after `steps`, seconds it took); `ranks` None: `RANK` on every linear layer."""
+    ranks = ranks or dict.fromkeys(base.linears, RANK)
     assignment = Assignment(
         job="bench", round=1, attempt=1, work=Work(ranks=ranks, batch=BATCH, bits=base.bits, steps=steps),
         base=BaseSpec(model=""), base_digest="", task=task(), training=TrainingSpec(checkpoint_every=10**6),
@@ -79,6 +81,12 @@ def agent_steps(base: Base, data: TokenData, given: Adapter, steps: int) -> list
         loop.run()
         whole = time.monotonic() - started
     os.close(writes)
+    return loop, whole
+
+
+def agent_steps(base: Base, data: TokenData, given: Adapter, steps: int) -> list[float]:
+    """Seconds of each step of the agent's loop, as it reports them."""
+    loop, whole = run_agent(base, data, given, steps)
     # What the loop does between its steps is charged to them in equal parts.
     between = (whole - sum(loop.position.step_seconds)) / steps
     return [seconds + between for seconds in loop.position.step_seconds]

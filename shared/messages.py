@@ -153,7 +153,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     score: bool = False
     """Whether the device tells `UpdateFacts.importance`."""
     reasons: dict[str, str] = {}
-    """Name of a number above -> the reading, the bound it met, the number it produced."""
+    """Name of a number above, or "depth" (blocks tuned) -> the reading, the bound it met, the number it produced."""
 
 
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True):

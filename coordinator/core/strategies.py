@@ -19,7 +19,7 @@ def faults(strategy: StrategySpec) -> list[str]:
         if name not in known
     ]
     aggregator = aggregators.name_of(strategy)
-    if strategy.name in planners.UNEQUAL and aggregator in aggregators.EQUAL_RANKS:
+    if strategy.name in (*planners.UNEQUAL, "fedpipe", "legend") and aggregator in aggregators.EQUAL_RANKS:
         found.append(f"strategy.aggregator: {aggregator} takes one rank only, and {strategy.name} plans unequal ones")
     if strategy.batch_min > strategy.batch_max:
         found.append("strategy.batch_min: larger than strategy.batch_max")

@@ -28,8 +28,8 @@ COLOURS = TaskSpec(kind="classification", dataset="colours", labels=["red", "gre
 STORIES = TaskSpec(kind="causal", dataset="stories", max_tokens=24)
 
 
-def make_bert(folder: Path) -> Path:
-    """A BERT of two layers without a head, with a tokenizer of whole words."""
+def make_bert(folder: Path, layers: int = 2) -> Path:
+    """A BERT of a few layers without a head, with a tokenizer of whole words."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -47,7 +47,7 @@ def make_bert(folder: Path) -> Path:
     config = BertConfig(
         vocab_size=len(special) + len(WORDS),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=32,

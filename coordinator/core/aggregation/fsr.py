@@ -76,13 +76,20 @@ class StackFold:
         if not self._touched:
             norm = 0.0 if self._current is None else admission.product_norm(self._current)
             return Folded(factors=self._current, residual=self._residual, norm=norm)
+        # The parts are in the sum already: instead of them all else is scaled, and the singular values at the end.
+        whole = self._whole()
         if self._current is not None:
-            remains = 1.0 - self._trained_share
-            remains[np.abs(remains) < _UNTRAINED] = 0.0
+            remains = whole - self._trained_share
+            remains[np.abs(remains) < _UNTRAINED * whole] = 0.0
             self._sum.add(self._current.b, self._current.a, remains * column_weights(self._current))
         if self._residual is not None:
-            self._sum.add(self._residual.b, self._residual.a, column_weights(self._residual))
-        return self._recompress(*self._sum.svd())
+            self._sum.add(self._residual.b, self._residual.a, whole * column_weights(self._residual))
+        u, sigma, vt = self._sum.svd()
+        return self._recompress(u, sigma / whole, vt)
+
+    def _whole(self) -> float:
+        """The share of the round that the mean is over: all who reported, also those who did not tune the module."""
+        return 1.0
 
     def _recompress(self, u: Wide, sigma: Wide, vt: Wide) -> Folded:
         """Cut the exact sum in what is kept, what is carried over, and what is forgotten."""

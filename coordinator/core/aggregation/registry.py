@@ -13,6 +13,7 @@ from coordinator.core.aggregation.flora import Flora
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.aggregation.hetlora import HetLora
+from coordinator.core.aggregation.legend import Legend
 from shared.errors import UserError
 from shared.jobs import StrategySpec
 
@@ -25,6 +26,7 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "flora": lambda _spec: Flora(),
     "ffa": lambda spec: Ffa(spec.rank),
     "fedex": lambda spec: FedEx(spec.rank),
+    "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share),
 }
 
 DEFAULT = "fsr"
@@ -35,6 +37,7 @@ OWN: dict[str, str] = {
     "flora": "flora",
     "ffa": "ffa",
     "fedex": "fedex",
+    "legend": "legend",
 }
 """Strategy -> the aggregator of its paper, where that is another than the default."""
 EQUAL_RANKS = frozenset({"fedit", "fedex"})

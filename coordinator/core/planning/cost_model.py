@@ -57,6 +57,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     adapter_params: int
     limit: int = 0
     """The limit it ran under; 0: not known."""
+    activations: float = 0.0
+    """Estimated bytes per sample of that work at fp32: they follow its depth; 0: not known."""
 
 
 class DeviceModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -147,6 +149,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             met is not None
             and met.micro >= need.micro(batch)
             and met.adapter_params >= need.adapter_params
+            and met.activations >= need.activations
             and 0 < met.limit <= limit
         )
 
@@ -213,6 +216,8 @@ def _from_peak(
     met = peaks[str(other)]
     peak = context + met.peak
     before = met.micro * per_sample * need.activation_bytes(other) / need.activation_bytes(bits)
+    if met.activations and need.activations:
+        before *= met.activations / need.activations
     changed = need.micro(batch) * per_sample - before + need.weight_bytes(bits) - need.weight_bytes(other)
     changed += BYTES_TRAINED * (need.adapter_params - met.adapter_params)
     # Less work can't free the base itself, however large the estimate of its activations.
@@ -226,6 +231,20 @@ def usable(free: Capacity, known: DeviceModel | None) -> float:
     if free.gpu or known is None:
         return max(free.free, LEAST_CORES)
     return max(min(free.free, known.occupancy * free.cores), LEAST_CORES)
+
+
+def used_cores(found: DeviceModel | None, result: UpdateFacts, load: Load | None, agents: int) -> float | None:
+    """Cores (or share of the GPU) behind the times in `result`; None where nothing tells."""
+    free = capacity(None, load, agents)
+    if free.gpu:
+        used = free.free
+    elif result.cores_used > 0:
+        used = result.cores_used
+    elif load is not None:
+        used = usable(free, found)
+    else:
+        return None
+    return max(used, LEAST_CORES)
 
 
 def _agent_bytes(need: Demand) -> int:
@@ -253,18 +272,13 @@ def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Loa
         return found
     free = capacity(None, load, agents)
     found = replace(found, gpu=free.gpu)
-    if free.gpu:
-        used = free.free
-    elif result.cores_used > 0:
-        found = _with_occupancy(found, free, result.cores_used) if load is not None else found
-        used = result.cores_used
-    elif load is not None:
-        used = usable(free, found)
-    else:
-        return found  # Nothing says how much of the device was used.
-    used = max(used, LEAST_CORES)
+    if not free.gpu and result.cores_used > 0 and load is not None:
+        found = _with_occupancy(found, free, result.cores_used)
+    used = used_cores(found, result, load, agents)
+    if used is None:
+        return found
     bits = str(result.bits)
-    fit = found.fits.get(bits, Fit()).learn(1 / min(used, 1.0), need.flop * result.batch / used, _mean_step_s(result))
+    fit = found.fits.get(bits, Fit()).learn(1 / min(used, 1.0), need.flop * result.batch / used, mean_step_s(result))
     return replace(found, fits={**found.fits, bits: fit})
 
 
@@ -276,7 +290,7 @@ def _with_link(found: DeviceModel, size: int, fetch_s: float) -> DeviceModel:
     return replace(found, link=(found.link + seen) / 2 if found.link else seen)
 
 
-def _mean_step_s(result: UpdateFacts) -> float:
+def mean_step_s(result: UpdateFacts) -> float:
     """Mean seconds per step: under a CPU quota steps are short or throttled, and their median is neither."""
     return result.train_s / result.steps if result.train_s > 0 else result.step_s
 
@@ -302,8 +316,9 @@ def _with_memory(
     # Of a GPU the limit is its own memory, which the allocator can't exceed unseen: there the estimate decides.
     limit = load.memory_limit // agents if load is not None and not load.gpus else 0
     met = Measured(
-        peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit
-    )
+        peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit,
+        activations=need.activations,
+    )  # fmt: skip
     before = found.peaks.get(bits)
     if before is not None and (before.micro, before.adapter_params) == (met.micro, met.adapter_params):
         # A slightly lower peak is noise: keep the higher one, so that no batch flaps at the edge of memory.

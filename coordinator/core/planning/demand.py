@@ -82,10 +82,10 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
     """
     tuned = [(module, rank) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
     factors = sum(rank * (module.out + module.inp) for module, rank in tuned)
-    tokens = 1 if job.task.kind == "least_squares" else job.task.max_tokens
+    tokens = _tokens(job)
     # A causal model multiplies with its token matrix once more for the logits.
     logits = facts.other_params if job.task.kind == "causal" else 0
-    depth = _depth(facts, [module for module, _ in tuned])
+    depth = depth_share(facts, [module for module, _ in tuned])
     forward = facts.linear_params + logits
     backward = facts.linear_params * depth + logits
     return Demand(
@@ -99,6 +99,15 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
         accumulation=job.training.accumulation,
         kind=job.task.kind,
     )
+
+
+def block_flop(facts: ModelFacts, job: JobSpec) -> float:
+    """FLOP per sample to back-propagate through one block that holds no adapter."""
+    return 2.0 * _tokens(job) * facts.linear_params / max(1, facts.blocks)
+
+
+def _tokens(job: JobSpec) -> int:
+    return 1 if job.task.kind == "least_squares" else job.task.max_tokens
 
 
 def dense_params(facts: ModelFacts) -> int:
@@ -141,12 +150,12 @@ def traffic(
     return down, up, why
 
 
-def _depth(facts: ModelFacts, tuned: list[ModuleSpec]) -> float:
+def depth_share(facts: ModelFacts, tuned: Iterable[ModuleSpec]) -> float:
     """Share of the blocks that the gradient passes: from the lowest tuned one to the output."""
-    if facts.blocks <= 0 or not tuned:
-        return 1.0 if tuned else 0.0
     # A module outside the blocks may lie before them.
-    lowest = min(max(module.block, 0) for module in tuned)
+    lowest = min((max(module.block, 0) for module in tuned), default=None)
+    if facts.blocks <= 0 or lowest is None:
+        return 0.0 if lowest is None else 1.0
     return 1.0 - lowest / facts.blocks
 
 

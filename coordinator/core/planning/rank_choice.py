@@ -130,6 +130,8 @@ def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> tuple
     met = known.peaks.get(str(draft.bits)) if known is not None else None
     if met is None or met.micro < task.need.micro(batch) or not 0 < met.limit <= place.budget.limit:
         return room, False
+    if met.activations < task.need.activations:
+        return room, False  # it ran with fewer blocks
     # What has run under this limit fits, whatever its size is thought to be.
     ran = met.adapter_params - task.dense
     holds = ran > room and place.budget.holds(size + BYTES_TRAINED * (ran - task.params), proven=True)

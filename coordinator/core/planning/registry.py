@@ -8,6 +8,7 @@ from functools import partial
 
 from coordinator.core.planning.base import Planner
 from coordinator.core.planning.fedpipe import FedPipePlanner
+from coordinator.core.planning.legend import LegendPlanner
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.errors import UserError
 from shared.jobs import StrategySpec
@@ -19,6 +20,7 @@ PLANNERS: Mapping[str, Callable[[], Planner]] = {
     **{name: partial(UniformPlanner, name=name) for name in EQUAL},
     **{name: partial(UniformPlanner, name=name, ranks="capability") for name in UNEQUAL},
     "fedpipe": FedPipePlanner,
+    "legend": LegendPlanner,
 }
 """Name -> a planner that has seen nothing yet."""
 

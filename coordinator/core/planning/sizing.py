@@ -164,6 +164,22 @@ def choose_batch(
     return batch, step_s, word("batch", batch, reading, bound, *notes, verb="meets" if met else "exceeds")
 
 
+def batch_by_memory(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...]) -> tuple[int, str]:
+    """(batch, reason): the largest of `sizes` that data and memory hold, for planners whose knob of speed is another.
+
+    `bits` must hold the smallest size (`choose_bits`).
+    """
+    held, note = _held(place, need, bits, model, sizes)
+    batch = held[-1]
+    if batch == sizes[-1]:
+        note = f"{batch} is the batch of the job, speed is met by other means"
+    size, why = model.memory(place.device, need, bits, batch, place.info)
+    bound = str(place.budget)
+    if not place.budget.holds(size):
+        bound = f"{mebibytes(place.budget.limit)} memory limit by having run under it"
+    return batch, word("batch", batch, f"{mebibytes(size)} ({why})", bound, note)
+
+
 def _held(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...]) -> tuple[list[int], str]:
     """The sizes that data and memory hold, rising and never empty, and what stopped the next one."""
     limit = model.batch_limit(place.device, bits)

@@ -17,6 +17,7 @@ from coordinator.core.aggregation.flora import Flora
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.aggregation.hetlora import HetLora
+from coordinator.core.aggregation.legend import Legend
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
 from shared.errors import UserError
@@ -98,7 +99,7 @@ def test_the_registry_knows_every_aggregator_by_its_name() -> None:
     made = {name: registry.create(StrategySpec(aggregator=name, rank=3, energy=0.5)) for name in registry.names()}
     assert {name: type(made[name]) for name in made} == {
         "fsr": FoldStackRecompress, "fresh": Fresh, "fedit": FedIt, "hetlora": HetLora, "flexlora": FlexLora,
-        "flora": Flora, "ffa": Ffa, "fedex": FedEx,
+        "flora": Flora, "ffa": Ffa, "fedex": FedEx, "legend": Legend,
     }  # fmt: skip
     assert all(aggregator.name == name for name, aggregator in made.items())
     assert isinstance(made["fsr"], FoldStackRecompress) and made["fsr"].energy == 0.5

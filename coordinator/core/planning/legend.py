@@ -1,0 +1,300 @@
+"""`legend`: LoRA depth by each device's speed, rank rising toward the output (LEGEND, arXiv 2412.20004).
+
+**The paper's** (abstract, public digest): layers near the output, with higher rank, keep accuracy at lower cost; each
+device gets a depth, counted from the output, and the fleet a distribution of ranks, anew in each round by a greedy
+algorithm against waiting, from an estimate of each device's capacity. **Our reading**: all formulas (`lcd`), and
+
+* capacity: moving averages (rho = 0.8) of a step's time and of the link. A step is measured whole; what of it is the
+  forward pass and what a block of back-propagation follows from the depths the fleet was seen at (`block_times`).
+  Times are kept as core-seconds per sample (a GPU counts as one core), so that live load lowers the capacity in the
+  very next plan and spoils nothing that was learned. A device not yet met takes the cost model's step time.
+* t_i(k) = f_i + k mu_i + transfer. Back-propagation through a block counts by its FLOP, so that blocks of higher rank
+  count a little more than one. The sum of ranks enters by the bytes it makes (`demand.traffic`), beside the whole
+  global adapter, which every device fetches, since its start model holds the blocks it does not tune, too.
+* ranks: R_tot = blocks * `strategy.rank`, so that full depth costs what `uniform` does; r_1 in {1, 2, 4}, a quarter of
+  it. A block has one rank in the whole fleet. Modules outside the blocks are tuned like the top block.
+* k_i^max: the deepest that memory holds at the chosen bits and batch, and that meets the deadline at measured speed.
+* depth is the knob: bits are the largest that hold the job's batch at depth 1, and the batch is smaller than the job's
+  only where memory or data forbid it. Where telemetry is old, a device gets half the depth.
+
+`aggregation.legend` is the other half: the mean of a module over the devices that tuned it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from coordinator.core.planning import lcd
+from coordinator.core.planning.base import FleetView, Plan, RoundReport
+from coordinator.core.planning.block_times import NEVER, BlockTimes, usual_forward
+from coordinator.core.planning.common import DEADLINE_SHARE, global_rank, moved, nobody, steps_reason
+from coordinator.core.planning.cost_model import (
+    BITS_TIME,
+    CostModel,
+    usable,
+)
+from coordinator.core.planning.demand import Demand, block_flop, demand, depth_share, tuned_modules
+from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
+from coordinator.core.planning.sizing import Seat, agents_reason, batch_by_memory, batch_sizes, choose_bits, seat
+from shared.errors import UserError
+from shared.jobs import Bits, JobSpec
+from shared.messages import Work
+
+Floats = lcd.Floats
+
+
+class Ladder(NamedTuple):
+    """The depths to choose from: item k - 1 of each is for the top k blocks.
+
+    `spans`: blocks that the gradient passes; `backward`: the FLOP of that, in blocks without adapters; `words`: the
+    reason of the ranks.
+    """
+
+    by_block: tuple[int, ...]
+    ranks: list[dict[str, int]]
+    needs: list[Demand]
+    spans: list[float]
+    backward: Floats
+    words: list[str]
+    usual: float
+    """Blocks of back-propagation without adapters that a forward pass takes, as long as no device told."""
+
+    @property
+    def blocks(self) -> int:
+        """L."""
+        return len(self.ranks)
+
+
+class _Draft(NamedTuple):
+    """A participant before its depth is chosen; times are seconds per step, `byte_s` seconds per byte."""
+
+    place: Seat
+    bits: Bits
+    bits_reason: str
+    batch: int
+    batch_reason: str
+    most: int
+    stopped: str
+    """Why not deeper than `most`."""
+    forward: float
+    block: float
+    byte_s: float
+    source: str
+
+
+class _Told(NamedTuple):
+    """What LCD has for one device: seconds of a round by depth, and what came of them."""
+
+    times: list[float]
+    depth: int
+    reached: int
+    """Before halving for old readings."""
+    in_time: int
+    """The deepest that meets the deadline."""
+    bytes: int
+    """Over its link at this depth."""
+
+
+class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
+    """See the module. Its state is the cost model and the capacity of each device."""
+
+    name: str = "legend"
+    model: CostModel = CostModel()
+    times: BlockTimes = BlockTimes()
+
+    def learn(self, report: RoundReport) -> LegendPlanner:
+        """The planner that also knows this round."""
+        model = self.model.learn(report)
+        return replace(self, model=model, times=self.times.learn(report, model))
+
+    def plan(self, view: FleetView, job: JobSpec) -> Plan:
+        """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
+        ladder = _ladder(view, job)
+        drafts, left_out = self._drafts(view, job, ladder)
+        if not drafts:
+            raise UserError(nobody(job, left_out))
+        counts = {draft.place.agents for draft in drafts}
+        bound = global_rank(view, job, ladder.by_block[-1])
+        traffic = {count: [moved(view, job, ranks, bound, count) for ranks in ladder.ranks] for count in counts}
+        times = _times(drafts, ladder, traffic, job)
+        choice, in_time = self._choose(drafts, ladder, times, job)
+        works: dict[str, Work] = {}
+        predicted: dict[str, float] = {}
+        for row, draft in enumerate(drafts):
+            depth, reached = int(choice.depths[row]), int(choice.reached[row])
+            told = _Told(times[row].tolist(), depth, reached, int(in_time[row]), traffic[draft.place.agents][depth - 1])
+            predicted[draft.place.device], works[draft.place.device] = _work(draft, told, ladder, choice, job)
+        taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
+        return Plan(
+            participants=works, deadline_s=job.rounds.deadline_s, reason=f"{_reason(choice, ladder)}; {taking}",
+            predicted_s=predicted, left_out=left_out,
+        )  # fmt: skip
+
+    def _choose(self, drafts: list[_Draft], ladder: Ladder, times: Floats, job: JobSpec) -> tuple[lcd.Choice, lcd.Ints]:
+        """(LCD's choice, deepest that meets the deadline per device)."""
+        most = np.array([draft.most for draft in drafts], dtype=np.int64)
+        in_time = np.full_like(most, ladder.blocks)
+        # Assumed speeds are good for ratios between devices only: they must not meet a bound in seconds.
+        if self.model.devices:
+            bound = DEADLINE_SHARE * job.rounds.deadline_s
+            in_time = np.maximum(1, np.count_nonzero(times <= bound, axis=1)).astype(np.int64)
+        rows = np.array([draft.place.rows * draft.place.agents for draft in drafts], dtype=np.float64)
+        halved = np.array([bool(draft.place.caution) for draft in drafts])
+        return lcd.choose(times, np.minimum(most, in_time), halved, rows / rows.sum(), ladder.by_block), in_time
+
+    def _drafts(self, view: FleetView, job: JobSpec, ladder: Ladder) -> tuple[list[_Draft], dict[str, str]]:
+        """(participants in the order of their ids, candidate -> why it takes no part)."""
+        sizes = batch_sizes(job.strategy, job.training.accumulation)
+        sizes = tuple(size for size in sizes if size <= job.strategy.batch) or sizes[:1]
+        drafts: list[_Draft] = []
+        left_out: dict[str, str] = {}
+        for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):
+            place = seat(candidate, job, view.fresh_s, self.model)
+            drafted = place if isinstance(place, str) else self._draft(place, ladder, job, sizes)
+            if isinstance(drafted, str):
+                left_out[candidate.device] = drafted
+            else:
+                drafts.append(drafted)
+        return drafts, left_out
+
+    def _draft(self, place: Seat, ladder: Ladder, job: JobSpec, sizes: tuple[int, ...]) -> _Draft | str:
+        """Bits, batch and the deepest that memory holds, at the capacity that is free now."""
+        least, wanted = min(sizes[0], place.rows), min(sizes[-1], place.rows)
+        chosen = choose_bits(place, ladder.needs[0], job, self.model, wanted)
+        if isinstance(chosen, str):
+            chosen = choose_bits(place, ladder.needs[0], job, self.model, least)
+        if isinstance(chosen, str):
+            return chosen
+        bits, bits_reason = chosen
+        batch, batch_reason = batch_by_memory(place, ladder.needs[0], bits, self.model, sizes)
+        most, stopped = self._deepest(place, ladder, bits, batch)
+        return _Draft(
+            place, bits, bits_reason, batch, batch_reason, most, stopped, *self._capacity(place, ladder, bits, batch)
+        )
+
+    def _deepest(self, place: Seat, ladder: Ladder, bits: Bits, batch: int) -> tuple[int, str]:
+        """(k_i^max by memory, what stopped the next block); depth 1 was found to fit."""
+
+        def holds(depth: int) -> bool:
+            need = ladder.needs[depth - 1]
+            size, _ = self.model.memory(place.device, need, bits, batch, place.info)
+            proven = self.model.has_run(place.device, need, bits, batch, place.budget.limit)
+            return place.budget.holds(size, proven=proven)
+
+        most, beyond = 1, ladder.blocks + 1
+        if ladder.blocks == 1 or holds(ladder.blocks):
+            return ladder.blocks, f"there are {plural(ladder.blocks, 'block')}"
+        while beyond - most > 1:
+            middle = (most + beyond) // 2
+            most, beyond = (middle, beyond) if holds(middle) else (most, middle)
+        size, _ = self.model.memory(place.device, ladder.needs[most], bits, batch, place.info)
+        return most, f"{most + 1} would take {mebibytes(size)} of {mebibytes(place.budget.bytes)} memory"
+
+    def _capacity(self, place: Seat, ladder: Ladder, bits: Bits, batch: int) -> tuple[float, float, float, str]:
+        """(forward seconds a step, seconds a step and block, seconds a byte, source) at what is free now."""
+        seen = self.times.devices.get(place.device, NEVER)
+        forward_blocks = self.times.forward(ladder.usual, gpu=place.free.gpu)
+        if seen.rounds:
+            scale = batch * BITS_TIME[bits] / usable(place.free, self.model.devices.get(place.device))
+            forward, block = seen.split(forward_blocks)
+            return scale * forward, scale * block, seen.byte_s, f"averaged over {plural(seen.rounds, 'round')}"
+        pace = self.model.pace(place.device, ladder.needs[-1], bits, place.free)
+        block = pace.step_s(batch) / (forward_blocks + float(ladder.backward[-1]))
+        return forward_blocks * block, block, seen.byte_s, f"{pace.source}, 0 rounds of its own"
+
+
+def _ladder(view: FleetView, job: JobSpec) -> Ladder:
+    """Ranks, costs and words of every depth."""
+    facts = view.facts
+    modules = tuned_modules(facts, job.base)
+    levels = sorted({module.block for module in modules if module.block >= 0}) or [-1]
+    blocks = len(levels)
+    total, first = blocks * job.strategy.rank, lcd.first_rank(job.strategy.rank)
+    by_block = lcd.progression(blocks, total, first)
+    bound = global_rank(view, job, by_block[-1])
+    ranks, words = [], []
+    for depth in range(1, blocks + 1):
+        rank_of = dict(zip(levels[-depth:], by_block[-depth:], strict=True))
+        rank_of[-1] = by_block[-1]
+        tuned = [module for module in modules if module.block in rank_of]
+        ranks.append({m.name: min(rank_of[m.block], m.out, m.inp) for m in tuned})
+        reading = (
+            f"blocks {levels[-depth]} to {levels[-1]} of {facts.blocks} get {' '.join(map(str, by_block[-depth:]))}"
+        )
+        clipped = sum(ranks[-1][m.name] < rank_of[m.block] for m in tuned)
+        note = f"{plural(clipped, 'module')} smaller than that get their size" if clipped else ""
+        rise = f"rising from {by_block[0]} over {plural(blocks, 'block')}, sum {sum(by_block)}"
+        words.append(word("rank", by_block[-1], reading, f"{total} in all, {job.strategy.rank} on average", rise, note))
+    needs = [demand(facts, job, chosen, bound) for chosen in ranks]
+    plain, block = demand(facts, job, {}).flop, block_flop(facts, job)
+    return Ladder(
+        by_block=by_block, ranks=ranks, needs=needs, words=words, usual=usual_forward(facts, job),
+        spans=[max(1, facts.blocks) * depth_share(facts, (m for m in modules if m.name in chosen)) for chosen in ranks],
+        backward=np.array([(need.flop - plain) / block for need in needs]),
+    )  # fmt: skip
+
+
+def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[int]], job: JobSpec) -> Floats:
+    """t_i(k): seconds of device i's round with k blocks, (devices x blocks), rising in k."""
+    forward, block, byte_s = (
+        np.array(values) for values in zip(*((d.forward, d.block, d.byte_s) for d in drafts), strict=True)
+    )
+    sizes = np.array([traffic[draft.place.agents] for draft in drafts], dtype=np.float64)
+    training = job.rounds.local_steps * (forward[:, None] + block[:, None] * ladder.backward[None, :])
+    times: Floats = training + byte_s[:, None] * sizes
+    return times
+
+
+def _work(draft: _Draft, told: _Told, ladder: Ladder, choice: lcd.Choice, job: JobSpec) -> tuple[float, Work]:
+    """(seconds of training expected, the work) of one device."""
+    step_s = draft.forward + float(ladder.backward[told.depth - 1]) * draft.block
+    took = f"{mebibytes(told.bytes)} at {1e-6 / draft.byte_s:.2f} MB/s" if draft.byte_s else "link not yet measured"
+    predicted, why_steps = steps_reason(job, step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})")
+    reasons = {
+        "rank": ladder.words[told.depth - 1], "depth": _depth_reason(draft, told, ladder, choice, job),
+        "batch": draft.batch_reason, "bits": draft.bits_reason, "steps": why_steps,
+    }  # fmt: skip
+    if draft.place.info.agents > 1:
+        reasons["agents"] = agents_reason(draft.place)
+    work = Work(
+        ranks=ladder.ranks[told.depth - 1], batch=draft.batch, bits=draft.bits, steps=job.rounds.local_steps,
+        agents=draft.place.agents, train_for_s=job.rounds.train_for_s, reasons=reasons,
+    )  # fmt: skip
+    return predicted, work
+
+
+def _depth_reason(draft: _Draft, told: _Told, ladder: Ladder, choice: lcd.Choice, job: JobSpec) -> str:
+    steps, depth, caution = job.rounds.local_steps, told.depth, draft.place.caution
+    back_s = steps * draft.block * float(ladder.backward[depth - 1])
+    backward = f"{seconds(back_s)} back through {ladder.spans[depth - 1]:g} of {ladder.spans[-1]:g} blocks"
+    parts = f"forward {seconds(steps * draft.forward)} + {backward} + transfer {seconds(told.bytes * draft.byte_s)}"
+    reading = f"{seconds(told.times[depth - 1])} = {parts} ({draft.source}) at {draft.place.free}"
+    if told.reached == draft.most:
+        stopped = draft.stopped
+    elif told.reached == told.in_time:
+        late = f"{DEADLINE_SHARE * job.rounds.deadline_s:.0f} s, {DEADLINE_SHARE:.0%} of the deadline"
+        stopped = f"{told.reached + 1} would take {seconds(told.times[told.reached])} of {late}"
+    else:
+        stopped = f"{told.reached + 1} would take {seconds(told.times[told.reached])}"
+    careful = ""
+    if caution:
+        least = f"depth {depth} is the least already"
+        careful = f"{caution}: " + (f"cautious depth {depth} instead of {told.reached}" if told.reached > 1 else least)
+    bound = f"{seconds(choice.round_s)} round target"
+    return word("depth", depth, reading, bound, stopped, careful)
+
+
+def _reason(choice: lcd.Choice, ladder: Ladder) -> str:
+    depths = choice.depths
+    relaxed = f", relaxed from {lcd.WAITING:.0%}" if choice.bound > lcd.WAITING else ""
+    return (
+        f"round target {seconds(choice.round_s)}, of {choice.candidates} candidates: depths {depths.min()} to "
+        f"{depths.max()} of {ladder.blocks} (mean {depths.mean():.1f}), utility {choice.utility:.3g} per second; "
+        f"waiting {choice.waiting:.0%} meets {choice.bound:.0%}{relaxed}; "
+        f"{choice.coverage:.0%} of the devices tune the lowest block, at least {choice.asked:.0%} asked"
+    )

@@ -16,6 +16,14 @@ class ModuleSpec(msgspec.Struct, frozen=True, kw_only=True):
     block: int = -1
 
 
+class ActivationFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What backward needs of the forward pass, in bytes per sample: `block` for each block that the gradient passes,
+    `fixed` for all above the blocks."""
+
+    fixed: float
+    block: float
+
+
 class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What planners need to know of the base; counts are parameters, sizes are per sample where it says so."""
 
@@ -33,6 +41,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     heads: int = 1
     intermediate: int = 0
     """Width of the feed-forward layer; 0: not known."""
+    activations: dict[str, ActivationFacts] = {}
+    """As counted on the architecture, for computing in fp32 ("32") and bf16 ("16"); {}: not counted."""
     served: dict[str, BaseSource] = {}
     """Bits as text -> where devices can fetch the base at these; {}: nowhere."""
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from coordinator.core.aggregation.registry import create
-from coordinator.core.facts import Metrics, ModelFacts, ModuleSpec
+from coordinator.core.facts import ActivationFacts, Metrics, ModelFacts, ModuleSpec
 from coordinator.workers.protocol import (
     Evaluate,
     Evaluated,
@@ -30,11 +30,13 @@ from shared import logs
 from shared.errors import DecodeError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
-from shared.jobs import JobSpec
+from shared.jobs import Bits, JobSpec
 from shared.starts import START_NOTE
 
 log = logging.getLogger(__name__)
 BEAT_S = 2.0
+PRECISIONS: tuple[Bits, ...] = (32, 16)
+"""What bases compute in: fp32, and bf16 at 16 bits and fewer."""
 
 
 @dataclass
@@ -75,7 +77,7 @@ class ModelWorker:
 
     def _prepare(self, request: Prepare) -> ModelFacts:
         from shared import adapter
-        from shared.modeling import base_model
+        from shared.modeling import activations, base_model
 
         job = request.job
         base = self._base(job, request.base_path)
@@ -89,6 +91,11 @@ class ModelWorker:
         )  # fmt: skip
         write_whole(Path(request.adapter_path), adapter.write(start))
         config = base.model.config
+        counted = {}
+        for bits in PRECISIONS:
+            self.beat("counting activations")
+            found = activations.count(base.folder, job.task, bits)
+            counted[str(bits)] = ActivationFacts(fixed=found.fixed, block=found.block)
         return ModelFacts(
             modules=[ModuleSpec(name=m.name, out=m.out, inp=m.inp, block=m.block) for m in modules],
             dense={name: list(tensor.shape) for name, tensor in sorted(base.head.items())},
@@ -96,6 +103,7 @@ class ModelWorker:
             linear_params=covered,
             other_params=others,
             blocks=1 + max(linear.block for linear in base.linears.values()),
+            activations=counted,
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),
             intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),

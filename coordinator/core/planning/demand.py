@@ -18,8 +18,9 @@ from coordinator.core.planning.reasons import mebibytes
 from shared.errors import UserError
 from shared.jobs import BaseSpec, Bits, Codec, JobSpec, TaskKind
 
-BYTES_LINEAR: Mapping[int, float] = {32: 4.0, 16: 2.0, 8: 1 + 4 / 64, 4: 0.5 + 4 / 64}
-"""Bytes per weight of a linear layer; below 16 bits with an fp32 scale per block of 64."""
+BYTES_LINEAR: Mapping[int, float] = {32: 4.0, 16: 2.0, 8: 1 + 4 / 64, 4: 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Bytes per weight of a linear layer; below 16 bits with a scale per block of 64: fp32, at 4 bits itself quantized to 8
+bits with an fp32 scale per 256 of them."""
 BYTES_CODEC: Mapping[str, int] = {"fp32": 4, "bf16": 2, "int8": 1}
 BYTES_TRAINED = 16
 """Per trained parameter: weight, gradient and two moments of AdamW, all fp32."""
@@ -28,10 +29,13 @@ BYTES_LOADED = 4
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
-    """Costs of a work; `flop` and `activations` (bytes at fp32) are per sample."""
+    """Costs of a work; `flop` and activations (bytes) are per sample."""
 
     flop: float
     activations: float
+    """Over an fp32 base."""
+    activations_half: float
+    """Over a base of fewer bits, which computes in bf16."""
     adapter_params: int
     """Trained: the factors of all modules and the dense tensors."""
     frozen_params: int
@@ -49,8 +53,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
     def activation_bytes(self, bits: Bits) -> float:
         """Activations per sample at the precision that a base of `bits` computes in."""
-        # bf16 halves all but the softmax and the loss.
-        return self.activations * (1.0 if bits == 32 else 0.6)
+        return self.activations if bits == 32 else self.activations_half
 
     def weight_bytes(self, bits: Bits) -> float:
         """The frozen base in memory: linear layers at `bits`, the rest in fp32 or, below 32 bits, bf16."""
@@ -88,9 +91,11 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
     depth = depth_share(facts, [module for module, _ in tuned])
     forward = facts.linear_params + logits
     backward = facts.linear_params * depth + logits
+    activations, activations_half = _activations(facts, job, tokens, depth)
     return Demand(
         flop=float(tokens * (2 * forward + 2 * backward + 6 * factors)),
-        activations=_activations(facts, job, tokens, depth),
+        activations=activations,
+        activations_half=activations_half,
         adapter_params=factors + dense_params(facts),
         frozen_params=global_params(facts.modules, global_rank),
         linear_params=facts.linear_params,
@@ -159,12 +164,22 @@ def depth_share(facts: ModelFacts, tuned: Iterable[ModuleSpec]) -> float:
     return 1.0 - lowest / facts.blocks
 
 
-def _activations(facts: ModelFacts, job: JobSpec, tokens: int, depth: float) -> float:
-    """Bytes per sample that backward needs, at fp32.
+def _activations(facts: ModelFacts, job: JobSpec, tokens: int, depth: float) -> tuple[float, float]:
+    """Bytes per sample that backward needs, (in fp32, in bf16): as counted, or else by `_estimate`."""
+    counted = [facts.activations.get(bits) for bits in ("32", "16")]
+    if counted[0] is None or counted[1] is None:
+        whole = _estimate(facts, job, tokens, depth)
+        # bf16 halves all but the softmax and the loss.
+        return whole, 0.6 * whole
+    full, half = (found.fixed + facts.blocks * depth * found.block for found in counted if found is not None)
+    return full, half
+
+
+def _estimate(facts: ModelFacts, job: JobSpec, tokens: int, depth: float) -> float:
+    """Bytes per sample in fp32, where nothing was counted.
 
     Per token and block: 8 widths around attention and norms, 2 in the feed-forward part, and 2 rows of attention scores
-    per head. MiniLM (6 blocks, 384, 12 heads) with 16 x 64 tokens: 180 MiB, 172 MiB measured. A causal model adds
-    logits, their softmax and their gradient.
+    per head. A causal model adds logits, their softmax and their gradient.
     """
     intermediate = facts.intermediate or 4 * facts.hidden
     if job.task.kind == "least_squares":

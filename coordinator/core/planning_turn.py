@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coordinator.core import events as ev
 from coordinator.core import records as rec
+from coordinator.core.draw import drawn, told
 from coordinator.core.fleet import Presence
 from coordinator.core.job import Job
 from coordinator.core.planning.base import Candidate, FleetView
@@ -31,15 +32,19 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
     if event.now - state.settled_at < gather and event.now - state.since < PATIENCE * gather:
         return
     assert job.facts is not None
+    rounds = job.spec.rounds
+    names = [known.device for known in able]
+    taken = drawn(names, rounds.sample, job.spec.seed, job.committed + 1)
+    need = min(need, rounds.sample or need)
     view = FleetView(
         round=job.committed + 1,
-        candidates=tuple(_candidate(known, event.now) for known in able),
+        candidates=tuple(_candidate(known, event.now) for known in able if known.device in taken),
         facts=job.facts,
         adapter_bytes=job.adapter.size if job.adapter else 0,
         fresh_s=state.waits.fresh_s,
     )
     try:
-        plan = job.planner.plan(view, job.spec)
+        plan = told(job.planner.plan(view, job.spec), names, taken)
     except UserError as error:
         _notice(turn, job, str(error))
         return

@@ -35,7 +35,8 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
     rounds = job.spec.rounds
     names = [known.device for known in able]
     taken = drawn(names, rounds.sample, job.spec.seed, job.committed + 1)
-    need = min(need, rounds.sample or need)
+    # Who is drawn stays drawn: waiting for more of them to be able could be for ever.
+    need = 1 if rounds.sample else need
     view = FleetView(
         round=job.committed + 1,
         candidates=tuple(_candidate(known, event.now) for known in able if known.device in taken),

@@ -65,6 +65,8 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     """Tuned blocks, counted from the output; 0: the head alone."""
     rank: int
     step_s: float
+    cpu_s: float
+    """CPU seconds of a step: its wall time on one idle core."""
     peak_bytes: int
     base_bytes: int
 
@@ -87,7 +89,7 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True):
 @dataclass(frozen=True)
 class Kind:
     """A class of device. `quota`: share of a core of the recording machine that is as fast; `knee`: batch from which
-    its memory bandwidth limits it; `holds`: bits of the base that its memory holds with room for a batch of 16."""
+    its memory bandwidth limits it; `holds`: bits of the base that its memory holds, with `room` for so many samples."""
 
     name: str
     share: float
@@ -95,17 +97,18 @@ class Kind:
     cores: float
     knee: float
     holds: int
+    room: int
 
 
 KINDS = (
-    Kind("tx2", 0.30, 0.1, 6.0, 12.0, 4),
-    Kind("nx", 0.40, 0.2, 6.0, 20.0, 8),
-    Kind("agx", 0.10, 0.4, 8.0, 32.0, 16),
-    Kind("gpu", 0.20, 1.0, 16.0, 96.0, 16),
+    Kind("tx2", 0.30, 0.1, 6.0, 12.0, 4, 6),
+    Kind("nx", 0.40, 0.2, 6.0, 20.0, 8, 12),
+    Kind("agx", 0.10, 0.4, 8.0, 32.0, 16, 32),
+    Kind("gpu", 0.20, 1.0, 16.0, 96.0, 16, 64),
 )
 """Speeds 1 : 2 : 4 (: 10). TX2 and NX have 8 GB each, the AGX 32 GB: against the small bases simulated here that is
 scaled to the bits that a base of billions of parameters would leave room for; of the two the TX2 has less to spare."""
-PROFILES: dict[str, tuple[Kind, ...]] = {"jetson": KINDS, "equal": (Kind("nx", 1.0, 0.2, 6.0, 20.0, 16),)}
+PROFILES: dict[str, tuple[Kind, ...]] = {"jetson": KINDS, "equal": (Kind("nx", 1.0, 0.2, 6.0, 20.0, 16, 32),)}
 """Name -> the classes of a fleet. `equal` has one class and neither power modes nor other programs."""
 
 
@@ -141,56 +144,44 @@ class Foreign:
 
 
 class StepTable:
-    """Recorded step times, interpolated: at quota 1 over the batch, with factors for bits, depth, rank and quota."""
+    """Recorded step times, interpolated: on one core over the batch, with factors for bits, depth, rank and quota."""
 
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
-        full = [r for r in steps.records if r.quota == 1.0 and r.blocks == steps.blocks and r.rank == _usual(steps)]
-        self._curve = sorted((r.batch, r.step_s / r.batch) for r in full if r.bits == 16)
-        self._at = _usual_batch(steps)
-        here = {r.bits: r for r in full if r.batch == self._at}
-        self.bits = {bits: record.step_s / here[16].step_s for bits, record in here.items()}
-        usual = here[16].step_s
-        self._depths = sorted(
-            (r.blocks, r.step_s / usual)
-            for r in steps.records
-            if (r.quota, r.bits, r.batch, r.rank) == (1.0, 16, self._at, _usual(steps))
-        )
-        wide = [
-            r for r in steps.records if (r.quota, r.bits, r.batch) == (1.0, 16, self._at) and r.rank > _usual(steps)
-        ]
-        extra = (wide[0].rank - _usual(steps)) * steps.factor_params if wide else 1
-        self._per_factor = max(0.0, wide[0].step_s / usual - 1.0) / extra if wide else 0.0
-        self._quotas = sorted(
-            (r.quota, r.step_s / usual)
-            for r in steps.records
-            if (r.bits, r.batch, r.blocks, r.rank) == (16, self._at, steps.blocks, _usual(steps))
+        rank, batch = _usual([r.rank for r in steps.records]), _usual([r.batch for r in steps.records])
+        whole = [r for r in steps.records if r.quota == 1.0]
+        at_16 = [r for r in whole if r.bits == 16 and r.rank == rank]
+        full = [r for r in at_16 if r.blocks == steps.blocks]
+        here = next(r.cpu_s for r in full if r.batch == batch)
+        self._rank = rank
+        self._curve = sorted((math.log(r.batch), math.log(r.cpu_s / r.batch)) for r in full)
+        self._depths = sorted((float(r.blocks), r.cpu_s / here) for r in at_16 if r.batch == batch)
+        self.bits = {
+            r.bits: r.cpu_s / here for r in whole if (r.batch, r.blocks, r.rank) == (batch, steps.blocks, rank)
+        }
+        wide = next((r for r in whole if r.rank > rank), None)
+        extra = (wide.rank - rank) * steps.factor_params if wide else 1
+        self._per_factor = max(0.0, wide.cpu_s / here - 1.0) / extra if wide else 0.0
+        self._quotas = [(0.0, 0.0)] + sorted(
+            (-math.log(r.quota), math.log(r.step_s / here)) for r in steps.records if r.quota < 1.0
         )
 
     def seconds(self, work: StepWork, shape: Shape, quota: float) -> float:
         """Seconds of an undisturbed step on `quota` cores of the recording machine."""
         steps = self.steps
-        size = shape.linear_params * shape.tokens / (steps.linear_params * steps.tokens)
-        per_sample = math.exp(_interpolated([(math.log(b), math.log(s)) for b, s in self._curve], math.log(work.batch)))
+        size = shape.linear_params / steps.linear_params
+        per_sample = math.exp(_interpolated(self._curve, math.log(work.batch)))
         depth = steps.blocks * (shape.blocks - work.lowest) / shape.blocks
-        usual = _usual(steps) * steps.factor_params * shape.linear_params / steps.linear_params
-        rank = self._per_factor * (work.factors - usual * depth / steps.blocks)
-        share = _interpolated([(float(n), f) for n, f in self._depths], depth) + rank * steps.linear_params / max(
-            shape.linear_params, 1
-        )
-        stretch = _interpolated([(math.log(q), math.log(f)) for q, f in self._quotas], math.log(quota))
-        return work.batch * per_sample * size * max(share, 0.05) * self.bits.get(work.bits, 1.0) * math.exp(stretch)
+        usual = self._rank * steps.factor_params * depth / steps.blocks
+        share = _interpolated(self._depths, depth) + self._per_factor * (work.factors / size - usual)
+        stretch = math.exp(_interpolated(self._quotas, -math.log(quota)))
+        whole = work.batch * per_sample * size * shape.tokens / steps.tokens
+        return whole * max(share, 0.05) * self.bits.get(work.bits, 1.0) * stretch
 
 
-def _usual(steps: Steps) -> int:
-    """The rank that most was measured at."""
-    ranks = [record.rank for record in steps.records]
-    return max(sorted(set(ranks)), key=ranks.count)
-
-
-def _usual_batch(steps: Steps) -> int:
-    batches = [record.batch for record in steps.records]
-    return max(sorted(set(batches)), key=batches.count)
+def _usual(values: Sequence[int]) -> int:
+    """What most records have."""
+    return max(sorted(set(values)), key=list(values).count)
 
 
 def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -249,7 +240,7 @@ class Device:
         """Seconds of a step in `round` on a device of `heat` (0 to 1), disturbed by `noise` and by other programs that
         use the share `foreign` of its cores."""
         plain = table.seconds(work, shape, self.kind.quota)
-        saturated = (1.0 + (work.batch / self.kind.knee) ** 4) ** 0.1
+        saturated = math.pow(1.0 + (work.batch / self.kind.knee) ** 4, 0.1)
         mine = 1.0 / (1.0 + CONTENTION * foreign)
         return plain * saturated * noise / (self.power(round) * mine * (1.0 - throttled(heat)))
 
@@ -283,42 +274,45 @@ def temperature_c(heat: float) -> float:
 
 BYTES_WEIGHT = {32: 4.0, 16: 2.0, 8: 1.07, 4: 0.57}
 """Per parameter of a linear layer as the agent holds it, scales and padding included."""
+WORKING = 66 * MIB
+"""What work adds to an agent for good: libraries, scratch, the allocator's slack."""
+LOADING = 36 * MIB
+"""What lies beside the base while it is loaded."""
 
 
 @dataclass(frozen=True)
 class MemoryTable:
-    """What the recorded agent's memory says: activations per sample, and what work adds to the base for good."""
+    """What the recorded agent's memory says. `per_sample`: activations at 16 bits through all blocks, of the recorded
+    base and tokens."""
 
     agent_bytes: int
-    working_bytes: float
     per_sample: float
-    """Activations at 16 bits through all blocks, of the recorded base and tokens."""
+    size: float
+    """linear parameters x tokens of the recording."""
 
     @staticmethod
     def of(steps: Steps) -> MemoryTable:
-        """From the peaks over the batch at 16 bits (least squares on the line)."""
-        found = sorted(
+        """From the peaks over the batch at 16 bits (the slope of the least-squares line)."""
+        found = [
             (r.batch, r.peak_bytes) for r in steps.records
-            if (r.quota, r.bits, r.blocks, r.rank) == (1.0, 16, steps.blocks, _usual(steps))
-        )  # fmt: skip
+            if (r.quota, r.bits, r.blocks, r.rank) == (1.0, 16, steps.blocks, _usual([r.rank for r in steps.records]))
+        ]  # fmt: skip
         mean_b, mean_p = (sum(p[i] for p in found) / len(found) for i in (0, 1))
         spread = sum((b - mean_b) ** 2 for b, _ in found)
-        slope = max(sum((b - mean_b) * (p - mean_p) for b, p in found) / spread, 1024.0) if spread else 2**20
-        base = min(r.base_bytes for r in steps.records if r.bits == 16)
-        return MemoryTable(steps.agent_bytes, max(0.0, mean_p - slope * mean_b - base), slope)
+        slope = sum((b - mean_b) * (p - mean_p) for b, p in found) / spread
+        return MemoryTable(steps.agent_bytes, slope, float(steps.linear_params * steps.tokens))
 
     def loaded(self, shape: Shape, bits: int) -> int:
         """Resident bytes of an agent that holds the base."""
         other = shape.other_params * (4 if bits == 32 else 2)
         return int(self.agent_bytes + shape.linear_params * BYTES_WEIGHT[bits] + other)
 
-    def peak(self, steps: Steps, shape: Shape, work: StepWork) -> int:
-        """Resident bytes at the worst moment of a round."""
-        size = shape.linear_params * shape.tokens / (steps.linear_params * steps.tokens)
+    def peak(self, shape: Shape, work: StepWork) -> int:
+        """Resident bytes at the worst moment of a round: at work, or while the base is loaded."""
         wide = 1.6 if work.bits == 32 else 1.0
         depth = 0.25 + 0.75 * (shape.blocks - work.lowest) / shape.blocks
-        activations = self.per_sample * size * work.batch * wide * depth
-        return int(self.loaded(shape, work.bits) + self.working_bytes + 16 * work.factors + activations)
+        activations = self.per_sample * shape.linear_params * shape.tokens / self.size * work.batch * wide * depth
+        return int(self.loaded(shape, work.bits) + WORKING + 16 * work.factors + max(activations, LOADING))
 
 
 def fleet(profile: str, count: int, seed: int) -> list[Device]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from coordinator.web.views import JobView
 from muster.cli import tables as tables_of
 from muster.client import ENDED, Client, Unreachable
-from muster.testbed import inputs, live, partition, profiles, report, toml
+from muster.testbed import inputs, live, partition, profiles, replay, report, toml
 from muster.testbed.broker import find_mosquitto
 from muster.testbed.cgroups import Available, GroupsFailed
 from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet
@@ -124,6 +124,8 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
                 followed = _Followed(fleet, shown, toml.dumps(ready.tables))
                 job = followed.to_the_end()
                 exported = _export(fleet.client, job, out)
+                followed.recorder.links(job, followed.committed_s)
+                followed.recorder.write(out / replay.FILE)
         except GroupsFailed as error:
             raise UserError(f"the devices can't be limited: {error}") from error
         finally:
@@ -199,6 +201,7 @@ class _Followed:
         self._submitted = time.monotonic()
         self._id = fleet.client.submit(text).id
         self.committed_s: dict[int, float] = {}
+        self.recorder = replay.Recorder()
 
     def to_the_end(self) -> JobView:
         """Show the job until it ends or pauses. Interrupted, it is cancelled first."""
@@ -209,7 +212,9 @@ class _Followed:
                 for view in job.rounds:
                     if view.metrics is not None or view.phase == "committed":
                         self.committed_s.setdefault(view.round, time.monotonic() - self._submitted)
-                self._shown.show(job, client.devices())
+                devices = client.devices()
+                self.recorder.note(devices, time.monotonic() - self._submitted)
+                self._shown.show(job, devices)
                 if job.state in ENDED or job.state == "paused":
                     return job
                 if self._fleet.ended:

@@ -6,15 +6,20 @@ A recording is JSONL, a reading a line (`Reading`); virtual device i takes the r
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
+from coordinator.web.views import DeviceView, JobView
 from muster.testbed.device_model import Foreign
 from shared.errors import UserError
+from shared.files import write_whole
 
 FILE = "telemetry.jsonl"
+LEAST_BYTES, LEAST_S = 64 * 1024, 0.01
+"""A smaller or quicker download measures latency, not the link."""
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -81,6 +86,42 @@ def read(path: Path, devices: Sequence[str]) -> Replay:
     return Replay(found, devices)
 
 
-def lines(readings: Iterable[Reading]) -> bytes:
-    """The readings as a recording."""
-    return b"".join(msgspec.json.encode(reading) + b"\n" for reading in readings)
+class Recorder:
+    """Collects the readings of a run."""
+
+    def __init__(self) -> None:
+        self._found: list[Reading] = []
+        self._last: dict[str, tuple[int, int]] = {}
+
+    def note(self, devices: Iterable[DeviceView], at: float) -> None:
+        """Take what the devices told since the last call; `at`: seconds since the recording began."""
+        for view in devices:
+            load = view.load
+            if load is None or self._last.get(view.device) == (load.epoch, load.seq):
+                continue
+            self._last[view.device] = load.epoch, load.seq
+            foreign = load.memory_limit - load.memory_available - load.own_memory if load.own_memory else 0
+            self._found.append(
+                Reading(
+                    device=view.device, at=round(at, 3), cores=load.cores, foreign_cores=load.foreign_cores,
+                    memory_limit=load.memory_limit, foreign_memory=max(0, foreign),
+                )
+            )  # fmt: skip
+
+    def links(self, job: JobView, committed_s: Mapping[int, float]) -> None:
+        """Add what the downloads of a job's rounds tell of the devices' links, at the load read last before."""
+        for view in job.rounds:
+            at = committed_s.get(view.round, 0.0)
+            for part in view.participants:
+                facts = part.facts
+                if facts is None or part.adapter_bytes < LEAST_BYTES or facts.fetch_s < LEAST_S:
+                    continue
+                known = [one for one in self._found if one.device == part.device and one.at <= at]
+                if known:
+                    rate = round(part.adapter_bytes / facts.fetch_s, 1)
+                    self._found.append(replace(known[-1], at=round(at, 3), bandwidth=rate))
+
+    def write(self, path: Path) -> None:
+        """Write the recording, in the order of time."""
+        ordered = sorted(self._found, key=lambda one: (one.at, one.device))
+        write_whole(path, b"".join(msgspec.json.encode(one) + b"\n" for one in ordered))

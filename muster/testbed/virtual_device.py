@@ -17,7 +17,9 @@ from shared.messages import Assignment, Load, Work
 BITS: tuple[Bits, ...] = (4, 8, 16)
 PROBE_S, LOAD_S = 2.0, 1.5
 """Seconds of a probe, and of loading a base, on one core of the recording machine; slower devices take longer."""
-RESERVE = 64 * dm.MIB
+RANK = 8
+"""Of the adapter that the memory limits leave room for."""
+RESERVE = 66 * dm.MIB
 DAEMON_BYTES = 40 * dm.MIB
 
 
@@ -81,14 +83,16 @@ class VirtualDevice:
 
     @property
     def limit(self) -> int:
-        """Bytes that its programs may use: the base at the bits it holds, a batch of 16, and half of the way to the
-        next bits."""
-        shape, memory, kind = self.clock.base.shape, self.clock.memory, self.model.kind
-        everything = sum(out + inp for out, inp, _ in self.clock.base.linears.values())
-        work = dm.StepWork(kind.holds, 16, 0, 8 * everything + self.clock.base.dense, len(self.clock.base.linears))
-        fits = memory.peak(self.clock.table.steps, shape, work)
-        more = memory.loaded(shape, 2 * kind.holds) - memory.loaded(shape, kind.holds)
-        return int((fits + DAEMON_BYTES + more / 2 + RESERVE) / 0.95)
+        """Bytes that its programs may use: the base at the bits it holds, its room for samples, and a reserve."""
+        shape, kind, linears = self.clock.base.shape, self.model.kind, self.clock.base.linears
+        everything = sum(out + inp for out, inp, _ in linears.values())
+        work = dm.StepWork(kind.holds, kind.room, 0, RANK * everything + self.clock.base.dense, len(linears))
+        return int(
+            max(
+                (self.clock.memory.peak(shape, work) + DAEMON_BYTES) / 0.95,
+                self.clock.memory.peak(shape, work) + RESERVE,
+            )
+        )
 
     def machine(self) -> Machine:
         """Its static facts."""
@@ -160,7 +164,7 @@ class VirtualDevice:
 
     def peak_bytes(self, work: Work, batch: int) -> int:
         """Resident bytes of the agent at the worst moment of `work`."""
-        return self.clock.memory.peak(self.clock.table.steps, self.clock.base.shape, self._step(work, batch))
+        return self.clock.memory.peak(self.clock.base.shape, self._step(work, batch))
 
     def would_fit(self, work: Work, batch: int, now: float) -> bool:
         """Whether `work` at `batch` fits beside what others hold."""

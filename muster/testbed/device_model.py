@@ -101,14 +101,16 @@ class Kind:
 
 
 KINDS = (
-    Kind("tx2", 0.30, 0.1, 6.0, 12.0, 4, 6),
-    Kind("nx", 0.40, 0.2, 6.0, 20.0, 8, 12),
-    Kind("agx", 0.10, 0.4, 8.0, 32.0, 16, 32),
-    Kind("gpu", 0.20, 1.0, 16.0, 96.0, 16, 64),
+    Kind("tx2", 0.30, 0.05, 6.0, 12.0, 4, 12),
+    Kind("nx", 0.40, 0.1, 6.0, 20.0, 8, 20),
+    Kind("agx", 0.10, 0.2, 8.0, 32.0, 16, 40),
+    Kind("gpu", 0.20, 0.5, 16.0, 96.0, 16, 96),
 )
-"""Speeds 1 : 2 : 4 (: 10). TX2 and NX have 8 GB each, the AGX 32 GB: against the small bases simulated here that is
-scaled to the bits that a base of billions of parameters would leave room for; of the two the TX2 has less to spare."""
-PROFILES: dict[str, tuple[Kind, ...]] = {"jetson": KINDS, "equal": (Kind("nx", 1.0, 0.2, 6.0, 20.0, 16, 32),)}
+"""Speeds 1 : 2 : 4 (: 10), so slow that a round's training outweighs its transfers, as with a base of hundreds of
+millions of parameters. TX2 and NX have 8 GB each, the AGX 32 GB: scaled to the small bases simulated here that is room
+for so many samples beside the base at the bits that one of billions of parameters would get there. The weights of a
+small base weigh little against its activations, so memory bounds batches more often than bits."""
+PROFILES: dict[str, tuple[Kind, ...]] = {"jetson": KINDS, "equal": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 16, 40),)}
 """Name -> the classes of a fleet. `equal` has one class and neither power modes nor other programs."""
 
 

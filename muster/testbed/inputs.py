@@ -203,10 +203,10 @@ def _texts(folder: Path | None) -> list[Path]:
 
 
 def _minilm3() -> Path:
-    """MiniLM cut to its first three blocks: small enough for many rounds."""
+    """MiniLM cut to its last three blocks: small enough for many rounds, and its pooler knows what they give."""
     out = cache_folder() / MINILM3
     out.parent.mkdir(parents=True, exist_ok=True)
-    return cut_bert(minilm_folder(), out, 3)
+    return cut_bert(minilm_folder(), out, 3, last=True)
 
 
 def _small_gpt2(folder: Path | None, tell: Tell) -> Path:

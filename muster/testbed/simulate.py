@@ -23,9 +23,9 @@ from coordinator.web.views import JobView
 from muster.testbed import device_model as dm
 from muster.testbed import inputs, live, partition, profiles, replay, report, simulated, toml
 from muster.testbed.cgroups import Available
-from muster.testbed.gradients import Workers
+from muster.testbed.gradients import WorkerDied, Workers
 from muster.testbed.rows import Row
-from muster.testbed.runs import INTERRUPTED, interruptible, whole_or_nothing
+from muster.testbed.runs import INTERRUPTED, RunFailed, interruptible, whole_or_nothing
 from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
 from muster.testbed.virtual_nodes import SimulatedFleet
 from shared.errors import UserError
@@ -102,6 +102,9 @@ def run(simulation: Simulation, *, command: str = "") -> int:
         except KeyboardInterrupt:
             print("interrupted: everything stopped", file=sys.stderr)  # noqa: T201 - a command's output
             return INTERRUPTED
+        except (WorkerDied, RunFailed) as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
+            return 1
     return 0 if done.result.state == "finished" else 1
 
 
@@ -230,7 +233,7 @@ class _Followed:
             if job.phase in TERMINAL or job.phase == "paused":
                 return self._view()
             if network.now - moved > STUCK_S:
-                raise UserError(f"nothing happens any more: {fleet.coordinator.runtime.state.notices.get(self.id, '')}")
+                raise RunFailed(f"nothing happens any more: {fleet.coordinator.runtime.state.notices.get(self.id, '')}")
 
     def _view(self) -> JobView:
         job = self._fleet.job(self.id)

@@ -15,7 +15,7 @@ from shared.jobs import Bits
 from shared.messages import Assignment, Load, Work
 
 BITS: tuple[Bits, ...] = (4, 8, 16)
-PROBE_S, LOAD_S = 2.0, 1.5
+PROBE_S, LOAD_S = 1.0, 0.25
 """Seconds of a probe, and of loading a base, on one core of the recording machine; slower devices take longer."""
 RANK = 8
 """Of the adapter that the memory limits leave room for."""
@@ -74,7 +74,7 @@ class VirtualDevice:
     @property
     def slowness(self) -> float:
         """Seconds here for one of the recording machine, for work that is no step."""
-        return 1.0 / max(self.model.kind.quota, 0.25)
+        return 1.0 / max(self.model.kind.quota, 0.1)
 
     @property
     def probe_s(self) -> float:

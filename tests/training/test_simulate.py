@@ -89,13 +89,23 @@ def _check(result: dict[str, Any]) -> None:
 def test_a_device_whose_time_is_up_delivers_what_it_has(asked: Simulation) -> None:
     # On the slowest class 3 steps take longer than this.
     limit = 2.2 * dm.StepTable(load_steps()).seconds(
-        dm.StepWork(16, 8, 0, 1000, 12), dm.Shape(2, 16, 16_000, 1000), 0.2
+        dm.StepWork(16, 8, 0, 1000, 12), dm.Shape(2, 16, 16_000, 1000), 0.1
     )
     done = carry_out(
         replace(asked, over={"rounds": {"train_for_s": limit}, "strategy": {"batch_min": 8}}), tell=_silent
     )
     steps = [part.steps for one in done.result.rounds for part in one.devices if part.status == "done"]
     assert any(0 < count < 3 for count in steps), steps
+
+
+def test_the_head_alone_is_trained(asked: Simulation) -> None:
+    done = carry_out(replace(asked, strategy="head"), tell=_silent)
+    parts = [part for one in done.result.rounds for part in one.devices if part.status == "done"]
+    assert done.result.state == "finished" and parts
+    assert {(part.rank, part.modules, part.params) for part in parts} == {(0, 0, 0)}
+    losses = [one.loss for one in done.result.rounds]
+    assert done.result.baseline is not None and losses[-1] != done.result.baseline.loss
+    assert "rank 0: 0 modules tuned" in (done.out / "report.md").read_text()
 
 
 def test_recorded_load_is_replayed(asked: Simulation, tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import difflib
 from collections.abc import Callable, Mapping
 
 from coordinator.core.planning.base import Planner
+from coordinator.core.planning.head import HeadPlanner
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.errors import UserError
 from shared.jobs import StrategySpec
 
-PLANNERS: Mapping[str, Callable[[], Planner]] = {"uniform": UniformPlanner}
+PLANNERS: Mapping[str, Callable[[], Planner]] = {"head": HeadPlanner, "uniform": UniformPlanner}
 """Name -> a planner that has seen nothing yet."""
 
 

@@ -192,6 +192,10 @@ class VirtualDevice:
         """A checkpoint: the seconds of the steps that are done."""
         self._saved = {(work.job, work.round, work.attempt): list(steps)}
 
+    def drop_checkpoint(self) -> None:
+        """The work is over: its folder is removed."""
+        self._saved = {}
+
     def resumed(self, work: Assignment) -> list[float]:
         """What a checkpoint of `work` holds."""
         return list(self._saved.get((work.job, work.round, work.attempt), []))

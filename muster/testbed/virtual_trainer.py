@@ -240,6 +240,7 @@ class VirtualTrainer:
     def _finish(self, task: _Task, ended: Literal["complete", "time", "drain"]) -> None:
         self._task = None
         self._device.rest(self._clock())
+        self._device.drop_checkpoint()
         order = task.order
         computed = self._order(order, task.halved, len(task.steps))
         made = self._workers.result(computed)
@@ -263,6 +264,7 @@ class VirtualTrainer:
     def _drop(self, task: _Task, reason: str) -> None:
         self._workers.forget(task.order.device)
         self._device.rest(self._clock())
+        self._device.drop_checkpoint()
         self._task = None
         self._fail(task.order, "stopped", reason)
 

@@ -108,7 +108,7 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
     tables, agent, given = _checked(emulation)
     out = emulation.out or Path("runs") / f"{tables.get('name', 'job')}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = time.monotonic()
-    with screen or live.screen() as shown, whole_or_nothing(out):
+    with screen or live.screen() as shown, whole_or_nothing(out, "emulation"):
         ready = _prepare(emulation, tables, agent, given, out, shown)
         specs = [
             DeviceSpec(s.name, s.cores, s.memory_bytes, {ready.spec.task.dataset: ready.shares[s.name]})

@@ -20,12 +20,12 @@ class RunFailed(UserError):
 
 
 @contextlib.contextmanager
-def whole_or_nothing(out: Path) -> Iterator[None]:
-    """Hold the folder for this run. One that was not there before is removed again where the input was at fault."""
+def whole_or_nothing(out: Path, what: str) -> Iterator[None]:
+    """Hold the folder for this run, a `what`. One that was not there before is removed again where the input was at fault."""
     existed = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(out, "run")
+        lock = lock_folder(out, what)
     except OSError as error:
         raise UserError(f"--out {out}: can't be used: {error.strerror}") from error
     try:
@@ -39,6 +39,8 @@ def whole_or_nothing(out: Path) -> Iterator[None]:
     finally:
         (out / "lock").unlink(missing_ok=True)
         os.close(lock)
+        if not existed and out.is_dir() and not any(out.iterdir()):
+            out.rmdir()  # interrupted before anything was written
 
 
 @contextlib.contextmanager

@@ -115,7 +115,7 @@ def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | 
     started = time.monotonic()
     shown = live.Lines(sys.stdout)
     tell = tell or shown.say
-    with whole_or_nothing(out), tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
+    with whole_or_nothing(out, "simulation"), tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
         ready = _prepare(simulation, tables, given, Path(scratch), tell)
         with Workers(simulation.workers) as workers:
             fleet = SimulatedFleet(

@@ -21,7 +21,10 @@ class RunFailed(UserError):
 
 @contextlib.contextmanager
 def whole_or_nothing(out: Path, what: str) -> Iterator[None]:
-    """Hold the folder for this run, a `what`. One that was not there before is removed again where the input was at fault."""
+    """Hold the folder for this run, a `what`.
+
+    A folder that was not there before is removed again where the input was at fault.
+    """
     existed = out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)

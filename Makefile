@@ -1,12 +1,12 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench soak docs clean
+.PHONY: help setup demo test test-all check bench bench-planning soak docs clean
 
 PYTHON := .venv/bin/python
 MUSTER := .venv/bin/muster
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing (apt packages, .venv); quick when nothing changed
 	@scripts/setup.sh
@@ -27,6 +27,9 @@ check: setup ## Lint, format, types, import contracts
 
 bench: setup ## Measure; writes bench/results.json and docs/benchmarks.md (keep the machine idle)
 	$(PYTHON) bench/run.py
+
+bench-planning: setup ## Strategies on a virtual fleet; resumable, writes docs/results.md (PROFILE=full for the whole grid)
+	$(PYTHON) -m bench.planning --profile $(or $(PROFILE),standard)
 
 soak: setup ## Many rounds on a small fleet; fails when memory or file descriptors grow
 	$(PYTHON) bench/run.py --soak

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 LIMIT_S = 3600
+NO_BENCHMARK = ("run", "planning", "planning_grid", "planning_tables", "record_steps")
+"""Programs of their own: `make bench-planning`, and the recording of the device model's constants."""
 REQUIRED = ("name", "value", "unit")
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -40,7 +42,7 @@ Result = dict[str, Any]
 
 def benchmarks(*, soak: bool) -> dict[str, Path]:
     """Name -> file."""
-    found = {path.stem: path for path in sorted((ROOT / "bench").glob("[a-z]*.py")) if path.stem != "run"}
+    found = {path.stem: path for path in sorted((ROOT / "bench").glob("[a-z]*.py")) if path.stem not in NO_BENCHMARK}
     return {name: path for name, path in found.items() if name.startswith("soak") == soak}
 
 

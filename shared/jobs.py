@@ -73,6 +73,11 @@ class RoundsSpec(Spec, frozen=True, kw_only=True):
     """Seconds a device may train in a round; 0: the steps decide alone."""
     local_steps: Positive = 10
     """Optimizer steps per device and round."""
+    sample: Natural = 0
+    """So many of the ready devices are drawn for a round; 0: all take part."""
+    target: NonNegative = 0.0
+    """The job ends early once an accepted round's accuracy reaches this (classification) or its loss falls to it; 0: it
+    does not."""
 
 
 class StrategySpec(Spec, frozen=True, kw_only=True):

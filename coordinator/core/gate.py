@@ -44,6 +44,15 @@ def judge(history: Sequence[Metrics], new: Metrics | None, worse_by: float, refu
     return Verdict(accepted=True, reason=f"loss {new.loss:.4g} meets {told}")
 
 
+def reached(metrics: Metrics | None, target: float) -> str:
+    """How the evaluation reaches `rounds.target`, or "" (0: there is none)."""
+    if not target or metrics is None:
+        return ""
+    if metrics.accuracy is not None:
+        return f"accuracy {metrics.accuracy:.4g} reaches the target {target:g}" if metrics.accuracy >= target else ""
+    return f"loss {metrics.loss:.4g} reaches the target {target:g}" if metrics.loss <= target else ""
+
+
 def _refused(reason: str, refusals: int) -> Verdict:
     count = refusals + 1
     if count < PATIENCE:

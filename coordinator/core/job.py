@@ -10,6 +10,7 @@ from typing_extensions import assert_never
 
 from coordinator.core import records as rec
 from coordinator.core.facts import Metrics, ModelFacts
+from coordinator.core.gate import reached
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import Plan, Planner, RoundReport
 from shared.errors import MusterError
@@ -183,7 +184,9 @@ def _ended(job: Job, record: rec.JobEnded) -> Job:
 
 def _committed(job: Job, record: rec.RoundCommitted) -> Job:
     round = _current(job, record.round)
-    done: Phase = "exporting" if record.round >= job.spec.rounds.count else "waiting"
+    rounds = job.spec.rounds
+    last = record.round >= rounds.count or bool(record.accepted and reached(record.metrics, rounds.target))
+    done: Phase = "exporting" if last else "waiting"
     parts = ((device, round.participants[device].blob) for device in round.counted)
     counted = {(round.number, device, blob.sha) for device, blob in parts if blob}
     job = replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from coordinator.core import events as ev
 from coordinator.core import records as rec
+from coordinator.core.draw import drawn, told
 from coordinator.core.fleet import Presence
 from coordinator.core.job import Job
 from coordinator.core.planning.base import Candidate, FleetView
@@ -30,16 +31,14 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
         return
     if event.now - state.settled_at < gather and event.now - state.since < PATIENCE * gather:
         return
-    assert job.facts is not None
-    view = FleetView(
-        round=job.committed + 1,
-        candidates=tuple(_candidate(known, event.now) for known in able),
-        facts=job.facts,
-        adapter_bytes=job.adapter.size if job.adapter else 0,
-        fresh_s=state.waits.fresh_s,
-    )
+    rounds = job.spec.rounds
+    names = [known.device for known in able]
+    taken = drawn(names, rounds.sample, job.spec.seed, job.committed + 1)
+    # Who is drawn stays drawn: waiting for more of them to be able could be for ever.
+    need = 1 if rounds.sample else need
+    view = _view(state, job, [known for known in able if known.device in taken], event.now)
     try:
-        plan = job.planner.plan(view, job.spec)
+        plan = told(job.planner.plan(view, job.spec), names, taken)
     except UserError as error:
         _notice(turn, job, str(error))
         return
@@ -61,6 +60,17 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
     )
     notices = {name: text for name, text in state.notices.items() if name != job.id}
     turn.update(notices=notices)
+
+
+def _view(state: State, job: Job, able: list[Presence], now: float) -> FleetView:
+    assert job.facts is not None
+    return FleetView(
+        round=job.committed + 1,
+        candidates=tuple(_candidate(known, now) for known in able),
+        facts=job.facts,
+        adapter_bytes=job.adapter.size if job.adapter else 0,
+        fresh_s=state.waits.fresh_s,
+    )
 
 
 def candidates(state: State, now: float) -> list[Presence]:

@@ -16,7 +16,7 @@ from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core.close import Status, closing
-from coordinator.core.gate import judge
+from coordinator.core.gate import judge, reached
 from coordinator.core.job import IDLE, TERMINAL, Job
 from coordinator.core.transitions import TABLE
 from coordinator.core.turn import State, Step, Turn
@@ -263,9 +263,11 @@ def _commit(turn: Turn, job: Job, evaluated: ev.Evaluated | None, event: ev.AnyE
     metrics = evaluated.metrics if evaluated else None
     verdict = judge(job.judged, metrics, job.spec.evaluation.worse_by, job.refusals)
     number = job.round.number
+    end = reached(metrics, job.spec.rounds.target) if verdict.accepted else ""
+    reason = f"{verdict.reason}; {end}: the last round" if end else verdict.reason
     job = turn.record(
         rec.RoundCommitted(
-            job=job.id, round=number, accepted=verdict.accepted, reason=verdict.reason, metrics=metrics, ts=event.ts
+            job=job.id, round=number, accepted=verdict.accepted, reason=reason, metrics=metrics, ts=event.ts
         )
     )
     if verdict.pause:

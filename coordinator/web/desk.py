@@ -121,6 +121,8 @@ class Desk:
 
     def _faults(self, spec: JobSpec) -> list[str]:
         faults = strategies.faults(spec.strategy)
+        if spec.strategy.name == "head" and spec.task.kind != "classification":
+            faults.append(f"strategy.name: task.kind {spec.task.kind} has no head to train alone")
         if spec.evaluation.data and (fault := rows_fault(Path(spec.evaluation.data))):
             faults.append(f"evaluation.data: on the coordinator: {fault}")
         if spec.task.kind == "classification" and len(spec.task.labels) < 2:

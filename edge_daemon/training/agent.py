@@ -59,10 +59,11 @@ class _Loaded:
 
 
 class Agent:
-    """Serves the daemon's requests one after the other."""
+    """Serves the daemon's requests one after the other. `data_sets`: how many stay tokenised."""
 
-    def __init__(self, control: Control) -> None:
+    def __init__(self, control: Control, *, data_sets: int = 2) -> None:
         self._control = control
+        self._data_sets = data_sets
         self._device = "cpu"
         self._bits: list[Bits] = []
         self._notes: dict[str, str] = {}
@@ -98,7 +99,7 @@ class Agent:
         self._device = "cuda" if probe.gpu and torch.cuda.is_available() else "cpu"
         from shared.modeling import base_model, data, quantization
 
-        self._store = data.DataStore()
+        self._store = data.DataStore(keep=self._data_sets)
         self._bits, self._notes = quantization.probe_bits(self._device, self._control.beat)
         if probe.gpu and self._device == "cpu":
             self._bits, self._notes = [], {"gpu": f"{probe.gpu}: torch does not see this GPU"}

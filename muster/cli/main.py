@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from muster.cli import emulate
+from muster.cli import emulate, simulate
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -123,6 +123,7 @@ def devices(context: typer.Context, json: Json = False) -> None:
 
 
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
+app.command(epilog=simulate.EPILOG)(simulate.simulate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

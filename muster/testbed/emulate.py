@@ -7,33 +7,26 @@ is started or written.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from coordinator.web.views import JobView
 from muster.cli import tables as tables_of
 from muster.client import ENDED, Client, Unreachable
-from muster.testbed import inputs, live, partition, profiles, report, toml
+from muster.testbed import inputs, live, partition, profiles, replay, report, toml
 from muster.testbed.broker import find_mosquitto
 from muster.testbed.cgroups import Available, GroupsFailed
 from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet
+from muster.testbed.runs import INTERRUPTED, RunFailed, interruptible, whole_or_nothing
 from shared.errors import UserError
 from shared.jobs import JobSpec
-from shared.processes import lock_folder
 
 DEMO_JOB = Path(__file__).parents[2] / "examples" / "demo.toml"
-INTERRUPTED = 130
 LOOK_EVERY_S = 0.5
-
-
-class RunFailed(UserError):
-    """A program of the fleet ended by itself; its log is kept."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +91,7 @@ class _Ready:
 
 def run(emulation: Emulation, *, command: str = "") -> int:
     """Carry it out. 0: the job finished; 1: it did not; 130: interrupted. Raises `UserError` for bad input."""
-    with _interruptible():
+    with interruptible():
         try:
             outcome = carry_out(emulation, command=command)
         except KeyboardInterrupt:
@@ -115,7 +108,7 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
     tables, agent, given = _checked(emulation)
     out = emulation.out or Path("runs") / f"{tables.get('name', 'job')}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = time.monotonic()
-    with screen or live.screen() as shown, _whole_or_nothing(out):
+    with screen or live.screen() as shown, whole_or_nothing(out, "emulation"):
         ready = _prepare(emulation, tables, agent, given, out, shown)
         specs = [
             DeviceSpec(s.name, s.cores, s.memory_bytes, {ready.spec.task.dataset: ready.shares[s.name]})
@@ -131,6 +124,8 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
                 followed = _Followed(fleet, shown, toml.dumps(ready.tables))
                 job = followed.to_the_end()
                 exported = _export(fleet.client, job, out)
+                followed.recorder.links(job, followed.committed_s)
+                followed.recorder.write(out / replay.FILE)
         except GroupsFailed as error:
             raise UserError(f"the devices can't be limited: {error}") from error
         finally:
@@ -206,6 +201,7 @@ class _Followed:
         self._submitted = time.monotonic()
         self._id = fleet.client.submit(text).id
         self.committed_s: dict[int, float] = {}
+        self.recorder = replay.Recorder()
 
     def to_the_end(self) -> JobView:
         """Show the job until it ends or pauses. Interrupted, it is cancelled first."""
@@ -216,7 +212,9 @@ class _Followed:
                 for view in job.rounds:
                     if view.metrics is not None or view.phase == "committed":
                         self.committed_s.setdefault(view.round, time.monotonic() - self._submitted)
-                self._shown.show(job, client.devices())
+                devices = client.devices()
+                self.recorder.note(devices, time.monotonic() - self._submitted)
+                self._shown.show(job, devices)
                 if job.state in ENDED or job.state == "paused":
                     return job
                 if self._fleet.ended:
@@ -260,43 +258,3 @@ def _tidy(out: Path, *, keep: bool) -> None:
         shutil.copyfile(path, logs / path.name)
     if not keep:
         shutil.rmtree(fleet, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[None]:
-    """Hold the folder for this run. One that was not there before is removed again where the input was at fault."""
-    existed = out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(out, "emulation")
-    except OSError as error:
-        raise UserError(f"--out {out}: can't be used: {error.strerror}") from error
-    try:
-        yield
-    except RunFailed:
-        raise
-    except UserError:
-        if not existed:
-            shutil.rmtree(out, ignore_errors=True)
-        raise
-    finally:
-        (out / "lock").unlink(missing_ok=True)
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM means what Ctrl-C means."""
-
-    def interrupt(*_: object) -> None:
-        # What follows stops within seconds; a second signal must not leave half of it running.
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {name: signal.signal(name, interrupt) for name in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for name, handler in before.items():
-            signal.signal(name, handler)

@@ -15,7 +15,7 @@ import msgspec
 
 from coordinator.core import strategies
 from muster.testbed import corpus, partition, toml
-from muster.testbed.models import make_small_gpt2, minilm_folder
+from muster.testbed.models import cut_bert, make_small_gpt2, minilm_folder
 from muster.testbed.rows import Row, read_rows
 from shared.errors import SettingsError, UserError
 from shared.jobs import JobSpec, TaskSpec
@@ -23,7 +23,7 @@ from shared.settings import check, read_toml
 
 Tell = Callable[[str], None]
 DOCSTRINGS = "docstrings"
-MINILM, SMALL_GPT2 = "minilm", "gpt2-small"
+MINILM, MINILM3, SMALL_GPT2 = "minilm", "minilm3", "gpt2-small"
 _SUFFIXES = (".jsonl.gz", ".jsonl")
 
 
@@ -82,7 +82,7 @@ def filled(tables: toml.Table, data: DataFiles, devices: int, source: str) -> tu
 
 
 def base_model(name: str, given: Mapping[str, str], texts: Path | None, tell: Tell) -> Path:
-    """Folder of the base model `name`: one of `given`, MiniLM of its package, the small GPT-2, or `name` itself."""
+    """Folder of the base model `name`: one of `given`, MiniLM (whole or cut), the small GPT-2, or `name` itself."""
     if name in given or Path(name).is_dir():
         folder = Path(given.get(name, name)).expanduser()
         if not (folder / "config.json").is_file():
@@ -90,15 +90,21 @@ def base_model(name: str, given: Mapping[str, str], texts: Path | None, tell: Te
         return folder.resolve()
     if name == MINILM:
         return minilm_folder()
+    if name == MINILM3:
+        return _minilm3()
     if name == SMALL_GPT2:
         return _small_gpt2(texts, tell)
-    raise UserError(f"unknown base model {name!r}: give --model {name}=FOLDER, or use {MINILM} or {SMALL_GPT2}")
+    raise UserError(
+        f"unknown base model {name!r}: give --model {name}=FOLDER, or use {MINILM}, {MINILM3} or {SMALL_GPT2}"
+    )
 
 
 def check_base(name: str, given: Mapping[str, str], texts: Path | None) -> None:
     """Raise `UserError` where `base_model` would for want of a file; makes nothing."""
     if name == SMALL_GPT2 and name not in given:
         _texts(texts)
+    elif name == MINILM3 and name not in given:
+        minilm_folder()
     else:
         base_model(name, given, texts, lambda _: None)
 
@@ -194,6 +200,13 @@ def _texts(folder: Path | None) -> list[Path]:
         where = f"{place} has none" if place else "name a folder with --lm, or set MUSTER_DATA"
         raise UserError(f"base model {SMALL_GPT2} is trained on plain texts (.txt, .txt.gz): {where}")
     return found
+
+
+def _minilm3() -> Path:
+    """MiniLM cut to its last three blocks: small enough for many rounds, and its pooler knows what they give."""
+    out = cache_folder() / MINILM3
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return cut_bert(minilm_folder(), out, 3, last=True)
 
 
 def _small_gpt2(folder: Path | None, tell: Tell) -> Path:

@@ -7,10 +7,11 @@ again on its folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+from typing_extensions import Self
 
 from coordinator import runtime as coordinator_runtime
 from coordinator.adapters.event_log import SqliteEventLog
@@ -18,7 +19,8 @@ from coordinator.core import events as ev
 from coordinator.core.job import TERMINAL, Job
 from coordinator.core.records import AnyRecord
 from coordinator.settings import CoordinatorSettings, WaitSettings
-from muster.testbed.memory_nodes import COORDINATOR, FLEET, CoordinatorNode, DaemonNode, History, Member, World
+from muster.testbed.memory_nodes import COORDINATOR, FLEET, CoordinatorNode, DaemonNode, DeviceNode, Member
+from muster.testbed.memory_process import History, World
 from shared.errors import MusterError
 from shared.jobs import JobSpec
 from shared.settings import BrokerSettings
@@ -29,32 +31,13 @@ class TooLate(MusterError):
     """What was waited for did not happen in time."""
 
 
-class MemoryFleet:
-    """A coordinator and its devices on one virtual clock."""
+class VirtualFleet:
+    """A coordinator and its devices on one virtual clock, whatever they train with."""
 
-    def __init__(
-        self,
-        root: Path,
-        members: Sequence[Member],
-        *,
-        seed: int = 0,
-        faults: Faults | None = None,
-        waits: WaitSettings | None = None,
-        broker: BrokerSettings | None = None,
-        max_packet: int = 1024 * 1024,
-        credit_bytes: int = 16 * 1024 * 1024,
-    ) -> None:
-        # A lost connection is tried again within seconds: virtual fleets meet many cuts in a short time.
-        broker = broker or BrokerSettings(keepalive_s=10, reconnect_max_s=4.0)
-        self.network = MemoryNetwork(seed, faults, max_packet=max_packet)
-        self.history = History()
-        world = World(self.network, broker, self.history)
-        settings = CoordinatorSettings(
-            fleet=FLEET, name=COORDINATOR, state_dir=str(root / "coordinator"), waits=waits or WaitSettings(),
-            broker=msgspec.structs.replace(broker, window=32, queue=4096), credit_bytes=credit_bytes,
-        )  # fmt: skip
-        self.coordinator = CoordinatorNode(world, root / "coordinator", settings)
-        self.daemons = {one.device: DaemonNode(world, root / "devices" / one.device, one) for one in members}
+    def __init__(self, network: MemoryNetwork, coordinator: CoordinatorNode, daemons: Mapping[str, DeviceNode]) -> None:
+        self.network = network
+        self.coordinator = coordinator
+        self.daemons = daemons
 
     # ---- running
 
@@ -69,7 +52,7 @@ class MemoryFleet:
         for node in (self.coordinator, *self.daemons.values()):
             node.kill()
 
-    def __enter__(self) -> MemoryFleet:
+    def __enter__(self) -> Self:
         self.start()
         return self
 
@@ -138,6 +121,36 @@ class MemoryFleet:
     def _ended(self, job: str) -> bool:
         found = self.job(job)
         return found is not None and (found.phase in TERMINAL or found.phase == "paused")
+
+
+class MemoryFleet(VirtualFleet):
+    """A fleet that does least squares."""
+
+    daemons: Mapping[str, DaemonNode]
+
+    def __init__(
+        self,
+        root: Path,
+        members: Sequence[Member],
+        *,
+        seed: int = 0,
+        faults: Faults | None = None,
+        waits: WaitSettings | None = None,
+        broker: BrokerSettings | None = None,
+        max_packet: int = 1024 * 1024,
+        credit_bytes: int = 16 * 1024 * 1024,
+    ) -> None:
+        # A lost connection is tried again within seconds: virtual fleets meet many cuts in a short time.
+        broker = broker or BrokerSettings(keepalive_s=10, reconnect_max_s=4.0)
+        network = MemoryNetwork(seed, faults, max_packet=max_packet)
+        self.history = History()
+        world = World(network, broker, self.history)
+        settings = CoordinatorSettings(
+            fleet=FLEET, name=COORDINATOR, state_dir=str(root / "coordinator"), waits=waits or WaitSettings(),
+            broker=msgspec.structs.replace(broker, window=32, queue=4096), credit_bytes=credit_bytes,
+        )  # fmt: skip
+        daemons = {one.device: DaemonNode(world, root / "devices" / one.device, one) for one in members}
+        super().__init__(network, CoordinatorNode(world, root / "coordinator", settings), daemons)
 
 
 def _take(runtime: coordinator_runtime.Runtime, job: str, spec: JobSpec) -> None:

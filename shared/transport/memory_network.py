@@ -11,6 +11,7 @@ after 1.5 keepalives both sides give the connection up.
 from __future__ import annotations
 
 import heapq
+import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -81,6 +82,8 @@ class _Wire:
     open: bool = True
     front: dict[str, float] = field(default_factory=dict)
     """Direction -> when its latest packet arrives: a connection keeps its order."""
+    sent: dict[str, float] = field(default_factory=dict)
+    """Direction -> when the last byte of its latest packet has left."""
 
 
 @dataclass(order=True)
@@ -94,6 +97,7 @@ class MemoryNetwork:
     """A broker, its links, and the clock.
 
     `deny(client_id, name)` may be set to refuse publishes as an ACL would. `max_packet` is announced to the clients.
+    `rate(client_id, "up" | "down")` may be set to the bytes per second of a client's link: packets queue for it.
     """
 
     def __init__(
@@ -110,6 +114,9 @@ class MemoryNetwork:
         self.faults = faults or Faults()
         self.max_packet = max_packet
         self.deny: Callable[[str, str], bool] = lambda _client, _name: False
+        self.rate: Callable[[str, str], float] = lambda _client, _way: math.inf
+        self.carried: dict[tuple[str, str], int] = {}
+        """(client id, "up" or "down") -> bytes of topics and payloads that went over its link."""
         self.rng = random.Random(seed)
         self.broker = Broker(max_inflight=max_inflight, max_queued=max_queued, max_queued_bytes=max_queued_bytes)
         self._due: list[_Due] = []
@@ -234,8 +241,9 @@ class MemoryNetwork:
         if wire is None or wire.number != number:
             return
         qos = message.topic.qos
+        size = len(message.name) + len(message.payload)
         for late in self._fates(qos):
-            self._over(wire, "up", late, lambda: self._arrive(wire, mid, message))
+            self._over(wire, "up", late, lambda: self._arrive(wire, mid, message), size)
 
     def _arrive(self, wire: _Wire, mid: int, message: Outgoing) -> None:
         if self.deny(wire.session.client_id, message.name):
@@ -281,7 +289,8 @@ class MemoryNetwork:
         for nth, late in enumerate(self._fates(copy.qos)):
             again = copy.duplicate or nth > 0 or late >= self.faults.redelivery_s
             received = Received(copy.name, copy.payload, copy.retained, bool(copy.qos) and again, handle)
-            self._over(wire, "down", late, partial(wire.transport.received, received))
+            size = len(copy.name) + len(copy.payload)
+            self._over(wire, "down", late, partial(wire.transport.received, received), size)
 
     def _fates(self, qos: int) -> list[float]:
         """Seconds after which copies of a message arrive: none, one, or two."""
@@ -301,8 +310,16 @@ class MemoryNetwork:
         low, high = self.faults.delay_s
         return low + (high - low) * self.rng.random()
 
-    def _over(self, wire: _Wire, way: str, late: float, arrive: Callable[[], None]) -> None:
-        """Let `arrive` happen after `late` seconds, if the connection lives; a cut holds it back until its end."""
+    def _transmit(self, wire: _Wire, way: str, size: int) -> float:
+        """When the last byte of a packet of `size` has left: packets of a direction leave one after the other."""
+        key = (wire.session.client_id, way)
+        self.carried[key] = self.carried.get(key, 0) + size
+        wire.sent[way] = max(self.now, wire.sent.get(way, 0.0)) + size / self.rate(*key)
+        return wire.sent[way]
+
+    def _over(self, wire: _Wire, way: str, late: float, arrive: Callable[[], None], size: int = 0) -> None:
+        """Let `arrive` happen `late` seconds after `size` bytes have left, if the connection lives; a cut holds it
+        back until its end."""
 
         def due() -> None:
             if not wire.open:
@@ -313,7 +330,7 @@ class MemoryNetwork:
             else:
                 arrive()
 
-        at = self.now + late
+        at = self._transmit(wire, way, size) + late
         if late <= self.faults.delay_s[1]:
             at = wire.front[way] = max(at, wire.front.get(way, 0.0))
         self.schedule(at, due)

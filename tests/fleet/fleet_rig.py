@@ -9,7 +9,8 @@ from typing import Any
 from coordinator.core import records as rec
 from muster.testbed import least_squares
 from muster.testbed.memory_fleet import MemoryFleet
-from muster.testbed.memory_nodes import DATASET, Member, Work
+from muster.testbed.memory_nodes import DATASET, Member
+from muster.testbed.memory_process import Work
 from muster.testbed.memory_trainer import Behaviour
 from shared import jobs
 

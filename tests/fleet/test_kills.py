@@ -18,7 +18,7 @@ from coordinator.core.transitions import TABLE as COORDINATOR_TABLE
 from coordinator.workers.protocol import Evaluate, Prepare, WorkerFailed
 from edge_daemon.core.transitions import TABLE as DAEMON_TABLE
 from muster.testbed.memory_fleet import MemoryFleet
-from muster.testbed.memory_nodes import Crash
+from muster.testbed.memory_process import Crash
 from shared import jobs
 from shared.machines import phases
 from tests.fleet import fleet_rig as rig

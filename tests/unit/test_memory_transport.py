@@ -429,3 +429,18 @@ def test_a_fleet_of_fifty_through_a_thousand_seconds() -> None:
     chunks = {event.name for event in coordinator.of(Received) if "/chunk/" in event.name}
     assert len(chunks) == 5000
     assert len(coordinator.of(Received)) > 20_000
+
+
+def test_a_slow_link_carries_one_packet_after_the_other() -> None:
+    network, coordinator, device = pair(faults=Faults(delay_s=(0.01, 0.01)))
+    network.run_until(1.0)
+    network.rate = lambda client, way: 1000.0 if (client, way) == (device.name, "up") else float("inf")
+    before = dict(network.carried)
+    for text in ("one", "two"):
+        device.transport.publish(ack(device.name, text, size=2000))
+    size = 2000 + len(topics.ACK.name(FLEET, device=device.name))
+    network.run_until(20.0)
+    at = [when for when, event in coordinator.events if isinstance(event, Received) and len(event.payload) == 2000]
+    assert at == pytest.approx([1.0 + size / 1000 + 0.02, 1.0 + 2 * size / 1000 + 0.02], abs=1e-6)
+    up, down = (device.name, "up"), (coordinator.name, "down")
+    assert network.carried[up] - before.get(up, 0) == network.carried[down] - before.get(down, 0) == 2 * size

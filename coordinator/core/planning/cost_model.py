@@ -215,7 +215,9 @@ def _from_peak(
     other = cast(Bits, int(min(peaks, key=lambda key: (abs(int(key) - bits), key))))
     met = peaks[str(other)]
     peak = context + met.peak
-    before = met.micro * per_sample * need.activation_bytes(other) / need.activation_bytes(bits)
+    # Where only the head is tuned nothing is kept for a backward pass.
+    scale = per_sample / need.activation_bytes(bits) if need.activations else 0.0
+    before = met.micro * scale * need.activation_bytes(other)
     if met.activations and need.activations:
         before *= met.activations / need.activations
     changed = need.micro(batch) * per_sample - before + need.weight_bytes(bits) - need.weight_bytes(other)

@@ -8,6 +8,7 @@ from functools import partial
 
 from coordinator.core.planning.base import Planner
 from coordinator.core.planning.fedpipe import FedPipePlanner
+from coordinator.core.planning.head import HeadPlanner
 from coordinator.core.planning.legend import LegendPlanner
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.errors import UserError
@@ -21,6 +22,7 @@ PLANNERS: Mapping[str, Callable[[], Planner]] = {
     **{name: partial(UniformPlanner, name=name, ranks="capability") for name in UNEQUAL},
     "fedpipe": FedPipePlanner,
     "legend": LegendPlanner,
+    "head": HeadPlanner,
 }
 """Name -> a planner that has seen nothing yet."""
 

@@ -1,0 +1,135 @@
+"""The grid of `bench/planning.py`: methods, tasks, seeds and learning rates, and what has to be run for which table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from coordinator.core.aggregation import registry as aggregators
+from coordinator.core.planning import registry as planners
+from shared.jobs import StrategySpec
+
+Split = Literal["validation", "test"]
+RATES = (1e-3, 3e-3, 1e-2)
+"""Learning rates tried for every method and task, with the same budget."""
+TUNING_SEED = 100
+"""Of the runs on the validation split; no table's seed."""
+EXACT = "fsr"
+FLOOR = "head"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A strategy with an aggregator; empty: its own."""
+
+    strategy: str
+    aggregator: str = ""
+
+    @property
+    def name(self) -> str:
+        """As in the tables."""
+        return f"{self.strategy}+{self.aggregator}" if self.aggregator else self.strategy
+
+
+@dataclass(frozen=True)
+class Task:
+    """A data set with the job it needs. `target`: the common quality (accuracy, or minus the loss)."""
+
+    data: str
+    kind: str
+    model: str
+    target: float
+    max_tokens: int = 32
+
+
+TASKS = {
+    "dbpedia14": Task("dbpedia14", "classification", "minilm3", 0.85),
+    "20news": Task("20news", "classification", "minilm3", 0.35),
+    "e2e": Task("e2e", "causal", "gpt2-small", -1.6),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One simulation. Its name is its file: a finished run is never repeated."""
+
+    method: Method
+    task: str
+    alpha: float
+    seed: int
+    lr: float
+    split: Split
+    rounds: int
+    stop: bool = False
+    """Whether it ends once it reaches the task's target."""
+
+    @property
+    def name(self) -> str:
+        """Unique, and readable."""
+        return (
+            f"{self.split}/{self.task}/{self.method.name}/alpha{self.alpha:g}-seed{self.seed}-lr{self.lr:g}"
+            f"-rounds{self.rounds}{'-stop' if self.stop else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is run: `cells` of (task, alpha, seeds) for methods; `rounds` of a run, `tuning` of one that tunes."""
+
+    cells: tuple[tuple[str, float, tuple[int, ...]], ...]
+    few: frozenset[str]
+    """Tasks that only the method and its best rivals run on."""
+    rounds: int = 40
+    tuning: int = 15
+    stop: bool = True
+    """Whether a run ends once it reaches the target."""
+
+
+GRIDS = {
+    "standard": Grid(
+        cells=(("dbpedia14", 0.1, (0, 1, 2)), ("dbpedia14", 1.0, (0, 1, 2)), ("20news", 1.0, (0,)), ("e2e", 1.0, (0,))),
+        few=frozenset({"20news", "e2e"}),
+    ),
+    "full": Grid(cells=tuple((task, alpha, (0, 1, 2)) for task in TASKS for alpha in (0.1, 0.5, 1.0)), few=frozenset()),
+    "smoke": Grid(cells=(("dbpedia14", 1.0, (0, 1)),), few=frozenset(), rounds=2, tuning=1),
+}
+FEW = ("fedpipe", "legend", "uniform", "fedlora", "hetlora")
+
+
+def methods(only: Sequence[str] = ()) -> list[Method]:
+    """Every planner with its own aggregator, and with the exact one where its own is another; or those named."""
+    found: list[Method] = []
+    for strategy in sorted(planners.PLANNERS):
+        found.append(Method(strategy))
+        if aggregators.name_of(StrategySpec(name=strategy)) != EXACT:
+            found.append(Method(strategy, EXACT))
+    return [method for method in found if not only or method.name in only or method.strategy in only]
+
+
+def tuning_runs(grid: Grid, chosen: Sequence[Method]) -> Iterator[Run]:
+    """The runs that choose each method's rate on each task, at the task's first alpha."""
+    done: set[str] = set()
+    for task, alpha, _ in grid.cells:
+        if task in done:
+            continue
+        done.add(task)
+        for method in _on(grid, chosen, task):
+            for lr in RATES:
+                yield Run(method, task, alpha, TUNING_SEED, lr, "validation", grid.tuning)
+
+
+def final_runs(grid: Grid, chosen: Sequence[Method], rates: dict[tuple[str, str], float]) -> Iterator[Run]:
+    """The runs of the tables, at each method's own rate; seed by seed, so that a cut leaves whole seeds."""
+    for place in range(max(len(seeds) for _, _, seeds in grid.cells)):
+        for task, alpha, seeds in grid.cells:
+            for method in _on(grid, chosen, task) if place < len(seeds) else ():
+                if (method.name, task) in rates:
+                    yield Run(
+                        method, task, alpha, seeds[place], rates[method.name, task], "test", grid.rounds, grid.stop
+                    )
+
+
+def _on(grid: Grid, chosen: Sequence[Method], task: str) -> list[Method]:
+    fit = [method for method in chosen if TASKS[task].kind == "classification" or method.strategy != FLOOR]
+    return [method for method in fit if task not in grid.few or method.strategy in FEW]

@@ -1,0 +1,99 @@
+"""The page `docs/results.md`: a table for each task and alpha, mean and 95 % interval over the seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean, stdev
+
+from bench.planning_grid import RATES, TASKS, Grid, Run
+from muster.testbed import simulated
+
+Results = Sequence[tuple[Run, simulated.Result]]
+Figure = Callable[[simulated.Result], float | None]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, half width of its 95 % interval by Student's t); the width of one value is not a number."""
+    mean = fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    from scipy.stats import t
+
+    return mean, float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def page(profile: str, grid: Grid, results: Results, rates: dict[tuple[str, str], float]) -> str:
+    """The whole page."""
+    lines = [
+        "# Results of planning",
+        "",
+        "<!-- Written by bench/planning.py from the files in runs/planning: run `make bench-planning`. -->",
+        "",
+        f"`python -m bench.planning --profile {profile}`: 80 virtual devices (TX2 / NX / AGX / GPU), 10 drawn per "
+        f"round, 8 local steps, {'until the target or ' if grid.stop else ''}{grid.rounds} rounds. Times are virtual "
+        "seconds, under a device model that no planner knows.",
+        "Mean and 95 % interval (Student's t) over the seeds; (n) where not all reached the target. Rates were chosen "
+        f"from {', '.join(f'{rate:g}' for rate in RATES)} for each method on a validation split cut from the training "
+        f"rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor.",
+    ]
+    for task, alpha, seeds in grid.cells:
+        here = [(run, result) for run, result in results if (run.task, run.alpha) == (task, alpha)]
+        lines += ["", f"## {task}, Dirichlet {alpha:g}", ""]
+        lines += _table(here, TASKS[task].target, rates, task, len(seeds)) if here else ["Not run."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(
+    results: Results, target: float, rates: dict[tuple[str, str], float], task: str, seeds: int
+) -> Iterator[str]:
+    word = f"accuracy {target:g}" if target > 0 else f"loss {-target:g}"
+    yield f"Target: {word}."
+    yield ""
+    yield (
+        "| method | lr | seeds | best quality | s to target | MB to target | s per round | waiting | prediction error "
+        "| M parameters trained |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    names = sorted({run.method.name for run, _ in results})
+    rows = []
+    for name in names:
+        mine = [result for run, result in results if run.method.name == name]
+        times = _told(mine, lambda one: simulated.time_to(one.rounds, target), "{:.0f}")
+        order = [t for one in mine if (t := simulated.time_to(one.rounds, target)) is not None]
+        cells = [
+            name, f"{rates[name, task]:g}", f"{len(mine)} of {seeds}",
+            _told(mine, lambda one: simulated.best_quality(one.rounds), "{:.4f}"), times,
+            _told(mine, lambda one: _mega(simulated.bytes_to(one.rounds, target)), "{:.1f}"),
+            _told(mine, lambda one: one.rounds[-1].at / len(one.rounds) if one.rounds else None, "{:.1f}"),
+            _told(mine, lambda one: 100 * simulated.mean_waiting(one.rounds), "{:.1f} %"),
+            _told(mine, prediction_error, "{:.0f} %"), _told(mine, trained, "{:.3f}"),
+        ]  # fmt: skip
+        rows.append((-len(order), fmean(order) if order else math.inf, f"| {' | '.join(cells)} |"))
+    for row in sorted(rows):
+        yield row[2]
+
+
+def prediction_error(result: simulated.Result) -> float | None:
+    """Mean percent over the rounds but the first, before which no planner knows anything."""
+    later = [one.prediction_error for one in result.rounds[1:]]
+    return 100 * fmean(later) if later else None
+
+
+def trained(result: simulated.Result) -> float | None:
+    """Millions of factor parameters that a device trains in the mean."""
+    found = [part.params / 1e6 for one in result.rounds for part in one.devices]
+    return fmean(found) if found else None
+
+
+def _mega(count: int | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
+def _told(results: Sequence[simulated.Result], figure: Figure, form: str) -> str:
+    values = [value for one in results if (value := figure(one)) is not None]
+    if not values:
+        return "-"
+    mean, half = interval(values)
+    some = "" if len(values) == len(results) else f" ({len(values)} of {len(results)})"
+    return form.format(mean) + ("" if math.isnan(half) else f" ± {form.format(half)}") + some

@@ -1,0 +1,57 @@
+"""`muster simulate`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EPILOG = "Example: [bold]muster simulate --devices 80 --data dbpedia14 --strategy uniform --rounds 40[/bold]"
+
+
+def simulate(
+    devices: Annotated[int, typer.Option(min=1, max=10_000, help="How many virtual devices.")] = 80,
+    profile: Annotated[str, typer.Option(help="Kind of fleet: jetson or equal.")] = "jetson",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder (or name of one in MUSTER_DATA) with train.jsonl.gz, test.jsonl.gz and labels.json; "
+            "or docstrings: those of the installed packages."
+        ),
+    ] = "dbpedia14",
+    job: Annotated[Path | None, typer.Option(help="Job file; without it examples/simulate.toml.")] = None,
+    strategy: Annotated[str, typer.Option(help="Planner, in place of the job file's.")] = "",
+    aggregator: Annotated[str, typer.Option(help="Aggregator, in place of the job file's.")] = "",
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds, in place of the job file's; 0: as it says.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the devices, the shares and the job, in place of the job's.")
+    ] = None,
+    alpha: Annotated[
+        float, typer.Option(min=0.0, help="Skew of the labels: Dirichlet(alpha); 0: shares at random.")
+    ] = 1.0,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=FOLDER", help="A base model by name; repeatable.")
+    ] = None,
+    lm: Annotated[
+        Path | None, typer.Option(help="Texts that the base gpt2-small is trained on; without it MUSTER_DATA/lm.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; without it runs/<job>-<time>.")] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(help="Telemetry recorded by `muster emulate` (telemetry.jsonl), as the devices' load and links."),
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, max=64, help="Processes that compute gradients; 0: this one. Results are the same.")
+    ] = 2,
+) -> None:
+    """Try a strategy on many virtual devices: virtual time, real planning, real gradients; then a report."""
+    from muster.testbed.simulate import Simulation, run
+
+    asked = Simulation(
+        devices=devices, profile=profile, data=data, job=job, strategy=strategy, aggregator=aggregator, rounds=rounds,
+        seed=seed, alpha=alpha, models=tuple(model or ()), lm=lm, out=out, replay=replay, workers=workers,
+    )  # fmt: skip
+    raise typer.Exit(run(asked, command=shlex.join(["muster", *sys.argv[1:]])))

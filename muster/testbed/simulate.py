@@ -1,0 +1,309 @@
+"""`muster simulate`: many virtual devices work on one job, on a virtual clock and with real gradients.
+
+Coordinator, planners, aggregators and daemons are those of a real fleet; only the devices' time, memory and links are
+the device model's. What can be wrong with the input is found before anything is started or written.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from coordinator.core.aggregation.registry import name_of
+from coordinator.core.job import TERMINAL
+from coordinator.core.records import RoundPlanned
+from coordinator.web.history import job_view
+from coordinator.web.views import JobView
+from muster.testbed import device_model as dm
+from muster.testbed import inputs, live, partition, profiles, replay, report, simulated, toml
+from muster.testbed.cgroups import Available
+from muster.testbed.gradients import WorkerDied, Workers
+from muster.testbed.rows import Row
+from muster.testbed.runs import INTERRUPTED, RunFailed, interruptible, whole_or_nothing
+from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
+from muster.testbed.virtual_nodes import SimulatedFleet
+from shared.errors import UserError
+from shared.files import write_whole
+from shared.jobs import JobSpec
+
+JOB = Path(__file__).parents[2] / "examples" / "simulate.toml"
+STEPS = Path(__file__).parent / "profiles" / "steps.json"
+RESULT = "result.json"
+SLICE_S = 5.0
+"""Virtual seconds between two looks at the job."""
+LONGEST_S = 14 * 86400.0
+STUCK_S = 4 * 3600.0
+"""A job that commits nothing for so long is given up."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What the operator asks for; the fields are the options of the command."""
+
+    devices: int = 80
+    profile: str = "jetson"
+    data: str = "dbpedia14"
+    """Folder, name in `MUSTER_DATA`, or "docstrings"."""
+    job: Path | None = None
+    """None: the example's."""
+    strategy: str = ""
+    aggregator: str = ""
+    rounds: int = 0
+    """0: as the job says."""
+    seed: int | None = None
+    """Of devices, shares and the job; None: the job's."""
+    alpha: float = 1.0
+    """0: shares at random."""
+    models: tuple[str, ...] = ()
+    """NAME=FOLDER each."""
+    out: Path | None = None
+    """None: `runs/<job>-<time>`."""
+    replay: Path | None = None
+    """Recorded telemetry in place of the device model's foreign load and bandwidth."""
+    workers: int = 2
+    """Processes that compute gradients; 0: this one."""
+    lm: Path | None = None
+    over: toml.Table = field(default_factory=dict)
+    """More of the job's tables, for programs."""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What came of a run."""
+
+    result: simulated.Result
+    out: Path
+    spec: JobSpec
+    seconds: float
+    """Of this machine's clock."""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    spec: JobSpec
+    model: str
+    """Folder of the base."""
+    devices: list[VirtualDevice]
+    paths: dict[str, Path]
+    rows: dict[str, int]
+
+
+def run(simulation: Simulation, *, command: str = "") -> int:
+    """Carry it out. 0: the job finished; 1: it did not; 130: interrupted. Raises `UserError` for bad input."""
+    with interruptible():
+        try:
+            done = carry_out(simulation, command=command)
+        except KeyboardInterrupt:
+            print("interrupted: everything stopped", file=sys.stderr)  # noqa: T201 - a command's output
+            return INTERRUPTED
+        except (WorkerDied, RunFailed) as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
+            return 1
+    return 0 if done.result.state == "finished" else 1
+
+
+def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | None = None) -> Finished:
+    """Carry it out and write report, result and plots. Raises `UserError` for bad input; then nothing is left."""
+    tables, given = _checked(simulation)
+    out = simulation.out or Path("runs") / f"{tables.get('name', 'job')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    started = time.monotonic()
+    shown = live.Lines(sys.stdout)
+    tell = tell or shown.say
+    with whole_or_nothing(out, "simulation"), tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
+        ready = _prepare(simulation, tables, given, Path(scratch), tell)
+        with Workers(simulation.workers) as workers:
+            fleet = SimulatedFleet(
+                Path(scratch) / "fleet", ready.devices, data=ready.paths, rows=ready.rows,
+                dataset=ready.spec.task.dataset, models={ready.spec.base.model: ready.model}, workers=workers,
+                seed=ready.spec.seed, until=LONGEST_S,
+            )  # fmt: skip
+            with fleet:
+                followed = _Followed(fleet, ready.spec, tell)
+                job = followed.to_the_end()
+                records = fleet.records(followed.id)
+        result = _result(simulation, ready, fleet, job)
+        write_whole(out / RESULT, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
+        planned = {record.round: record for record in records if isinstance(record, RoundPlanned)}
+        written = _report(simulation, ready, result, job, out, command, len(planned))
+    tell(f"{job.state}: {len(result.rounds)} rounds in {_last(result):.0f} virtual seconds; report: {written}")
+    return Finished(result, out, ready.spec, time.monotonic() - started)
+
+
+def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
+    """Job tables and named models, checked as far as that goes without writing anything."""
+    if simulation.profile not in dm.PROFILES:
+        known = ", ".join(sorted(dm.PROFILES))
+        raise UserError(f"unknown profile {simulation.profile!r}; there are {known}")
+    path = simulation.job or JOB
+    strategy = {"name": simulation.strategy, "aggregator": simulation.aggregator}
+    over: toml.Table = {
+        "strategy": {name: value for name, value in strategy.items() if value},
+        "rounds": {"count": simulation.rounds} if simulation.rounds else {},
+    }
+    if simulation.seed is not None:
+        over["seed"] = simulation.seed
+    tables = toml.merged(inputs.job_tables(path, over), simulation.over)
+    inputs.check_job(tables, str(path))
+    if tables["task"]["kind"] == "least_squares":
+        raise UserError(f"{path}: task.kind least_squares: a simulation trains real models")
+    inputs.check_data(simulation.data)
+    given = inputs.named_folders(simulation.models)
+    inputs.check_base(tables.get("base", {}).get("model", inputs.MINILM), given, simulation.lm)
+    if simulation.replay is not None:
+        replay.read(simulation.replay, ["one"])
+    return tables, given
+
+
+def _prepare(
+    simulation: Simulation, tables: toml.Table, given: Mapping[str, str], scratch: Path, tell: inputs.Tell
+) -> _Ready:
+    data = inputs.data_files(simulation.data, scratch / "data", tell)
+    _, spec = inputs.filled(tables, data, simulation.devices, str(simulation.job or JOB))
+    rows = inputs.rows_for(spec.task, data.train)
+    inputs.rows_for(spec.task, Path(spec.evaluation.data))
+    folder = inputs.base_model(spec.base.model, given, simulation.lm, tell)
+    models = dm.fleet(simulation.profile, simulation.devices, spec.seed)
+    names = [model.name for model in models]
+    paths, counts = _shares(simulation, spec, rows, names, scratch, str(data.train))
+    steps = load_steps()
+    clock = Clockwork(
+        dm.StepTable(steps), dm.MemoryTable.of(steps), _base(folder, spec),
+        replay.read(simulation.replay, names) if simulation.replay is not None else None,
+    )  # fmt: skip
+    return _Ready(spec, str(folder), [VirtualDevice(model, clock) for model in models], paths, counts)
+
+
+def _shares(
+    simulation: Simulation, spec: JobSpec, rows: list[Row], names: list[str], scratch: Path, source: str
+) -> tuple[dict[str, Path], dict[str, int]]:
+    dealt = inputs.shares(
+        rows, spec.task, simulation.devices, alpha=simulation.alpha, by_field="", seed=spec.seed, source=source
+    )
+    paths = partition.write_shares(rows, dealt, scratch / "shares", names)
+    return dict(zip(names, paths, strict=True)), {n: len(share) for n, share in zip(names, dealt, strict=True)}
+
+
+def load_steps() -> dm.Steps:
+    """What the real agent was measured at."""
+    return msgspec.json.decode(STEPS.read_bytes(), type=dm.Steps)
+
+
+def _base(folder: Path, spec: JobSpec) -> Base:
+    from shared.modeling import base_model
+
+    base = base_model.load(folder, spec.task)
+    linear, other = base_model.count_parameters(base)
+    blocks = 1 + max(one.block for one in base.linears.values())
+    return Base(
+        dm.Shape(blocks, spec.task.max_tokens, linear, other),
+        {name: (one.out, one.inp, one.block) for name, one in base.linears.items()},
+        sum(tensor.numel() for tensor in base.head.values()),
+    )
+
+
+class _Followed:
+    """A job on a simulated fleet, from its submission to its end."""
+
+    def __init__(self, fleet: SimulatedFleet, spec: JobSpec, tell: inputs.Tell) -> None:
+        self._fleet = fleet
+        self._tell = tell
+        self._told = 0
+        self._last = time.monotonic()
+        self.submitted_at = fleet.network.now
+        self.id = fleet.submit(spec, spec.name)
+
+    def to_the_end(self) -> JobView:
+        """Let time pass until the job ends or pauses, and say what happened."""
+        fleet, network = self._fleet, self._fleet.network
+        moved = network.now
+        while True:
+            fleet.run(SLICE_S)
+            job = fleet.job(self.id)
+            if job is None:
+                continue
+            if job.committed > self._told:
+                self._say_rounds(self._view())
+                moved = network.now
+            if job.phase in TERMINAL or job.phase == "paused":
+                return self._view()
+            if network.now - moved > STUCK_S:
+                raise RunFailed(f"nothing happens any more: {fleet.coordinator.runtime.state.notices.get(self.id, '')}")
+
+    def _view(self) -> JobView:
+        job = self._fleet.job(self.id)
+        assert job is not None
+        notice = self._fleet.coordinator.runtime.state.notices.get(self.id, "")
+        return job_view(self._fleet.records(self.id), job, notice)
+
+    def _say_rounds(self, job: JobView) -> None:
+        now = time.monotonic()
+        new = [view for view in job.rounds if view.phase == "committed" and view.round > self._told]
+        for view in new:
+            self._tell(f"{live.committed(view)} (virtual; {(now - self._last) / len(new):.1f} s here)")
+            self._told = view.round
+        self._last = now
+
+
+def _result(simulation: Simulation, ready: _Ready, fleet: SimulatedFleet, job: JobView) -> simulated.Result:
+    kinds = {device.model.name: device.model.kind.name for device in ready.devices}
+    sizes = {name: (out, inp) for name, (out, inp, _) in ready.devices[0].clock.base.linears.items()}
+    carried = fleet.network.carried
+    return simulated.Result(
+        job=ready.spec.name, state=job.state, strategy=ready.spec.strategy.name,
+        aggregator=name_of(ready.spec.strategy), profile=simulation.profile, devices=simulation.devices,
+        data=ready.spec.task.dataset, alpha=simulation.alpha, seed=ready.spec.seed, lr=ready.spec.training.lr,
+        baseline=job.baseline, rounds=simulated.round_results(job, fleet.watched(), kinds, sizes, fleet.peaks),
+        bytes_by_device={name: (carried.get((name, "up"), 0), carried.get((name, "down"), 0)) for name in kinds},
+        happened=[(round(at, 3), name, what) for at, name, what in fleet.happened],
+    )  # fmt: skip
+
+
+def _last(result: simulated.Result) -> float:
+    return result.rounds[-1].at if result.rounds else 0.0
+
+
+def _report(
+    simulation: Simulation, ready: _Ready, result: simulated.Result, job: JobView, out: Path, command: str, planned: int
+) -> Path:
+    shapes = [profiles.Shape(device.model.name, device.model.kind.cores, device.limit) for device in ready.devices]
+    given = report.Run(
+        command=command or "muster simulate", spec=ready.spec, job=job, shapes=shapes, rows=ready.rows,
+        available=Available(cpu=True, memory=True), committed_s={one.round: one.at for one in result.rounds},
+        seconds=_last(result),
+    )  # fmt: skip
+    path = report.write(given, out)
+    text = path.read_text(encoding="utf-8")
+    head, sign, rest = text.partition("## Devices\n")
+    write_whole(path, (head + "\n".join(_figures(simulation, result, planned)) + "\n\n" + sign + rest).encode())
+    return path
+
+
+def _figures(simulation: Simulation, result: simulated.Result, planned: int) -> list[str]:
+    """The section of a report that only a simulation has."""
+    up = sum(one.bytes_up for one in result.rounds)
+    down = sum(one.bytes_down for one in result.rounds)
+    best = simulated.best_quality(result.rounds)
+    lines = [
+        "## Simulation",
+        "",
+        f"- {simulation.devices} virtual devices of profile {simulation.profile}, alpha {simulation.alpha:g}, seed "
+        f"{result.seed}; all seconds are virtual; {planned} rounds planned, {len(result.rounds)} committed",
+        f"- waiting share {simulated.mean_waiting(result.rounds):.1%} in the mean round; "
+        f"{up / 1e6:.1f} MB up, {down / 1e6:.1f} MB down over all links",
+        f"- best quality {best:.4f}" if best is not None else "- nothing was evaluated",
+        "",
+        "| round | at s | seconds | waiting | prediction error | up MB | down MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for one in result.rounds:
+        lines.append(
+            f"| {one.round} | {one.at:.1f} | {one.seconds:.1f} | {one.waiting:.1%} | {one.prediction_error:.1%} "
+            f"| {one.bytes_up / 1e6:.2f} | {one.bytes_down / 1e6:.2f} |"
+        )
+    return lines

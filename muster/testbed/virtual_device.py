@@ -1,0 +1,226 @@
+"""A virtual device as it stands now: heat, what its agent holds, its checkpoint; and its telemetry.
+
+The device model says how long and how large; this remembers what the answer depends on. It outlives its daemon: a
+crash ends programs, not the heat of the machine nor what lies on its disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from edge_daemon.core.state import Machine
+from muster.testbed import device_model as dm
+from muster.testbed.replay import Replay
+from shared.jobs import Bits
+from shared.messages import Assignment, Load, Work
+
+BITS: tuple[Bits, ...] = (4, 8, 16)
+PROBE_S, LOAD_S = 1.0, 0.25
+"""Seconds of a probe, and of loading a base, on one core of the recording machine; slower devices take longer."""
+RANK = 8
+"""Of the adapter that the memory limits leave room for."""
+RESERVE = 66 * dm.MIB
+DAEMON_BYTES = 40 * dm.MIB
+
+
+@dataclass
+class Base:
+    """The base that all devices hold. `linears`: name -> (out, in, block)."""
+
+    shape: dm.Shape
+    linears: dict[str, tuple[int, int, int]]
+    dense: int
+    """Parameters of the head."""
+
+
+@dataclass
+class Clockwork:
+    """What the whole fleet shares: the tables, the base, and the round under way, which sets power and bandwidth."""
+
+    table: dm.StepTable
+    memory: dm.MemoryTable
+    base: Base
+    replay: Replay | None = None
+    round: int = 0
+
+
+@dataclass
+class VirtualDevice:
+    """One device. See the module."""
+
+    model: dm.Device
+    clock: Clockwork
+    heat: float = 0.0
+    busy: bool = False
+    held: Bits | None = None
+    """Bits of the base that its agent holds."""
+    peak: int = 0
+    _heat_at: float = 0.0
+    _agent: bool = False
+    _saved: dict[tuple[str, int, int], list[float]] = field(default_factory=dict)
+
+    # ---- nature
+
+    @property
+    def bits(self) -> tuple[Bits, ...]:
+        """Precisions that its kernels run."""
+        return BITS
+
+    @property
+    def kernel_kills(self) -> bool:
+        """Whether the kernel ends an agent that takes too much; a GPU's allocator says so instead."""
+        return self.model.kind.name != "gpu"
+
+    @property
+    def slowness(self) -> float:
+        """Seconds here for one of the recording machine, for work that is no step."""
+        return 1.0 / max(self.model.kind.quota, 0.1)
+
+    @property
+    def probe_s(self) -> float:
+        """Seconds from the agent's start to its answer."""
+        return PROBE_S * self.slowness
+
+    @property
+    def limit(self) -> int:
+        """Bytes that its programs may use: the base at the bits it holds, its room for samples, and a reserve."""
+        shape, kind, linears = self.clock.base.shape, self.model.kind, self.clock.base.linears
+        everything = sum(out + inp for out, inp, _ in linears.values())
+        work = dm.StepWork(kind.holds, kind.room, 0, RANK * everything + self.clock.base.dense, len(linears))
+        return int(
+            max(
+                (self.clock.memory.peak(shape, work) + DAEMON_BYTES) / 0.95,
+                self.clock.memory.peak(shape, work) + RESERVE,
+            )
+        )
+
+    def machine(self) -> Machine:
+        """Its static facts."""
+        return Machine(hardware=f"virtual {self.model.kind.name}", cores=self.model.kind.cores, memory_bytes=self.limit)
+
+    def bandwidth(self, now: float) -> float:
+        """Bytes per second of its link."""
+        replay = self.clock.replay
+        told = replay.bandwidth(self.model.name, now) if replay else None
+        return told or self.model.bandwidth(self.clock.round)
+
+    def foreign(self, now: float) -> dm.Foreign:
+        """What other programs use."""
+        replay = self.clock.replay
+        return replay.foreign(self.model.name, now) if replay else self.model.foreign(now)
+
+    # ---- time
+
+    def step_s(self, work: Assignment, batch: int, step: int, now: float, heat: float) -> float:
+        """Seconds of step `step` of `work` if it begins `now`."""
+        noise = self.model.noise(work.job, work.round, work.attempt, step)
+        return self.model.step_s(
+            self.clock.table, self._step(work.work, batch), self.clock.base.shape, round=work.round,
+            heat=heat, noise=noise, foreign=self.foreign(now).share,
+        )  # fmt: skip
+
+    def load_base(self, bits: Bits) -> float:
+        """Let the agent hold the base at `bits`; seconds it takes, 0 where it held it already."""
+        if self.held == bits:
+            return 0.0
+        self.held = bits
+        return LOAD_S * self.slowness
+
+    def heat_at(self, now: float) -> float:
+        """Its heat, brought up to `now`."""
+        self.heat = dm.heated(self.heat, now - self._heat_at, busy=self.busy)
+        self._heat_at = now
+        return self.heat
+
+    @staticmethod
+    def heat_after(heat: float, seconds: float) -> float:
+        """Heat after `seconds` of work."""
+        return dm.heated(heat, seconds, busy=True)
+
+    def work(self, now: float) -> None:
+        """It begins to compute."""
+        self.heat_at(now)
+        self.busy = True
+
+    def rest(self, now: float) -> None:
+        """It stops computing."""
+        self.heat_at(now)
+        self.busy = False
+
+    def cores_used(self, now: float) -> float:
+        """Cores that the agent got."""
+        return self.model.kind.cores / (1.0 + dm.CONTENTION * self.foreign(now).share)
+
+    # ---- memory
+
+    @property
+    def idle_bytes(self) -> int:
+        """Resident bytes of an agent without a base."""
+        return self.clock.memory.agent_bytes
+
+    def base_bytes(self, bits: Bits) -> int:
+        """Resident bytes of an agent that holds the base."""
+        return self.clock.memory.loaded(self.clock.base.shape, bits)
+
+    def peak_bytes(self, work: Work, batch: int) -> int:
+        """Resident bytes of the agent at the worst moment of `work`."""
+        return self.clock.memory.peak(self.clock.base.shape, self._step(work, batch))
+
+    def would_fit(self, work: Work, batch: int, now: float) -> bool:
+        """Whether `work` at `batch` fits beside what others hold."""
+        return self.peak_bytes(work, batch) + DAEMON_BYTES + self._foreign_bytes(now) <= self.limit
+
+    def fits(self, work: Work, batch: int, now: float) -> bool:
+        """The same for work that begins: its peak is remembered."""
+        if not self.would_fit(work, batch, now):
+            return False
+        self.peak = self.peak_bytes(work, batch)
+        return True
+
+    def begin_process(self) -> None:
+        """An agent starts with nothing loaded."""
+        self._agent, self.held, self.peak = True, None, 0
+
+    def end_process(self, now: float) -> None:
+        """The agent is gone."""
+        self.rest(now)
+        self._agent, self.held, self.peak = False, None, 0
+
+    # ---- disk
+
+    def save(self, work: Assignment, steps: list[float]) -> None:
+        """A checkpoint: the seconds of the steps that are done."""
+        self._saved = {(work.job, work.round, work.attempt): list(steps)}
+
+    def drop_checkpoint(self) -> None:
+        """The work is over: its folder is removed."""
+        self._saved = {}
+
+    def resumed(self, work: Assignment) -> list[float]:
+        """What a checkpoint of `work` holds."""
+        return list(self._saved.get((work.job, work.round, work.attempt), []))
+
+    # ---- telemetry
+
+    def load(self, now: float) -> Load:
+        """A reading."""
+        foreign, cores = self.foreign(now), self.model.kind.cores
+        agent = 0 if not self._agent else self.base_bytes(self.held) if self.held else self.idle_bytes
+        own = DAEMON_BYTES + max(agent, self.peak if self.busy else 0)
+        heat = self.heat_at(now)
+        return Load(
+            epoch=0, seq=0, cores=cores, own_cores=self.cores_used(now) if self.busy else 0.0,
+            foreign_cores=foreign.share * cores, throttled=dm.throttled(heat),
+            memory_available=max(0, self.limit - own - self._foreign_bytes(now)), memory_limit=self.limit,
+            own_memory=own, temperature_c=dm.temperature_c(heat),
+        )  # fmt: skip
+
+    def _foreign_bytes(self, now: float) -> int:
+        return int(self.foreign(now).memory * RESERVE * 2)
+
+    def _step(self, work: Work, batch: int) -> dm.StepWork:
+        base = self.clock.base
+        tuned = [(base.linears[name], rank) for name, rank in work.ranks.items() if rank > 0 and name in base.linears]
+        factors = base.dense + sum(rank * (out + inp) for (out, inp, _), rank in tuned)
+        lowest = min((block for (_, _, block), _ in tuned), default=base.shape.blocks)
+        return dm.StepWork(work.bits, batch, lowest, factors, len(tuned))

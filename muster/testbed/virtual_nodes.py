@@ -1,0 +1,230 @@
+"""Nodes of a simulated fleet: the real runtimes of coordinator and daemons around virtual devices and a real model."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from coordinator.core.planning.cost_model import CostModel
+from coordinator.core.planning.demand import demand
+from coordinator.core.records import AnyRecord, RoundCommitted, RoundPlanned, UpdateAdmitted
+from coordinator.settings import CoordinatorSettings
+from coordinator.workers import protocol as worker_wire
+from coordinator.workers.model_worker import ModelWorker
+from edge_daemon import protocol
+from edge_daemon.adapters.trainer import AgentSpoke, Trainer
+from edge_daemon.core.state import Identity, Machine, identity_of
+from edge_daemon.settings import EdgeSettings
+from muster.testbed import device_model as dm
+from muster.testbed.gradients import Workers
+from muster.testbed.memory_fleet import VirtualFleet
+from muster.testbed.memory_nodes import COORDINATOR, FLEET, Answers, CoordinatorNode, DeviceNode
+from muster.testbed.memory_process import History, World
+from muster.testbed.simulated import Watched
+from muster.testbed.virtual_device import VirtualDevice
+from muster.testbed.virtual_trainer import VirtualTrainer
+from shared.blob_folder import BlobFolder
+from shared.frames import FrameWriter
+from shared.messages import Load
+from shared.settings import BrokerSettings
+from shared.transport.memory_network import Faults, MemoryNetwork
+
+LATENCY_S = (0.01, 0.03)
+IDLE_TICK_S = 2.0
+"""Between looks at the clock of a daemon that nothing happens to: events are handled when they come."""
+
+
+class NoHistory(History):
+    """Nothing is checked here: a virtual device's update is what the real agent wrote."""
+
+    def note_admitted(self, record: object, blobs: BlobFolder) -> None:
+        """Nothing is kept."""
+
+
+class ModelNode(CoordinatorNode):
+    """The coordinator with the worker that knows the model, in this process."""
+
+    def __init__(self, world: World, folder: Path, settings: CoordinatorSettings) -> None:
+        super().__init__(world, folder, settings)
+        self._answers: Answers | None = None
+
+    def worker(self) -> Answers:
+        """Real evaluation on real text."""
+        if self._answers is None:
+            import torch
+
+            torch.set_num_threads(1)
+            self._answers = _Evaluating(ModelWorker(FrameWriter(io.BytesIO())))
+        return self._answers
+
+
+class _Evaluating:
+    """The model worker as an `Answers`."""
+
+    def __init__(self, worker: ModelWorker) -> None:
+        self._worker = worker
+
+    def answer(self, request: worker_wire.Prepare | worker_wire.Evaluate) -> worker_wire.FromWorker:
+        """Serve one request."""
+        return self._worker.answer(request)
+
+
+class VirtualNode(DeviceNode):
+    """The daemon of a virtual device. `rows`: of its data set; `scratch`: where updates are computed."""
+
+    tick_s = IDLE_TICK_S
+
+    def __init__(
+        self, world: World, folder: Path, settings: EdgeSettings, device: VirtualDevice, rows: int, workers: Workers,
+        scratch: Path, blob: Callable[[str], Path | None],
+    ) -> None:  # fmt: skip
+        super().__init__(world, folder, settings)
+        self.device = device
+        self._rows = rows
+        self._workers = workers
+        self._scratch = scratch
+        self._blob = blob
+        self._trainer: VirtualTrainer | None = None
+        self._ahead: Identity | None = None
+
+    def agent(self, post: Callable[[AgentSpoke], None]) -> Trainer:
+        """An agent on the virtual clock."""
+        self._trainer = VirtualTrainer(
+            self.device, self._rows, self._workers, self._scratch, post, self.later, lambda: self.now
+        )
+        return self._trainer
+
+    def machine(self) -> Machine:
+        """The device's static facts."""
+        return self.device.machine()
+
+    def load(self) -> Load:
+        """What its sensors read now."""
+        return self.device.load(self.now)
+
+    def _close(self) -> None:
+        self.device.end_process(self.now)
+        self._workers.forget(self.client_id)
+        super()._close()
+
+    def _handle(self, event: object) -> None:
+        super()._handle(event)
+        work = self.runtime.state.work
+        if work is None or not self.runtime.state.accepted or self._ahead == identity_of(work):
+            return
+        # The global adapter is the same blob everywhere: work can be computed while it is still being fetched.
+        self._ahead, path = identity_of(work), self._blob(work.adapter.sha)
+        if path is not None and self._trainer is not None:
+            self._trainer.ahead(
+                protocol.Train(
+                    assignment=work, base_path=self.settings.models.get(work.base.model, work.base.model),
+                    data_path=self.settings.data[work.task.dataset], adapter_path=str(path), device=self.client_id,
+                    update_path="", checkpoint_dir="", train_for_s=work.work.train_for_s,
+                )
+            )  # fmt: skip
+
+
+class SimulatedFleet(VirtualFleet):
+    """A coordinator with its model worker, and virtual devices that join, leave and crash as their draws say."""
+
+    def __init__(
+        self, root: Path, devices: list[VirtualDevice], *, data: dict[str, Path], rows: dict[str, int], dataset: str,
+        models: dict[str, str], workers: Workers, seed: int, until: float,
+    ) -> None:  # fmt: skip
+        network = MemoryNetwork(seed, Faults(delay_s=LATENCY_S))
+        self._by_name = {device.model.name: device for device in devices}
+        network.rate = self._rate
+        broker = BrokerSettings(keepalive_s=30, reconnect_max_s=4.0)
+        world = World(network, broker, NoHistory())
+        settings = CoordinatorSettings(
+            fleet=FLEET, state_dir=str(root / "coordinator"), models=models,
+            broker=BrokerSettings(keepalive_s=30, window=32, queue=4096),
+        )  # fmt: skip
+        coordinator = ModelNode(world, root / "coordinator", settings)
+        coordinator.on_append = self._on_append
+        scratch = root / "scratch"
+        scratch.mkdir(parents=True, exist_ok=True)
+        nodes = {
+            name: VirtualNode(
+                world, root / "devices" / name,
+                EdgeSettings(
+                    fleet=FLEET, device=name, state_dir=str(root / "devices" / name), broker=broker, models=models,
+                    data={dataset: str(data[name])},
+                ),
+                device, rows[name], workers, scratch, lambda sha: coordinator.blobs.path(sha),
+            )
+            for name, device in self._by_name.items()
+        }  # fmt: skip
+        super().__init__(network, coordinator, nodes)
+        self._nodes = nodes
+        self._until = until
+        self._watched = Watched({}, {}, {}, {})
+        self.peaks: dict[int, dict[str, int]] = {}
+        """Round -> participant -> predicted bytes."""
+        self.happened: list[tuple[float, str, dm.Happening]] = []
+
+    def start(self) -> None:
+        """Start the coordinator, and let every device join when its time comes."""
+        self.coordinator.start()
+        for name, device in self._by_name.items():
+            for at, what in dm.happenings(device.model, self._until):
+                self.network.schedule(at, self._happening(name, what))
+
+    def _happening(self, name: str, what: dm.Happening) -> Callable[[], None]:
+        node = self._nodes[name]
+
+        def happen() -> None:
+            self.happened.append((self.network.now, name, what))
+            if what == "join" and not node.alive:
+                node.start()
+            elif what == "leave" and node.alive:
+                node.leave()
+            elif what == "crash":
+                node.kill()
+
+        return happen
+
+    def _rate(self, client: str, _way: str) -> float:
+        device = self._by_name.get(client)
+        return device.bandwidth(self.network.now) if device is not None else float("inf")
+
+    def watched(self) -> Watched:
+        """What was seen so far, in seconds since the start."""
+        return self._watched
+
+    def _on_append(self, when: str, records: Sequence[AnyRecord]) -> None:
+        """The round under way sets power modes and bandwidths; what the records do not tell is noted."""
+        now, watched = self.network.now, self._watched
+        for record in records if when == "before" else ():
+            match record:
+                case RoundPlanned():
+                    for device in self._by_name.values():
+                        device.clock.round = record.round
+                    watched.planned_at[record.round] = now
+                    self.peaks[record.round] = self._predicted(record)
+                case UpdateAdmitted():
+                    watched.admitted_at[record.round, record.device] = now
+                case RoundCommitted():
+                    watched.committed_at[record.round] = now
+                    carried = [
+                        (way, size) for (client, way), size in self.network.carried.items() if client != COORDINATOR
+                    ]
+                    up, down = (sum(size for way, size in carried if way == wanted) for wanted in ("up", "down"))
+                    watched.bytes_at[record.round] = up, down
+                case _:
+                    pass
+
+    def _predicted(self, record: RoundPlanned) -> dict[str, int]:
+        """Bytes that the planner's cost model expects each participant's agent to hold, where it has one."""
+        job = self.coordinator.runtime.state.jobs[record.job]
+        model = getattr(job.planner, "model", None)
+        found: dict[str, int] = {}
+        if not isinstance(model, CostModel) or job.facts is None:
+            return found
+        for device, work in record.plan.participants.items():
+            known = self.coordinator.runtime.state.fleet.get(device)
+            if known is not None and known.info is not None:
+                need = demand(job.facts, job.spec, work.ranks)
+                found[device] = int(model.memory(device, need, work.bits, work.batch, known.info)[0])
+        return found

@@ -1,0 +1,143 @@
+"""`muster simulate` on tiny models: real rounds on virtual devices, repeatable to the byte."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from muster.cli.main import main
+from muster.testbed import device_model as dm
+from muster.testbed.simulate import Simulation, carry_out, load_steps
+from shared.errors import UserError
+from tests.training.tiny_models import colour_rows, write_jsonl
+
+JOB = """
+name = "tiny"
+[base]
+model = "tiny"
+[task]
+kind = "classification"
+max_tokens = 16
+[rounds]
+count = 2
+sample = 3
+local_steps = 3
+deadline_s = 200
+[strategy]
+rank = 2
+batch = 8
+batch_min = 2
+[training]
+lr = 1e-2
+checkpoint_every = 2
+[evaluation]
+rows = 20
+"""
+
+
+@pytest.fixture
+def asked(tmp_path: Path, bert: Path) -> Simulation:
+    data = tmp_path / "colours"
+    data.mkdir()
+    write_jsonl(data / "train.jsonl", colour_rows(160))
+    write_jsonl(data / "test.jsonl", colour_rows(40, seed=1))
+    (data / "labels.json").write_text(json.dumps(["red", "green", "blue"]))
+    job = tmp_path / "tiny.toml"
+    job.write_text(JOB)
+    return Simulation(
+        devices=8, data=str(data), job=job, models=(f"tiny={bert}",), seed=4, workers=0, out=tmp_path / "one"
+    )
+
+
+def _silent(_line: str) -> None:
+    pass
+
+
+def test_equal_seeds_give_equal_bytes_whatever_the_number_of_processes(asked: Simulation, tmp_path: Path) -> None:
+    one = carry_out(asked, tell=_silent)
+    two = carry_out(replace(asked, workers=2, out=tmp_path / "two"), tell=_silent)
+    first = (one.out / "result.json").read_bytes()
+    assert first == (two.out / "result.json").read_bytes()
+    other = carry_out(replace(asked, seed=5, out=tmp_path / "three"), tell=_silent)
+    assert first != (other.out / "result.json").read_bytes()
+    _check(json.loads(first))
+    report = (one.out / "report.md").read_text()
+    assert "## Simulation" in report and "3 of 8 ready devices were drawn" in report
+    assert (one.out / "quality.png").is_file() and (one.out / "devices.png").is_file()
+
+
+def _check(result: dict[str, Any]) -> None:
+    assert result["state"] == "finished" and [one["round"] for one in result["rounds"]] == [1, 2]
+    for one in result["rounds"]:
+        assert len(one["devices"]) == 3 and one["bytes_up"] > 0 and one["bytes_down"] > 0
+        done = [part for part in one["devices"] if part["status"] == "done"]
+        assert done
+        for part in done:
+            assert 0 < part["trained_s"] < part["own_s"] <= one["seconds"]
+            assert part["steps"] == 3 and part["peak"] > 0 and part["params"] > 0 and part["predicted_peak"] > 0
+        own = [part["own_s"] for part in done]
+        share = sum(max(own) - each for each in own) / (len(own) * max(own))
+        assert one["waiting"] == pytest.approx(share, abs=1e-5)
+    carried = sum(up + down for up, down in result["bytes_by_device"].values())
+    assert carried >= sum(one["bytes_up"] + one["bytes_down"] for one in result["rounds"])
+
+
+def test_a_device_whose_time_is_up_delivers_what_it_has(asked: Simulation) -> None:
+    # On the slowest class 3 steps take longer than this.
+    limit = 2.2 * dm.StepTable(load_steps()).seconds(
+        dm.StepWork(16, 8, 0, 1000, 12), dm.Shape(2, 16, 16_000, 1000), 0.1
+    )
+    done = carry_out(
+        replace(asked, over={"rounds": {"train_for_s": limit}, "strategy": {"batch_min": 8}}), tell=_silent
+    )
+    steps = [part.steps for one in done.result.rounds for part in one.devices if part.status == "done"]
+    assert any(0 < count < 3 for count in steps), steps
+
+
+def test_the_head_alone_is_trained(asked: Simulation) -> None:
+    done = carry_out(replace(asked, strategy="head"), tell=_silent)
+    parts = [part for one in done.result.rounds for part in one.devices if part.status == "done"]
+    assert done.result.state == "finished" and parts
+    assert {(part.rank, part.modules, part.params) for part in parts} == {(0, 0, 0)}
+    losses = [one.loss for one in done.result.rounds]
+    assert done.result.baseline is not None and losses[-1] != done.result.baseline.loss
+    assert "rank 0: 0 modules tuned" in (done.out / "report.md").read_text()
+
+
+def test_recorded_load_is_replayed(asked: Simulation, tmp_path: Path) -> None:
+    line = {"device": "edge-01", "at": 0.0, "cores": 4.0, "foreign_cores": 2.0, "bandwidth": 1e5}
+    path = tmp_path / "telemetry.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    done = carry_out(replace(asked, replay=path, rounds=1, out=tmp_path / "replayed"), tell=_silent)
+    assert done.result.state == "finished"
+    assert "foreign 3.00 of 6.00" in (done.out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--profile", "nothing"], "unknown profile"),
+        (["--strategy", "nothing"], "strategy.name"),
+        (["--data", "/nothing"], "--data /nothing"),
+        (["--replay", "/nothing"], "--replay /nothing"),
+        (["--job", "/nothing.toml"], "/nothing.toml"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    asked: Simulation, options: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--data": asked.data, "--job": str(asked.job), "--model": asked.models[0], "--out": str(tmp_path / "no")}
+    given.update(zip(options[::2], options[1::2], strict=True))
+    code = main(["simulate", *(word for pair in given.items() for word in pair)])
+    error = capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not (tmp_path / "no").exists()
+
+
+def test_the_library_says_so_too(asked: Simulation) -> None:
+    with pytest.raises(UserError, match="unknown profile"):
+        carry_out(replace(asked, profile="nothing"), tell=_silent)

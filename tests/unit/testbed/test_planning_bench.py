@@ -1,0 +1,117 @@
+"""The grid of `bench/planning.py`: what is run, that nothing is run twice, and what the tables tell."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from bench import planning
+from bench.planning_grid import GRIDS, RATES, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_tables import interval, page
+from coordinator.core.planning import registry
+from muster.testbed.simulated import Outcome, Result, RoundResult
+
+GRID = Grid(cells=(("dbpedia14", 1.0, (0, 1)), ("e2e", 1.0, (0,))), few=frozenset({"e2e"}), rounds=4, tuning=2)
+UNIFORM, HEAD = Method("uniform"), Method("head")
+
+
+def _result(run: Run, accuracy: float, at: float = 10.0) -> Result:
+    part = Outcome(
+        device="sim-01", kind="nx", status="done", predicted_s=1.0, trained_s=2.0, own_s=3.0, predicted_peak=0, peak=1,
+        batch=4, bits=16, rank=8, modules=2, params=500_000, steps=8,
+    )  # fmt: skip
+    rounds = [
+        RoundResult(
+            round=number, seconds=5.0, at=at * number, loss=1.0, accuracy=accuracy * number / 2, perplexity=None,
+            accepted=True, bytes_up=1_000_000, bytes_down=500_000, waiting=0.2, prediction_error=0.5, devices=[part],
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    return Result(
+        job="planning", state="finished", strategy=run.method.strategy, aggregator="fsr", profile="jetson", devices=80,
+        data=run.task, alpha=run.alpha, seed=run.seed, lr=run.lr, baseline=None, rounds=rounds, bytes_by_device={},
+    )  # fmt: skip
+
+
+def test_all_planners_are_methods_and_inexact_ones_get_the_exact_aggregator_once() -> None:
+    found = methods()
+    assert {method.strategy for method in found} == set(registry.PLANNERS)
+    assert UNIFORM in found and Method("uniform", "fsr") not in found
+    assert methods(["uniform"]) == [UNIFORM]
+
+
+def test_every_method_is_tuned_with_the_same_budget_and_never_on_test_rows() -> None:
+    runs = list(tuning_runs(GRID, [UNIFORM, HEAD]))
+    assert [(r.method.name, r.task, r.lr) for r in runs] == [
+        *[(name, "dbpedia14", lr) for name in ("uniform", "head") for lr in RATES],
+        *[("uniform", "e2e", lr) for lr in RATES],
+    ]
+    assert {(r.split, r.rounds, r.stop) for r in runs} == {("validation", 2, False)}
+    assert {r.seed for r in runs}.isdisjoint({0, 1})
+
+
+def test_final_runs_take_the_tuned_rate_seed_by_seed() -> None:
+    rates = {("uniform", "dbpedia14"): 3e-3, ("head", "dbpedia14"): 1e-2}
+    runs = list(final_runs(GRID, [UNIFORM, HEAD], rates))
+    assert [(r.method.name, r.task, r.seed, r.lr) for r in runs] == [
+        ("uniform", "dbpedia14", 0, 3e-3), ("head", "dbpedia14", 0, 1e-2),
+        ("uniform", "dbpedia14", 1, 3e-3), ("head", "dbpedia14", 1, 1e-2),
+    ]  # fmt: skip
+    assert all(r.split == "test" and r.stop for r in runs)
+    names = [r.name for grid in GRIDS.values() for r in (*tuning_runs(grid, methods()),)]
+    assert len(set(names)) == len({*names})
+
+
+def test_the_best_rate_on_the_validation_split_is_taken_once_all_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "RUNS", tmp_path)
+    runs = [run for run in tuning_runs(GRID, [UNIFORM]) if run.task == "dbpedia14"]
+    for place, run in enumerate(runs):
+        assert planning.rates(GRID, [UNIFORM]) == {}
+        path = tmp_path / f"{run.name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(msgspec.json.encode(_result(run, [0.5, 0.8, 0.8][place])))
+    # Of equals the smaller rate.
+    assert planning.rates(GRID, [UNIFORM]) == {("uniform", "dbpedia14"): RATES[1]}
+
+
+def test_a_finished_run_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "RUNS", tmp_path)
+    run = Run(UNIFORM, "dbpedia14", 1.0, 0, 1e-3, "test", 2)
+    (tmp_path / run.name).parent.mkdir(parents=True)
+    (tmp_path / f"{run.name}.json").write_bytes(msgspec.json.encode(_result(run, 0.9)))
+    assert planning._run_all([run], math.inf, 0)
+    assert not planning._run_all([run, Run(UNIFORM, "dbpedia14", 1.0, 1, 1e-3, "test", 2)], -math.inf, 0)
+    assert "run " not in capsys.readouterr().out
+
+
+def test_the_split_depends_on_a_rows_content_alone() -> None:
+    rows = [{"text": f"row {number}", "label": number % 3} for number in range(4000)]
+    share = sum(map(planning.held_out, rows)) / len(rows)
+    assert share == pytest.approx(planning.VALIDATION, abs=0.02)
+    assert planning.held_out({"label": 0, "text": "row 0"}) == planning.held_out(rows[0])
+
+
+def test_intervals_are_those_of_student() -> None:
+    mean, half = interval([1.0, 2.0, 3.0])
+    assert (mean, half) == (2.0, pytest.approx(4.302653 / math.sqrt(3), rel=1e-5))
+    assert math.isnan(interval([1.0])[1])
+
+
+def test_the_page_has_a_row_for_each_method_the_fastest_first() -> None:
+    rates = {("uniform", "dbpedia14"): 3e-3, ("head", "dbpedia14"): 1e-2}
+    runs = list(final_runs(GRID, [HEAD, UNIFORM], rates))
+    accuracy = {"uniform": 0.9, "head": 0.6}
+    results = [(run, _result(run, accuracy[run.method.name], at=10.0 + run.seed)) for run in runs]
+    text = page("standard", GRID, results, rates)
+    lines = [line for line in text.splitlines() if line.startswith(("| uniform", "| head"))]
+    assert lines[0].startswith("| uniform | 0.003 | 2 of 2 | 0.9000 ± 0.0000 | 21 ± 13 | 3.0 ± 0.0 | 10.5 ± 6.4")
+    assert lines[1].startswith("| head | 0.01 | 2 of 2 | 0.6000 ± 0.0000 | - | - |")
+    assert "20.0 % ± 0.0 % | 50 % ± 0 % | 0.500" in lines[0]
+    assert text.count("Not run.") == 1

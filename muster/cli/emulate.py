@@ -27,6 +27,7 @@ def emulate(
     ] = "docstrings",
     job: Annotated[Path | None, typer.Option(help="Job file; without it the demo's.")] = None,
     strategy: Annotated[str, typer.Option(help="Planner, in place of the job file's.")] = "",
+    aggregator: Annotated[str, typer.Option(help="Aggregator, in place of the job file's.")] = "",
     alpha: Annotated[
         float, typer.Option(min=0.0, help="Skew of the labels: Dirichlet(alpha); 0: shares at random.")
     ] = 1.0,
@@ -47,7 +48,7 @@ def emulate(
     from muster.testbed.emulate import Emulation, run
 
     asked = Emulation(
-        devices=devices, profile=profile, data=data, job=job, strategy=strategy, alpha=alpha, by_field=by_field,
-        models=tuple(model or ()), out=out, keep=keep, agent=agent, rounds=rounds, seed=seed, lm=lm,
+        devices=devices, profile=profile, data=data, job=job, strategy=strategy, aggregator=aggregator,
+        alpha=alpha, by_field=by_field, models=tuple(model or ()), out=out, keep=keep, agent=agent, rounds=rounds, seed=seed, lm=lm,
     )  # fmt: skip
     raise typer.Exit(run(asked, command=shlex.join(["muster", *sys.argv[1:]])))

@@ -40,6 +40,7 @@ class Emulation:
     job: Path | None = None
     """None: the demo's."""
     strategy: str = ""
+    aggregator: str = ""
     alpha: float = 1.0
     """0: shares at random."""
     by_field: str = ""
@@ -149,8 +150,8 @@ def _checked(emulation: Emulation) -> tuple[toml.Table, Agent, dict[str, str]]:
     find_mosquitto()
     path = emulation.job or DEMO_JOB
     over: toml.Table = {}
-    if emulation.strategy:
-        over["strategy"] = {"name": emulation.strategy}
+    strategy = {"name": emulation.strategy, "aggregator": emulation.aggregator}
+    over["strategy"] = {key: value for key, value in strategy.items() if value}
     if emulation.rounds:
         over["rounds"] = {"count": emulation.rounds}
     if emulation.seed is not None:

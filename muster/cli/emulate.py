@@ -49,6 +49,7 @@ def emulate(
 
     asked = Emulation(
         devices=devices, profile=profile, data=data, job=job, strategy=strategy, aggregator=aggregator,
-        alpha=alpha, by_field=by_field, models=tuple(model or ()), out=out, keep=keep, agent=agent, rounds=rounds, seed=seed, lm=lm,
+        alpha=alpha, by_field=by_field, models=tuple(model or ()), out=out, keep=keep,
+        agent=agent, rounds=rounds, seed=seed, lm=lm,
     )  # fmt: skip
     raise typer.Exit(run(asked, command=shlex.join(["muster", *sys.argv[1:]])))

@@ -160,8 +160,11 @@ def _list(grid: Grid, chosen: Sequence[Method]) -> int:
 def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
     found = rates(grid, chosen)
     results = [(run, result) for run in final_runs(grid, chosen, found) if (result := result_of(run)) is not None]
-    write_whole(PAGE, page(profile, grid, results, found).encode())
-    print(f"{len(results)} runs in {PAGE}")
+    # The published page is about all methods; parts and rehearsals have a page of their own.
+    whole = profile != "smoke" and len(chosen) == len(methods([]))
+    path = PAGE if whole else RUNS / "results.md"
+    write_whole(path, page(profile, grid, results, found).encode())
+    print(f"{len(results)} runs in {path}")
 
 
 if __name__ == "__main__":

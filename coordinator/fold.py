@@ -79,11 +79,13 @@ def fold_round(
     *,
     round: int,
     max_share: float = 1.0,
+    server_lr: float = 1.0,
     memory_bytes: int = FOLD_BYTES,
 ) -> FoldResult:
     """The global adapter after `round`, from `previous` and the updates the aggregator admitted, in any order.
 
-    `modules`: all that can be tuned; `residual`: of the last fold; `max_share`: cap of one device's share.
+    `modules`: all that can be tuned; `residual`: of the last fold; `max_share`: cap of one device's share;
+    `server_lr`: how far the dense tensors move (the aggregator knows its own).
     Raises `ValueError` where a device is counted twice or nobody reported, `DecodeError` for a file that rotted.
     """
     ordered = sorted(updates)
@@ -94,7 +96,9 @@ def fold_round(
     dense: dict[str, Array] | None = None
     folded: dict[str, Folded] = {}
     for group in _groups(modules, memory_bytes):
-        walk = _Walk(aggregator, group, previous.factors, carried, previous.dense if dense is None else {})
+        tensors = previous.dense if dense is None else {}
+        means = {name: DenseFold(tensor, server_lr) for name, tensor in tensors.items()}
+        walk = _Walk(aggregator, group, previous.factors, carried, means)
         for update in ordered:
             walk.add(weights[update.device], adapter_files.read_file(update.path))
         folded.update(walk.finish_modules())
@@ -111,10 +115,10 @@ class _Walk:
         group: Sequence[ModuleSpec],
         current: dict[str, Factors],
         residual: dict[str, Factors],
-        dense: dict[str, Array],
+        dense: dict[str, DenseFold],
     ) -> None:
         self._folds = {m.name: aggregator.begin(m, current.get(m.name), residual.get(m.name)) for m in group}
-        self._dense = {name: DenseFold(tensor) for name, tensor in dense.items()}
+        self._dense = dense
 
     def add(self, weight: float, update: Adapter) -> None:
         """Take one device's update; nothing of it is kept."""

@@ -71,6 +71,7 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
         reported,
         round=job.round.number,
         max_share=job.spec.strategy.max_share,
+        server_lr=job.spec.strategy.server_lr,
     )
     return Made(
         adapter=blobs.put(adapter_files.write(result.adapter)),

@@ -25,7 +25,8 @@ class ApiSettings(Section, frozen=True, kw_only=True):
     """Empty: `<state_dir>/token`, made at the first start with mode 0600."""
     public_url: str = ""
     """Where devices reach this API, such as "https://muster.example:8470". With it base models are quantized once per
-    bit width and served to devices that lack them; empty: every device has its own copy."""
+    bit width and served to devices that lack them; empty: every device has its own copy. `host` must be reachable from
+    there, or a proxy stand before it."""
 
 
 class WaitSettings(Section, frozen=True, kw_only=True):

@@ -103,6 +103,8 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """Largest share of a round's mean that one device may have: its sample count is its own claim."""
     rescore_every: Positive = 10
     """Rounds between two measurements of how much each layer matters (`fedpipe`)."""
+    server_lr: Annotated[float, Meta(gt=0.0, le=4.0)] = 1.0
+    """How far a round moves the global adapter and the head: 1, to the mean of the devices; more, beyond it."""
     energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99
     """Share of the squared singular values that recompression keeps."""
 

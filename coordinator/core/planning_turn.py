@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from coordinator.core import events as ev
 from coordinator.core import records as rec
-from coordinator.core.draw import drawn, told
+from coordinator.core.draw import Draw, plan_over
 from coordinator.core.fleet import Presence
 from coordinator.core.job import Job
-from coordinator.core.planning.base import Candidate, FleetView
+from coordinator.core.planning.base import Candidate, FleetView, Plan
 from coordinator.core.planning.digest import plan_digest
 from coordinator.core.turn import State, Turn
 from shared.errors import UserError
@@ -32,13 +34,16 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
     if event.now - state.settled_at < gather and event.now - state.since < PATIENCE * gather:
         return
     rounds = job.spec.rounds
-    names = [known.device for known in able]
-    taken = drawn(names, rounds.sample, job.spec.seed, job.committed + 1)
-    # Who is drawn stays drawn: waiting for more of them to be able could be for ever.
+    # Of a sample one able device is enough: more were ready to be drawn from.
     need = 1 if rounds.sample else need
-    view = _view(state, job, [known for known in able if known.device in taken], event.now)
+    draw = Draw(job.spec.seed, job.committed + 1, job.attempt + 1)
+
+    def plan_of(taken: Sequence[str]) -> Plan:
+        view = _view(state, job, [known for known in able if known.device in taken], event.now)
+        return job.planner.plan(view, job.spec)
+
     try:
-        plan = told(job.planner.plan(view, job.spec), names, taken)
+        plan = plan_over([known.device for known in able], rounds.sample, draw, plan_of)
     except UserError as error:
         _notice(turn, job, str(error))
         return
@@ -50,7 +55,7 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
     turn.record(
         rec.RoundPlanned(
             job=job.id,
-            round=view.round,
+            round=job.committed + 1,
             attempt=job.attempt + 1,
             plan=plan,
             digest=plan_digest(plan),

@@ -21,6 +21,12 @@ def faults(strategy: StrategySpec) -> list[str]:
     aggregator = aggregators.name_of(strategy)
     if strategy.name in (*planners.UNEQUAL, "fedpipe", "legend") and aggregator in aggregators.EQUAL_RANKS:
         found.append(f"strategy.aggregator: {aggregator} takes one rank only, and {strategy.name} plans unequal ones")
+    if strategy.name == "legend" and aggregator in ("flexlora", "hetlora", "ffa"):
+        found.append(
+            f"strategy.aggregator: {aggregator} holds no rank above strategy.rank, and legend plans larger ones"
+        )
+    if strategy.server_lr != 1.0 and aggregator not in aggregators.MOVES_FURTHER:
+        found.append(f"strategy.server_lr: {aggregator} has none, only {', '.join(sorted(aggregators.MOVES_FURTHER))}")
     if strategy.batch_min > strategy.batch_max:
         found.append("strategy.batch_min: larger than strategy.batch_max")
     return found

@@ -34,7 +34,8 @@ def create(desk: Desk, token: str, shelf: Shelf) -> FastAPI:
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.url.path.startswith(BASES) and request.method == "GET":
+        # Not `request.url`, part of which is what the client says of the host.
+        if request.scope["path"].startswith(BASES) and request.method == "GET":
             return await call_next(request)
         given = request.headers.get("authorization", "").encode()
         if not hmac.compare_digest(given, expected):

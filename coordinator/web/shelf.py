@@ -23,15 +23,24 @@ class Shelf:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._known: dict[str, tuple[Path, frozenset[str]]] = {}
+        self._looked = -1
 
     def file(self, sha: str, name: str = bases.MANIFEST) -> Path:
         """A file of the base whose manifest has digest `sha`. Raises `NotOnShelf`."""
-        if sha not in self._known:
+        # Anyone may ask for anything: the folder is read again only after it changed.
+        if sha not in self._known and (changed := self._changed()) != self._looked:
             self._look()
+            self._looked = changed
         folder, names = self._known.get(sha, (self._root, frozenset()))
         if name not in names or not (folder / name).is_file():
             raise NotOnShelf(f"no file {name!r:.80} of a base {sha!r:.70} is served here")
         return folder / name
+
+    def _changed(self) -> int:
+        try:
+            return self._root.stat().st_mtime_ns
+        except OSError:
+            return -1
 
     def _look(self) -> None:
         for path in self._root.glob(f"[!.]*/{bases.MANIFEST}"):

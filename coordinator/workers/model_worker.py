@@ -118,7 +118,14 @@ class ModelWorker:
         job = request.job
         folder = weights.resolve(request.base_path, job.base.revision, hub=True)
         into = Path(request.pack_into)
-        return {str(bits): packing.pack(folder, job.task, bits, into, self.beat) for bits in packing.PACKED_BITS}
+        asked = job.strategy.bits
+        wanted = packing.PACKED_BITS if asked == "auto" else (asked,)
+        try:
+            return {str(bits): packing.pack(folder, job.task, bits, into, self.beat) for bits in wanted}
+        except (OSError, UserError) as error:
+            # Devices that have the base can do the job all the same.
+            log.warning("the base is not served: %s", error)
+            return {}
 
     def _evaluate(self, request: Evaluate) -> Metrics:
         from shared import adapter

@@ -15,6 +15,7 @@ _RESUME_SHARE = 0.8
 _RESUME_COOLER_C = 5.0
 _MIB = 1024 * 1024
 
+_HOST = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(?::\d{1,5})?")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """A name on the hub; a path on this device never looks like one, or is in `[models]`."""
 
@@ -64,6 +65,9 @@ def faults(settings: EdgeSettings) -> list[str]:
         wrong.append(f'agent.gpus: "{CPU}" does not go together with GPUs')
     twice = sorted({gpu for gpu in gpus if gpu != CPU and gpus.count(gpu) > 1})
     wrong += [f"agent.gpus: {gpu!r} is listed twice" for gpu in twice]
+    for host in settings.policy.base_hosts:
+        if not _HOST.fullmatch(host):
+            wrong.append(f'policy.base_hosts: {host!r} is neither "name" nor "name:port" (no scheme, no path)')
     for span in settings.policy.hours:
         begin, end = _minutes(span)
         if max(begin, end) > 24 * 60 or any(int(part[3:]) > 59 for part in span.split("-")):
@@ -93,7 +97,7 @@ def _may_fetch(policy: PolicySettings, url: str) -> bool:
 def _not_fetched(assignment: Assignment) -> str:
     if assignment.source is None:
         return "policy.hub is off"
-    host = urlsplit(assignment.source.url).netloc
+    host = urlsplit(assignment.source.url).netloc.rpartition("@")[2].lower()
     return f"neither is {host!r:.100} in policy.base_hosts nor policy.hub on"
 
 

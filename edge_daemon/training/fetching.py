@@ -6,6 +6,8 @@ error. A cut connection goes on where it ended; what was fetched counts only onc
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import http.client
 import os
@@ -28,10 +30,13 @@ from shared.modeling.faults import ModelFault, one_line
 
 KEEP = 6
 """Bases kept on the device, the last used ones."""
+PART_DAYS = 7
+"""An unfinished base that nothing was added to for so long is removed."""
 TRIES = 6
 """Tries in a row that bring nothing new."""
 TIMEOUT_S = 30.0
 _PIECE = 1 << 18
+_PART = ".part"
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -44,25 +49,45 @@ def fetch(source: BaseSource, root: Path, reserve: int = 0, beat: Beat = silent,
 
     `base_s`: first pause between tries. Raises `ModelFault` with a one-line reason; a part stays, to be resumed.
     """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _alone(root, beat):
+            return _fetched(source, root, reserve, beat, base_s)
+    except (DecodeError, OSError) as error:
+        raise ModelFault(f"base from {source.url}: {one_line(error, 160)}") from error
+
+
+def _fetched(source: BaseSource, root: Path, reserve: int, beat: Beat, base_s: float) -> Path:
     folder = root / source.sha
     if (folder / bases.MANIFEST).is_file():
         os.utime(folder)
         return folder
-    part = root / f".{source.sha}.part"
-    part.mkdir(parents=True, exist_ok=True)
-    try:
-        data = b"".join(_pieces(source.url, 0, bases.MAX_MANIFEST_BYTES, beat, base_s))
-        manifest = bases.decode(data, source.sha)
-        _check_room(root, manifest.size - _held(part), reserve)
-        for file in manifest.files:
-            _pull(f"{source.url}/{file.name}", part / file.name, file, beat, base_s)
-    except (DecodeError, OSError) as error:
-        raise ModelFault(f"base from {source.url}: {one_line(error, 160)}") from error
+    shutil.rmtree(folder, ignore_errors=True)  # what a removal that was cut off left
+    part = root / f".{source.sha}{_PART}"
+    part.mkdir(exist_ok=True)
+    data = b"".join(_pieces(source.url, 0, bases.MAX_MANIFEST_BYTES, beat, base_s))
+    manifest = bases.decode(data, source.sha)
+    _check_room(root, manifest.size - _held(part), reserve)
+    for file in manifest.files:
+        _pull(f"{source.url}/{file.name}", part / file.name, file, beat, base_s)
     write_whole(part / bases.MANIFEST, data)
     part.replace(folder)
     sync_folder(root)
     _forget_old(root, folder)
     return folder
+
+
+@contextlib.contextmanager
+def _alone(root: Path, beat: Beat) -> Iterator[None]:
+    """One agent of the device fetches, the others wait and find what it brought."""
+    with (root / ".lock").open("w") as lock:
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                _rest(0.5, beat)
+        yield
 
 
 def _pull(url: str, path: Path, file: bases.BaseFile, beat: Beat, base_s: float) -> None:
@@ -141,6 +166,9 @@ def _check_room(root: Path, size: int, reserve: int) -> None:
 
 def _forget_old(root: Path, latest: Path) -> None:
     whole = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)[KEEP:]:
+    old = sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)[KEEP:]
+    # Parts of bases that nobody asked for again since.
+    parts = [path for path in root.glob(f".*{_PART}") if path.stat().st_mtime < time.time() - PART_DAYS * 86400]
+    for path in (*old, *parts):
         if path != latest:
             shutil.rmtree(path, ignore_errors=True)

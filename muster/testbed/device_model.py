@@ -3,7 +3,8 @@
 It is another model than the planners' (`coordinator.core.planning.cost_model`), which never imports it: planners see
 telemetry and returned timings alone. Where theirs is linear in the batch and in FLOP, this one interpolates step times
 recorded from the real agent (`bench/record_steps.py`), makes large batches saturate the memory's bandwidth, throttles a
-hot device, disturbs every step, and shares with other programs by another rule.
+hot device, disturbs every step, and shares with other programs by another rule. Of memory that holds for the constants
+only: the parts summed are those of the planners, so what a simulation says of predicted memory is no proof.
 
 Pure: every draw is a hash of (seed, device, what, place), so a device's fate depends neither on the other devices nor
 on the order of questions. Our own reading throughout: shares and ranges are those of `methods.md` section 6, classes

@@ -110,9 +110,6 @@ class Workers:
         self._here = Agents() if count == 0 else None
         self._pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_open) if count else None
         self._ahead: dict[str, Future[protocol.Trained | protocol.Failed]] = {}
-        self.computed = 0
-        self.wasted = 0
-        """Orders that were computed ahead and then not needed."""
 
     def __enter__(self) -> Workers:
         return self
@@ -129,7 +126,6 @@ class Workers:
 
     def result(self, order: Order) -> protocol.Trained | protocol.Failed:
         """What `order` gives; waits for it."""
-        self.computed += 1
         if self._here is not None:
             return self._here.train(order)
         self.begin(order)
@@ -141,8 +137,9 @@ class Workers:
     def forget(self, device: str) -> None:
         """Nothing that was begun for `device` is needed any more."""
         for key in [key for key in self._ahead if key.startswith(f"{device}/")]:
-            self.wasted += 1
-            self._ahead.pop(key).cancel()
+            # One that runs already can't be stopped; should the same be asked for again, this is its answer.
+            if self._ahead[key].cancel():
+                del self._ahead[key]
 
 
 def _key(order: Order) -> str:

@@ -119,7 +119,7 @@ class Recorder:
                 known = [one for one in self._found if one.device == part.device and one.at <= at]
                 if known:
                     rate = round(part.adapter_bytes / facts.fetch_s, 1)
-                    self._found.append(replace(known[-1], at=round(at, 3), bandwidth=rate))
+                    self._found.append(replace(max(known, key=lambda one: one.at), at=round(at, 3), bandwidth=rate))
 
     def write(self, path: Path) -> None:
         """Write the recording, in the order of time."""

@@ -215,7 +215,6 @@ class _Followed:
         self._tell = tell
         self._told = 0
         self._last = time.monotonic()
-        self.submitted_at = fleet.network.now
         self.id = fleet.submit(spec, spec.name)
 
     def to_the_end(self) -> JobView:

@@ -32,6 +32,7 @@ from shared.transport.memory_network import Faults, MemoryNetwork
 
 LATENCY_S = (0.01, 0.03)
 IDLE_TICK_S = 2.0
+_JOIN_AGAIN_S = 5.0
 """Between looks at the clock of a daemon that nothing happens to: events are handled when they come."""
 
 
@@ -175,12 +176,18 @@ class SimulatedFleet(VirtualFleet):
         node = self._nodes[name]
 
         def happen() -> None:
+            if what == "join" and node.alive:
+                # It may still be leaving.
+                self.network.schedule(self.network.now + _JOIN_AGAIN_S, happen)
+                return
+            if what != "join" and not node.alive:
+                return
             self.happened.append((self.network.now, name, what))
-            if what == "join" and not node.alive:
+            if what == "join":
                 node.start()
-            elif what == "leave" and node.alive:
+            elif what == "leave":
                 node.leave()
-            elif what == "crash":
+            else:
                 node.kill()
 
         return happen

@@ -117,7 +117,8 @@ class Scorer:
     """Smooths what single steps showed; `save` and `restore` go through a checkpoint without loss.
 
     mean <- 0.85 mean + 0.15 s, spread <- 0.85 spread + 0.15 |s - mean|, score = mean * spread; both start at 0 and are
-    divided by 1 - 0.85^steps.
+    divided by 1 - 0.85^steps before use, the mean inside the spread, too: a module seen for a few steps only would
+    otherwise show a large spread.
     """
 
     def __init__(self) -> None:
@@ -130,14 +131,17 @@ class Scorer:
                 continue
             steps, mean, spread = self._seen.get(name, (0, 0.0, 0.0))
             mean = SMOOTHING * mean + (1 - SMOOTHING) * now
-            spread = SMOOTHING * spread + (1 - SMOOTHING) * abs(now - mean)
+            level = mean / (1 - SMOOTHING ** (steps + 1))
+            spread = SMOOTHING * spread + (1 - SMOOTHING) * abs(now - level)
             self._seen[name] = (steps + 1, mean, spread)
 
     def shares(self) -> dict[str, float]:
         """Module -> its share of all scores, with sum 1; empty where nothing was observed."""
         scores: dict[str, float] = {}
+        once = max((steps for steps, _, _ in self._seen.values()), default=0) == 1
         for name, (steps, mean, spread) in sorted(self._seen.items()):
-            scores[name] = mean * spread / (1 - SMOOTHING**steps) ** 2
+            # One step shows no spread: its square stands for it where there is nothing better.
+            scores[name] = mean * (mean if once else spread) / (1 - SMOOTHING**steps) ** 2
         total = math.fsum(scores.values())
         if not 0.0 < total < math.inf:
             return {}

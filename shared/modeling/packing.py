@@ -39,8 +39,8 @@ def pack(source: Path, task: TaskSpec, bits: Bits, target: Path, beat: Beat = si
     named = target / f"{digest}-{bits}"
     if named.is_dir():
         return digest_of((named / bases.MANIFEST).read_bytes())
-    temporary = target / f".{digest}-{bits}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = target / f".{digest}-{bits}"
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a worker that was killed; there is one worker at a time
     temporary.mkdir(parents=True)
     for path in _others(source):
         shutil.copyfile(path, temporary / path.name)

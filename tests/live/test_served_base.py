@@ -43,7 +43,7 @@ def test_devices_fetch_the_base_that_they_lack(tmp_path: Path) -> None:
     devices = [DeviceSpec(f"edge-0{number}", data=data, settings=CALM) for number in (1, 2)]
     with Fleet(tmp_path / "fleet", devices, {"tiny": base}, serve=True) as fleet:
         wait_until_heard(fleet)
-        text = JOB.format(labels=", ".join(f'"{label}"' for label in LABELS), held_out=held_out, bits=4)
+        text = JOB.format(labels=", ".join(f'"{label}"' for label in LABELS), held_out=held_out, bits='"auto"')
         job = fleet.client.submit(text).id
         view = wait_for(fleet, job, ended, seconds=120)
         assert view.state == "finished", view.reason
@@ -57,7 +57,7 @@ def test_devices_fetch_the_base_that_they_lack(tmp_path: Path) -> None:
         assert sorted(manifests) == [4, 8, 16, 32]
         for device in fleet.edges:
             (folder,) = (fleet.folder / device / bases.FOLDER).iterdir()
-            assert bases.read(folder) == manifests[4]
+            assert bases.read(folder) == manifests[32]
 
 
 def test_a_device_whose_owner_lists_no_host_says_so(tmp_path: Path) -> None:

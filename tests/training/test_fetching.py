@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.server
+import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -103,7 +105,44 @@ def test_the_oldest_bases_make_room(source: BaseSource, tmp_path: Path) -> None:
     for number in range(fetching.KEEP + 2):
         (tmp_path / f"{number:064d}").mkdir()
     folder = fetching.fetch(source, tmp_path)
-    assert folder.is_dir() and len(list(tmp_path.iterdir())) == fetching.KEEP
+    assert folder.is_dir() and len([path for path in tmp_path.iterdir() if path.is_dir()]) == fetching.KEEP
+
+
+def test_agents_of_one_device_fetch_once(source: BaseSource, shelf_folder: Path, bert: Path, tmp_path: Path) -> None:
+    found: list[Path] = []
+    agents = [threading.Thread(target=lambda: found.append(fetching.fetch(source, tmp_path))) for _ in range(4)]
+    for agent in agents:
+        agent.start()
+    for agent in agents:
+        agent.join()
+    assert len(found) == 4 and len(set(found)) == 1
+    assert files(found[0]) == files(served(shelf_folder, bert))
+
+
+def test_a_removal_that_was_cut_off_is_no_base(source: BaseSource, tmp_path: Path) -> None:
+    left = tmp_path / source.sha
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"half")
+    assert (fetching.fetch(source, tmp_path) / bases.MANIFEST).is_file()
+
+
+def test_a_part_that_nobody_asked_for_again_is_removed(source: BaseSource, tmp_path: Path) -> None:
+    old, young = tmp_path / f".{'1' * 64}.part", tmp_path / f".{'2' * 64}.part"
+    for part in (old, young):
+        part.mkdir()
+    long_ago = time.time() - (fetching.PART_DAYS + 1) * 86400
+    os.utime(old, (long_ago, long_ago))
+    fetching.fetch(source, tmp_path)
+    assert young.is_dir() and not old.exists()
+
+
+def test_no_header_opens_what_needs_the_token(server: str) -> None:
+    host, port = server.removeprefix("http://").split(":")
+    for name in ("x/v1/bases/", "/v1/bases/", "x"):
+        with socket.create_connection((host, int(port)), timeout=10) as link:
+            link.sendall(f"GET /v1/jobs HTTP/1.1\r\nHost: {name}\r\nConnection: close\r\n\r\n".encode())
+            answer = link.makefile("rb").readline()
+        assert answer.split()[1] in (b"401", b"400"), answer
 
 
 class _Cut(http.server.BaseHTTPRequestHandler):

@@ -120,28 +120,28 @@ def test_smoothing_by_hand() -> None:
     scorer = Scorer()
     assert scorer.shares() == {}
     scorer.learn({"x": 1.0, "y": 2.0})
-    # mean = .15 s, spread = .15 * .85 s, both over .15: the score of one step is .85 s^2.
+    # One step shows no spread: the squares of the sensitivities.
     assert scorer.shares() == pytest.approx({"x": 0.2, "y": 0.8})
-    scorer.learn({"x": 3.0})
-    mean = 0.85 * 0.15 + 0.15 * 3.0
-    spread = 0.85 * 0.15 * 0.85 + 0.15 * (3.0 - mean)
-    x = mean * spread / (1 - 0.85**2) ** 2
-    assert scorer.shares()["x"] == pytest.approx(x / (x + 0.85 * 4.0))
+    scorer.learn({"x": 3.0, "y": 3.0})
+    scores = {}
+    for name, first in (("x", 1.0), ("y", 2.0)):
+        mean = (0.85 * 0.15 * first + 0.15 * 3.0) / (1 - 0.85**2)
+        spread = 0.15 * (3.0 - mean) / (1 - 0.85**2)
+        scores[name] = mean * spread
+    assert scorer.shares()["x"] == pytest.approx(scores["x"] / (scores["x"] + scores["y"]))
+    before = scorer.shares()
     scorer.learn({"x": math.nan})
-    assert scorer.shares()["x"] == pytest.approx(x / (x + 0.85 * 4.0))
+    assert scorer.shares() == before
 
 
-def test_a_late_start_is_no_disadvantage() -> None:
+@pytest.mark.parametrize(("steps", "near"), [(4, 0.15), (10, 0.06), (40, 0.01)])
+def test_a_late_start_is_neither_punished_nor_rewarded(steps: int, near: float) -> None:
     scorer = Scorer()
-    for _ in range(60):
-        scorer.learn({"early": 1.0})
-        scorer.learn({"early": 3.0})
-    late = Scorer()
-    late.restore({})
-    for _ in range(20):
-        scorer.learn({"early": 1.0, "late": 1.0})
-        scorer.learn({"early": 3.0, "late": 3.0})
-    assert scorer.shares()["late"] == pytest.approx(0.5, abs=0.03)
+    for step in range(100):
+        scorer.learn({"early": 1.0 + 2.0 * (step % 2)})
+    for step in range(steps):
+        scorer.learn({"early": 1.0 + 2.0 * (step % 2), "late": 1.0 + 2.0 * (step % 2)})
+    assert scorer.shares()["late"] == pytest.approx(0.5, abs=near)
 
 
 def test_the_state_goes_through_a_checkpoint() -> None:

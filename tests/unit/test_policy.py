@@ -129,6 +129,12 @@ def test_the_foreign_load_of_one_gpu_pauses() -> None:
     assert "75% of GPU-1" in _pause(gpus=calm, paused=True)
 
 
+def test_entries_that_could_never_match_are_faults() -> None:
+    owner = PolicySettings(base_hosts=["coord", "coord.example:8470", "https://coord", "coord/x", "[::1]", ""])
+    wrong = policy.faults(msgspec.structs.replace(SETTINGS, policy=owner))
+    assert [fault.split("'")[1] for fault in wrong] == ["https://coord", "coord/x", "[::1]", ""]
+
+
 SOURCE = BaseSource(url="https://Coord.example:8470/v1/bases/" + "0" * 64, sha="0" * 64)
 
 

@@ -136,8 +136,10 @@ def shares(samples: Sequence[int], max_share: float = 1.0) -> list[float]:
 class DenseFold:
     """Weighted mean of one dense tensor, summed in float64."""
 
-    def __init__(self, current: Array) -> None:
+    def __init__(self, current: Array, server_lr: float = 1.0) -> None:
+        """`server_lr`: how far the tensor moves, 1: to the mean."""
         self._current = current
+        self._server_lr = server_lr
         self._sum: Wide = np.zeros(current.shape)
         self._weight = 0.0
 
@@ -150,7 +152,10 @@ class DenseFold:
         """The mean as float32; the current tensor where nobody reported one."""
         if self._weight == 0.0:
             return self._current
-        return narrow(self._sum / self._weight)
+        mean = self._sum / self._weight
+        if self._server_lr == 1.0:
+            return narrow(mean)
+        return narrow(self._current + self._server_lr * (mean - self._current))
 
 
 def narrow(array: npt.NDArray[Any]) -> Array:

@@ -6,7 +6,7 @@ global adapter carries it from the first round on; an update then brings B alone
 Our reading, for unequal ranks: a device of rank r trains the first r columns of B over the first r rows of A, and the
 rest rides along frozen. Column k of the mean is then sum of p_i B_i[k] over the devices that trained it, plus what is
 left of one times the former column: exact as well. Rows of A that the global adapter lacks come with the update and are
-checked, not averaged.
+checked, not averaged; with a codec other than fp32 they are the rounded ones, so that round 1 is exact to its error.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ A device that did not tune the module counts as zero change. G' plus the residua
 products of float32 factors). Recompression keeps the fewest directions that hold `energy` of the squared singular
 values, at most `global_rank`, and carries the next `global_rank` directions into the next round as residual.
 
+A server learning rate e other than 1 (as in FedOpt, arXiv 2003.00295) moves G by e times that change: G + e (G' - G).
+Devices whose data differ pull in different directions, so that their mean moves less than one of them.
+
 The rank is not capped at out * in / (out + in), above which factors are larger than the matrix itself: a file grows
 to twice the dense size at most, whereas a cap would put models of full rank out of reach. `global_rank` is the
 operator's bound.
@@ -31,14 +34,16 @@ _UNTRAINED = 1e-12
 
 
 class FoldStackRecompress:
-    """The aggregator `fsr`. `energy`: share of the squared singular values kept; `global_rank`: cap per module."""
+    """The aggregator `fsr`. `energy`: share of the squared singular values kept; `global_rank`: cap per module;
+    `server_lr`: how far the global adapter moves, 1: to the mean."""
 
     name = "fsr"
     start: Start = "directions"
 
-    def __init__(self, energy: float, global_rank: int) -> None:
+    def __init__(self, energy: float, global_rank: int, server_lr: float = 1.0) -> None:
         self.energy = energy
         self.global_rank = global_rank
+        self.server_lr = server_lr
 
     def admit(self, update: Adapter, expected: Expectation) -> str | None:
         """Why `update` must be refused, or None."""
@@ -46,20 +51,22 @@ class FoldStackRecompress:
 
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> StackFold:
         """Open the fold of `module`."""
-        return StackFold(module, current, residual, self.energy, self.global_rank)
+        return StackFold(module, current, residual, self.energy, self.global_rank, self.server_lr)
 
 
 class StackFold:
     """The fold of one module by the formula above."""
 
     def __init__(
-        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int
-    ) -> None:
+        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int,
+        server_lr: float = 1.0,
+    ) -> None:  # fmt: skip
         self._sum = ProductSum(module.out, module.inp)
         self._current = current
         self._residual = residual
         self._energy = energy
         self._cap = cap
+        self._server_lr = server_lr
         self._trained_share: Wide = np.zeros(0 if current is None else current.rank)
         self._touched = False
 
@@ -77,7 +84,7 @@ class StackFold:
             norm = 0.0 if self._current is None else admission.product_norm(self._current)
             return Folded(factors=self._current, residual=self._residual, norm=norm)
         # The parts are in the sum already: instead of them all else is scaled, and the singular values at the end.
-        whole = self._whole()
+        whole = self._whole() / self._server_lr
         if self._current is not None:
             remains = whole - self._trained_share
             remains[np.abs(remains) < _UNTRAINED * whole] = 0.0

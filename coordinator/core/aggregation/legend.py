@@ -28,13 +28,13 @@ class Legend(FoldStackRecompress):
 
     name = "legend"
 
-    def __init__(self, energy: float, global_rank: int, max_share: float = 1.0) -> None:
-        super().__init__(energy, global_rank)
+    def __init__(self, energy: float, global_rank: int, max_share: float = 1.0, server_lr: float = 1.0) -> None:
+        super().__init__(energy, global_rank, server_lr)
         self.max_share = max_share
 
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> HoldersFold:
         """Open the fold of `module`."""
-        return HoldersFold(module, current, residual, self.energy, self.global_rank, self.max_share)
+        return HoldersFold(module, current, residual, self.energy, self.global_rank, self.max_share, self.server_lr)
 
 
 class HoldersFold(StackFold):
@@ -42,9 +42,9 @@ class HoldersFold(StackFold):
 
     def __init__(
         self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int,
-        max_share: float,
+        max_share: float, server_lr: float,
     ) -> None:  # fmt: skip
-        super().__init__(module, current, residual, energy, cap)
+        super().__init__(module, current, residual, energy, cap, server_lr)
         self._max_share = max_share
         self._held = 0.0
         self._largest = 0.0

@@ -18,15 +18,15 @@ from shared.errors import UserError
 from shared.jobs import StrategySpec
 
 _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
-    "fsr": lambda spec: FoldStackRecompress(spec.energy, spec.global_rank),
-    "fresh": lambda spec: Fresh(spec.energy, spec.global_rank),
+    "fsr": lambda spec: FoldStackRecompress(spec.energy, spec.global_rank, spec.server_lr),
+    "fresh": lambda spec: Fresh(spec.energy, spec.global_rank, spec.server_lr),
     "fedit": lambda spec: FedIt(spec.rank),
     "hetlora": lambda spec: HetLora(spec.rank),
     "flexlora": lambda spec: FlexLora(spec.rank),
     "flora": lambda _spec: Flora(),
     "ffa": lambda spec: Ffa(spec.rank),
     "fedex": lambda spec: FedEx(spec.rank),
-    "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share),
+    "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share, spec.server_lr),
 }
 
 DEFAULT = "fsr"
@@ -42,6 +42,9 @@ OWN: dict[str, str] = {
 """Strategy -> the aggregator of its paper, where that is another than the default."""
 EQUAL_RANKS = frozenset({"fedit", "fedex"})
 """Aggregators that refuse an update of another rank than the job's."""
+
+MOVES_FURTHER = frozenset({"fsr", "fresh", "legend"})
+"""Aggregators that know `strategy.server_lr`."""
 
 
 def names() -> list[str]:

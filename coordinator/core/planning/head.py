@@ -1,6 +1,7 @@
 """`head`: no LoRA at all, only the model's head is trained. The floor that every method has to beat; no paper's.
 
-Devices, batches, bits and steps are those of `uniform`; the time expected is that of the forward pass and the head.
+Devices, batches and bits are those of `uniform`, as if LoRA were trained, so that the floor sees the same samples; the
+time expected is that of the forward pass and the head.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
+from coordinator.core.planning.common import steps_reason
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand, dense_params
 from coordinator.core.planning.readings import capacity
@@ -51,6 +53,7 @@ class HeadPlanner(msgspec.Struct, frozen=True, kw_only=True):
             limit = work.train_for_s or float("inf")
             predicted[device] = min(work.steps * step_s, limit)
             rank = word("rank", 0, "0 modules tuned, only the head", f"{trained} parameters of the head")
-            works[device] = replace(work, ranks={}, reasons={**work.reasons, "rank": rank})
+            _, steps = steps_reason(job, step_s, "only the head is trained")
+            works[device] = replace(work, ranks={}, reasons={**work.reasons, "rank": rank, "steps": steps})
         reason = f"only the head is trained, {seconds(max(predicted.values()))} at most expected; {plan.reason}"
         return replace(plan, participants=works, predicted_s=predicted, reason=reason)

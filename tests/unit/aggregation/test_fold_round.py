@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coordinator.core.aggregation import registry
-from coordinator.core.aggregation.base import Aggregator, product
+from coordinator.core.aggregation.base import Aggregator, DenseFold, product
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.facts import ModuleSpec
 from coordinator.fold import FoldResult, Reported, fold_round
@@ -160,3 +160,11 @@ def test_memory_does_not_grow_with_the_number_of_modules_beyond_the_budget(tmp_p
         finally:
             tracemalloc.stop()
     assert peaks[1] < 1.3 * peaks[0]
+
+
+def test_a_server_learning_rate_moves_dense_tensors_too() -> None:
+    fold = DenseFold(np.array([1.0, 2.0], dtype=np.float32), 1.5)
+    fold.add(0.25, np.array([5.0, 2.0], dtype=np.float32))
+    fold.add(0.75, np.array([1.0, 4.0], dtype=np.float32))
+    # Means 2.0 and 3.5: the change times 1.5.
+    assert fold.finish().tolist() == [2.5, 4.25]

@@ -214,3 +214,15 @@ def test_the_bound_of_the_workspace_holds_after_every_part(out: int, inp: int) -
     finally:
         tracemalloc.stop()
     assert 8 * out * inp < held <= workspace_bytes(out, inp) + 16384
+
+
+@settings(max_examples=60, deadline=None)
+@given(round=rounds(), server_lr=st.sampled_from([0.5, 1.5, 2.0]))
+def test_a_server_learning_rate_scales_the_change_of_the_round(round: Round, server_lr: float) -> None:
+    further = FoldStackRecompress(energy=1.0, global_rank=4096, server_lr=server_lr)
+    for module in round.modules:
+        before = dense(round.before.factors.get(module.name), module)
+        wanted = before + server_lr * (round.mean_of_local_models(module.name) - before)
+        if parts_of(round, module.name):
+            found = dense(fold(further, round, module).factors, module)
+            assert np.linalg.norm(found - wanted) < 2e-6 * max(np.linalg.norm(wanted), np.linalg.norm(before))

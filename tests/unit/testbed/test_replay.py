@@ -71,6 +71,22 @@ def test_what_is_recorded_can_be_replayed(tmp_path: Path) -> None:
     assert replay.bandwidth("sim-1", 1.0) == 100_000.0
 
 
+def test_a_link_is_noted_with_the_load_of_its_time(tmp_path: Path) -> None:
+    recorder = Recorder()
+    for seq, (foreign, at) in enumerate(((0.0, 0.0), (0.5, 5.0), (1.0, 15.0))):
+        recorder.note([_view(seq, foreign)], at)
+    facts = UpdateFacts(
+        samples=1, steps=1, batch=1, bits=16, loss_first=1.0, loss_last=1.0, step_s=1.0, train_s=1.0, fetch_s=2.0
+    )
+    work = Work(ranks={}, batch=1, bits=16, steps=1)
+    part = ParticipantView(device="edge-01", work=work, facts=facts, adapter_bytes=200_000)
+    rounds = [RoundView(round=number, phase="committed", participants=[part]) for number in (1, 2, 3)]
+    recorder.links(JobView(id="j", name="j", state="finished", rounds=rounds), {1: 2.0, 2: 10.0, 3: 20.0})
+    recorder.write(tmp_path / "telemetry.jsonl")
+    replay = read(tmp_path / "telemetry.jsonl", ["sim-1"])
+    assert [replay.foreign("sim-1", now).share for now in (3.0, 6.0, 11.0, 16.0)] == [0.0, 0.25, 0.25, 0.5]
+
+
 @pytest.mark.parametrize("content", ["", "no json\n", '{"device": 3}\n'])
 def test_a_recording_that_is_none_is_the_operators_fault(tmp_path: Path, content: str) -> None:
     path = tmp_path / "recording"

@@ -44,7 +44,6 @@ deadline_s = 600
 rank = 8
 batch = 16
 batch_min = 4
-server_lr = 1.5
 [training]
 lr = 2e-3
 [evaluation]

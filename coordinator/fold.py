@@ -1,7 +1,7 @@
 """Fold a round: from the admitted update files to the next global adapter.
 
-Updates are memory-mapped one at a time, in device-id order. As many modules as the memory budget allows are folded
-in one pass over the files, so memory depends neither on the number of devices nor on the number of modules, and
+Updates are memory-mapped one at a time, in device-id order. As many modules and dense tensors as the memory budget
+allows are folded in one pass over the files, so memory depends on the number neither of devices nor of modules, and
 repeating the fold after a crash gives the same bytes. For that BLAS must run on one thread: the service sets
 `OPENBLAS_NUM_THREADS=1` before numpy is imported (two threads are slower at these sizes, too).
 """
@@ -9,7 +9,7 @@ repeating the fold after a crash gives the same bytes. For that BLAS must run on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from shared.starts import START_NOTE
 from shared.tensors import Array
 
 FOLD_BYTES = 64 * 1024 * 1024
-"""Budget of the modules that are open at once; a single module may exceed it."""
+"""Budget of what is open at once; a single module or tensor may exceed it."""
 ROLE_NOTE = "role"
 
 
@@ -91,19 +91,19 @@ def fold_round(
     if not ordered or len(weights) != len(ordered):
         raise ValueError("a fold needs at least one update, and each device once")
     carried = {} if residual is None else residual.factors
-    dense: dict[str, Array] | None = None
+    dense: dict[str, Array] = {}
     folded: dict[str, Folded] = {}
-    for group in _groups(modules, memory_bytes):
-        walk = _Walk(aggregator, group, previous.factors, carried, previous.dense if dense is None else {})
+    for group, tensors in _groups(modules if aggregator.global_rank else (), previous.dense, memory_bytes):
+        walk = _Walk(aggregator, group, previous.factors, carried, tensors)
         for update in ordered:
             walk.add(weights[update.device], adapter_files.read_file(update.path))
         folded.update(walk.finish_modules())
-        dense = walk.finish_dense() if dense is None else dense
-    return _result(aggregator, previous, folded, dense or {}, weights, round)
+        dense.update(walk.finish_dense())
+    return _result(aggregator, previous, folded, dense, weights, round)
 
 
 class _Walk:
-    """One pass over all update files, for one group of modules."""
+    """One pass over all update files, for one group of modules and dense tensors."""
 
     def __init__(
         self,
@@ -136,18 +136,25 @@ class _Walk:
         return {name: mean.finish() for name, mean in self._dense.items()}
 
 
-def _groups(modules: Sequence[ModuleSpec], memory_bytes: int) -> Iterator[list[ModuleSpec]]:
-    """Modules in their order, cut so that each group fits the budget; one empty group where there are no modules."""
+def _groups(
+    modules: Sequence[ModuleSpec], dense: Mapping[str, Array], memory_bytes: int
+) -> Iterator[tuple[list[ModuleSpec], dict[str, Array]]]:
+    """Modules in their order, then dense tensors, cut so that each group fits the budget; one group at least."""
+    parts: list[tuple[int, ModuleSpec | str]] = [(workspace_bytes(one.out, one.inp), one) for one in modules]
+    parts += [(8 * tensor.size, name) for name, tensor in dense.items()]
     group: list[ModuleSpec] = []
+    tensors: dict[str, Array] = {}
     used = 0
-    for module in modules:
-        need = workspace_bytes(module.out, module.inp)
-        if group and used + need > memory_bytes:
-            yield group
-            group, used = [], 0
-        group.append(module)
+    for need, part in parts:
+        if used and used + need > memory_bytes:
+            yield group, tensors
+            group, tensors, used = [], {}, 0
+        if isinstance(part, str):
+            tensors[part] = dense[part]
+        else:
+            group.append(part)
         used += need
-    yield group
+    yield group, tensors
 
 
 def _result(

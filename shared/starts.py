@@ -8,6 +8,7 @@
 | `cut_directions` | as `directions` | is dropped | products stacked |
 | `cut_factors` | as `factors` | is dropped | factors averaged |
 | `frozen_a` | B alone; A is the job's, the same everywhere and always | rides along frozen | factors averaged |
+| `dense` | every parameter of the base, itself: there are no factors | there is none | tensors averaged |
 
 A module that the device does not tune keeps all of the global adapter, frozen, under every start: what is dropped is
 dropped from what a device tunes. Factors are averaged where the aggregator averages them itself.
@@ -24,7 +25,7 @@ import numpy as np
 
 from shared.tensors import Array
 
-Start = Literal["directions", "factors", "fresh", "cut_directions", "cut_factors", "frozen_a"]
+Start = Literal["directions", "factors", "fresh", "cut_directions", "cut_factors", "frozen_a", "dense"]
 START_NOTE = "start"
 
 
@@ -41,7 +42,7 @@ def drops_rest(start: Start) -> bool:
 
 def averages_factors(start: Start) -> bool:
     """Whether the agents of one device make one update by the mean of their factors, not of their products."""
-    return start in ("factors", "cut_factors", "frozen_a")
+    return start in ("factors", "cut_factors", "frozen_a", "dense")
 
 
 def unsent_a(rank: int) -> Array:

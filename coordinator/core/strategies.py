@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator.core.aggregation import registry as aggregators
 from coordinator.core.planning import registry as planners
-from shared.jobs import StrategySpec
+from shared.jobs import JobSpec, StrategySpec
 
 
 def faults(strategy: StrategySpec) -> list[str]:
@@ -21,6 +21,24 @@ def faults(strategy: StrategySpec) -> list[str]:
     aggregator = aggregators.name_of(strategy)
     if strategy.name in (*planners.UNEQUAL, "fedpipe", "legend") and aggregator in aggregators.EQUAL_RANKS:
         found.append(f"strategy.aggregator: {aggregator} takes one rank only, and {strategy.name} plans unequal ones")
+    if aggregator != aggregators.OWN.get(strategy.name) and (
+        aggregator in aggregators.WITHOUT_LORA or aggregators.OWN.get(strategy.name) in aggregators.WITHOUT_LORA
+    ):
+        found.append(f"strategy.aggregator: {aggregator} can't fold what {strategy.name} trains")
     if strategy.batch_min > strategy.batch_max:
         found.append("strategy.batch_min: larger than strategy.batch_max")
+    return found
+
+
+def job_faults(job: JobSpec) -> list[str]:
+    """The faults of the table, and those of what the strategy can't do with the rest of the job."""
+    found, name = faults(job.strategy), job.strategy.name
+    if aggregators.name_of(job.strategy) not in aggregators.WITHOUT_LORA:
+        return found
+    if job.base.targets:
+        found.append(f"base.targets: {name} chooses what is tuned by itself; leave it empty")
+    if name == "full" and job.strategy.bits not in ("auto", 32):
+        found.append(f"strategy.bits: {job.strategy.bits}, but full tunes the base itself, at 32 bits")
+    if name == "full" and job.training.codec != "fp32":
+        found.append(f"training.codec: {job.training.codec} would round the whole model every round; full needs fp32")
     return found

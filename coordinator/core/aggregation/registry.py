@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coordinator.core.aggregation.base import Aggregator
+from coordinator.core.aggregation.dense import Dense
 from coordinator.core.aggregation.fedex import FedEx
 from coordinator.core.aggregation.fedit import FedIt
 from coordinator.core.aggregation.ffa import Ffa
@@ -27,6 +28,7 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "ffa": lambda spec: Ffa(spec.rank),
     "fedex": lambda spec: FedEx(spec.rank),
     "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share),
+    "dense": lambda _spec: Dense(),
 }
 
 DEFAULT = "fsr"
@@ -38,8 +40,11 @@ OWN: dict[str, str] = {
     "ffa": "ffa",
     "fedex": "fedex",
     "legend": "legend",
+    "full": "dense",
 }
 """Strategy -> the aggregator of its paper, where that is another than the default."""
+WITHOUT_LORA = frozenset({"dense"})
+"""Aggregators of what is no LoRA: each goes with its own strategy alone, and that with no other."""
 EQUAL_RANKS = frozenset({"fedit", "fedex"})
 """Aggregators that refuse an update of another rank than the job's."""
 

@@ -19,6 +19,7 @@ UNEQUAL = ("hetlora", "flexlora", "flora")
 PLANNERS: Mapping[str, Callable[[], Planner]] = {
     **{name: partial(UniformPlanner, name=name) for name in EQUAL},
     **{name: partial(UniformPlanner, name=name, ranks="capability") for name in UNEQUAL},
+    "full": partial(UniformPlanner, name="full", ranks="none"),
     "fedpipe": FedPipePlanner,
     "legend": LegendPlanner,
 }

@@ -2,7 +2,7 @@
 
 The rivals that are ways to aggregate (`fedlora`, `hetlora`, `flora`, ...) are planned by it as well, under their names;
 with unequal ranks where their papers have them (`ranks`), and all else equal, so that aggregators are compared and not
-planners.
+planners. So is `full`, which trains all parameters of an fp32 base: no ranks, and 32 bits or no part in the round.
 
 The device of median speed gets `strategy.batch`; the time it needs for the local steps with nothing else running, plus
 `SLACK`, is the round target. Every other device gets the largest batch that meets the target at what is free on it now.
@@ -49,6 +49,8 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def plan(self, view: FleetView, job: JobSpec) -> Plan:
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
+        if self.ranks == "none":
+            job = replace(job, strategy=replace(job.strategy, bits=32))
         sizes = batch_sizes(job.strategy, job.training.accumulation)
         bound = global_rank(view, job, job.strategy.rank)
         choices = _choices(view, job, self.ranks, bound)
@@ -79,6 +81,8 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def _seated(self, drafts: list[Draft], choices: list[Ranked], view: FleetView, job: JobSpec) -> list[_Seated]:
         """Each participant with the rank that the policy gives it."""
+        if self.ranks == "none":
+            return [_Seated(draft, choices[0], by_rank.none_reason(view.facts)) for draft in drafts]
         if self.ranks == "equal":
             reason = by_rank.equal_reason(tuned_modules(view.facts, job.base), choices[0].rank)
             return [_Seated(draft, choices[0], reason) for draft in drafts]
@@ -108,6 +112,8 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
 def _choices(view: FleetView, job: JobSpec, policy: RankPolicy, bound: int) -> list[Ranked]:
     """What each rank to choose from would ask, by rank."""
+    if policy == "none":
+        return [Ranked(0, {}, demand(view.facts, job, {}), "")]
     modules = tuned_modules(view.facts, job.base)
     found = []
     for rank in by_rank.rank_sizes(job.strategy.rank, policy):

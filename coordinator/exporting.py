@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from coordinator.export import export_peft
+from coordinator.export_bottleneck import export_bottleneck
 from coordinator.export_whole import export_whole
 from shared import adapter as adapter_files
 from shared.starts import start_of
@@ -21,7 +22,10 @@ def export_job(job: Job, adapter: Path, base: str, folder: Path) -> None:
     """
     metrics = job.judged[0] if job.judged else None
     given = adapter_files.read_file(adapter)
-    if start_of(given.notes) == "dense":
+    start = start_of(given.notes)
+    if start == "bottleneck":
+        export_bottleneck(given, folder, spec=job.spec, base=base, metrics=metrics)
+    elif start == "dense":
         assert job.facts is not None
         export_whole(given, folder, spec=job.spec, facts=job.facts, base=base, metrics=metrics)
     else:

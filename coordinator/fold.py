@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from coordinator.core.aggregation.base import Aggregator, DenseFold, Folded, Part, shares
+from coordinator.core.aggregation.bottleneck import HoldersFold, union
 from coordinator.core.aggregation.product_sum import workspace_bytes
 from coordinator.core.facts import ModuleSpec
 from shared import adapter as adapter_files
 from shared.adapter import Adapter, Factors
-from shared.starts import START_NOTE
+from shared.starts import START_NOTE, has_factors
 from shared.tensors import Array
 
 FOLD_BYTES = 64 * 1024 * 1024
@@ -93,8 +94,13 @@ def fold_round(
     carried = {} if residual is None else residual.factors
     dense: dict[str, Array] = {}
     folded: dict[str, Folded] = {}
-    for group, tensors in _groups(modules if aggregator.global_rank else (), previous.dense, memory_bytes):
-        walk = _Walk(aggregator, group, previous.factors, carried, tensors)
+    current: Mapping[str, Array] = previous.dense
+    fold: type[DenseFold] = DenseFold
+    if aggregator.start == "bottleneck":
+        current = union(current, (adapter_files.read_file(update.path).dense for update in ordered))
+        fold = HoldersFold
+    for group, tensors in _groups(modules if has_factors(aggregator.start) else (), current, memory_bytes):
+        walk = _Walk(aggregator, group, previous.factors, carried, {name: fold(one) for name, one in tensors.items()})
         for update in ordered:
             walk.add(weights[update.device], adapter_files.read_file(update.path))
         folded.update(walk.finish_modules())
@@ -111,10 +117,10 @@ class _Walk:
         group: Sequence[ModuleSpec],
         current: dict[str, Factors],
         residual: dict[str, Factors],
-        dense: dict[str, Array],
+        dense: dict[str, DenseFold],
     ) -> None:
         self._folds = {m.name: aggregator.begin(m, current.get(m.name), residual.get(m.name)) for m in group}
-        self._dense = {name: DenseFold(tensor) for name, tensor in dense.items()}
+        self._dense = dense
 
     def add(self, weight: float, update: Adapter) -> None:
         """Take one device's update; nothing of it is kept."""
@@ -123,7 +129,8 @@ class _Walk:
             if factors is not None:
                 fold.add(Part(weight, factors))
         for name, mean in self._dense.items():
-            mean.add(weight, update.dense[name])
+            if name in update.dense:
+                mean.add(weight, update.dense[name])
 
     def finish_modules(self) -> Iterator[tuple[str, Folded]]:
         """The modules one by one, each freed before the next."""

@@ -41,6 +41,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     heads: int = 1
     intermediate: int = 0
     """Width of the feed-forward layer; 0: not known."""
+    largest: int = 0
+    """Parameters of the largest linear layer where `modules` are no such layers; 0: they are."""
     activations: dict[str, ActivationFacts] = {}
     """As counted on the architecture, for computing in fp32 ("32") and bf16 ("16"); {}: not counted."""
     config: str = ""

@@ -37,6 +37,8 @@ def job_faults(job: JobSpec) -> list[str]:
         return found
     if job.base.targets:
         found.append(f"base.targets: {name} chooses what is tuned by itself; leave it empty")
+    if name == "fedadapter" and job.task.kind == "least_squares":
+        found.append("task.kind: least_squares has no transformer block to put a bottleneck adapter into")
     if name == "full" and job.strategy.bits not in ("auto", 32):
         found.append(f"strategy.bits: {job.strategy.bits}, but full tunes the base itself, at 32 bits")
     if name == "full" and job.training.codec != "fp32":

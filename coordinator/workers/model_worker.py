@@ -33,7 +33,7 @@ from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import Bits, JobSpec
 from shared.messages import MAX_BLOB_BYTES
-from shared.starts import START_NOTE
+from shared.starts import START_NOTE, Start
 from shared.tensors import Array
 
 log = logging.getLogger(__name__)
@@ -86,9 +86,9 @@ class ModelWorker:
         base = self._base(job, request.base_path)
         if job.evaluation.data:
             self._data(job)
-        modules = base.tunable(job.base.targets)
-        covered, others = base_model.count_parameters(base)
         start = create(job.strategy).start
+        modules = _modules(base, job, start)
+        covered, others = base_model.count_parameters(base)
         dense = base_model.fresh_head(base, job.seed)
         if start == "dense":
             dense = _whole(base, dense)
@@ -104,7 +104,8 @@ class ModelWorker:
             found = activations.count(base.folder, job.task, bits)
             counted[str(bits)] = ActivationFacts(fixed=found.fixed, block=found.block)
         return ModelFacts(
-            modules=[ModuleSpec(name=m.name, out=m.out, inp=m.inp, block=m.block) for m in modules],
+            modules=modules,
+            largest=max(one.out * one.inp for one in base.linears.values()) if start == "bottleneck" else 0,
             dense={name: list(tensor.shape) for name, tensor in sorted(dense.items())},
             base_digest=self._held.digest,
             linear_params=covered,
@@ -168,6 +169,17 @@ class ModelWorker:
         return self._held.store.load(
             job.evaluation.data, job.task, self._held.base.tokenizer, self._held.digest, rows=rows, beat=self.beat
         )
+
+
+def _modules(base: Any, job: JobSpec, start: Start) -> list[ModuleSpec]:
+    """The linear layers that the job tunes; for bottleneck adapters the blocks, hidden x hidden."""
+    if start == "bottleneck":
+        from shared.modeling import bottleneck
+
+        found = bottleneck.sites(base).values()
+        return [ModuleSpec(name=one.block, out=one.hidden, inp=one.hidden, block=one.index) for one in found]
+    tuned = base.tunable(job.base.targets)
+    return [ModuleSpec(name=one.name, out=one.out, inp=one.inp, block=one.block) for one in tuned]
 
 
 def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:

@@ -60,7 +60,7 @@ def _pieces(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Itera
     yield struct.pack("<Q", len(text)) + text
     for _, tensor in sorted(tensors.items()):
         plain = tensor.detach().to("cpu").contiguous().reshape(-1)
-        yield memoryview(plain.view(torch.uint8).numpy())
+        yield plain.view(torch.uint8).numpy().data
 
 
 def load_checkpoint(folder: Path, work: str) -> tuple[Position, dict[str, torch.Tensor]] | None:

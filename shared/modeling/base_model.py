@@ -101,7 +101,8 @@ class Base:
     def restore(self) -> None:
         """Give every parameter but the head its stored value, byte by byte."""
         self.tune_densely(())
-        self.fold({})
+        if self.bits == 32:  # nothing else is ever written to
+            self.fold({})
 
     def tunable(self, targets: Iterable[str]) -> list[Linear]:
         """The linear layers whose name ends with one of `targets` (none: all). Raises `ModelFault` if that is none."""

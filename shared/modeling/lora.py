@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from shared.adapter import Adapter, Factors
+from shared.modeling import bottleneck
 from shared.modeling.base_model import Base, set_module
 from shared.modeling.faults import AdapterFault
 from shared.starts import Start, drops_rest, fixed_rows, start_of, unsent_a
@@ -52,7 +53,7 @@ class Carried:
     trained: dict[str, int]
     scaling: float
     dense: dict[str, nn.Parameter]
-    """Tensors that are trained themselves: the head, or every parameter of the base."""
+    """Tensors that are trained themselves: the head with bottleneck adapters, or every parameter of the base."""
     trains_a: bool = True
     """False: every A is the job's and stays as it is."""
 
@@ -97,8 +98,10 @@ def check_adapter(base: Base, adapter: Adapter) -> None:
 
 def _dense_shapes(base: Base, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     """The dense tensors that an adapter for `base` must hold."""
-    if start_of(adapter.notes) != "dense":
-        return {name: tuple(tensor.shape) for name, tensor in base.head.items()}
+    start = start_of(adapter.notes)
+    if start != "dense":
+        head = {name: tuple(tensor.shape) for name, tensor in base.head.items()}
+        return head | bottleneck.dense_shapes(base, adapter.dense) if start == "bottleneck" else head
     if base.bits != 32:
         raise AdapterFault(f"adapter of round {adapter.round}: it is the whole model, for a base of 32 bits only")
     return base.shapes
@@ -116,6 +119,9 @@ def merge(base: Base, adapter: Adapter) -> None:
     """Make `base` (fp32) the global model: every direction folded, the dense tensors set."""
     check_adapter(base, adapter)
     detach(base)
+    if start_of(adapter.notes) == "bottleneck":
+        _with_bottlenecks(base, adapter, _widths(base, adapter), 0)
+        return
     base.tune_densely(adapter.dense)
     base.fold({name: product(part) for name, part in adapter.factors.items() if part.rank})
     base.set_dense(adapter.dense)
@@ -150,13 +156,16 @@ def carry(
     Raises `AdapterFault` where adapter or ranks do not fit the base.
     """
     check_adapter(base, adapter)
+    start = start_of(adapter.notes)
+    if start == "bottleneck":
+        detach(base)
+        return _with_bottlenecks(base, adapter, ranks, seed)
     unknown = sorted(ranks.keys() - base.linears.keys())
     if unknown:
         raise AdapterFault(f"ranks name {unknown[0]}, a linear layer that the base does not have")
     detach(base)
     base.tune_densely(adapter.dense)
     wanted = {name: rank for name, rank in sorted(ranks.items()) if rank > 0}
-    start = start_of(adapter.notes)
     splits = {}
     for name in sorted(wanted.keys() | adapter.factors.keys()):
         out, inp, rank = base.linears[name].out, base.linears[name].inp, wanted.get(name, 0)
@@ -179,17 +188,35 @@ def carry(
         dense=base.dense,
         trains_a=start != "frozen_a",
     )
+    return _thawed(base, carried)
+
+
+def _thawed(base: Base, carried: Carried) -> Carried:
+    """Have gradients flow to what is carried, and to nothing else."""
     base.model.requires_grad_(False)
     for tensor in carried.parameters():
         tensor.requires_grad_(True)
     return carried
 
 
+def _widths(base: Base, adapter: Adapter) -> dict[str, int]:
+    return {block: width for block in bottleneck.sites(base) if (width := bottleneck.width_of(adapter.dense, block))}
+
+
+def _with_bottlenecks(base: Base, adapter: Adapter, widths: Mapping[str, int], seed: int) -> Carried:
+    """`base` with the head and the bottleneck adapters of the global adapter, each cut or grown to its width."""
+    base.restore()
+    tensors = bottleneck.put_on(base, adapter.dense, widths, seed)
+    base.set_dense({name: adapter.dense[name] for name in base.head})
+    return _thawed(base, Carried(factors={}, trained={}, scaling=1.0, dense=base.head | tensors))
+
+
 def detach(base: Base) -> None:
-    """Take every peft layer off again; the base's own layers stay where they are."""
+    """Take every adapter off again; the base's own layers stay where they are."""
     from peft.tuners.lora import LoraLayer
 
-    wrapped = {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLayer)}
+    kinds = (LoraLayer, bottleneck.Bottlenecked)
+    wrapped = {name: module for name, module in base.model.named_modules() if isinstance(module, kinds)}
     for name, layer in wrapped.items():
         set_module(base.model, name, layer.get_base_layer())
     _forget_config(base)

@@ -26,7 +26,7 @@ from tests.fleet import fleet_rig as rig
 CORES = {"dev-000": 4.0, "dev-001": 2.0, "dev-002": 1.0}
 UNEQUAL = {"dev-000": 8, "dev-001": 4, "dev-002": 2}
 LORA = sorted(name for name in registry.PLANNERS if aggregators.OWN.get(name) not in aggregators.WITHOUT_LORA)
-"""`full` has no factors: see the end."""
+"""`full` has no factors: see the end. `fedadapter` needs a transformer: `tests/training/test_bottleneck.py`."""
 EXACT = ("flora", "ffa", "fedex", "fsr")
 
 

@@ -91,7 +91,7 @@ class Aggregator(Protocol):
     start: Start
     """What a device trains; written into the global adapter's notes under `shared.starts.START_NOTE`."""
     global_rank: int
-    """No module of the global adapter has more directions, as far as this method bounds them; 0: there are none."""
+    """No module of the global adapter has more directions, as far as this method bounds them."""
 
     def admit(self, update: Adapter, expected: Expectation) -> str | None:
         """Why `update` must be refused, or None."""

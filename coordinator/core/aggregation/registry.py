@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coordinator.core.aggregation.base import Aggregator
+from coordinator.core.aggregation.bottleneck import Bottleneck
 from coordinator.core.aggregation.dense import Dense
 from coordinator.core.aggregation.fedex import FedEx
 from coordinator.core.aggregation.fedit import FedIt
@@ -29,6 +30,7 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "fedex": lambda spec: FedEx(spec.rank),
     "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share),
     "dense": lambda _spec: Dense(),
+    "bottleneck": lambda spec: Bottleneck(spec.global_rank),
 }
 
 DEFAULT = "fsr"
@@ -41,9 +43,10 @@ OWN: dict[str, str] = {
     "fedex": "fedex",
     "legend": "legend",
     "full": "dense",
+    "fedadapter": "bottleneck",
 }
 """Strategy -> the aggregator of its paper, where that is another than the default."""
-WITHOUT_LORA = frozenset({"dense"})
+WITHOUT_LORA = frozenset({"dense", "bottleneck"})
 """Aggregators of what is no LoRA: each goes with its own strategy alone, and that with no other."""
 EQUAL_RANKS = frozenset({"fedit", "fedex"})
 """Aggregators that refuse an update of another rank than the job's."""

@@ -104,7 +104,7 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
         frozen_params=global_params(facts.modules, global_rank),
         linear_params=0 if whole else facts.linear_params,
         other_params=0 if whole else facts.other_params,
-        largest=max((module.out * module.inp for module in facts.modules), default=0),
+        largest=facts.largest or max((module.out * module.inp for module in facts.modules), default=0),
         accumulation=job.training.accumulation,
         kind=job.task.kind,
     )

@@ -36,7 +36,7 @@ from shared.starts import START_NOTE, fixed_rows
 from tests.training.agent_rounds import Rounds
 from tests.training.test_agent import PATIENCE_S, Agent, probe
 from tests.training.test_lora import logits
-from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, empty_adapter, global_adapter
+from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, empty_adapter, global_adapter, make_bert
 
 CASES = [("bert", COLOURS), ("gpt2", STORIES), ("llama", STORIES)]
 SEED = 7
@@ -285,6 +285,28 @@ def test_rounds_with_a_trial_teach_the_model_and_the_export_is_what_was_evaluate
     assert again.loss == pytest.approx(told.loss, abs=1e-5) and again.accuracy == told.accuracy
     with pytest.raises(UserError, match="are not linear and can't be merged into the base: leave out --merged"):
         merge(tmp_path / "out", tmp_path / "merged")
+
+
+def test_a_trial_of_three_groups_deeper_and_wider_on_four_blocks(tmp_path: Path, colours: Path, agent: Agent) -> None:
+    folder = make_bert(tmp_path / "four", layers=4)
+    rounds = Rounds(tmp_path, agent, spec(COLOURS, colours), folder, dict.fromkeys("abc", colours))
+    before = rounds.metrics().loss
+    assert isinstance(rounds.planner, FedAdapterPlanner)
+    rounds.planner = structs.replace(rounds.planner, progress=Progress(losses=[1.0] * 4))
+    plan = rounds.run(1)
+    shapes = {name: (len(work.ranks), max(work.ranks.values())) for name, work in plan.participants.items()}
+    assert shapes == {"a": (2, 4), "b": (3, 4), "c": (2, 8)}
+    updates = {name: adapters.read_file(tmp_path / f"{name}-1.update") for name in shapes}
+    made = adapters.read_file(rounds.current).dense
+    low, top = "bert.encoder.layer.1.bottleneck.up.weight", "bert.encoder.layer.3.bottleneck.up.weight"
+    assert np.array_equal(made[low], updates["b"].dense[low]), "one holder"
+    mean = np.mean([one.dense[top][:, :4] for one in updates.values()], axis=0)
+    np.testing.assert_allclose(made[top][:, :4], mean, atol=1e-6)
+    assert np.array_equal(made[top][:, 4:], updates["c"].dense[top][:, 4:])
+    assert rounds.metrics().loss < before
+    plan = rounds.plan(2)
+    assert len({tuple(work.ranks.items()) for work in plan.participants.values()}) == 1
+    assert len(plan.participants["a"].ranks) in (2, 3)
 
 
 def test_the_usage_in_the_readme_runs_and_other_folders_are_named(tmp_path: Path, bert: Path) -> None:

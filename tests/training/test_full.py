@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import transformers
 from msgspec import structs
 
 from coordinator.export_whole import export_whole
+from coordinator.workers import model_worker
 from coordinator.workers.protocol import Prepare, Prepared
 from edge_daemon.protocol import Failed, Probed, Progressed, Shutdown, Trained
 from edge_daemon.training import checkpoint
@@ -120,6 +122,12 @@ def test_what_can_not_be_tuned_is_refused(bert: Path) -> None:
         carry(full, replace(given, dense=less))
     with pytest.raises(AdapterFault, match="the base wants None"):
         carry(full, replace(given, notes={}))
+
+
+def test_a_base_that_no_blob_holds_is_refused_before_it_is_read() -> None:
+    large = SimpleNamespace(folder="/bases/large", shapes={"w": (12_000, 12_000)})
+    with pytest.raises(UserError, match="strategy.name full: /bases/large has 549 MiB .* a device can send 512"):
+        model_worker._whole(large, {})
 
 
 def trained(folder: Path, source: Path, task: TaskSpec, checkpoints: Path, stop_at: int = 6) -> Loop:

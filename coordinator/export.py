@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save
@@ -21,15 +21,11 @@ from safetensors.numpy import save
 from coordinator.core.aggregation.base import column_weights, narrow
 from coordinator.core.aggregation.registry import name_of
 from coordinator.core.facts import Metrics
-from shared import adapter as adapter_files
 from shared.adapter import Adapter, Factors
 from shared.errors import UserError
 from shared.files import sync_folder
 from shared.jobs import JobSpec, TaskKind
 from shared.tensors import Array
-
-if TYPE_CHECKING:
-    from coordinator.core.job import Job
 
 DIGEST_NOTE = "muster_base_digest"
 """In the metadata of the tensors: the digest of the base that the adapter is for."""
@@ -39,17 +35,8 @@ _WHOLE_HEADS = ("classifier", "score")
 """peft saves these as a whole for SEQ_CLS; a second wrapper inside one of them would clash."""
 _NO_TARGETS = "dummy-target-modules"
 """What peft takes for "no LoRA at all, the head alone"."""
-_CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose linear layers are transformers' Conv1D, which stores W as (in x out)."""
-
-
-def export_job(job: Job, adapter: Path, base: str, folder: Path) -> None:
-    """Write the global adapter file `adapter` of `job` to `folder`; `base` is the folder of the base model.
-
-    Raises `UserError` where `folder` can't be written, `DecodeError` where the adapter can't be read.
-    """
-    metrics = job.judged[0] if job.judged else None
-    export_peft(adapter_files.read_file(adapter), folder, spec=job.spec, base=base, metrics=metrics)
 
 
 def export_peft(adapter: Adapter, folder: Path, *, spec: JobSpec, base: str, metrics: Metrics | None = None) -> None:
@@ -59,18 +46,15 @@ def export_peft(adapter: Adapter, folder: Path, *, spec: JobSpec, base: str, met
     """
     factors = {name: part for name, part in sorted(adapter.factors.items()) if part.rank > 0}
     files = {
-        "adapter_config.json": _json(_config(factors, adapter.dense, spec, base)),
+        "adapter_config.json": as_json(_config(factors, adapter.dense, spec, base)),
         "adapter_model.safetensors": save(
             _tensors(factors, adapter.dense), metadata={"format": "pt", DIGEST_NOTE: adapter.base_digest}
         ),
         "README.md": _readme(adapter, factors, spec, base, metrics).encode(),
     }
     if spec.task.labels:
-        files["labels.json"] = _json({"id2label": {str(i): label for i, label in enumerate(spec.task.labels)}})
-    try:
-        _write_folder(folder, files)
-    except OSError as error:
-        raise UserError(f"{folder}: the export can't be written: {error.strerror or error}") from error
+        files["labels.json"] = as_json({"id2label": {str(i): label for i, label in enumerate(spec.task.labels)}})
+    write_folder(folder, files)
 
 
 def split(part: Factors) -> tuple[Array, Array]:
@@ -130,7 +114,7 @@ def _stores_transposed(base: Path) -> bool:
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("model_type") in _CONV1D_MODELS
+    return isinstance(config, dict) and config.get("model_type") in CONV1D_MODELS
 
 
 def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, base: str, metrics: Metrics | None) -> str:
@@ -144,7 +128,7 @@ def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, bas
         f"- task: {spec.task.kind} on `{spec.task.dataset}`",
         f"- tuned modules: {len(ranks)}" + (f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""),
         f"- dense tensors: {', '.join(sorted(adapter.dense)) or 'none'}",
-        *_metrics_lines(metrics),
+        *metrics_lines(metrics),
     ]
     if spec.task.labels:
         lines += ["", "Labels (also in `labels.json`):", ""]
@@ -152,7 +136,8 @@ def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, bas
     return "\n".join([*lines, "", *_usage(spec, base), ""])
 
 
-def _metrics_lines(metrics: Metrics | None) -> list[str]:
+def metrics_lines(metrics: Metrics | None) -> list[str]:
+    """The evaluation in lines of a README."""
     if metrics is None:
         return ["- held-out evaluation: none"]
     values = {"loss": metrics.loss, "accuracy": metrics.accuracy, "perplexity": metrics.perplexity}
@@ -163,9 +148,8 @@ def _metrics_lines(metrics: Metrics | None) -> list[str]:
 def _usage(spec: JobSpec, base: str) -> list[str]:
     if spec.task.kind == "least_squares":
         return ["There is no transformer behind this task: read the factors with safetensors."]
-    classes = spec.task.kind == "classification"
-    factory = "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
-    labels = f", num_labels={len(spec.task.labels)}" if classes else ""
+    factory = factory_of(spec)
+    labels = f", num_labels={len(spec.task.labels)}" if spec.task.kind == "classification" else ""
     return [
         "```python",
         "from peft import PeftModel",
@@ -177,11 +161,26 @@ def _usage(spec: JobSpec, base: str) -> list[str]:
     ]
 
 
-def _json(content: Mapping[str, Any]) -> bytes:
+def factory_of(spec: JobSpec) -> str:
+    """The class of transformers that loads the model of the job's task."""
+    classes = spec.task.kind == "classification"
+    return "AutoModelForSequenceClassification" if classes else "AutoModelForCausalLM"
+
+
+def as_json(content: Mapping[str, Any]) -> bytes:
+    """A file of JSON for people."""
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write an export to `folder`, whole or not at all. Raises `UserError` where it can't be written."""
+    try:
+        _replace_folder(folder, files)
+    except OSError as error:
+        raise UserError(f"{folder}: the export can't be written: {error.strerror or error}") from error
+
+
+def _replace_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write beside the target, flush, rename; what a crash leaves there is hidden, and removed by the next export."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*"):

@@ -1,7 +1,7 @@
 """Fold a round: from the admitted update files to the next global adapter.
 
-Updates are memory-mapped one at a time, in device-id order. As many modules as the memory budget allows are folded
-in one pass over the files, so memory depends neither on the number of devices nor on the number of modules, and
+Updates are memory-mapped one at a time, in device-id order. As many modules and dense tensors as the memory budget
+allows are folded in one pass over the files, so memory depends on the number neither of devices nor of modules, and
 repeating the fold after a crash gives the same bytes. For that BLAS must run on one thread: the service sets
 `OPENBLAS_NUM_THREADS=1` before numpy is imported (two threads are slower at these sizes, too).
 """
@@ -9,21 +9,22 @@ repeating the fold after a crash gives the same bytes. For that BLAS must run on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from coordinator.core.aggregation.base import Aggregator, DenseFold, Folded, Part, shares
+from coordinator.core.aggregation.bottleneck import HoldersFold, union
 from coordinator.core.aggregation.product_sum import workspace_bytes
 from coordinator.core.facts import ModuleSpec
 from shared import adapter as adapter_files
 from shared.adapter import Adapter, Factors
-from shared.starts import START_NOTE
+from shared.starts import START_NOTE, has_factors
 from shared.tensors import Array
 
 FOLD_BYTES = 64 * 1024 * 1024
-"""Budget of the modules that are open at once; a single module may exceed it."""
+"""Budget of what is open at once; a single module or tensor may exceed it."""
 ROLE_NOTE = "role"
 
 
@@ -93,21 +94,25 @@ def fold_round(
     if not ordered or len(weights) != len(ordered):
         raise ValueError("a fold needs at least one update, and each device once")
     carried = {} if residual is None else residual.factors
-    dense: dict[str, Array] | None = None
+    dense: dict[str, Array] = {}
     folded: dict[str, Folded] = {}
-    for group in _groups(modules, memory_bytes):
-        tensors = previous.dense if dense is None else {}
-        means = {name: DenseFold(tensor, server_lr) for name, tensor in tensors.items()}
+    current: Mapping[str, Array] = previous.dense
+    fold: type[DenseFold] = DenseFold
+    if aggregator.start == "bottleneck":
+        current = union(current, (adapter_files.read_file(update.path).dense for update in ordered))
+        fold = HoldersFold
+    for group, tensors in _groups(modules if has_factors(aggregator.start) else (), current, memory_bytes):
+        means = {name: fold(one, server_lr) for name, one in tensors.items()}
         walk = _Walk(aggregator, group, previous.factors, carried, means)
         for update in ordered:
             walk.add(weights[update.device], adapter_files.read_file(update.path))
         folded.update(walk.finish_modules())
-        dense = walk.finish_dense() if dense is None else dense
-    return _result(aggregator, previous, folded, dense or {}, weights, round)
+        dense.update(walk.finish_dense())
+    return _result(aggregator, previous, folded, dense, weights, round)
 
 
 class _Walk:
-    """One pass over all update files, for one group of modules."""
+    """One pass over all update files, for one group of modules and dense tensors."""
 
     def __init__(
         self,
@@ -127,7 +132,8 @@ class _Walk:
             if factors is not None:
                 fold.add(Part(weight, factors))
         for name, mean in self._dense.items():
-            mean.add(weight, update.dense[name])
+            if name in update.dense:
+                mean.add(weight, update.dense[name])
 
     def finish_modules(self) -> Iterator[tuple[str, Folded]]:
         """The modules one by one, each freed before the next."""
@@ -140,18 +146,25 @@ class _Walk:
         return {name: mean.finish() for name, mean in self._dense.items()}
 
 
-def _groups(modules: Sequence[ModuleSpec], memory_bytes: int) -> Iterator[list[ModuleSpec]]:
-    """Modules in their order, cut so that each group fits the budget; one empty group where there are no modules."""
+def _groups(
+    modules: Sequence[ModuleSpec], dense: Mapping[str, Array], memory_bytes: int
+) -> Iterator[tuple[list[ModuleSpec], dict[str, Array]]]:
+    """Modules in their order, then dense tensors, cut so that each group fits the budget; one group at least."""
+    parts: list[tuple[int, ModuleSpec | str]] = [(workspace_bytes(one.out, one.inp), one) for one in modules]
+    parts += [(8 * tensor.size, name) for name, tensor in dense.items()]
     group: list[ModuleSpec] = []
+    tensors: dict[str, Array] = {}
     used = 0
-    for module in modules:
-        need = workspace_bytes(module.out, module.inp)
-        if group and used + need > memory_bytes:
-            yield group
-            group, used = [], 0
-        group.append(module)
+    for need, part in parts:
+        if used and used + need > memory_bytes:
+            yield group, tensors
+            group, tensors, used = [], {}, 0
+        if isinstance(part, str):
+            tensors[part] = dense[part]
+        else:
+            group.append(part)
         used += need
-    yield group
+    yield group, tensors
 
 
 def _result(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 from typing_extensions import assert_never
 
-from coordinator import export, folding
+from coordinator import exporting, folding
 from coordinator.adapters.worker import Answer
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
@@ -116,7 +116,7 @@ class Performer:
         def work() -> ev.AnyEvent:
             if adapter is None:
                 return self._failed(job, "export", "the global adapter is not in the blob store")
-            export.export_job(job, adapter, self._base(job), folder)
+            exporting.export_job(job, adapter, self._base(job), folder)
             return ev.Exported(job=job.id, path=str(folder), **runtime.now())
 
         self._offload(work, job, "export")

@@ -24,6 +24,10 @@ def merge(adapter: Path, folder: Path, base: str = "") -> Path:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: exists already and is not an empty folder")
+    if (adapter / "config.json").is_file():
+        raise UserError("the job trained the whole model: its export is one already, leave out --merged")
+    if (adapter / "bottleneck_config.json").is_file():
+        raise UserError("bottleneck adapters are not linear and can't be merged into the base: leave out --merged")
     config = _read(adapter / "adapter_config.json")
     base = base or str(config.get("base_model_name_or_path") or "")
     if config.get("task_type") not in ("SEQ_CLS", "CAUSAL_LM"):

@@ -21,6 +21,10 @@ FOLDER = "bases"
 """Of both programs, in their `state_dir`."""
 MANIFEST = "packed.json"
 MAX_MANIFEST_BYTES = 256 * 1024
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
+    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")]
 """Never a path: what is fetched under this name is written under it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import os
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 
 UNREADABLE = (OSError, EOFError, zlib.error)
@@ -17,10 +18,16 @@ def write_whole(path: Path, data: bytes, *, fsync: bool = True) -> None:
 
     One writer per path at a time. Raises `OSError` with what was there before intact.
     """
+    write_pieces(path, (data,), fsync=fsync)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], *, fsync: bool = True) -> None:
+    """`write_whole` for what need not lie in memory as one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
-        file.write(data)
+        for piece in pieces:
+            file.write(piece)
         file.flush()
         if fsync:
             os.fsync(file.fileno())

@@ -88,7 +88,7 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     aggregator: str = ""
     """How updates become the next global adapter; empty: as the strategy's own paper does."""
     rank: Annotated[int, Meta(ge=1, le=1024)] = 8
-    """LoRA rank of every tuned layer; planners may ask less of a device."""
+    """LoRA rank of every tuned layer; planners may ask less of a device. Of `fedadapter`: the first width."""
     batch: Positive = 16
     """The batch a device of median speed gets."""
     batch_min: Positive = 1
@@ -98,7 +98,7 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     bits: Literal["auto", 4, 8, 16, 32] = "auto"
     """Precision of the frozen base; auto: the largest proven on the device that its memory holds."""
     global_rank: Annotated[int, Meta(ge=1, le=4096)] = 64
-    """Hard cap of the rank of the global adapter, per module."""
+    """Hard cap of the rank of the global adapter, per module; of `fedadapter`: of the width."""
     max_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """Largest share of a round's mean that one device may have: its sample count is its own claim."""
     rescore_every: Positive = 10

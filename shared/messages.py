@@ -141,7 +141,7 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """What the plan asks of one device in one round."""
 
     ranks: dict[str, int]
-    """Module path -> LoRA rank; 0 or absent: not tuned."""
+    """Module path -> LoRA rank, or path of a block -> width of its bottleneck adapter; 0 or absent: not tuned."""
     batch: Annotated[int, Meta(ge=1)]
     """Samples per optimizer step."""
     bits: Bits

@@ -8,6 +8,8 @@
 | `cut_directions` | as `directions` | is dropped | products stacked |
 | `cut_factors` | as `factors` | is dropped | factors averaged |
 | `frozen_a` | B alone; A is the job's, the same everywhere and always | rides along frozen | factors averaged |
+| `bottleneck` | bottleneck adapters of the blocks that the work names: dense tensors | is dropped | tensors averaged |
+| `dense` | every parameter of the base, itself: there are no factors | there is none | tensors averaged |
 
 A module that the device does not tune keeps all of the global adapter, frozen, under every start: what is dropped is
 dropped from what a device tunes. Factors are averaged where the aggregator averages them itself.
@@ -24,7 +26,7 @@ import numpy as np
 
 from shared.tensors import Array
 
-Start = Literal["directions", "factors", "fresh", "cut_directions", "cut_factors", "frozen_a"]
+Start = Literal["directions", "factors", "fresh", "cut_directions", "cut_factors", "frozen_a", "dense", "bottleneck"]
 START_NOTE = "start"
 
 
@@ -39,9 +41,14 @@ def drops_rest(start: Start) -> bool:
     return start in ("cut_directions", "cut_factors")
 
 
+def has_factors(start: Start) -> bool:
+    """Whether LoRA factors are trained at all."""
+    return start not in ("dense", "bottleneck")
+
+
 def averages_factors(start: Start) -> bool:
     """Whether the agents of one device make one update by the mean of their factors, not of their products."""
-    return start in ("factors", "cut_factors", "frozen_a")
+    return start in ("factors", "cut_factors", "frozen_a", "dense", "bottleneck")
 
 
 def unsent_a(rank: int) -> Array:

@@ -29,7 +29,7 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
 
     modules: list[ModuleSpec]
     dense: dict[str, list[int]] = {}
-    """Tensors tuned densely (the head): name -> shape."""
+    """Tensors that are tuned themselves (the head, or every parameter of the base): name -> shape."""
     base_digest: str
     linear_params: int
     """Parameters in linear layers that quantization covers."""
@@ -41,8 +41,12 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     heads: int = 1
     intermediate: int = 0
     """Width of the feed-forward layer; 0: not known."""
+    largest: int = 0
+    """Parameters of the largest linear layer where `modules` are no such layers; 0: they are."""
     activations: dict[str, ActivationFacts] = {}
     """As counted on the architecture, for computing in fp32 ("32") and bf16 ("16"); {}: not counted."""
+    config: str = ""
+    """`config.json` of a folder with the whole model; empty where the base is not tuned itself."""
     served: dict[str, BaseSource] = {}
     """Bits as text -> where devices can fetch the base at these; {}: nowhere."""
 

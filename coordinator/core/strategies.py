@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coordinator.core.aggregation import registry as aggregators
 from coordinator.core.planning import registry as planners
-from shared.jobs import StrategySpec
+from shared.jobs import JobSpec, StrategySpec
 
 
 def faults(strategy: StrategySpec) -> list[str]:
@@ -27,6 +27,28 @@ def faults(strategy: StrategySpec) -> list[str]:
         )
     if strategy.server_lr != 1.0 and aggregator not in aggregators.MOVES_FURTHER:
         found.append(f"strategy.server_lr: {aggregator} has none, only {', '.join(sorted(aggregators.MOVES_FURTHER))}")
+    if aggregator != aggregators.OWN.get(strategy.name) and (
+        aggregator in aggregators.WITHOUT_LORA or aggregators.OWN.get(strategy.name) in aggregators.WITHOUT_LORA
+    ):
+        found.append(f"strategy.aggregator: {aggregator} can't fold what {strategy.name} trains")
     if strategy.batch_min > strategy.batch_max:
         found.append("strategy.batch_min: larger than strategy.batch_max")
+    return found
+
+
+def job_faults(job: JobSpec) -> list[str]:
+    """The faults of the table, and those of what the strategy can't do with the rest of the job."""
+    found, name = faults(job.strategy), job.strategy.name
+    if name == "head" and job.task.kind != "classification":
+        found.append(f"strategy.name: task.kind {job.task.kind} has no head to train alone")
+    if aggregators.name_of(job.strategy) not in aggregators.WITHOUT_LORA:
+        return found
+    if job.base.targets:
+        found.append(f"base.targets: {name} chooses what is tuned by itself; leave it empty")
+    if name == "fedadapter" and job.task.kind == "least_squares":
+        found.append("task.kind: least_squares has no transformer block to put a bottleneck adapter into")
+    if name == "full" and job.strategy.bits not in ("auto", 32):
+        found.append(f"strategy.bits: {job.strategy.bits}, but full tunes the base itself, at 32 bits")
+    if name == "full" and job.training.codec != "fp32":
+        found.append(f"training.codec: {job.training.codec} would round the whole model every round; full needs fp32")
     return found

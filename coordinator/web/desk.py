@@ -120,9 +120,7 @@ class Desk:
         return self._on_loop(look)
 
     def _faults(self, spec: JobSpec) -> list[str]:
-        faults = strategies.faults(spec.strategy)
-        if spec.strategy.name == "head" and spec.task.kind != "classification":
-            faults.append(f"strategy.name: task.kind {spec.task.kind} has no head to train alone")
+        faults = strategies.job_faults(spec)
         if spec.evaluation.data and (fault := rows_fault(Path(spec.evaluation.data))):
             faults.append(f"evaluation.data: on the coordinator: {fault}")
         if spec.task.kind == "classification" and len(spec.task.labels) < 2:

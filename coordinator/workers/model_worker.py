@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 import time
@@ -31,7 +32,9 @@ from shared.errors import DecodeError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import Bits, JobSpec
-from shared.starts import START_NOTE
+from shared.messages import MAX_BLOB_BYTES
+from shared.starts import START_NOTE, Start
+from shared.tensors import Array
 
 log = logging.getLogger(__name__)
 BEAT_S = 2.0
@@ -83,13 +86,17 @@ class ModelWorker:
         base = self._base(job, request.base_path)
         if job.evaluation.data:
             self._data(job)
-        modules = base.tunable(job.base.targets)
+        start = create(job.strategy).start
+        modules = _modules(base, job, start)
         covered, others = base_model.count_parameters(base)
-        start = adapter.Adapter(
-            kind="global", job=job.name, round=0, base_digest=self._held.digest, factors={},
-            dense=base_model.fresh_head(base, job.seed), notes={START_NOTE: create(job.strategy).start},
+        dense = base_model.fresh_head(base, job.seed)
+        if start == "dense":
+            dense = _whole(base, dense)
+        first = adapter.Adapter(
+            kind="global", job=job.name, round=0, base_digest=self._held.digest, factors={}, dense=dense,
+            notes={START_NOTE: start},
         )  # fmt: skip
-        write_whole(Path(request.adapter_path), adapter.write(start))
+        write_whole(Path(request.adapter_path), adapter.write(first))
         config = base.model.config
         counted = {}
         for bits in PRECISIONS:
@@ -97,13 +104,15 @@ class ModelWorker:
             found = activations.count(base.folder, job.task, bits)
             counted[str(bits)] = ActivationFacts(fixed=found.fixed, block=found.block)
         return ModelFacts(
-            modules=[ModuleSpec(name=m.name, out=m.out, inp=m.inp, block=m.block) for m in modules],
-            dense={name: list(tensor.shape) for name, tensor in sorted(base.head.items())},
+            modules=modules,
+            largest=max(one.out * one.inp for one in base.linears.values()) if start == "bottleneck" else 0,
+            dense={name: list(tensor.shape) for name, tensor in sorted(dense.items())},
             base_digest=self._held.digest,
             linear_params=covered,
             other_params=others,
             blocks=1 + max(linear.block for linear in base.linears.values()),
             activations=counted,
+            config=base_model.whole_config(base, job.task) if start == "dense" else "",
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),
             intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),
@@ -167,6 +176,32 @@ class ModelWorker:
         return self._held.store.load(
             job.evaluation.data, job.task, self._held.base.tokenizer, self._held.digest, rows=rows, beat=self.beat
         )
+
+
+def _modules(base: Any, job: JobSpec, start: Start) -> list[ModuleSpec]:
+    """The linear layers that the job tunes; for bottleneck adapters the blocks, hidden x hidden."""
+    if start == "bottleneck":
+        from shared.modeling import bottleneck
+
+        found = bottleneck.sites(base).values()
+        return [ModuleSpec(name=one.block, out=one.hidden, inp=one.hidden, block=one.index) for one in found]
+    tuned = base.tunable(job.base.targets)
+    return [ModuleSpec(name=one.name, out=one.out, inp=one.inp, block=one.block) for one in tuned]
+
+
+def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:
+    """Every parameter of the base as stored, and `head`. Raises `UserError` where no blob holds that much."""
+    from shared.modeling import lora
+
+    size = 4 * sum(math.prod(shape) for shape in base.shapes.values())
+    if size > MAX_BLOB_BYTES:
+        raise UserError(
+            f"strategy.name full: {base.folder} has {size >> 20} MiB of parameters in fp32, a device can send "
+            f"{MAX_BLOB_BYTES >> 20}"
+        )
+    lora.detach(base)
+    base.restore()
+    return {name: base.model.get_parameter(name).detach().numpy() for name in base.shapes} | head
 
 
 def _check_task(job: JobSpec) -> None:

@@ -174,6 +174,7 @@ class Agent:
             raise Refused("internal", str(error)) from error
         if not work.position.step:
             raise Stopped(ended)
+        work.forget_moments()
         self._control.beat("saving")
         return self._deliver(request, carried, work, ended, load_s, gauge.peak(), loaded)
 

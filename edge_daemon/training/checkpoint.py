@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from shared.codec import pack
-from shared.files import write_whole
+from shared.files import write_pieces
 from shared.messages import Assignment
 
 log = logging.getLogger(__name__)
 NAME = "checkpoint.safetensors"
+_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
 
 
 class Position(msgspec.Struct, kw_only=True):
@@ -42,8 +45,22 @@ def identity(assignment: Assignment, part: int = 0, parts: int = 1) -> str:
 def save_checkpoint(folder: Path, work: str, position: Position, tensors: dict[str, torch.Tensor]) -> None:
     """Write the checkpoint of `work` (its `identity`); the former one stays until this one is on the disk."""
     metadata = {"work": work, "position": msgspec.json.encode(position).decode()}
-    plain = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    write_whole(folder / NAME, save(plain, metadata=metadata))
+    write_pieces(folder / NAME, _pieces(tensors, metadata))
+
+
+def _pieces(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """A safetensors file, tensor by tensor: its own library holds all of them twice, and here may be a whole model."""
+    header: dict[str, object] = {"__metadata__": metadata}
+    end = 0
+    for name, tensor in sorted(tensors.items()):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for _, tensor in sorted(tensors.items()):
+        plain = tensor.detach().to("cpu").contiguous().reshape(-1)
+        yield plain.view(torch.uint8).numpy().data
 
 
 def load_checkpoint(folder: Path, work: str) -> tuple[Position, dict[str, torch.Tensor]] | None:

@@ -126,6 +126,10 @@ class Loop:
             tensors |= {f"{_SCORE}{name}": state for name, state in self._scorer.save().items()}
         save_checkpoint(self.checkpoint_dir, self._work, self.position, tensors)
 
+    def forget_moments(self) -> None:
+        """Free the optimizer's state, which may be twice a whole model; there is nothing left to train."""
+        self._optimizer.state.clear()
+
     def _advance(self) -> None:
         """One optimizer step; a batch that does not fit is halved until it does."""
         while True:
@@ -197,9 +201,9 @@ class Loop:
         factors = self.carried.trained_factors()
         # Decay of the factors would decay the directions that they took over from the global adapter.
         groups = [{"params": factors, "weight_decay": 0.0}] if factors else []
-        if self.carried.head:
+        if self.carried.dense:
             decay = self.assignment.training.weight_decay
-            groups.append({"params": list(self.carried.head.values()), "weight_decay": decay})
+            groups.append({"params": list(self.carried.dense.values()), "weight_decay": decay})
         return torch.optim.AdamW(groups, lr=self.assignment.training.lr)
 
     def _resume(self) -> None:

@@ -81,7 +81,7 @@ def _run(spec: JobSpec, folder: Path, train: Path, effort: Effort, rows: int, *,
     from shared.modeling.data import tokenize
 
     base = base_model.load(folder, spec.task)
-    base.set_head(base_model.fresh_head(base, spec.seed))
+    base.set_dense(base_model.fresh_head(base, spec.seed))
     data = tokenize(str(train), spec.task, base.tokenizer)
     held_out = tokenize(spec.evaluation.data, spec.task, base.tokenizer, rows=rows)
     before = _evaluate(base, held_out, spec)

@@ -233,7 +233,7 @@ def _export(client: Client, job: JobView, out: Path) -> bool:
     if not job.exported:
         return False
     folder = out / "adapter"
-    if (folder / "adapter_config.json").is_file():
+    if (folder / "README.md").is_file():
         shutil.rmtree(folder)  # of an earlier run
     client.export(job.id, folder)
     return True

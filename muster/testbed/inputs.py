@@ -222,6 +222,6 @@ def check_job(tables: toml.Table, source: str) -> None:
     """Raise `SettingsError` with every fault that does not depend on the data; writes nothing."""
     placeholder = DataFiles("data", Path("train"), Path("test"), ["a", "b"])
     _, spec = filled(tables, placeholder, 1, source)
-    faults = strategies.faults(spec.strategy)
+    faults = strategies.job_faults(spec)
     if faults:
         raise SettingsError(source, faults)

@@ -1,9 +1,9 @@
 """Least squares with LoRA in numpy: a task small enough for fault tests and for large fleets in one process.
 
 The base model is a frozen zero matrix W (out x inp), named "IxO" (inputs x outputs), with one tunable module,
-"linear". Data are rows {"x": [inputs], "y": [outputs]}. All arithmetic is float64 on one thread's order of operations,
-so equal inputs give equal bytes; files are float32. What is trained and what rides along is as the global adapter asks
-(`shared.starts`).
+"linear"; under the start `dense` W itself is trained, and nothing else. Data are rows {"x": [inputs], "y": [outputs]}.
+All arithmetic is float64 on one thread's order of operations, so equal inputs give equal bytes; files are float32.
+What is trained and what rides along is as the global adapter asks (`shared.starts`).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from shared.messages import Assignment, UpdateFacts
 from shared.starts import START_NOTE, Start, drops_rest, fixed_rows, start_of, unsent_a
 
 MODULE = "linear"
+WEIGHT = f"{MODULE}.weight"
 _MODEL = re.compile(r"\s*(\d{1,6})\s*x\s*(\d{1,6})\s*")
 _NORMALISER = math.sqrt(3.0)
 """Splits a direction into factors of the magnitudes LoRA starts with; see the aggregator's initialisation."""
@@ -63,11 +64,12 @@ def base_digest(model: str) -> Digest:
     return digest_of(model.encode())
 
 
-def model_facts(model: str) -> ModelFacts:
-    """What planners need to know of the base named `model`."""
+def model_facts(model: str, start: Start = "directions") -> ModelFacts:
+    """What planners need to know of the base named `model`, under `start`."""
     inputs, outputs = parse_model(model)
     return ModelFacts(
         modules=[ModuleSpec(name=MODULE, out=outputs, inp=inputs, block=0)],
+        dense={WEIGHT: [outputs, inputs]} if start == "dense" else {},
         base_digest=base_digest(model),
         linear_params=inputs * outputs,
         other_params=0,
@@ -77,10 +79,12 @@ def model_facts(model: str) -> ModelFacts:
 
 
 def initial_adapter(job: str, model: str, start: Start = "directions") -> bytes:
-    """The global adapter of round 0: no factors, no dense tensors; `start`: as the job's aggregator wants it."""
+    """The global adapter of round 0: no factors; W where it is trained. `start`: as the job's aggregator wants it."""
+    inputs, outputs = parse_model(model)
     notes: dict[str, str] = {START_NOTE: start}
+    dense = {WEIGHT: np.zeros((outputs, inputs), np.float32)} if start == "dense" else {}
     return adapters.write(
-        Adapter(kind="global", job=job, round=0, base_digest=base_digest(model), factors={}, dense={}, notes=notes)
+        Adapter(kind="global", job=job, round=0, base_digest=base_digest(model), factors={}, dense=dense, notes=notes)
     )
 
 
@@ -134,8 +138,11 @@ def write_rows(path: Path, rows: Rows) -> None:
 
 def loss_of(adapter: Adapter, rows: Rows) -> float:
     """Mean squared error of the base with `adapter` on `rows`."""
-    part = adapter.factors.get(MODULE)
-    return float(np.mean(np.square(-rows.y if part is None else _apply(part, rows.x) - rows.y)))
+    part, weight = adapter.factors.get(MODULE), adapter.dense.get(WEIGHT)
+    given = np.zeros_like(rows.y) if part is None else _apply(part, rows.x)
+    if weight is not None:
+        given = given + rows.x @ weight.astype(np.float64).T
+    return float(np.mean(np.square(given - rows.y)))
 
 
 def _apply(part: Factors, x: Matrix) -> Matrix:
@@ -163,6 +170,8 @@ class Training:
     """As in `protocol.Train`."""
     trains_a: bool = True
     """False: B alone is trained (`ffa`)."""
+    w: Matrix | None = None
+    """W where it is trained itself (`full`)."""
     step_done: int = 0
     drawn: int = 0
     """Samples taken so far, over all epochs."""
@@ -182,15 +191,19 @@ class Training:
         residual = scaling * (low @ self.b.T) - y
         if self.frozen is not None:
             residual = residual + _apply(self.frozen, x)
+        if self.w is not None:
+            residual = residual + x @ self.w.T
         loss = float(np.mean(np.square(residual)))
         outer = (2.0 / residual.size) * residual
         grad_b = scaling * (outer.T @ low)
         grad_a = scaling * ((outer @ self.b).T @ x) if self.trains_a else np.zeros_like(self.a)
-        norm = math.sqrt(float(np.sum(np.square(grad_a)) + np.sum(np.square(grad_b))))
+        grad_w = np.zeros(()) if self.w is None else outer.T @ x
+        norm = math.sqrt(float(sum(np.sum(np.square(grad)) for grad in (grad_a, grad_b, grad_w))))
         limit = self.assignment.training.max_grad_norm
         rate = learning_rate(self.assignment, self.step_done) * (limit / norm if 0 < limit < norm else 1.0)
         self.a = self.a - rate * grad_a
         self.b = self.b - rate * grad_b
+        self.w = None if self.w is None else self.w - rate * grad_w
         self.step_done += 1
         self.losses = [self.losses[0] if self.losses else loss, loss]
         return loss
@@ -221,14 +234,16 @@ class Training:
         work = self.assignment
         parts = {MODULE: self.factors()} if self.a.shape[0] else {}
         made = Adapter(
-            kind="update", job=work.job, round=work.round, base_digest=work.base_digest, factors=parts, dense={},
+            kind="update", job=work.job, round=work.round, base_digest=work.base_digest, factors=parts,
+            dense={} if self.w is None else {WEIGHT: self.w.astype(np.float32)},
             attempt=work.attempt, device=device,
         )  # fmt: skip
         return adapters.write(made, work.training.codec if self.parts == 1 else "fp32")
 
     def norm(self) -> float:
         """Euclidean norm of all tensors of the update."""
-        return math.sqrt(float(np.sum(np.square(self.a)) + np.sum(np.square(self.b))))
+        tensors = (self.a, self.b) if self.w is None else (self.w,)
+        return math.sqrt(float(sum(np.sum(np.square(tensor)) for tensor in tensors)))
 
     def importance(self) -> dict[str, float]:
         """Share of each module in the size of what was trained, where it was asked for."""
@@ -240,19 +255,20 @@ class Training:
         """A checkpoint; `restore` continues from it to the same bytes."""
         buffer = io.BytesIO()
         numbers = np.asarray([self.step_done, self.drawn], dtype=np.int64)
-        np.savez(buffer, a=self.a, b=self.b, numbers=numbers, losses=np.asarray(self.losses, dtype=np.float64))
+        w = np.zeros((0, 0)) if self.w is None else self.w
+        np.savez(buffer, a=self.a, b=self.b, w=w, numbers=numbers, losses=np.asarray(self.losses, dtype=np.float64))
         return buffer.getvalue()
 
     def restore(self, checkpoint: bytes) -> None:
         """Continue from `checkpoint`. Raises `ValueError` where it is not one of this work's shape."""
         with np.load(io.BytesIO(checkpoint), allow_pickle=False) as saved:
             try:
-                a, b, numbers, losses = saved["a"], saved["b"], saved["numbers"], saved["losses"]
+                a, b, w, numbers, losses = (saved[name] for name in ("a", "b", "w", "numbers", "losses"))
             except KeyError as error:
                 raise ValueError(f"checkpoint without {error}") from error
         if a.shape != self.a.shape or b.shape != self.b.shape:
             raise ValueError(f"checkpoint of shapes {a.shape}, {b.shape}")
-        self.a, self.b = a, b
+        self.a, self.b, self.w = a, b, None if self.w is None else w
         self.step_done, self.drawn = int(numbers[0]), int(numbers[1])
         self.losses = [float(v) for v in losses]
 
@@ -294,6 +310,7 @@ def begin(
     return Training(
         assignment=assignment, rows=rows, frozen=frozen, trained=known, a=a, b=b, batch=batch or assignment.work.batch,
         part=part, parts=parts, trains_a=start != "frozen_a",
+        w=adapter.dense[WEIGHT].astype(np.float64) if start == "dense" else None,
     )  # fmt: skip
 
 

@@ -45,10 +45,10 @@ class Worker:
             return protocol.WorkerFailed(reason=str(error))
 
     def _prepare(self, request: protocol.Prepare) -> protocol.Prepared:
-        facts = least_squares.model_facts(request.job.base.model)
         if request.job.evaluation.data:
             self._held_out(request.job, request.job.evaluation.rows)
         start = create(request.job.strategy).start
+        facts = least_squares.model_facts(request.job.base.model, start)
         initial = least_squares.initial_adapter(request.job.name, request.job.base.model, start)
         write_whole(Path(request.adapter_path), initial)
         return protocol.Prepared(facts=facts)

@@ -6,6 +6,7 @@ every architecture: GPT-2's transposed `Conv1D` becomes an ordinary linear layer
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import importlib
@@ -46,16 +47,18 @@ class Linear:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a weight came from: a stored tensor (transposed or not), or a copy where the file holds it otherwise."""
+    """The stored tensor that a parameter came from, transposed or not."""
 
     key: str
     transposed: bool
-    copy: torch.Tensor | None = None
 
 
 @dataclass
 class Base:
-    """A loaded base model with its tokenizer. `head`: tensors tuned densely, float32, by name."""
+    """A loaded base model with its tokenizer.
+
+    `head`: tensors that are always tuned themselves, float32, by name. `shapes`: of every parameter, a shared one once.
+    """
 
     folder: Path
     kind: str
@@ -67,13 +70,39 @@ class Base:
     tokenizer: Any
     linears: dict[str, Linear]
     head: dict[str, nn.Parameter]
+    shapes: dict[str, tuple[int, ...]] = field(repr=False, default_factory=dict)
     _sources: dict[str, _Source] = field(repr=False, default_factory=dict)
     _folded: set[str] = field(default_factory=set)
+    _tuned: set[str] = field(repr=False, default_factory=set)
 
     @property
     def compute(self) -> torch.dtype:
         """The precision of activations."""
         return compute_dtype(self.bits)
+
+    @property
+    def dense(self) -> dict[str, nn.Parameter]:
+        """The tensors that are tuned themselves: the head, and what `tune_densely` named."""
+        return self.head | {name: self.model.get_parameter(name) for name in sorted(self._tuned)}
+
+    def tune_densely(self, names: Iterable[str]) -> None:
+        """Have the parameters `names` tuned themselves, beside the head; all others get their stored values back.
+
+        Only for a base of 32 bits without adapters on it. Raises `ModelFault` for a name that is no parameter.
+        """
+        wanted = set(names) - self.head.keys()
+        if wanted and self.bits != 32:
+            raise ModelFault("only an fp32 base can be tuned itself")
+        if unknown := sorted(wanted - self.shapes.keys()):
+            raise ModelFault(f"the base has no parameter {unknown[0]}")
+        self._read_again(self._tuned - wanted)
+        self._tuned = wanted
+
+    def restore(self) -> None:
+        """Give every parameter but the head its stored value, byte by byte."""
+        self.tune_densely(())
+        if self.bits == 32:  # nothing else is ever written to
+            self.fold({})
 
     def tunable(self, targets: Iterable[str]) -> list[Linear]:
         """The linear layers whose name ends with one of `targets` (none: all). Raises `ModelFault` if that is none."""
@@ -94,25 +123,31 @@ class Base:
         """
         if self.bits != 32:
             raise ModelFault("only an fp32 base takes a folded adapter")
-        files = WeightFiles(self.folder)
-        for name in sorted(self._folded | deltas.keys()):
+        self._read_again(f"{name}.weight" for name in self._folded | deltas.keys())
+        for name, factors in deltas.items():
             weight = self.model.get_submodule(name).get_parameter("weight")
             with torch.no_grad():
-                weight.copy_(_stored(files, self._sources[name]))
-                if name in deltas:
-                    b, a = (torch.from_numpy(np.array(part)).to(weight.device) for part in deltas[name])
-                    weight.addmm_(b, a)
+                b, a = (torch.from_numpy(np.array(part)).to(weight.device) for part in factors)
+                weight.addmm_(b, a)
         self._folded = set(deltas)
 
     def source_key(self, module: str) -> str:
         """The name under which the weight of linear layer `module` is stored."""
-        return self._sources[module].key
+        return self._sources[f"{module}.weight"].key
 
-    def set_head(self, dense: Mapping[str, Array]) -> None:
-        """Copy the head's tensors out of an adapter whose names and shapes were checked."""
+    def set_dense(self, values: Mapping[str, Array]) -> None:
+        """Copy the tensors of `dense` out of an adapter whose names and shapes were checked."""
+        dense = self.dense
         with torch.no_grad():
-            for name, value in dense.items():
-                self.head[name].copy_(torch.from_numpy(np.array(value)))
+            for name, value in values.items():
+                dense[name].copy_(torch.from_numpy(np.array(value)))
+
+    def _read_again(self, names: Iterable[str]) -> None:
+        """Give the parameters `names` their stored values."""
+        files = WeightFiles(self.folder)
+        with torch.no_grad():
+            for name in sorted(names):
+                self.model.get_parameter(name).copy_(_stored(files, self._sources[name]))
 
 
 def import_libraries(beat: Beat = silent) -> None:
@@ -149,6 +184,7 @@ def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", bea
     if missing:
         raise ModelFault(f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more")
     _finish_head(base)
+    base.shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     model.to(device)
     model.eval()
     model.requires_grad_(False)
@@ -188,6 +224,21 @@ def fresh_head(base: Base, seed: int) -> dict[str, Array]:
         else:
             values[name] = np.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=np.float32)
     return values
+
+
+def whole_config(base: Base, task: TaskSpec) -> str:
+    """`config.json` of an ordinary model folder for the whole model, head included."""
+    import transformers
+
+    stored = transformers.AutoConfig.from_pretrained(str(base.folder), trust_remote_code=False)
+    config = copy.deepcopy(base.model.config)
+    config.architectures = [type(base.model).__name__]
+    if hasattr(stored, "use_cache"):
+        config.use_cache = stored.use_cache  # off for training alone
+    if task.labels:
+        config.id2label = dict(enumerate(task.labels))
+        config.label2id = {label: index for index, label in enumerate(task.labels)}
+    return str(config.to_json_string(use_diff=False))
 
 
 def count_parameters(base: Base) -> tuple[int, int]:
@@ -277,8 +328,8 @@ def _fill(base: Base, transposed: set[str], beat: Beat) -> list[str]:
         turn = module in transposed and name.endswith("weight")
         linear = base.linears.get(module)
         weight = linear if name.endswith(".weight") else None
+        base._sources[name] = _Source(key, turn)
         if weight is not None:
-            base._sources[module] = _Source(key, turn)
             beat("loading the base")
             if key not in files:
                 _put_packed(base, weight, files.parts(key))

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from shared.adapter import Adapter, Factors
+from shared.modeling import bottleneck
 from shared.modeling.base_model import Base, set_module
 from shared.modeling.faults import AdapterFault
 from shared.starts import Start, drops_rest, fixed_rows, start_of, unsent_a
@@ -51,7 +52,8 @@ class Carried:
     """Module -> (b, a)."""
     trained: dict[str, int]
     scaling: float
-    head: dict[str, nn.Parameter]
+    dense: dict[str, nn.Parameter]
+    """Tensors that are trained themselves: the head with bottleneck adapters, or every parameter of the base."""
     trains_a: bool = True
     """False: every A is the job's and stays as it is."""
 
@@ -60,12 +62,12 @@ class Carried:
         return [tensor for b, a in self.factors.values() for tensor in ((b, a) if self.trains_a else (b,))]
 
     def parameters(self) -> list[nn.Parameter]:
-        """All trainable tensors: factors, then head."""
-        return self.trained_factors() + list(self.head.values())
+        """All trainable tensors: factors, then dense ones."""
+        return self.trained_factors() + list(self.dense.values())
 
     def named(self) -> dict[str, nn.Parameter]:
         """The trainable tensors by a name that is stable over restarts."""
-        named = dict(self.head)
+        named = dict(self.dense)
         for module, (b, a) in self.factors.items():
             named[f"{module}.lora_b"] = b
             if self.trains_a:
@@ -84,7 +86,7 @@ def check_adapter(base: Base, adapter: Adapter) -> None:
                 f"adapter of round {adapter.round}: {name} is {linear.out}x{linear.inp}, "
                 f"its factors are for {part.b.shape[0]}x{part.a.shape[1]}"
             )
-    shapes = {name: tuple(tensor.shape) for name, tensor in base.head.items()}
+    shapes = _dense_shapes(base, adapter)
     given = {name: tuple(tensor.shape) for name, tensor in adapter.dense.items()}
     if given != shapes:
         odd = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
@@ -92,6 +94,17 @@ def check_adapter(base: Base, adapter: Adapter) -> None:
             f"adapter of round {adapter.round}: dense tensor {odd[0]} is {given.get(odd[0])}, "
             f"the base wants {shapes.get(odd[0])}"
         )
+
+
+def _dense_shapes(base: Base, adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The dense tensors that an adapter for `base` must hold."""
+    start = start_of(adapter.notes)
+    if start != "dense":
+        head = {name: tuple(tensor.shape) for name, tensor in base.head.items()}
+        return head | bottleneck.dense_shapes(base, adapter.dense) if start == "bottleneck" else head
+    if base.bits != 32:
+        raise AdapterFault(f"adapter of round {adapter.round}: it is the whole model, for a base of 32 bits only")
+    return base.shapes
 
 
 def product(part: Factors, start: int = 0) -> tuple[Array, Array]:
@@ -103,11 +116,15 @@ def product(part: Factors, start: int = 0) -> tuple[Array, Array]:
 
 
 def merge(base: Base, adapter: Adapter) -> None:
-    """Make `base` (fp32) the global model: every direction folded, the head set."""
+    """Make `base` (fp32) the global model: every direction folded, the dense tensors set."""
     check_adapter(base, adapter)
     detach(base)
+    if start_of(adapter.notes) == "bottleneck":
+        _with_bottlenecks(base, adapter, _widths(base, adapter), 0)
+        return
+    base.tune_densely(adapter.dense)
     base.fold({name: product(part) for name, part in adapter.factors.items() if part.rank})
-    base.set_head(adapter.dense)
+    base.set_dense(adapter.dense)
 
 
 def split(part: Factors | None, out: int, fresh: Array, scaling: float, start: Start = "directions") -> Split:
@@ -139,12 +156,16 @@ def carry(
     Raises `AdapterFault` where adapter or ranks do not fit the base.
     """
     check_adapter(base, adapter)
+    start = start_of(adapter.notes)
+    if start == "bottleneck":
+        detach(base)
+        return _with_bottlenecks(base, adapter, ranks, seed)
     unknown = sorted(ranks.keys() - base.linears.keys())
     if unknown:
         raise AdapterFault(f"ranks name {unknown[0]}, a linear layer that the base does not have")
     detach(base)
+    base.tune_densely(adapter.dense)
     wanted = {name: rank for name, rank in sorted(ranks.items()) if rank > 0}
-    start = start_of(adapter.notes)
     splits = {}
     for name in sorted(wanted.keys() | adapter.factors.keys()):
         out, inp, rank = base.linears[name].out, base.linears[name].inp, wanted.get(name, 0)
@@ -157,31 +178,49 @@ def carry(
         rests = {name: _widened(*rest) for name, rest in rests.items()}
         _inject(base, REST, {name: rest[1].shape[0] for name, rest in rests.items()}, 1.0)
     _inject(base, OWN, wanted, alpha_ratio)
-    base.set_head(adapter.dense)
+    base.set_dense(adapter.dense)
     _fill(base, {} if base.bits == 32 else rests, {name: splits[name] for name in wanted})
     layers = {name: base.model.get_submodule(name) for name in wanted}
     carried = Carried(
         factors={name: (layer.lora_B[OWN].weight, layer.lora_A[OWN].weight) for name, layer in layers.items()},
         trained={name: splits[name].trained for name in wanted},
         scaling=alpha_ratio,
-        head=dict(base.head),
+        dense=base.dense,
         trains_a=start != "frozen_a",
     )
+    return _thawed(base, carried)
+
+
+def _thawed(base: Base, carried: Carried) -> Carried:
+    """Have gradients flow to what is carried, and to nothing else."""
     base.model.requires_grad_(False)
     for tensor in carried.parameters():
         tensor.requires_grad_(True)
     return carried
 
 
+def _widths(base: Base, adapter: Adapter) -> dict[str, int]:
+    return {block: width for block in bottleneck.sites(base) if (width := bottleneck.width_of(adapter.dense, block))}
+
+
+def _with_bottlenecks(base: Base, adapter: Adapter, widths: Mapping[str, int], seed: int) -> Carried:
+    """`base` with the head and the bottleneck adapters of the global adapter, each cut or grown to its width."""
+    base.restore()
+    tensors = bottleneck.put_on(base, adapter.dense, widths, seed)
+    base.set_dense({name: adapter.dense[name] for name in base.head})
+    return _thawed(base, Carried(factors={}, trained={}, scaling=1.0, dense=base.head | tensors))
+
+
 def detach(base: Base) -> None:
-    """Take every peft layer off again; the base's own layers stay where they are."""
+    """Take every adapter off again; the base's own layers stay where they are."""
     from peft.tuners.lora import LoraLayer
 
-    wrapped = {name: module for name, module in base.model.named_modules() if isinstance(module, LoraLayer)}
+    kinds = (LoraLayer, bottleneck.Bottlenecked)
+    wrapped = {name: module for name, module in base.model.named_modules() if isinstance(module, kinds)}
     for name, layer in wrapped.items():
         set_module(base.model, name, layer.get_base_layer())
     _forget_config(base)
-    for tensor in base.head.values():
+    for tensor in base.dense.values():
         tensor.requires_grad_(False)
         tensor.grad = None
 
@@ -200,7 +239,7 @@ def read_update(
         )
     return Adapter(
         kind="update", job=job, round=round, base_digest=base_digest, factors=factors,
-        dense={name: _array(tensor) for name, tensor in carried.head.items()},
+        dense={name: _array(tensor) for name, tensor in carried.dense.items()},
         attempt=attempt, device=device, notes=notes or {},
     )  # fmt: skip
 

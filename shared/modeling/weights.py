@@ -15,11 +15,7 @@ import torch
 from shared import bases
 from shared.modeling.faults import ModelFault, one_line
 
-_TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.txt",
-    "vocab.json", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-FOLDER_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", *_TOKENIZER_FILES]
+FOLDER_PATTERNS = ["config.json", "*.safetensors", "*.safetensors.index.json", *bases.TOKENIZER_FILES]
 """The files of a model folder that count."""
 
 

@@ -14,7 +14,7 @@ from coordinator.core.aggregation.base import Wide, product
 from coordinator.core.planning import registry
 from edge_daemon.settings import AgentSettings
 from muster.testbed import least_squares
-from muster.testbed.least_squares import MODULE
+from muster.testbed.least_squares import MODULE, WEIGHT
 from muster.testbed.memory_fleet import MemoryFleet
 from muster.testbed.memory_nodes import Member
 from muster.testbed.memory_trainer import Behaviour
@@ -25,10 +25,11 @@ from tests.fleet import fleet_rig as rig
 
 CORES = {"dev-000": 4.0, "dev-001": 2.0, "dev-002": 1.0}
 UNEQUAL = {"dev-000": 8, "dev-001": 4, "dev-002": 2}
+LORA = sorted(
+    name for name in registry.PLANNERS if aggregators.OWN.get(name) not in aggregators.WITHOUT_LORA and name != "head"
+)
+"""`full` has no factors: see the end. `fedadapter` needs a transformer: `tests/training/test_bottleneck.py`."""
 EXACT = ("flora", "ffa", "fedex", "fsr")
-
-LEARNERS = sorted(registry.PLANNERS.keys() - {"head"})
-"""Least squares has no head to train alone."""
 
 
 def unequal_members() -> list[Member]:
@@ -66,7 +67,7 @@ def folded(fleet: MemoryFleet, job: str) -> Factors:
     return adapters.read(fleet.adapter(job)).factors[MODULE]
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", LORA)
 def test_a_round_folds_as_the_strategy_says(tmp_path: Path, name: str) -> None:
     with MemoryFleet(tmp_path, unequal_members()) as fleet:
         job = fleet.submit(spec_of(name))
@@ -85,7 +86,7 @@ def test_a_round_folds_as_the_strategy_says(tmp_path: Path, name: str) -> None:
         assert apart > 1e-3, "means of factors are not the mean of the products"
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", [*LORA, "full"])
 def test_rounds_teach_the_fleet(tmp_path: Path, name: str) -> None:
     held_out = tmp_path / "held-out.jsonl"
     with MemoryFleet(tmp_path / "fleet", unequal_members()) as fleet:
@@ -98,7 +99,7 @@ def test_rounds_teach_the_fleet(tmp_path: Path, name: str) -> None:
     assert losses[-1] < losses[0] < untrained
 
 
-@pytest.mark.parametrize("name", LEARNERS)
+@pytest.mark.parametrize("name", LORA)
 def test_every_planner_runs_with_fsr(tmp_path: Path, name: str) -> None:
     with MemoryFleet(tmp_path, unequal_members()) as fleet:
         job = fleet.submit(spec_of(name, aggregator="fsr", count=2))
@@ -121,7 +122,7 @@ def test_ffa_sends_b_alone_once_the_global_adapter_holds_a(tmp_path: Path) -> No
         assert folded(fleet, job).a.tobytes() == a
 
 
-@pytest.mark.parametrize("name", ["ffa", "fedex", "flora", "flexlora", "hetlora"])
+@pytest.mark.parametrize("name", ["ffa", "fedex", "flora", "flexlora", "hetlora", "full"])
 def test_a_device_of_two_agents_takes_part_in_every_strategy(tmp_path: Path, name: str) -> None:
     members = [*unequal_members()[:2], rig.members(3, agent=AgentSettings(gpus=["GPU-1", "GPU-2"]))[2]]
     with MemoryFleet(tmp_path, members) as fleet:
@@ -131,3 +132,34 @@ def test_a_device_of_two_agents_takes_part_in_every_strategy(tmp_path: Path, nam
         assert rig.of_kind(fleet, job, rec.UpdateRefused) == []
         admitted = rig.of_kind(fleet, job, rec.UpdateAdmitted)
         assert {record.facts.agents for record in admitted if record.device == "dev-002"} == {2}
+
+
+def test_full_folds_to_the_mean_of_the_whole_models(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, unequal_members()) as fleet:
+        job = fleet.submit(spec_of("full", count=2))
+        assert fleet.finish(job).phase == "finished"
+        rig.check(fleet, job)
+        plans = [record.plan for record in rig.of_kind(fleet, job, rec.RoundPlanned)]
+        assert all((work.ranks, work.bits) == ({}, 32) for plan in plans for work in plan.participants.values())
+        updates = updates_of(fleet, job, 2)
+        made = adapters.read(fleet.adapter(job))
+    assert made.factors == {} and list(made.dense) == [WEIGHT] and made.dense[WEIGHT].shape == (8, 16)
+    total = sum(samples for samples, _ in updates)
+    mean = sum(samples / total * update.dense[WEIGHT].astype(np.float64) for samples, update in updates)
+    np.testing.assert_allclose(made.dense[WEIGHT], mean, atol=1e-6)
+    assert len({update.dense[WEIGHT].tobytes() for _, update in updates}) == len(CORES)
+
+
+def test_full_resumes_on_a_device_that_was_killed_to_the_same_bytes(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path / "calm", unequal_members()) as fleet:
+        job = fleet.submit(spec_of("full"))
+        assert fleet.finish(job).phase == "finished"
+        calm = fleet.adapter(job)
+    members = unequal_members()
+    members[1].behaviour.crash_at = 5
+    with MemoryFleet(tmp_path / "cut", members) as fleet:
+        job = fleet.submit(spec_of("full"))
+        assert fleet.finish(job).phase == "finished"
+        rig.check(fleet, job)
+        assert members[1].behaviour.crash_at is None, "it did crash"
+        assert fleet.adapter(job) == calm

@@ -78,12 +78,14 @@ def test_three_rounds_teach_the_fleet(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] < untrained
 
 
-@pytest.mark.parametrize("aggregator", registry.names())
+@pytest.mark.parametrize("aggregator", sorted({*registry.names()} - {"bottleneck"}))
 @pytest.mark.parametrize("step", [0, 3, 7, "merge"])
 def test_an_agent_that_dies_changes_no_byte(tmp_path: Path, aggregator: str, step: int | str) -> None:
     """Before a step, or when all have trained and it is to merge."""
     spec = rig.spec(2, count=2)
-    spec = msgspec.structs.replace(spec, strategy=msgspec.structs.replace(spec.strategy, aggregator=aggregator))
+    own = "full" if aggregator == "dense" else spec.strategy.name
+    strategy = msgspec.structs.replace(spec.strategy, name=own, aggregator=aggregator)
+    spec = msgspec.structs.replace(spec, strategy=strategy)
 
     def run(folder: Path, crash_at: int | str | None) -> bytes:
         with MemoryFleet(folder, _members()) as fleet:

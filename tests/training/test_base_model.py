@@ -32,7 +32,7 @@ def test_bert_without_a_head_is_loaded_as_transformers_does(bert: Path) -> None:
     assert sorted(base.head) == ["classifier.bias", "classifier.weight"]
     assert len(base.linears) == 12
     assert base.linears["bert.encoder.layer.1.intermediate.dense"].block == 1
-    base.set_head(base_model.fresh_head(base, 0))
+    base.set_dense(base_model.fresh_head(base, 0))
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(str(bert), num_labels=3).eval()
     with torch.no_grad():
         for name, tensor in base.head.items():

@@ -254,7 +254,7 @@ def test_a_known_limit_is_heeded_from_the_start(bert: Path, colours: Path, tmp_p
 def test_a_loss_that_is_no_number_ends_the_work(bert: Path, colours: Path, tmp_path: Path) -> None:
     rig = Rig(bert, colours, tmp_path)
     with torch.no_grad():
-        rig.carried.head["classifier.bias"].fill_(math.nan)
+        rig.carried.dense["classifier.bias"].fill_(math.nan)
     with pytest.raises(loop.Diverged, match="the loss became nan at step 1"):
         rig.loop.run()
 
@@ -263,7 +263,7 @@ def test_decay_touches_the_head_alone(bert: Path, colours: Path, tmp_path: Path)
     rig = Rig(bert, colours, tmp_path, training=TrainingSpec(lr=1e-2, weight_decay=0.5))
     factors, head = rig.loop._optimizer.param_groups
     assert (factors["weight_decay"], head["weight_decay"]) == (0.0, 0.5)
-    assert {id(t) for t in head["params"]} == {id(t) for t in rig.carried.head.values()}
+    assert {id(t) for t in head["params"]} == {id(t) for t in rig.carried.dense.values()}
 
 
 def test_progress_is_told(bert: Path, colours: Path, tmp_path: Path) -> None:

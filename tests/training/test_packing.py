@@ -29,7 +29,7 @@ def model(request: pytest.FixtureRequest) -> tuple[Path, TaskSpec, str]:
 
 def logits(folder: Path, task: TaskSpec, bits: Bits, data: Path) -> torch.Tensor:
     base = base_model.load(folder, task, bits)
-    base.set_head(base_model.fresh_head(base, 3))
+    base.set_dense(base_model.fresh_head(base, 3))
     batch = tokenize(str(data), task, base.tokenizer).batch(np.arange(6))
     with torch.no_grad():
         found: torch.Tensor = base.model(input_ids=batch.ids, attention_mask=batch.mask).logits

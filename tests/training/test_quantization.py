@@ -120,7 +120,7 @@ def test_a_base_of_fewer_bits_is_the_full_one_with_its_weights(
     full, base = base_model.load(folder, task), base_model.load(folder, task, bits)
     found = []
     for one in (base, full):
-        one.set_head(base_model.fresh_head(one, 0))
+        one.set_dense(base_model.fresh_head(one, 0))
         if one is full:
             for linear in base.linears:
                 layer = base.model.get_submodule(linear)
@@ -146,7 +146,7 @@ def test_gradients_reach_the_factors_also_after_an_evaluation(bert: Path, bits: 
     for name, (b, a) in carried.factors.items():
         assert b.grad is not None and float(b.grad.abs().sum()) > 0, name
         assert a.grad is not None and float(a.grad.abs().sum()) > 0, name
-    assert all(tensor.grad is not None for tensor in carried.head.values())
+    assert all(tensor.grad is not None for tensor in carried.dense.values())
 
 
 def test_nothing_is_folded_or_merged_into_a_quantized_base(bert: Path) -> None:

@@ -40,7 +40,7 @@ def round_on(source: Path, model: Path, task: TaskSpec, place: Path, *, steps: i
         training=TrainingSpec(lr=lr, checkpoint_every=1000),
     )  # fmt: skip
     given = empty_adapter(base)
-    base.set_head(given.dense)
+    base.set_dense(given.dense)
     before = evaluate(base, data)
     carried = lora.carry(base, given, work.work.ranks, alpha_ratio=2.0, seed=7, round=1)
     loop = Loop(base, carried, data, work, Pipes().control, place / "checkpoints")

@@ -145,7 +145,7 @@ def test_a_frozen_a_is_not_trained_and_has_no_optimizer_state(
         assert not a.requires_grad and a.grad is None and id(a) not in held
         assert b.requires_grad and id(b) in held and bool(b.detach().abs().sum() > 0)
         assert update.factors[name].a.shape == ((4, 0) if known == 4 else tuple(a.shape))
-    assert len(done.carried.parameters()) == len(done.carried.factors) + len(done.carried.head)
+    assert len(done.carried.parameters()) == len(done.carried.factors) + len(done.carried.dense)
     assert not any(name.endswith("lora_a") for name in done.carried.named())
 
 
@@ -215,7 +215,7 @@ def rounds_of(name: str, base: Base, folder: Path) -> Adapter:
     return whole
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", sorted({*registry.names()} - registry.WITHOUT_LORA))
 def test_the_export_of_every_aggregator_reproduces_what_is_evaluated(bert: Path, tmp_path: Path, name: str) -> None:
     base = base_model.load(bert, COLOURS)
     plain = logits(base)

@@ -24,9 +24,9 @@ def refusal(update: Adapter, expected: Expectation, *, trains_directions: bool) 
     `trains_directions`: the update contains the first min(assigned rank, global rank) directions of the global adapter.
     """
     return (
-        _identity_fault(update, expected)
-        or _names_fault("module", update.factors, (name for name, rank in expected.ranks.items() if rank > 0))
-        or _names_fault("dense tensor", update.dense, expected.before.dense)
+        identity_fault(update, expected)
+        or names_fault("module", update.factors, (name for name, rank in expected.ranks.items() if rank > 0))
+        or names_fault("dense tensor", update.dense, expected.before.dense)
         or _modules_fault(update, expected, trains_directions)
         or _dense_fault(update, expected)
         or _numbers_fault(update, expected)
@@ -48,7 +48,8 @@ def product_norm(factors: Factors) -> float:
     return math.sqrt(_product_square(factors.b.astype(np.float64) * column_weights(factors), factors.a))
 
 
-def _identity_fault(update: Adapter, expected: Expectation) -> str | None:
+def identity_fault(update: Adapter, expected: Expectation) -> str | None:
+    """Why `update` is not of the work that was asked for, or None."""
     pairs: tuple[tuple[str, object, object], ...] = (
         ("kind", update.kind, "update"),
         ("job", update.job, expected.job),
@@ -63,7 +64,8 @@ def _identity_fault(update: Adapter, expected: Expectation) -> str | None:
     return None
 
 
-def _names_fault(word: str, found: Iterable[str], wanted: Iterable[str]) -> str | None:
+def names_fault(word: str, found: Iterable[str], wanted: Iterable[str]) -> str | None:
+    """Which name of `wanted` is missing, or of `found` was not asked for; None: the names are the same."""
     names, asked = set(found), set(wanted)
     if asked - names:
         return f"{word} {min(asked - names)!r:.100} is missing"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coordinator.core.aggregation.base import Aggregator
+from coordinator.core.aggregation.bottleneck import Bottleneck
+from coordinator.core.aggregation.dense import Dense
 from coordinator.core.aggregation.fedex import FedEx
 from coordinator.core.aggregation.fedit import FedIt
 from coordinator.core.aggregation.ffa import Ffa
@@ -27,6 +29,8 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "ffa": lambda spec: Ffa(spec.rank),
     "fedex": lambda spec: FedEx(spec.rank),
     "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share, spec.server_lr),
+    "dense": lambda _spec: Dense(),
+    "bottleneck": lambda spec: Bottleneck(spec.global_rank),
 }
 
 DEFAULT = "fsr"
@@ -38,8 +42,12 @@ OWN: dict[str, str] = {
     "ffa": "ffa",
     "fedex": "fedex",
     "legend": "legend",
+    "full": "dense",
+    "fedadapter": "bottleneck",
 }
 """Strategy -> the aggregator of its paper, where that is another than the default."""
+WITHOUT_LORA = frozenset({"dense", "bottleneck"})
+"""Aggregators of what is no LoRA: each goes with its own strategy alone, and that with no other."""
 EQUAL_RANKS = frozenset({"fedit", "fedex"})
 """Aggregators that refuse an update of another rank than the job's."""
 

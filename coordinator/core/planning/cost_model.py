@@ -133,6 +133,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         working = 0 if need.kind == "least_squares" else WORKING_BYTES
         value = agent + working + need.fixed_bytes(bits) + max(activations, loading)
         parts = f"agent {mebibytes(agent + working)} at work, base {mebibytes(need.weight_bytes(bits))}"
+        if not need.linear_params:
+            parts += f" frozen, {mebibytes(BYTES_TRAINED * need.adapter_params)} tuned itself"
         return value, f"{parts}, activations {mebibytes(activations)} or loading {mebibytes(loading)}"
 
     def batch_limit(self, device: str, bits: Bits) -> int | None:

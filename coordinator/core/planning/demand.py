@@ -3,7 +3,9 @@
     FLOP per sample = tokens * [2*P_f + 2*P_b + 6*sum_m r_m*(o_m + n_m)]
 
 P_f: parameters a forward pass multiplies with; P_b: those above the lowest tuned block, through which the gradient goes
-(frozen weights need no weight gradient). Our own derivation; the activations are an estimate that measurement corrects.
+(frozen weights need no weight gradient). A linear layer that is tuned itself costs 2 more per parameter and token for
+the gradient of its weight, is no part of the frozen base, and reads the same activations as one with an adapter, but
+for the adapter's own (a few per cent). Our own derivation; the activations are an estimate that measurement corrects.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     activations_half: float
     """Over a base of fewer bits, which computes in bf16."""
     adapter_params: int
-    """Trained: the factors of all modules and the dense tensors."""
+    """Trained: the factors of all modules and the dense tensors. With these the base itself is, where it is tuned."""
     frozen_params: int
     """The rest of the global adapter, riding along frozen; an upper bound."""
     linear_params: int
@@ -88,19 +90,21 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
     tokens = _tokens(job)
     # A causal model multiplies with its token matrix once more for the logits.
     logits = facts.other_params if job.task.kind == "causal" else 0
-    depth = depth_share(facts, [module for module, _ in tuned])
+    whole = tunes_base(facts)
+    depth = 1.0 if whole else depth_share(facts, [module for module, _ in tuned])
     forward = facts.linear_params + logits
     backward = facts.linear_params * depth + logits
+    weights = facts.linear_params + logits if whole else 0
     activations, activations_half = _activations(facts, job, tokens, depth)
     return Demand(
-        flop=float(tokens * (2 * forward + 2 * backward + 6 * factors)),
+        flop=float(tokens * (2 * forward + 2 * backward + 2 * weights + 6 * factors)),
         activations=activations,
         activations_half=activations_half,
         adapter_params=factors + dense_params(facts),
         frozen_params=global_params(facts.modules, global_rank),
-        linear_params=facts.linear_params,
-        other_params=facts.other_params,
-        largest=max((module.out * module.inp for module in facts.modules), default=0),
+        linear_params=0 if whole else facts.linear_params,
+        other_params=0 if whole else facts.other_params,
+        largest=facts.largest or max((module.out * module.inp for module in facts.modules), default=0),
         accumulation=job.training.accumulation,
         kind=job.task.kind,
     )
@@ -120,6 +124,11 @@ def dense_params(facts: ModelFacts) -> int:
     return sum(math.prod(shape) for shape in facts.dense.values())
 
 
+def tunes_base(facts: ModelFacts) -> bool:
+    """Whether every parameter is tuned itself, so that nothing of the base is frozen."""
+    return bool(facts.modules) and all(f"{module.name}.weight" in facts.dense for module in facts.modules)
+
+
 def global_params(modules: Iterable[ModuleSpec], rank: int) -> int:
     """Parameters of a global adapter of at most `rank` per module: factors, or the whole matrix where that is less."""
     return sum(
@@ -136,7 +145,7 @@ def traffic(
     """(download, upload, explanation) of one device and round, in bytes.
 
     Down: the global adapter of at most `global_rank`, once, in fp32. Up: the trained factors, of `stacked` agents side
-    by side, and the head at `codec`. `sends_a`: False where B alone is sent.
+    by side, and the dense tensors at `codec`. `sends_a`: False where B alone is sent.
     """
     dense = dense_params(facts)
     rows = int(sends_a)

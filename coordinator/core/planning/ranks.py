@@ -1,4 +1,4 @@
-"""Which LoRA rank a device trains at: one for all, or one that follows its capability.
+"""Which LoRA rank a device trains at: one for all, one that follows its capability, or none.
 
 `capability` is our reading of what the papers of unequal ranks (`hetlora`, `flexlora`, `flora`) leave open, since they
 draw the ranks or take them as given. The fastest device of the round gets the job's rank R; another the largest power
@@ -16,13 +16,14 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from coordinator.core.facts import ModuleSpec
+from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning.cost_model import ASSUMED_SPEED, MEDIAN_SPEED
-from coordinator.core.planning.demand import Demand
+from coordinator.core.planning.demand import Demand, dense_params
 from coordinator.core.planning.reasons import plural, seconds, word
 from shared.jobs import Bits
 
-RankPolicy = Literal["equal", "capability"]
+RankPolicy = Literal["equal", "capability", "none"]
+"""`none`: the parameters are trained themselves, without factors."""
 LEAST = 2
 
 
@@ -66,6 +67,11 @@ def equal_reason(modules: list[ModuleSpec], rank: int) -> str:
     smallest = min(min(module.out, module.inp) for module in modules)
     reading = f"{rank} asked on {plural(len(modules), 'module')}"
     return word("rank", rank, reading, f"the smallest side {smallest}", note, verb="exceeds" if note else "meets")
+
+
+def none_reason(facts: ModelFacts) -> str:
+    """Why no module gets factors."""
+    return word("rank", 0, f"{dense_params(facts)} parameters trained themselves", "0 factors asked")
 
 
 def in_time(sizes: tuple[int, ...], own: Timed, fastest: Timed) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 from coordinator.core.planning.base import Planner
+from coordinator.core.planning.fedadapter import FedAdapterPlanner
 from coordinator.core.planning.fedpipe import FedPipePlanner
 from coordinator.core.planning.head import HeadPlanner
 from coordinator.core.planning.legend import LegendPlanner
@@ -20,6 +21,8 @@ UNEQUAL = ("hetlora", "flexlora", "flora")
 PLANNERS: Mapping[str, Callable[[], Planner]] = {
     **{name: partial(UniformPlanner, name=name) for name in EQUAL},
     **{name: partial(UniformPlanner, name=name, ranks="capability") for name in UNEQUAL},
+    "full": partial(UniformPlanner, name="full", ranks="none"),
+    "fedadapter": FedAdapterPlanner,
     "fedpipe": FedPipePlanner,
     "legend": LegendPlanner,
     "head": HeadPlanner,

@@ -2,7 +2,7 @@
 
 The rivals that are ways to aggregate (`fedlora`, `hetlora`, `flora`, ...) are planned by it as well, under their names;
 with unequal ranks where their papers have them (`ranks`), and all else equal, so that aggregators are compared and not
-planners.
+planners. So is `full`, which trains all parameters of an fp32 base: no ranks, and 32 bits or no part in the round.
 
 The device of median speed gets `strategy.batch`; the time it needs for the local steps with nothing else running, plus
 `SLACK`, is the round target. Every other device gets the largest batch that meets the target at what is free on it now.
@@ -28,7 +28,7 @@ from shared.jobs import JobSpec
 from shared.messages import Work
 
 
-class _Seated(NamedTuple):
+class Seated(NamedTuple):
     """A participant with its rank."""
 
     draft: Draft
@@ -49,44 +49,27 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def plan(self, view: FleetView, job: JobSpec) -> Plan:
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
+        if self.ranks == "none":
+            job = replace(job, strategy=replace(job.strategy, bits=32))
         sizes = batch_sizes(job.strategy, job.training.accumulation)
         bound = global_rank(view, job, job.strategy.rank)
         choices = _choices(view, job, self.ranks, bound)
         drafts, left_out = drafts_of(view, job, choices[0].need, sizes, self.model)
         seated = self._seated(drafts, choices, view, job)
-        drafts = [one.draft for one in seated]
-        target, reason = round_target(drafts, [one.ranked.need for one in seated], job, self.model)
-        links = links_of(view, job, drafts, [one.ranked.ranks for one in seated], bound, target, self.model)
-        works: dict[str, Work] = {}
-        predicted: dict[str, float] = {}
-        for (draft, ranked, rank_reason), link in zip(seated, links, strict=True):
-            device = draft.place.device
-            batch, step_s, why = choose_batch(draft.place, ranked.need, draft.bits, self.model, sizes, link.left)
-            transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
-            predicted[device], steps_why = steps_reason(job, step_s, transfer)
-            reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
-            if draft.place.info.agents > 1:
-                reasons["agents"] = agents_reason(draft.place)
-            works[device] = Work(
-                ranks=ranked.ranks, batch=batch, bits=draft.bits, steps=job.rounds.local_steps,
-                agents=draft.place.agents, train_for_s=job.rounds.train_for_s, reasons=reasons,
-            )  # fmt: skip
-        reason = f"{reason}; {len(works)} of {plural(len(view.candidates), 'candidate')} take part"
-        return Plan(
-            participants=works, deadline_s=job.rounds.deadline_s, reason=reason, predicted_s=predicted,
-            left_out=left_out,
-        )  # fmt: skip
+        return plan_of(view, job, self.model, seated, left_out, bound)
 
-    def _seated(self, drafts: list[Draft], choices: list[Ranked], view: FleetView, job: JobSpec) -> list[_Seated]:
+    def _seated(self, drafts: list[Draft], choices: list[Ranked], view: FleetView, job: JobSpec) -> list[Seated]:
         """Each participant with the rank that the policy gives it."""
+        if self.ranks == "none":
+            return [Seated(draft, choices[0], by_rank.none_reason(view.facts)) for draft in drafts]
         if self.ranks == "equal":
             reason = by_rank.equal_reason(tuned_modules(view.facts, job.base), choices[0].rank)
-            return [_Seated(draft, choices[0], reason) for draft in drafts]
+            return [Seated(draft, choices[0], reason) for draft in drafts]
         timed = [self._timed(draft, choices[0], job) for draft in drafts]
         fastest = min(timed, key=lambda one: (one.step_s, one.device))
         return [self._ranked(*pair, fastest, choices, job) for pair in zip(drafts, timed, strict=True)]
 
-    def _ranked(self, draft: Draft, own: Timed, fastest: Timed, choices: list[Ranked], job: JobSpec) -> _Seated:
+    def _ranked(self, draft: Draft, own: Timed, fastest: Timed, choices: list[Ranked], job: JobSpec) -> Seated:
         """`draft`, made for the least rank, at the rank that speed and memory allow."""
         sizes = tuple(ranked.rank for ranked in choices)
         wanted = by_rank.in_time(sizes, own, fastest)
@@ -99,15 +82,48 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
                 break
             draft, found = draft._replace(bits_reason=chosen[1]), ranked
         notes = (found.note, full, by_rank.unmeasured_note(own.source))
-        return _Seated(draft, found, by_rank.capability_reason(found.rank, sizes, own, fastest, job_batch(job), notes))
+        return Seated(draft, found, by_rank.capability_reason(found.rank, sizes, own, fastest, job_batch(job), notes))
 
     def _timed(self, draft: Draft, ranked: Ranked, job: JobSpec) -> Timed:
         pace = self.model.pace(draft.place.device, ranked.need, draft.bits, draft.place.free.undisturbed())
         return Timed(draft.place.device, pace.step_s(job_batch(job)), pace.source)
 
 
+def plan_of(
+    view: FleetView, job: JobSpec, model: CostModel, seated: list[Seated], left_out: dict[str, str], bound: int
+) -> Plan:
+    """The plan for participants whose ranks are chosen: batch by speed and live load, and what all of it takes.
+
+    `bound`: of the global adapter's rank.
+    """
+    sizes = batch_sizes(job.strategy, job.training.accumulation)
+    drafts = [one.draft for one in seated]
+    target, reason = round_target(drafts, [one.ranked.need for one in seated], job, model)
+    links = links_of(view, job, drafts, [one.ranked.ranks for one in seated], bound, target, model)
+    works: dict[str, Work] = {}
+    predicted: dict[str, float] = {}
+    for (draft, ranked, rank_reason), link in zip(seated, links, strict=True):
+        device = draft.place.device
+        batch, step_s, why = choose_batch(draft.place, ranked.need, draft.bits, model, sizes, link.left)
+        transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
+        predicted[device], steps_why = steps_reason(job, step_s, transfer)
+        reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
+        if draft.place.info.agents > 1:
+            reasons["agents"] = agents_reason(draft.place)
+        works[device] = Work(
+            ranks=ranked.ranks, batch=batch, bits=draft.bits, steps=job.rounds.local_steps,
+            agents=draft.place.agents, train_for_s=job.rounds.train_for_s, reasons=reasons,
+        )  # fmt: skip
+    return Plan(
+        participants=works, deadline_s=job.rounds.deadline_s, predicted_s=predicted, left_out=left_out,
+        reason=f"{reason}; {len(works)} of {plural(len(view.candidates), 'candidate')} take part",
+    )  # fmt: skip
+
+
 def _choices(view: FleetView, job: JobSpec, policy: RankPolicy, bound: int) -> list[Ranked]:
     """What each rank to choose from would ask, by rank."""
+    if policy == "none":
+        return [Ranked(0, {}, demand(view.facts, job, {}), "")]
     modules = tuned_modules(view.facts, job.base)
     found = []
     for rank in by_rank.rank_sizes(job.strategy.rank, policy):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from coordinator.core.aggregation import registry
 from coordinator.core.aggregation.base import DenseFold, Part, fold_module, shares
+from coordinator.core.aggregation.bottleneck import Bottleneck
+from coordinator.core.aggregation.dense import Dense
 from coordinator.core.aggregation.fedex import FedEx
 from coordinator.core.aggregation.fedit import FedIt
 from coordinator.core.aggregation.ffa import Ffa
@@ -99,10 +101,11 @@ def test_the_registry_knows_every_aggregator_by_its_name() -> None:
     made = {name: registry.create(StrategySpec(aggregator=name, rank=3, energy=0.5)) for name in registry.names()}
     assert {name: type(made[name]) for name in made} == {
         "fsr": FoldStackRecompress, "fresh": Fresh, "fedit": FedIt, "hetlora": HetLora, "flexlora": FlexLora,
-        "flora": Flora, "ffa": Ffa, "fedex": FedEx, "legend": Legend,
+        "flora": Flora, "ffa": Ffa, "fedex": FedEx, "legend": Legend, "dense": Dense,
+        "bottleneck": Bottleneck,
     }  # fmt: skip
     assert all(aggregator.name == name for name, aggregator in made.items())
     assert isinstance(made["fsr"], FoldStackRecompress) and made["fsr"].energy == 0.5
     assert isinstance(made["fedit"], FedIt) and made["fedit"].rank == 3
-    with pytest.raises(UserError, match="no 'krum', there are fedex, fedit, .*, fsr, hetlora"):
+    with pytest.raises(UserError, match="no 'krum', there are bottleneck, dense, fedex, fedit, .*, fsr, hetlora"):
         registry.create(StrategySpec(aggregator="krum"))

@@ -16,19 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save
 
 from coordinator.core.aggregation.base import column_weights, narrow
 from coordinator.core.aggregation.registry import name_of
 from coordinator.core.facts import Metrics
+from coordinator.export_tensors import tensor_file
 from shared.adapter import Adapter, Factors
 from shared.errors import UserError
 from shared.files import sync_folder
 from shared.jobs import JobSpec, TaskKind
 from shared.tensors import Array
 
-DIGEST_NOTE = "muster_base_digest"
-"""In the metadata of the tensors: the digest of the base that the adapter is for."""
 _PREFIX = "base_model.model."
 _TASK_TYPES: dict[TaskKind, str | None] = {"classification": "SEQ_CLS", "causal": "CAUSAL_LM", "least_squares": None}
 _WHOLE_HEADS = ("classifier", "score")
@@ -47,9 +45,7 @@ def export_peft(adapter: Adapter, folder: Path, *, spec: JobSpec, base: str, met
     factors = {name: part for name, part in sorted(adapter.factors.items()) if part.rank > 0}
     files = {
         "adapter_config.json": as_json(_config(factors, adapter.dense, spec, base)),
-        "adapter_model.safetensors": save(
-            _tensors(factors, adapter.dense), metadata={"format": "pt", DIGEST_NOTE: adapter.base_digest}
-        ),
+        "adapter_model.safetensors": tensor_file(_tensors(factors, adapter.dense), adapter.base_digest),
         "README.md": _readme(adapter, factors, spec, base, metrics).encode(),
     }
     if spec.task.labels:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.numpy import save
-
 from coordinator.core.aggregation.base import narrow
 from coordinator.core.aggregation.bottleneck import PART
 from coordinator.core.aggregation.registry import name_of
 from coordinator.core.facts import Metrics
-from coordinator.export import DIGEST_NOTE, as_json, factory_of, metrics_lines, write_folder
+from coordinator.export import as_json, factory_of, metrics_lines, write_folder
+from coordinator.export_tensors import tensor_file
 from shared.adapter import Adapter
 from shared.jobs import JobSpec
 
@@ -40,9 +39,8 @@ def export_bottleneck(
     }
     files = {
         "bottleneck_config.json": as_json(config),
-        "bottleneck.safetensors": save(
-            {name: narrow(tensor) for name, tensor in sorted(adapter.dense.items())},
-            metadata={"format": "pt", DIGEST_NOTE: adapter.base_digest},
+        "bottleneck.safetensors": tensor_file(
+            {name: narrow(tensor) for name, tensor in sorted(adapter.dense.items())}, adapter.base_digest
         ),
         "README.md": _readme(adapter, widths, spec, base, metrics).encode(),
     }

@@ -10,12 +10,11 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.numpy import save
-
 from coordinator.core.aggregation.base import narrow
 from coordinator.core.aggregation.registry import name_of
 from coordinator.core.facts import Metrics, ModelFacts
-from coordinator.export import CONV1D_MODELS, DIGEST_NOTE, factory_of, metrics_lines, write_folder
+from coordinator.export import CONV1D_MODELS, factory_of, metrics_lines, write_folder
+from coordinator.export_tensors import tensor_file
 from shared import bases
 from shared.adapter import Adapter
 from shared.jobs import JobSpec
@@ -31,9 +30,7 @@ def export_whole(
     Raises `UserError` where `folder` can't be written.
     """
     files = {
-        "model.safetensors": save(
-            _tensors(adapter.dense, facts), metadata={"format": "pt", DIGEST_NOTE: adapter.base_digest}
-        ),
+        "model.safetensors": tensor_file(_tensors(adapter.dense, facts), adapter.base_digest),
         "README.md": _readme(adapter, spec, base, metrics).encode(),
         **_tokenizer(base, spec.base.revision),
     }

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from coordinator.export import DIGEST_NOTE
+from coordinator.export_tensors import DIGEST_NOTE
 from shared.errors import UserError
 
 

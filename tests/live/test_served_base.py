@@ -56,7 +56,7 @@ def test_devices_fetch_the_base_that_they_lack(tmp_path: Path) -> None:
         manifests = {found.bits: found for folder in packed if (found := bases.read(folder))}
         assert sorted(manifests) == [4, 8, 16, 32]
         for device in fleet.edges:
-            (folder,) = (fleet.folder / device / bases.FOLDER).iterdir()
+            (folder,) = (fleet.folder / device / bases.FOLDER).glob("[!.]*")
             assert bases.read(folder) == manifests[32]
 
 

@@ -39,7 +39,8 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
     draw = Draw(job.spec.seed, job.committed + 1, job.attempt + 1)
 
     def plan_of(taken: Sequence[str]) -> Plan:
-        view = _view(state, job, [known for known in able if known.device in taken], event.now)
+        wanted = set(taken)
+        view = _view(state, job, [known for known in able if known.device in wanted], event.now)
         return job.planner.plan(view, job.spec)
 
     try:

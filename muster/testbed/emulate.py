@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from muster.testbed import inputs, live, partition, profiles, replay, report, to
 from muster.testbed.broker import find_mosquitto
 from muster.testbed.cgroups import Available, GroupsFailed
 from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet
-from muster.testbed.runs import INTERRUPTED, RunFailed, interruptible, whole_or_nothing
+from muster.testbed.runs import RunFailed, status, whole_or_nothing
 from shared.errors import UserError
 from shared.jobs import JobSpec
 
@@ -92,16 +91,7 @@ class _Ready:
 
 def run(emulation: Emulation, *, command: str = "") -> int:
     """Carry it out. 0: the job finished; 1: it did not; 130: interrupted. Raises `UserError` for bad input."""
-    with interruptible():
-        try:
-            outcome = carry_out(emulation, command=command)
-        except KeyboardInterrupt:
-            print("interrupted: job cancelled, everything stopped", file=sys.stderr)  # noqa: T201 - a command's output
-            return INTERRUPTED
-        except RunFailed as error:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
-            return 1
-    return 0 if outcome.job.state == "finished" else 1
+    return status(lambda: carry_out(emulation, command=command).job.state, "job cancelled, everything stopped")
 
 
 def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | None = None) -> Outcome:

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from edge_daemon import protocol
 from edge_daemon.training.agent import Agent
 from edge_daemon.training.control import Control, Stopped
-from shared.errors import MusterError
+from muster.testbed.runs import RunFailed
 from shared.jobs import Bits
 
 _NEVER = 10**9
@@ -37,7 +37,7 @@ class Order:
     steps: int
 
 
-class WorkerDied(MusterError):
+class WorkerDied(RunFailed):
     """A process that computes gradients ended by itself."""
 
 

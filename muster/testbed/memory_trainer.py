@@ -15,6 +15,7 @@ from edge_daemon import protocol
 from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
 from edge_daemon.training import merging
 from muster.testbed import least_squares
+from muster.testbed.clocked_process import ClockedProcess, Later
 from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
 from shared.errors import MusterError, UserError
@@ -23,8 +24,6 @@ from shared.ids import digest_of
 from shared.jobs import Bits
 from shared.messages import DatasetFacts
 
-Later = Callable[[float, Callable[[], None]], None]
-"""Call back after so many virtual seconds, if this process still lives then."""
 _PROGRESS_S = 0.5
 
 
@@ -72,7 +71,7 @@ class _Task:
     stop: Literal["", "drain", "discard"] = ""
 
 
-class MemoryTrainer:
+class MemoryTrainer(ClockedProcess):
     """`Trainer` whose agent lives on `later` and `clock`; what it says is handed to `post`."""
 
     def __init__(
@@ -84,25 +83,20 @@ class MemoryTrainer:
         clock: Callable[[], float],
         watch: Watch | None = None,
     ) -> None:
+        super().__init__(post, later)
         self._rows = rows
         self._behaviour = behaviour
-        self._post = post
-        self._after = later
         self._clock = clock
         self._watch = watch or Watch()
-        self._run = 0
-        self._alive = False
         self._beat_s = 5.0
         self._task: _Task | None = None
         self._ordered: protocol.Train | None = None
-        self._end = AgentEnded("", out_of_memory=False)
 
     # ---- what the daemon asks
 
     def start(self, probe: protocol.Probe) -> None:
         """Start the agent and probe it."""
-        self._run += 1
-        self._alive = True
+        self._rise()
         self._task = None
         self._beat_s = probe.beat_s
         self._later(self._behaviour.probe_s, lambda: self._say(self._probed(probe)))
@@ -129,34 +123,10 @@ class MemoryTrainer:
             case _:
                 pass
 
-    def kill(self, reason: str) -> None:
-        """End it at once."""
-        if self._alive:
-            self._die(AgentEnded(reason, out_of_memory=False))
-
-    def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
-        """What a report means; None: it comes from a process before the present one."""
-        if spoke.run != self._run:
-            return None
-        return spoke.message if spoke.message is not None else self._end
-
     # ---- the agent
 
-    def _later(self, seconds: float, call: Callable[[], None]) -> None:
-        run = self._run
-
-        def due() -> None:
-            if self._alive and run == self._run:
-                call()
-
-        self._after(seconds, due)
-
-    def _say(self, message: protocol.FromAgent) -> None:
-        self._post(AgentSpoke(self._run, message))
-
-    def _die(self, end: AgentEnded) -> None:
-        self._alive, self._task, self._end = False, None, end
-        self._post(AgentSpoke(self._run, None))
+    def _gone(self) -> None:
+        self._task = None
 
     def _probed(self, probe: protocol.Probe) -> protocol.Probed:
         facts = DatasetFacts(rows=len(self._rows))

@@ -12,14 +12,13 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
+from coordinator.core.planning.cost_model import measures_link
 from coordinator.web.views import DeviceView, JobView
 from muster.testbed.device_model import Foreign
 from shared.errors import UserError
 from shared.files import write_whole
 
 FILE = "telemetry.jsonl"
-LEAST_BYTES, LEAST_S = 64 * 1024, 0.01
-"""A smaller or quicker download measures latency, not the link."""
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -114,7 +113,7 @@ class Recorder:
             at = committed_s.get(view.round, 0.0)
             for part in view.participants:
                 facts = part.facts
-                if facts is None or part.adapter_bytes < LEAST_BYTES or facts.fetch_s < LEAST_S:
+                if facts is None or not measures_link(part.adapter_bytes, facts.fetch_s):
                     continue
                 known = [one for one in self._found if one.device == part.device and one.at <= at]
                 if known:

@@ -6,7 +6,8 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from shared.errors import UserError
@@ -44,6 +45,23 @@ def whole_or_nothing(out: Path, what: str) -> Iterator[None]:
         os.close(lock)
         if not existed and out.is_dir() and not any(out.iterdir()):
             out.rmdir()  # interrupted before anything was written
+
+
+def status(carry_out: Callable[[], str], interrupted: str) -> int:
+    """The exit code of a run that `carry_out` does, which gives the job's state, and the one line that it owes.
+
+    0: the job finished; 1: it did not; 130: interrupted, and what that means is said. Raises `UserError` for bad input.
+    """
+    with interruptible():
+        try:
+            state = carry_out()
+        except KeyboardInterrupt:
+            print(f"interrupted: {interrupted}", file=sys.stderr)  # noqa: T201 - a command's output
+            return INTERRUPTED
+        except RunFailed as error:
+            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
+            return 1
+    return 0 if state == "finished" else 1
 
 
 @contextlib.contextmanager

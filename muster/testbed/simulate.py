@@ -23,9 +23,9 @@ from coordinator.web.views import JobView
 from muster.testbed import device_model as dm
 from muster.testbed import inputs, live, partition, profiles, replay, report, simulated, toml
 from muster.testbed.cgroups import Available
-from muster.testbed.gradients import WorkerDied, Workers
+from muster.testbed.gradients import Workers
 from muster.testbed.rows import Row
-from muster.testbed.runs import INTERRUPTED, RunFailed, interruptible, whole_or_nothing
+from muster.testbed.runs import RunFailed, status, whole_or_nothing
 from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
 from muster.testbed.virtual_nodes import SimulatedFleet
 from shared.errors import UserError
@@ -96,16 +96,7 @@ class _Ready:
 
 def run(simulation: Simulation, *, command: str = "") -> int:
     """Carry it out. 0: the job finished; 1: it did not; 130: interrupted. Raises `UserError` for bad input."""
-    with interruptible():
-        try:
-            done = carry_out(simulation, command=command)
-        except KeyboardInterrupt:
-            print("interrupted: everything stopped", file=sys.stderr)  # noqa: T201 - a command's output
-            return INTERRUPTED
-        except (WorkerDied, RunFailed) as error:
-            print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
-            return 1
-    return 0 if done.result.state == "finished" else 1
+    return status(lambda: carry_out(simulation, command=command).result.state, "everything stopped")
 
 
 def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | None = None) -> Finished:

@@ -17,12 +17,11 @@ import msgspec
 
 from edge_daemon import protocol
 from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
+from muster.testbed.clocked_process import ClockedProcess, Later
 from muster.testbed.gradients import Order, Workers, scratch
 from muster.testbed.virtual_device import VirtualDevice
 from shared.messages import DatasetFacts, UpdateFacts
 
-Later = Callable[[float, Callable[[], None]], None]
-"""Call back after so many virtual seconds, if this process still lives then."""
 _PROGRESS_S = 1.0
 
 
@@ -43,32 +42,28 @@ class _Task:
     stop: Literal["", "drain", "discard"] = ""
 
 
-class VirtualTrainer:
+class VirtualTrainer(ClockedProcess):
     """`Trainer` of a virtual device. `rows`: of its data set."""
 
     def __init__(
         self, device: VirtualDevice, rows: int, workers: Workers, folder: Path, post: Callable[[AgentSpoke], None],
         later: Later, clock: Callable[[], float],
     ) -> None:  # fmt: skip
+        super().__init__(post, later)
         self._device = device
         self._rows = rows
         self._workers = workers
         self._folder = folder
-        self._post = post
-        self._after = later
         self._clock = clock
-        self._run = 0
-        self._alive = False
         self._beat_s = 5.0
         self._task: _Task | None = None
-        self._end = AgentEnded("", out_of_memory=False)
 
     # ---- what the daemon asks
 
     def start(self, probe: protocol.Probe) -> None:
         """Start the agent and probe it."""
-        self._run += 1
-        self._alive, self._task, self._beat_s = True, None, probe.beat_s
+        self._rise()
+        self._task, self._beat_s = None, probe.beat_s
         self._device.begin_process()
         self._later(self._device.probe_s, lambda: self._say(self._probed(probe)))
 
@@ -92,35 +87,11 @@ class VirtualTrainer:
             case _:
                 pass
 
-    def kill(self, reason: str) -> None:
-        """End it at once."""
-        if self._alive:
-            self._die(AgentEnded(reason, out_of_memory=False))
-
-    def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
-        """What a report means; None: it comes from a process before the present one."""
-        if spoke.run != self._run:
-            return None
-        return spoke.message if spoke.message is not None else self._end
-
     # ---- the agent
 
-    def _later(self, seconds: float, call: Callable[[], None]) -> None:
-        run = self._run
-
-        def due() -> None:
-            if self._alive and run == self._run:
-                call()
-
-        self._after(seconds, due)
-
-    def _say(self, message: protocol.FromAgent) -> None:
-        self._post(AgentSpoke(self._run, message))
-
-    def _die(self, end: AgentEnded) -> None:
-        self._alive, self._task, self._end = False, None, end
+    def _gone(self) -> None:
+        self._task = None
         self._device.end_process(self._clock())
-        self._post(AgentSpoke(self._run, None))
 
     def _probed(self, probe: protocol.Probe) -> protocol.Probed:
         facts = DatasetFacts(rows=self._rows)

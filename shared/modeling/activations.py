@@ -7,6 +7,7 @@ storage once. Adapters of other ranks, and modules without one, change it by a f
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,18 +51,23 @@ def _per_sample(base: Base) -> float:
 
 
 def _saved(base: Base, samples: int) -> int:
-    """Bytes that autograd keeps beside the parameters for a batch of so many."""
-    own = {_place(tensor) for tensor in (*base.model.parameters(), *base.model.buffers())}
+    own = (*base.model.parameters(), *base.model.buffers())
+    return saved_bytes(own, lambda: loss_sum(base.model, _batch(base, samples), base.kind))
+
+
+def saved_bytes(own: Iterable[torch.Tensor], forward: Callable[[], object]) -> int:
+    """Bytes that autograd keeps of `forward` for backward, each storage once; `own`: tensors that don't count."""
+    places = {_place(tensor) for tensor in own}
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if _place(tensor) not in own:
+        if _place(tensor) not in places:
             # Held, so that its place is not given to another tensor.
             kept[_place(tensor)] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss_sum(base.model, _batch(base, samples), base.kind)
+        forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 

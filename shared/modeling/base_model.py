@@ -170,16 +170,9 @@ def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", bea
     packed = bases.read(folder)
     if packed is not None and packed.bits != bits:
         raise ModelFault(f"{folder}: packed at {packed.bits} bits, {bits} are wanted")
-    tokenizer = _tokenizer(folder)
-    model = _empty_model(folder, task, tokenizer)
+    base, transposed = _bare(folder, task, bits, device)
+    model = base.model
     beat("loading the base")
-    transposed = _conv1d_to_linear(model)
-    linears = {linear.name: linear for linear in _linears(model)}
-    base = Base(
-        folder=folder, kind=task.kind, labels=len(task.labels), max_tokens=task.max_tokens, bits=bits, device=device,
-        model=model,
-        tokenizer=tokenizer, linears=linears, head={},
-    )  # fmt: skip
     missing = _fill(base, transposed, beat)
     if missing:
         raise ModelFault(f"{folder}: its weights lack {missing[0]} and {len(missing) - 1} more")
@@ -198,19 +191,26 @@ def outline(folder: Path, task: TaskSpec, bits: Bits, blocks: int) -> Base:
 
     It computes in the precision of a base of `bits`. Raises `ModelFault` as `load` does.
     """
-    tokenizer = _tokenizer(folder)
-    model = _empty_model(folder, task, tokenizer, blocks)
-    _conv1d_to_linear(model)
-    base = Base(
-        folder=folder, kind=task.kind, labels=len(task.labels), max_tokens=task.max_tokens, bits=bits, device="cpu",
-        model=model, tokenizer=tokenizer, linears={linear.name: linear for linear in _linears(model)}, head={},
-    )  # fmt: skip
+    base, _ = _bare(folder, task, bits, "cpu", blocks)
+    model = base.model
     for name, parameter in list(model.named_parameters()):
         _put(model, name, torch.empty(parameter.shape, dtype=base.compute))
     model.tie_weights()
     _finish_head(base)
     model.requires_grad_(False)
     return base
+
+
+def _bare(folder: Path, task: TaskSpec, bits: Bits, device: str, blocks: int = 0) -> tuple[Base, set[str]]:
+    """A base whose parameters hold nothing yet, and the names of the layers that its files hold transposed."""
+    tokenizer = _tokenizer(folder)
+    model = _empty_model(folder, task, tokenizer, blocks)
+    transposed = _conv1d_to_linear(model)
+    base = Base(
+        folder=folder, kind=task.kind, labels=len(task.labels), max_tokens=task.max_tokens, bits=bits, device=device,
+        model=model, tokenizer=tokenizer, linears={linear.name: linear for linear in _linears(model)}, head={},
+    )  # fmt: skip
+    return base, transposed
 
 
 def fresh_head(base: Base, seed: int) -> dict[str, Array]:

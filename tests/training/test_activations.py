@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from muster.testbed.models import minilm_folder
 from shared.jobs import Bits, TaskSpec
@@ -32,23 +31,14 @@ def saved(folder: Path, task: TaskSpec, bits: Bits, lowest: int, rank: int) -> f
     data = TokenData(
         kind=task.kind, ids=np.full(starts[-1], 5, dtype=np.int32), starts=starts, targets=targets, pad_id=0
     )
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*base.model.parameters(), *base.model.buffers())}
+    own = [*base.model.parameters(), *base.model.buffers()]
     for parameter in base.model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
-            own |= {tensor.untyped_storage().data_ptr() for tensor in (state.absmax, state.code)}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in own:
-            kept[place] = tensor
-        return tensor
-
+            own += [state.absmax, state.code]
     base.model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss_sum(base.model, data.batch(np.arange(ROWS)), task.kind)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / ROWS
+    batch = data.batch(np.arange(ROWS))
+    return activations.saved_bytes(own, lambda: loss_sum(base.model, batch, task.kind)) / ROWS
 
 
 def near(folder: Path, task: TaskSpec, bits: Bits, blocks: int, lowest: int, rank: int) -> float:

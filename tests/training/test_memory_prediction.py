@@ -17,6 +17,7 @@ from muster.testbed.models import minilm_folder
 from shared.frames import FrameWriter
 from shared.jobs import BaseSpec, Bits, JobSpec, TaskSpec
 from shared.modeling import base_model, lora
+from shared.modeling.activations import saved_bytes
 from shared.modeling.base_model import Base
 from shared.modeling.data import TokenData
 from shared.modeling.objective import loss_sum
@@ -70,18 +71,9 @@ def saved(base: Base) -> int:
     tokens = TASK.max_tokens
     ids, starts = np.full(BATCH * tokens, 5, dtype=np.int32), np.arange(BATCH + 1) * tokens
     data = TokenData(kind=TASK.kind, ids=ids, starts=starts, targets=np.zeros(BATCH, dtype=np.int64), pad_id=0)
-    own = {tensor.untyped_storage().data_ptr() for tensor in tensors_of(base.model) if tensor is not None}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
+    own = [tensor for tensor in tensors_of(base.model) if tensor is not None]
     base.model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss_sum(base.model, data.batch(np.arange(BATCH)), TASK.kind)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return saved_bytes(own, lambda: loss_sum(base.model, data.batch(np.arange(BATCH)), TASK.kind))
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])

@@ -19,10 +19,9 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.cost_model import (
     BITS_TIME,
-    LEAST_MEASURED_BYTES,
-    LEAST_MEASURED_S,
     CostModel,
     mean_step_s,
+    measures_link,
     used_cores,
 )
 from coordinator.core.planning.demand import block_flop, demand
@@ -145,8 +144,7 @@ def _with_times(found: Seen, result: UpdateFacts, cores: float | None, blocks: f
 
 
 def _with_link(found: Seen, size: int, fetch_s: float) -> Seen:
-    """Downloads that are too small or too quick measure latency, not the link."""
-    if size < LEAST_MEASURED_BYTES or fetch_s < LEAST_MEASURED_S:
+    if not measures_link(size, fetch_s):
         return found
     return replace(found, byte_s=_average(found.byte_s, fetch_s / size, known=found.byte_s > 0))
 

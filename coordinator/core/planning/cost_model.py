@@ -286,9 +286,13 @@ def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Loa
     return replace(found, fits={**found.fits, bits: fit})
 
 
+def measures_link(size: int, fetch_s: float) -> bool:
+    """Whether a download of `size` bytes tells of the link: those too small or too quick measure latency."""
+    return size >= LEAST_MEASURED_BYTES and fetch_s >= LEAST_MEASURED_S
+
+
 def _with_link(found: DeviceModel, size: int, fetch_s: float) -> DeviceModel:
-    """Downloads that are too small or too quick measure latency, not the link."""
-    if size < LEAST_MEASURED_BYTES or fetch_s < LEAST_MEASURED_S:
+    if not measures_link(size, fetch_s):
         return found
     seen = size / fetch_s
     return replace(found, link=(found.link + seen) / 2 if found.link else seen)

@@ -87,7 +87,7 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
     """
     tuned = [(module, rank) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
     factors = sum(rank * (module.out + module.inp) for module, rank in tuned)
-    tokens = _tokens(job)
+    tokens = tokens_of(job)
     # A causal model multiplies with its token matrix once more for the logits.
     logits = facts.other_params if job.task.kind == "causal" else 0
     whole = tunes_base(facts)
@@ -112,10 +112,11 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
 
 def block_flop(facts: ModelFacts, job: JobSpec) -> float:
     """FLOP per sample to back-propagate through one block that holds no adapter."""
-    return 2.0 * _tokens(job) * facts.linear_params / max(1, facts.blocks)
+    return 2.0 * tokens_of(job) * facts.linear_params / max(1, facts.blocks)
 
 
-def _tokens(job: JobSpec) -> int:
+def tokens_of(job: JobSpec) -> int:
+    """Tokens of a sample, at most; a row of least squares counts as one."""
     return 1 if job.task.kind == "least_squares" else job.task.max_tokens
 
 

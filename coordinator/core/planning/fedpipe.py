@@ -36,7 +36,7 @@ from coordinator.core.planning import knapsack
 from coordinator.core.planning.base import FleetView, Plan, RoundReport, Weights
 from coordinator.core.planning.common import global_rank, steps_reason
 from coordinator.core.planning.cost_model import CostModel
-from coordinator.core.planning.demand import Demand, demand, dense_params, tuned_modules
+from coordinator.core.planning.demand import Demand, demand, dense_params, tokens_of, tuned_modules
 from coordinator.core.planning.drafts import Draft, Link, drafts_of, links_of, round_target
 from coordinator.core.planning.knapsack import Item
 from coordinator.core.planning.rank_choice import EXACT_DEVICES, Choice, Site, Task, choose, site
@@ -180,13 +180,12 @@ def _task(
         for module, ranks in zip(chosen, levels, strict=True)
     ]
     least = {module.name: ranks[1] for module, ranks in zip(chosen, levels, strict=True)}
-    tokens = 1 if job.task.kind == "least_squares" else job.task.max_tokens
     task = Task(
         items=items,
         need=demand(view.facts, job, least, global_rank(view, job, job.strategy.rank)),
         params=sum(item.weights[1] for item in items),
         dense=dense_params(view.facts),
-        flop_per_param=6.0 * tokens,
+        flop_per_param=6.0 * tokens_of(job),
     )
     return task, levels, {module.name: ranks[-1] for module, ranks in zip(chosen, levels, strict=True)}
 

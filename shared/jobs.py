@@ -105,6 +105,9 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """Rounds between two measurements of how much each layer matters (`fedpipe`)."""
     server_lr: Annotated[float, Meta(gt=0.0, le=4.0)] = 1.0
     """How far a round moves the global adapter and the head: 1, to the mean of the devices; more, beyond it."""
+    directions: Literal["largest", "sampled"] = "largest"
+    """Which of the global adapter's directions a device of smaller rank trains: those of the largest singular values,
+    or a draw in proportion to them, anew in each round."""
     energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99
     """Share of the squared singular values that recompression keeps."""
 

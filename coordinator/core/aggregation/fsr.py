@@ -10,6 +10,10 @@ A device that did not tune the module counts as zero change. G' plus the residua
 products of float32 factors). Recompression keeps the fewest directions that hold `energy` of the squared singular
 values, at most `global_rank`, and carries the next `global_rank` directions into the next round as residual.
 
+A device of smaller rank trains the first directions of the published adapter: those of the largest singular values or,
+with `sampled`, of a draw without replacement in proportion to them. The draw orders the directions before they are
+published and is keyed by the module and the new singular values, so that the same updates give the same bytes.
+
 A server learning rate e other than 1 (as in FedOpt, arXiv 2003.00295) moves G by e times that change: G + e (G' - G).
 Devices whose data differ pull in different directions, so that their mean moves less than one of them.
 
@@ -20,7 +24,10 @@ operator's bound.
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
+import numpy.typing as npt
 
 from coordinator.core.aggregation import admission
 from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, column_weights, narrow
@@ -35,15 +42,16 @@ _UNTRAINED = 1e-12
 
 class FoldStackRecompress:
     """The aggregator `fsr`. `energy`: share of the squared singular values kept; `global_rank`: cap per module;
-    `server_lr`: how far the global adapter moves, 1: to the mean."""
+    `server_lr`: how far the global adapter moves, 1: to the mean; `sampled`: the order of directions is drawn."""
 
     name = "fsr"
     start: Start = "directions"
 
-    def __init__(self, energy: float, global_rank: int, server_lr: float = 1.0) -> None:
+    def __init__(self, energy: float, global_rank: int, server_lr: float = 1.0, *, sampled: bool = False) -> None:
         self.energy = energy
         self.global_rank = global_rank
         self.server_lr = server_lr
+        self.sampled = sampled
 
     def admit(self, update: Adapter, expected: Expectation) -> str | None:
         """Why `update` must be refused, or None."""
@@ -51,7 +59,9 @@ class FoldStackRecompress:
 
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> StackFold:
         """Open the fold of `module`."""
-        return StackFold(module, current, residual, self.energy, self.global_rank, self.server_lr)
+        return StackFold(
+            module, current, residual, self.energy, self.global_rank, self.server_lr, sampled=self.sampled
+        )
 
 
 class StackFold:
@@ -59,8 +69,9 @@ class StackFold:
 
     def __init__(
         self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int,
-        server_lr: float = 1.0,
+        server_lr: float = 1.0, *, sampled: bool = False,
     ) -> None:  # fmt: skip
+        self._drawn_for = module.name if sampled else None
         self._sum = ProductSum(module.out, module.inp)
         self._current = current
         self._residual = residual
@@ -108,6 +119,11 @@ class StackFold:
         enough = int(np.flatnonzero(tails <= (1.0 - self._energy) * total)[0])
         kept = min(enough, real, self._cap)
         carried = min(real, kept + self._cap)
+        if self._drawn_for is not None:
+            order = drawn_order(sigma[:kept], self._drawn_for)
+            # Only those kept: what is carried over stays behind them.
+            order = np.append(order, np.arange(kept, len(sigma)))
+            u, sigma, vt = u[:, order], sigma[order], vt[order]
         return Folded(
             factors=_triplets(u, sigma, vt, 0, kept),
             residual=_triplets(u, sigma, vt, kept, carried),
@@ -115,6 +131,16 @@ class StackFold:
             forgotten_energy=float(tails[carried]) / total,
             norm=float(np.sqrt(total - tails[kept])),
         )
+
+
+def drawn_order(sigma: Wide, name: str) -> npt.NDArray[np.intp]:
+    """The places of `sigma` (all > 0) in an order drawn without replacement, in proportion to the values.
+
+    Exponential races: the k-th rings after an exponential time of rate sigma_k. `name` and the values key the draw.
+    """
+    key = hashlib.sha256(name.encode() + narrow(sigma).tobytes()).digest()
+    rings = np.random.default_rng(int.from_bytes(key[:8], "little")).exponential(size=len(sigma)) / sigma
+    return np.argsort(rings, kind="stable")
 
 
 def _triplets(u: Wide, sigma: Wide, vt: Wide, first: int, end: int) -> Factors | None:

@@ -28,13 +28,18 @@ class Legend(FoldStackRecompress):
 
     name = "legend"
 
-    def __init__(self, energy: float, global_rank: int, max_share: float = 1.0, server_lr: float = 1.0) -> None:
-        super().__init__(energy, global_rank, server_lr)
+    def __init__(
+        self, energy: float, global_rank: int, max_share: float = 1.0, server_lr: float = 1.0, *, sampled: bool = False
+    ) -> None:
+        super().__init__(energy, global_rank, server_lr, sampled=sampled)
         self.max_share = max_share
 
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> HoldersFold:
         """Open the fold of `module`."""
-        return HoldersFold(module, current, residual, self.energy, self.global_rank, self.max_share, self.server_lr)
+        return HoldersFold(
+            module, current, residual, self.energy, self.global_rank, self.max_share, self.server_lr,
+            sampled=self.sampled,
+        )  # fmt: skip
 
 
 class HoldersFold(StackFold):
@@ -42,9 +47,9 @@ class HoldersFold(StackFold):
 
     def __init__(
         self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int,
-        max_share: float, server_lr: float,
+        max_share: float, server_lr: float, *, sampled: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(module, current, residual, energy, cap, server_lr)
+        super().__init__(module, current, residual, energy, cap, server_lr, sampled=sampled)
         self._max_share = max_share
         self._held = 0.0
         self._largest = 0.0

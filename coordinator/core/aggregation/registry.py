@@ -20,7 +20,9 @@ from shared.errors import UserError
 from shared.jobs import StrategySpec
 
 _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
-    "fsr": lambda spec: FoldStackRecompress(spec.energy, spec.global_rank, spec.server_lr),
+    "fsr": lambda spec: FoldStackRecompress(
+        spec.energy, spec.global_rank, spec.server_lr, sampled=spec.directions == "sampled"
+    ),
     "fresh": lambda spec: Fresh(spec.energy, spec.global_rank, spec.server_lr),
     "fedit": lambda spec: FedIt(spec.rank),
     "hetlora": lambda spec: HetLora(spec.rank),
@@ -28,7 +30,9 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "flora": lambda _spec: Flora(),
     "ffa": lambda spec: Ffa(spec.rank),
     "fedex": lambda spec: FedEx(spec.rank),
-    "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share, spec.server_lr),
+    "legend": lambda spec: Legend(
+        spec.energy, spec.global_rank, spec.max_share, spec.server_lr, sampled=spec.directions == "sampled"
+    ),
     "dense": lambda _spec: Dense(),
     "bottleneck": lambda spec: Bottleneck(spec.global_rank),
 }
@@ -53,6 +57,8 @@ EQUAL_RANKS = frozenset({"fedit", "fedex"})
 
 MOVES_FURTHER = frozenset({"fsr", "fresh", "legend"})
 """Aggregators that know `strategy.server_lr`."""
+TRAINS_DIRECTIONS = frozenset({"fsr", "legend"})
+"""Aggregators whose devices train directions of the global adapter, so that `strategy.directions` means something."""
 
 
 def names() -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from coordinator.core.aggregation.base import Folded, Part, Wide, fold_module, product
 from coordinator.core.aggregation.fresh import Fresh
-from coordinator.core.aggregation.fsr import FoldStackRecompress
+from coordinator.core.aggregation.fsr import FoldStackRecompress, drawn_order
 from coordinator.core.aggregation.product_sum import ProductSum, workspace_bytes
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
@@ -226,3 +226,28 @@ def test_a_server_learning_rate_scales_the_change_of_the_round(round: Round, ser
         if parts_of(round, module.name):
             found = dense(fold(further, round, module).factors, module)
             assert np.linalg.norm(found - wanted) < 2e-6 * max(np.linalg.norm(wanted), np.linalg.norm(before))
+
+
+@settings(max_examples=60, deadline=None)
+@given(round=rounds(), cap=st.sampled_from([2, 64]))
+def test_drawn_directions_are_those_of_the_largest_in_another_order(round: Round, cap: int) -> None:
+    largest, drawn = (FoldStackRecompress(0.99, cap, sampled=sampled) for sampled in (False, True))
+    for module in round.modules:
+        one, other = fold(largest, round, module), fold(drawn, round, module)
+        assert error(dense(other.factors, module), dense(one.factors, module)) < 1e-6
+        if parts_of(round, module.name) and one.factors is not None:
+            assert one.factors.sigma is not None and other.factors is not None and other.factors.sigma is not None
+            assert sorted(one.factors.sigma) == sorted(other.factors.sigma)
+        again = fold(drawn, round, module).factors
+        assert again is None or (other.factors is not None and again.b.tobytes() == other.factors.b.tobytes())
+        assert (one.residual is None) == (other.residual is None)
+        if one.residual is not None and other.residual is not None:
+            assert one.residual.b.tobytes() == other.residual.b.tobytes()
+
+
+def test_a_direction_is_drawn_first_in_proportion_to_its_singular_value() -> None:
+    sigma = np.array([3.0, 2.0, 1.0])
+    firsts = [int(drawn_order(sigma, f"m{draw}")[0]) for draw in range(6000)]
+    # One standard error of a share is at most 0.0065.
+    assert [firsts.count(place) / 6000 for place in range(3)] == pytest.approx([1 / 2, 1 / 3, 1 / 6], abs=0.026)
+    assert sorted(drawn_order(sigma, "m")) == [0, 1, 2]

@@ -43,6 +43,9 @@ def simulate(
         Path | None,
         typer.Option(help="Telemetry recorded by `muster emulate` (telemetry.jsonl), as the devices' load and links."),
     ] = None,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Let planners know the devices' true speeds: the price of not knowing.")
+    ] = False,
     workers: Annotated[
         int, typer.Option(min=0, max=64, help="Processes that compute gradients; 0: this one. Results are the same.")
     ] = 2,
@@ -52,6 +55,6 @@ def simulate(
 
     asked = Simulation(
         devices=devices, profile=profile, data=data, job=job, strategy=strategy, aggregator=aggregator, rounds=rounds,
-        seed=seed, alpha=alpha, models=tuple(model or ()), lm=lm, out=out, replay=replay, workers=workers,
+        seed=seed, alpha=alpha, models=tuple(model or ()), lm=lm, out=out, replay=replay, oracle=oracle, workers=workers,
     )  # fmt: skip
     raise typer.Exit(run(asked, command=shlex.join(["muster", *sys.argv[1:]])))

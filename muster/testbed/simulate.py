@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from coordinator.core.records import RoundPlanned
 from coordinator.web.history import job_view
 from coordinator.web.views import JobView
 from muster.testbed import device_model as dm
-from muster.testbed import inputs, live, partition, profiles, replay, report, simulated, toml
+from muster.testbed import inputs, live, oracle, partition, profiles, replay, report, simulated, toml
 from muster.testbed.cgroups import Available
 from muster.testbed.gradients import Workers
 from muster.testbed.rows import Row
@@ -69,6 +70,8 @@ class Simulation:
     workers: int = 2
     """Processes that compute gradients; 0: this one."""
     lm: Path | None = None
+    oracle: bool = False
+    """Whether planners know the clock's device model: an ablation (`oracle`)."""
     over: toml.Table = field(default_factory=dict)
     """More of the job's tables, for programs."""
 
@@ -114,7 +117,8 @@ def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | 
                 dataset=ready.spec.task.dataset, models={ready.spec.base.model: ready.model}, workers=workers,
                 seed=ready.spec.seed, until=LONGEST_S,
             )  # fmt: skip
-            with fleet:
+            knowing = oracle.known_to_planners(ready.devices) if simulation.oracle else nullcontext()
+            with fleet, knowing:
                 followed = _Followed(fleet, ready.spec, tell)
                 job = followed.to_the_end()
                 records = fleet.records(followed.id)
@@ -242,13 +246,12 @@ class _Followed:
 
 def _result(simulation: Simulation, ready: _Ready, fleet: SimulatedFleet, job: JobView) -> simulated.Result:
     kinds = {device.model.name: device.model.kind.name for device in ready.devices}
-    sizes = {name: (out, inp) for name, (out, inp, _) in ready.devices[0].clock.base.linears.items()}
     carried = fleet.network.carried
     return simulated.Result(
         job=ready.spec.name, state=job.state, strategy=ready.spec.strategy.name,
         aggregator=name_of(ready.spec.strategy), profile=simulation.profile, devices=simulation.devices,
         data=ready.spec.task.dataset, alpha=simulation.alpha, seed=ready.spec.seed, lr=ready.spec.training.lr,
-        baseline=job.baseline, rounds=simulated.round_results(job, fleet.watched(), kinds, sizes, fleet.peaks),
+        baseline=job.baseline, rounds=simulated.round_results(job, fleet.watched(), kinds, fleet.expected),
         bytes_by_device={name: (carried.get((name, "up"), 0), carried.get((name, "down"), 0)) for name in kinds},
         happened=[(round(at, 3), name, what) for at, name, what in fleet.happened],
     )  # fmt: skip

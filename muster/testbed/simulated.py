@@ -37,7 +37,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     modules: int
     """How many are tuned."""
     params: int
-    """Parameters of its factors."""
+    """Parameters that it trains: factors and head, or the whole base."""
     steps: int
 
 
@@ -92,6 +92,13 @@ class Watched(NamedTuple):
     bytes_at: dict[int, tuple[int, int]]
 
 
+class Expected(NamedTuple):
+    """What a device's work was expected to take: peak bytes of its agent (0: not known), parameters it trains."""
+
+    peak: int
+    params: int
+
+
 def waiting_share(own: Sequence[float]) -> float:
     """Share of the round that devices spend waiting for the slowest: sum(slowest - own) / (n * slowest)."""
     slowest = max(own, default=0.0)
@@ -138,16 +145,15 @@ def _first(rounds: Sequence[RoundResult], target: float) -> int | None:
 
 
 def round_results(
-    job: JobView, watched: Watched, kinds: Mapping[str, str], sizes: Mapping[str, tuple[int, int]],
-    peaks: Mapping[int, Mapping[str, int]],
-) -> list[RoundResult]:  # fmt: skip
-    """The committed rounds. `sizes`: module -> (out, in); `peaks`: round -> device -> predicted bytes."""
+    job: JobView, watched: Watched, kinds: Mapping[str, str], expected: Mapping[int, Mapping[str, Expected]]
+) -> list[RoundResult]:
+    """The committed rounds. `kinds`: of each device; `expected`: by round and device."""
     found: list[RoundResult] = []
     before = (0, 0)
     for view in job.rounds:
         if view.round not in watched.committed_at:
             continue
-        devices = _outcomes(view, watched, kinds, sizes, peaks.get(view.round, {}))
+        devices = _outcomes(view, watched, kinds, expected.get(view.round, {}))
         now = watched.bytes_at[view.round]
         done = [one for one in devices if one.own_s > 0]
         metrics = view.metrics
@@ -166,23 +172,22 @@ def round_results(
 
 
 def _outcomes(
-    view: RoundView, watched: Watched, kinds: Mapping[str, str], sizes: Mapping[str, tuple[int, int]],
-    peaks: Mapping[str, int],
-) -> list[Outcome]:  # fmt: skip
+    view: RoundView, watched: Watched, kinds: Mapping[str, str], expected: Mapping[str, Expected]
+) -> list[Outcome]:
     found = []
     for part in view.participants:
         facts, ranks = part.facts, {name: rank for name, rank in part.work.ranks.items() if rank > 0}
         at = watched.admitted_at.get((view.round, part.device))
+        need = expected.get(part.device, Expected(0, 0))
         found.append(
             Outcome(
                 device=part.device, kind=kinds[part.device], status=part.status,
                 predicted_s=_rounded(part.predicted_s), trained_s=_rounded(facts.train_s) if facts else 0.0,
                 own_s=_rounded(at - watched.planned_at[view.round]) if at is not None else 0.0,
-                predicted_peak=peaks.get(part.device, 0), peak=facts.peak_bytes if facts else 0,
+                predicted_peak=need.peak, peak=facts.peak_bytes if facts else 0,
                 batch=facts.batch if facts else part.work.batch, bits=part.work.bits,
                 rank=max(ranks.values(), default=0), modules=len(ranks),
-                params=sum(rank * sum(sizes.get(name, (0, 0))) for name, rank in ranks.items()),
-                steps=facts.steps if facts else 0,
+                params=need.params, steps=facts.steps if facts else 0,
             )
         )  # fmt: skip
     return found

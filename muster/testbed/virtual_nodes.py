@@ -21,7 +21,7 @@ from muster.testbed.gradients import Workers
 from muster.testbed.memory_fleet import VirtualFleet
 from muster.testbed.memory_nodes import COORDINATOR, FLEET, Answers, CoordinatorNode, DeviceNode
 from muster.testbed.memory_process import History, World
-from muster.testbed.simulated import Watched
+from muster.testbed.simulated import Expected, Watched
 from muster.testbed.virtual_device import VirtualDevice
 from muster.testbed.virtual_trainer import VirtualTrainer
 from shared.blob_folder import BlobFolder
@@ -55,7 +55,8 @@ class ModelNode(CoordinatorNode):
         if self._answers is None:
             import torch
 
-            torch.set_num_threads(1)
+            # The processes that compute gradients rest meanwhile. Not their number: results must not depend on it.
+            torch.set_num_threads(2)
             self._answers = _Evaluating(ModelWorker(FrameWriter(io.BytesIO())))
         return self._answers
 
@@ -161,8 +162,8 @@ class SimulatedFleet(VirtualFleet):
         self._nodes = nodes
         self._until = until
         self._watched = Watched({}, {}, {}, {})
-        self.peaks: dict[int, dict[str, int]] = {}
-        """Round -> participant -> predicted bytes."""
+        self.expected: dict[int, dict[str, Expected]] = {}
+        """Round -> participant -> what its work should take."""
         self.happened: list[tuple[float, str, dm.Happening]] = []
 
     def start(self) -> None:
@@ -209,7 +210,7 @@ class SimulatedFleet(VirtualFleet):
                     for device in self._by_name.values():
                         device.clock.round = record.round
                     watched.planned_at[record.round] = now
-                    self.peaks[record.round] = self._predicted(record)
+                    self.expected[record.round] = self._expected(record)
                 case UpdateAdmitted():
                     watched.admitted_at[record.round, record.device] = now
                 case RoundCommitted():
@@ -222,16 +223,17 @@ class SimulatedFleet(VirtualFleet):
                 case _:
                     pass
 
-    def _predicted(self, record: RoundPlanned) -> dict[str, int]:
-        """Bytes that the planner's cost model expects each participant's agent to hold, where it has one."""
+    def _expected(self, record: RoundPlanned) -> dict[str, Expected]:
+        """What each participant trains, and the bytes that the planner's cost model expects it to hold."""
         job = self.coordinator.runtime.state.jobs[record.job]
         model = getattr(job.planner, "model", None)
-        found: dict[str, int] = {}
-        if not isinstance(model, CostModel) or job.facts is None:
+        found: dict[str, Expected] = {}
+        if job.facts is None:
             return found
         for device, work in record.plan.participants.items():
             known = self.coordinator.runtime.state.fleet.get(device)
-            if known is not None and known.info is not None:
-                need = demand(job.facts, job.spec, work.ranks)
-                found[device] = int(model.memory(device, need, work.bits, work.batch, known.info)[0])
+            need, peak = demand(job.facts, job.spec, work.ranks), 0
+            if isinstance(model, CostModel) and known is not None and known.info is not None:
+                peak = int(model.memory(device, need, work.bits, work.batch, known.info)[0])
+            found[device] = Expected(peak, need.adapter_params)
         return found

@@ -59,9 +59,7 @@ class FoldStackRecompress:
 
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> StackFold:
         """Open the fold of `module`."""
-        return StackFold(
-            module, current, residual, self.energy, self.global_rank, self.server_lr, sampled=self.sampled
-        )
+        return StackFold(module, current, residual, self.energy, self.global_rank, self.server_lr, sampled=self.sampled)
 
 
 class StackFold:

@@ -53,12 +53,14 @@ RANKS = (2, 4, 8, 16, 32)
 
 
 class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
-    """See the module. `scores`: module -> merged share, with sum 1; `scored`: the round they are from, 0 for none."""
+    """See the module. `scores`: module -> merged share, with sum 1; `scored`: the round they are from, 0 for none;
+    `wanted`: share of the score that the chosen modules have together, 1 for all of them."""
 
     name: str = "fedpipe"
     model: CostModel = CostModel()
     scores: dict[str, float] = {}
     scored: int = 0
+    wanted: float = WANTED
 
     def learn(self, report: RoundReport) -> FedPipePlanner:
         """The planner that also knows this round."""
@@ -72,7 +74,7 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
         known = {module.name: self.scores[module.name] for module in modules if self.scores.get(module.name, 0.0) > 0}
         if not known or view.round - self.scored >= job.strategy.rescore_every:
             return self._scoring(view, job, modules)
-        return self._tuning(view, job, modules, important(known, modules))
+        return self._tuning(view, job, modules, important(known, modules, self.wanted))
 
     def _scoring(self, view: FleetView, job: JobSpec, modules: Sequence[ModuleSpec]) -> Plan:
         """A round over all candidates, planned like `uniform`, in which every device tells its scores."""
@@ -108,7 +110,7 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
         sites = [site(draft, sizes, task, link.left, self.model) for draft, link in zip(drafts, links, strict=True)]
         exactly = len(drafts) <= EXACT_DEVICES
         choices = choose(sites, task, exactly)
-        weights_why = _weights_reason(chosen, modules, self.scores, self.scored)
+        weights_why = _weights_reason(chosen, modules, self.scores, self.scored, self.wanted)
         desk = _Desk(view, job, chosen, levels, task, bound, self.model, weights_why)
         written = [desk.write(*row) for row in zip(drafts, links, sites, choices, strict=True)]
         means = f"ranks {'exactly' if exactly else 'greedily'} by J"
@@ -144,10 +146,10 @@ def merged_scores(report: RoundReport) -> dict[str, float]:
     return {name: value / total for name, value in sums.items()} if total > 0 else {}
 
 
-def important(scores: Mapping[str, float], modules: Sequence[ModuleSpec]) -> list[ModuleSpec]:
-    """The smallest set of `modules` with `WANTED` of their scores, by name; of equal scores the cheaper first."""
+def important(scores: Mapping[str, float], modules: Sequence[ModuleSpec], share: float = WANTED) -> list[ModuleSpec]:
+    """The smallest set of `modules` with `share` of their scores, by name; of equal scores the cheaper first."""
     ranked = sorted(modules, key=lambda m: (-scores.get(m.name, 0.0), m.out + m.inp, m.name))
-    wanted = WANTED * math.fsum(scores.get(module.name, 0.0) for module in modules)
+    wanted = share * math.fsum(scores.get(module.name, 0.0) for module in modules)
     taken: list[ModuleSpec] = []
     for module in ranked:
         if math.fsum(scores.get(one.name, 0.0) for one in taken) >= wanted - 1e-12:
@@ -291,11 +293,12 @@ def _cautious(caution: str, choice: Choice, one: Site) -> tuple[int, list[str]]:
 
 
 def _weights_reason(
-    chosen: Sequence[ModuleSpec], modules: Sequence[ModuleSpec], scores: Mapping[str, float], scored: int
-) -> str:
+    chosen: Sequence[ModuleSpec], modules: Sequence[ModuleSpec], scores: Mapping[str, float], scored: int,
+    wanted: float,
+) -> str:  # fmt: skip
     """Which set, how much of the score it has, and of which round the score is."""
     share = math.fsum(scores.get(module.name, 0.0) for module in chosen)
     reading = f"{share:.3f} of the score of round {scored} on {len(chosen)} of {plural(len(modules), 'module')}"
     ranked = sorted(chosen, key=lambda module: -scores.get(module.name, 0.0))
     most = ", ".join(f"{module.name} {scores.get(module.name, 0.0):.3f}" for module in ranked[:3])
-    return word("weights", len(chosen), reading, f"{WANTED:g} wanted", f"most: {most}")
+    return word("weights", len(chosen), reading, f"{wanted:g} wanted", f"most: {most}")

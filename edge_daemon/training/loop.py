@@ -24,6 +24,7 @@ from edge_daemon.training.memory import is_out_of_memory
 from shared.jobs import TrainingSpec
 from shared.messages import Assignment
 from shared.modeling.base_model import Base
+from shared.modeling import half
 from shared.modeling.data import SampleOrder, TokenData
 from shared.modeling.importance import Scorer, sensitivities
 from shared.modeling.lora import Carried
@@ -96,13 +97,14 @@ class Loop:
         paused_before, cpu_before, waited_before = self.position.paused_s, self.position.cpu_s, self.control.paused_s
         cpu_start = time.process_time()
         try:
-            while self.position.step < self.assignment.work.steps:
-                self._advance()
-                self.position.paused_s = paused_before + self.control.paused_s - waited_before
-                self.position.cpu_s = cpu_before + time.process_time() - cpu_start
-                if self.position.step % self.assignment.training.checkpoint_every == 0:
-                    self.save()
-                self.control.progress(self._progress)
+            with half.fast_products(self.base.device):
+                while self.position.step < self.assignment.work.steps:
+                    self._advance()
+                    self.position.paused_s = paused_before + self.control.paused_s - waited_before
+                    self.position.cpu_s = cpu_before + time.process_time() - cpu_start
+                    if self.position.step % self.assignment.training.checkpoint_every == 0:
+                        self.save()
+                    self.control.progress(self._progress)
         except Stopped as stop:
             if stop.discard:
                 raise

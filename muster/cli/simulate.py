@@ -55,6 +55,7 @@ def simulate(
 
     asked = Simulation(
         devices=devices, profile=profile, data=data, job=job, strategy=strategy, aggregator=aggregator, rounds=rounds,
-        seed=seed, alpha=alpha, models=tuple(model or ()), lm=lm, out=out, replay=replay, oracle=oracle, workers=workers,
+        seed=seed, alpha=alpha, models=tuple(model or ()), lm=lm, out=out, replay=replay, oracle=oracle,
+        workers=workers,
     )  # fmt: skip
     raise typer.Exit(run(asked, command=shlex.join(["muster", *sys.argv[1:]])))

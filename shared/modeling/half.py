@@ -1,0 +1,73 @@
+"""bf16 products on processors that have no instructions for them.
+
+There a product of bf16 matrices is emulated, 10 to 40 times slower than one of float32. Inside `fast_products` the
+operands of each are widened, and the result is rounded to bf16 as the hardware would: it accumulates in float32, too.
+What is kept for the backward pass stays bf16, so that memory is as planned, but for one widened layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+_PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm})
+
+
+def is_slow(device: str) -> bool:
+    """Whether products of bf16 matrices are emulated on `device`."""
+    # No public question gives the answer of the library that computes them.
+    return device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fast_products(device: str) -> AbstractContextManager[object]:
+    """Where bf16 is emulated: a context that computes its products in float32. Elsewhere it changes nothing."""
+    return Widened() if is_slow(device) else nullcontext()
+
+
+class Widened(TorchFunctionMode):
+    """Widens the operands of bf16 products; forward and backward pass must both run inside."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        """See the module."""
+        kwargs = kwargs or {}
+        if func is functional.linear and _is_half(args[0]) and _is_half(args[1]):
+            x, weight = args[:2]
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            apply: Any = _Linear.apply
+            product = apply(x, weight)
+            return product if bias is None else product + bias
+        # With gradients asked for, the widened operands would be kept.
+        if func in _PRODUCTS and not torch.is_grad_enabled() and len(args) == 2 and all(map(_is_half, args)):
+            return func(args[0].float(), args[1].float()).to(torch.bfloat16)
+        return func(*args, **kwargs)
+
+
+class _Linear(torch.autograd.Function):
+    """x (.. x in) @ W.T for W (out x in), both bf16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return functional.linear(x.float(), weight.float()).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        grad = grads[0].float()
+        to_x = (grad @ weight.float()).to(grads[0].dtype) if weight is not None else None
+        if x is None:
+            return to_x, None
+        rows = grad.reshape(-1, grad.shape[-1])
+        return to_x, (rows.T @ x.reshape(-1, x.shape[-1]).float()).to(x.dtype)
+
+
+def _is_half(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16

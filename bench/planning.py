@@ -1,39 +1,48 @@
 """Strategies against each other on the virtual fleet; writes `docs/results.md`.
 
     python -m bench.planning [--profile standard|full|smoke] [--only NAME ...] [--minutes N] [--list] [--render]
+    python -m bench.planning --studies [NAME ...]
 
 Every run is `muster simulate` with 80 devices of profile `jetson`, of which 10 are drawn per round. Its result is a
-file under `runs/planning`: a finished run is never repeated, a cut one is begun anew. Learning rates are tuned for each
+file under `bench/runs/planning`: a finished run is never repeated, a cut one is begun anew. What it took of this machine is
+a line of `seconds.jsonl`. Learning rates are tuned for each
 method on a validation split cut from the training rows, with the same budget for each; nothing is chosen on test rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
+import psutil
 
 from bench.planning_grid import GRIDS, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_studies import STUDIES, VARIANTS
 from bench.planning_tables import page
-from muster.testbed import inputs, simulated
+from muster.testbed import inputs, simulated, toml
 from muster.testbed.rows import Row, read_rows, write_rows
-from muster.testbed.simulate import Simulation, carry_out
+from muster.testbed.simulate import Session, Simulation
+from muster.testbed.simulate import result_of as result_of_simulation
 from shared.files import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ROOT / "runs" / "planning"
+RUNS = ROOT / "bench" / "runs" / "planning"
+"""Committed: whoever has no hours can render the page from it, and look behind each figure."""
 PAGE = ROOT / "docs" / "results.md"
 VALIDATION = 0.15
 """Share of the training rows that rates are tuned on."""
-EVALUATED = 400
+EVALUATED = 256
 """Rows evaluated after each round: more would take as long as the round itself."""
+BATCH = 8
 DEVICES, SAMPLE, STEPS = 80, 10, 8
 
 
@@ -42,12 +51,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="standard", choices=sorted(GRIDS))
     parser.add_argument("--only", nargs="*", default=[], help="strategies, or strategy+aggregator")
+    parser.add_argument("--tasks", nargs="*", default=sorted(TASKS), help="only these")
+    parser.add_argument("--tune", action="store_true", help="only the runs that choose the learning rates")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so many; 0: no limit")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--studies",
+        nargs="*",
+        choices=[[], *(study.name for study in STUDIES)],
+        metavar="NAME",
+        help="run the studies, or those named, at the rates that the standard profile tuned",
+    )
     parser.add_argument("--list", action="store_true", help="say what is there and what is missing; run nothing")
     parser.add_argument("--render", action="store_true", help="only write the page from the runs that are there")
     options = parser.parse_args(argv)
     grid, chosen = GRIDS[options.profile], methods(options.only)
+    grid = replace(grid, cells=tuple(cell for cell in grid.cells if cell[0] in options.tasks))
     if options.list:
         return _list(grid, chosen)
     complete = True
@@ -56,8 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("not run: MUSTER_DATA", file=sys.stderr)
             return 1
         until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-        complete = _run_all(tuning_runs(grid, chosen), until, options.workers)
-        complete = complete and _run_all(final_runs(grid, chosen, rates(grid, chosen)), until, options.workers)
+        with Session(options.workers) as session:
+            complete = options.studies is not None or _run_all(tuning_runs(grid, chosen), until, session)
+            found = rates(grid, chosen)
+            asked = final_runs(grid, chosen, found) if options.studies is None else study_runs(found, options.studies)
+            complete = complete and (options.tune or _run_all(asked, until, session))
     _render(options.profile, grid, chosen)
     return 0 if complete else 1
 
@@ -78,11 +100,25 @@ def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
 
 def result_of(run: Run) -> simulated.Result | None:
     """A finished run's result; None: it was not run."""
-    path = RUNS / f"{run.name}.json"
-    return msgspec.json.decode(path.read_bytes(), type=simulated.Result) if path.is_file() else None
+    path = RUNS / f"{run.name}.json.gz"
+    return msgspec.json.decode(gzip.decompress(path.read_bytes()), type=simulated.Result) if path.is_file() else None
 
 
-def _run_all(runs: Iterable[Run], until: float, workers: int) -> bool:
+def keep(run: Run, result: simulated.Result) -> None:
+    """Write the file of a finished run; the same result gives the same bytes."""
+    path = RUNS / f"{run.name}.json.gz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, gzip.compress(msgspec.json.encode(result), mtime=0))
+
+
+def study_runs(found: Mapping[tuple[str, str], float], names: Sequence[str]) -> Iterator[Run]:
+    """The runs of the studies named, or of all."""
+    for study in STUDIES:
+        if not names or study.name in names:
+            yield from study.runs(found)
+
+
+def _run_all(runs: Iterable[Run], until: float, session: Session) -> bool:
     for run in runs:
         if result_of(run) is not None:
             continue
@@ -90,17 +126,28 @@ def _run_all(runs: Iterable[Run], until: float, workers: int) -> bool:
             print("the time is up; call again to go on", file=sys.stderr)
             return False
         print(f"run {run.name}", flush=True)
-        with tempfile.TemporaryDirectory(prefix="muster-planning-") as scratch:
-            done = carry_out(simulation(run, Path(scratch), workers), tell=lambda line: print(f"  {line}", flush=True))
-        path = RUNS / f"{run.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, msgspec.json.encode(done.result))
+        wall, cpu = time.monotonic(), _cpu_s()
+        with tempfile.TemporaryDirectory(prefix="muster-planning-") as scratch, VARIANTS[run.variant].around():
+            done = result_of_simulation(
+                simulation(run, Path(scratch)), session, lambda line: print(f"  {line}", flush=True)
+            )
+        keep(run, done)
+        took = {"run": run.name, "wall_s": round(time.monotonic() - wall, 1), "cpu_s": round(_cpu_s() - cpu, 1)}
+        with (RUNS / "seconds.jsonl").open("ab") as file:
+            file.write(msgspec.json.encode(took) + b"\n")
     return True
 
 
-def simulation(run: Run, scratch: Path, workers: int) -> Simulation:
+def _cpu_s() -> float:
+    """CPU seconds of this process and of those that compute gradients, so far."""
+    me = psutil.Process()
+    times = [me.cpu_times(), *(child.cpu_times() for child in me.children())]
+    return float(sum(one.user + one.system for one in times))
+
+
+def simulation(run: Run, scratch: Path) -> Simulation:
     """What `muster simulate` is asked for."""
-    task = TASKS[run.task]
+    task, variant = TASKS[run.task], VARIANTS[run.variant]
     job = scratch / "job.toml"
     job.write_text(f'name = "planning"\n[task]\nkind = "{task.kind}"\nmax_tokens = {task.max_tokens}\n')
     over = {
@@ -113,15 +160,17 @@ def simulation(run: Run, scratch: Path, workers: int) -> Simulation:
             "deadline_s": 600,
             "target": abs(task.target) if run.stop else 0.0,
         },
-        "strategy": {"rank": 8, "batch": 16, "batch_min": 4, "batch_max": 32},
+        "strategy": {"rank": 8, "batch": BATCH, "batch_min": BATCH // 4, "batch_max": 2 * BATCH},
         "training": {"lr": run.lr},
         # Strong skew makes single rounds much worse; the gate is for operators, a comparison must not pause.
         "evaluation": {"rows": EVALUATED, "worse_by": 1000.0},
     }
-    return Simulation(
+    over = toml.merged(over, {name: dict(table) for name, table in variant.tables.items()})
+    asked = Simulation(
         devices=DEVICES, data=str(_data(run)), job=job, strategy=run.method.strategy, aggregator=run.method.aggregator,
-        seed=run.seed, alpha=run.alpha, out=scratch / "out", workers=workers, over=over,
+        seed=run.seed, alpha=run.alpha, over=over,
     )  # fmt: skip
+    return replace(asked, **variant.fields)
 
 
 def _data(run: Run) -> Path:
@@ -129,7 +178,7 @@ def _data(run: Run) -> Path:
     given = inputs.data_files(TASKS[run.task].data, Path(), print)
     if run.split == "test":
         return given.train.parent
-    folder = RUNS / "data" / f"{run.task}-validation"
+    folder = ROOT / "runs" / "planning-data" / f"{run.task}-validation"
     if not (folder / "test.jsonl.gz").is_file():
         rows = read_rows(given.train)
         write_rows(folder / "train.jsonl.gz", [row for row in rows if not held_out(row)])
@@ -162,7 +211,8 @@ def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
     results = [(run, result) for run in final_runs(grid, chosen, found) if (result := result_of(run)) is not None]
     # The published page is about all methods; parts and rehearsals have a page of their own.
     whole = profile != "smoke" and len(chosen) == len(methods([]))
-    path = PAGE if whole else RUNS / "results.md"
+    path = PAGE if whole else ROOT / "runs" / "planning.md"
+    path.parent.mkdir(exist_ok=True)
     write_whole(path, page(profile, grid, results, found).encode())
     print(f"{len(results)} runs in {path}")
 

@@ -28,7 +28,7 @@ def page(profile: str, grid: Grid, results: Results, rates: dict[tuple[str, str]
     lines = [
         "# Results of planning",
         "",
-        "<!-- Written by bench/planning.py from the files in runs/planning: run `make bench-planning`. -->",
+        "<!-- Written by bench/planning.py from the files in bench/runs/planning: run `make bench-planning`. -->",
         "",
         f"`python -m bench.planning --profile {profile}`: 80 virtual devices (TX2 / NX / AGX / GPU), 10 drawn per "
         f"round, 8 local steps, {'until the target or ' if grid.stop else ''}{grid.rounds} rounds. Times are virtual "

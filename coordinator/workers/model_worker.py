@@ -44,12 +44,13 @@ PRECISIONS: tuple[Bits, ...] = (32, 16)
 
 @dataclass
 class _Held:
-    """What stays loaded: one base, its digest, its tokenised data."""
+    """What stays loaded: one base, its digest, its tokenised data, and what was counted of its activations."""
 
     key: tuple[object, ...] = ()
     base: Any = None
     digest: str = ""
     store: Any = None
+    counted: dict[str, ActivationFacts] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,8 +99,8 @@ class ModelWorker:
         )  # fmt: skip
         write_whole(Path(request.adapter_path), adapter.write(first))
         config = base.model.config
-        counted = {}
-        for bits in PRECISIONS:
+        counted = self._held.counted
+        for bits in PRECISIONS if not counted else ():
             self.beat("counting activations")
             found = activations.count(base.folder, job.task, bits)
             counted[str(bits)] = ActivationFacts(fixed=found.fixed, block=found.block)
@@ -111,7 +112,7 @@ class ModelWorker:
             linear_params=covered,
             other_params=others,
             blocks=1 + max(linear.block for linear in base.linears.values()),
-            activations=counted,
+            activations=dict(counted),
             config=base_model.whole_config(base, job.task) if start == "dense" else "",
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),

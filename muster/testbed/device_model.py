@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from statistics import NormalDist
@@ -111,8 +112,13 @@ KINDS = (
 millions of parameters. TX2 and NX have 8 GB each, the AGX 32 GB: scaled to the small bases simulated here that is room
 for so many samples beside the base at the bits that one of billions of parameters would get there. The weights of a
 small base weigh little against its activations, so memory bounds batches more often than bits."""
-PROFILES: dict[str, tuple[Kind, ...]] = {"jetson": KINDS, "equal": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 16, 40),)}
-"""Name -> the classes of a fleet. `equal` has one class and neither power modes nor other programs."""
+PROFILES: dict[str, tuple[Kind, ...]] = {
+    "jetson": KINDS,
+    "equal": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 16, 40),),
+    "pair": (Kind("small", 0.5, 0.1, 6.0, 20.0, 4, 4), Kind("large", 0.5, 0.1, 6.0, 20.0, 16, 40)),
+}
+"""Name -> the classes of a fleet. `equal` has one class; `pair` two of equal speed and unequal memory. All but
+`jetson` have neither power modes nor other programs."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +327,7 @@ class MemoryTable:
 def fleet(profile: str, count: int, seed: int) -> list[Device]:
     """`count` devices of a profile in the shares of its classes, in an order drawn by each device's own hash."""
     kinds = PROFILES[profile]
-    restless = profile != "equal"
+    restless = profile == "jetson"
     width = max(2, len(str(count)))
     found = []
     for number in range(count):
@@ -341,19 +347,17 @@ UP_S, DOWN_S, CRASH_SHARE, LATE_SHARE, LATE_S = 2400.0, 180.0, 0.4, 0.1, 600.0
 """Mean seconds up and away; shares of absences that are crashes, and of devices that join late, within `LATE_S`."""
 
 
-def happenings(device: Device, until: float) -> list[tuple[float, Happening]]:
-    """When the device joins, leaves and crashes, in order, up to `until` seconds."""
+def happenings(device: Device) -> Iterator[tuple[float, Happening]]:
+    """When the device joins, leaves and crashes, in order, without an end."""
     if not device.restless:
-        return [(0.0, "join")]
+        yield 0.0, "join"
+        return
     key = (device.seed, device.name, "presence")
     late = draw(*key, "late") < LATE_SHARE
     now = LATE_S * draw(*key, "joins") if late else 0.0
-    found: list[tuple[float, Happening]] = [(now, "join")]
-    place = 0
-    while now < until:
+    yield now, "join"
+    for place in itertools.count():
         now -= UP_S * math.log(draw(*key, place, "up"))
-        found.append((now, "crash" if draw(*key, place, "kind") < CRASH_SHARE else "leave"))
+        yield now, "crash" if draw(*key, place, "kind") < CRASH_SHARE else "leave"
         now -= DOWN_S * math.log(draw(*key, place, "down"))
-        found.append((now, "join"))
-        place += 1
-    return [one for one in found if one[0] <= until]
+        yield now, "join"

@@ -141,6 +141,13 @@ class Workers:
             if self._ahead[key].cancel():
                 del self._ahead[key]
 
+    def forget_all(self) -> None:
+        """Nothing that was begun is needed any more: waits for what runs, so that its files can be removed."""
+        for future in self._ahead.values():
+            if not future.cancel():
+                future.exception()
+        self._ahead.clear()
+
 
 def _key(order: Order) -> str:
     work, train = order.train.assignment, order.train

@@ -23,7 +23,9 @@ from shared.settings import check, read_toml
 
 Tell = Callable[[str], None]
 DOCSTRINGS = "docstrings"
-MINILM, MINILM3, SMALL_GPT2 = "minilm", "minilm3", "gpt2-small"
+MINILM, MINILM3, MINILM3_NARROW, SMALL_GPT2 = "minilm", "minilm3", "minilm3-narrow", "gpt2-small"
+NARROW = 512
+"""Feed-forward channels of the narrow MiniLM, a third."""
 _SUFFIXES = (".jsonl.gz", ".jsonl")
 
 
@@ -90,12 +92,13 @@ def base_model(name: str, given: Mapping[str, str], texts: Path | None, tell: Te
         return folder.resolve()
     if name == MINILM:
         return minilm_folder()
-    if name == MINILM3:
-        return _minilm3()
+    if name in (MINILM3, MINILM3_NARROW):
+        return _minilm3(name, NARROW if name == MINILM3_NARROW else 0)
     if name == SMALL_GPT2:
         return _small_gpt2(texts, tell)
     raise UserError(
-        f"unknown base model {name!r}: give --model {name}=FOLDER, or use {MINILM}, {MINILM3} or {SMALL_GPT2}"
+        f"unknown base model {name!r}: give --model {name}=FOLDER, or use {MINILM}, {MINILM3}, {MINILM3_NARROW} or "
+        f"{SMALL_GPT2}"
     )
 
 
@@ -202,11 +205,11 @@ def _texts(folder: Path | None) -> list[Path]:
     return found
 
 
-def _minilm3() -> Path:
+def _minilm3(name: str, channels: int) -> Path:
     """MiniLM cut to its last three blocks: small enough for many rounds, and its pooler knows what they give."""
-    out = cache_folder() / MINILM3
+    out = cache_folder() / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    return cut_bert(minilm_folder(), out, 3, last=True)
+    return cut_bert(minilm_folder(), out, 3, last=True, channels=channels)
 
 
 def _small_gpt2(folder: Path | None, tell: Tell) -> Path:

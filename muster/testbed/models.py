@@ -42,10 +42,11 @@ def minilm_folder() -> Path:
     return folder
 
 
-def cut_bert(source: Path, out: Path, layers: int, *, last: bool = False) -> Path:
+def cut_bert(source: Path, out: Path, layers: int, *, last: bool = False, channels: int = 0) -> Path:
     """A BERT with the first (or `last`) `layers` blocks of the one in `source`; an ordinary Hugging Face folder.
 
-    A folder that is complete already is kept. Raises `UserError` where there are not so many blocks.
+    `channels`: so many of each feed-forward part are kept, those of the largest weights; 0: all. A folder that is
+    complete already is kept. Raises `UserError` where there are not so many blocks or channels.
     """
     if (out / "model.safetensors").is_file():
         return out
@@ -55,6 +56,8 @@ def cut_bert(source: Path, out: Path, layers: int, *, last: bool = False) -> Pat
     there = int(config["num_hidden_layers"])
     if not 0 < layers <= there:
         raise UserError(f"{source} has {there} layers, {layers} were asked")
+    if channels > int(config["intermediate_size"]):
+        raise UserError(f"{source} has {config['intermediate_size']} channels, {channels} were asked")
     skipped = there - layers if last else 0
     kept = {}
     for key, tensor in load_file(str(source / "model.safetensors")).items():
@@ -63,6 +66,9 @@ def cut_bert(source: Path, out: Path, layers: int, *, last: bool = False) -> Pat
             kept[key] = tensor.contiguous()
         elif 0 <= (number := int(found[2]) - skipped) < layers:
             kept[f"{found[1]}{number}{found[3]}"] = tensor.contiguous()
+    if channels:
+        _narrow(kept, channels)
+        config["intermediate_size"] = channels
     temporary = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     shutil.copytree(source, temporary, ignore=lambda _folder, names: [n for n in names if n.endswith(_WEIGHTS)])
@@ -70,6 +76,18 @@ def cut_bert(source: Path, out: Path, layers: int, *, last: bool = False) -> Pat
     save_file(kept, str(temporary / "model.safetensors"), metadata={"format": "pt"})
     temporary.replace(out)
     return out
+
+
+def _narrow(tensors: dict[str, torch.Tensor], channels: int) -> None:
+    """Keep the feed-forward channels whose weights, into times out of the channel, have the largest norms."""
+    wide = ".intermediate.dense.weight"
+    for key in [key for key in tensors if key.endswith(wide)]:
+        block = key.removesuffix(wide)
+        norms = tensors[key].norm(dim=1) * tensors[f"{block}.output.dense.weight"].norm(dim=0)
+        best = norms.topk(channels).indices.sort().values
+        for name in (key, f"{block}.intermediate.dense.bias"):
+            tensors[name] = tensors[name][best].contiguous()
+        tensors[f"{block}.output.dense.weight"] = tensors[f"{block}.output.dense.weight"][:, best].contiguous()
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from muster.testbed.gradients import Workers
 from muster.testbed.rows import Row
 from muster.testbed.runs import RunFailed, status, whole_or_nothing
 from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
-from muster.testbed.virtual_nodes import SimulatedFleet
+from muster.testbed.virtual_nodes import SimulatedFleet, evaluator
 from shared.errors import UserError
 from shared.files import write_whole
 from shared.jobs import JobSpec
@@ -38,7 +38,6 @@ STEPS = Path(__file__).parent / "profiles" / "steps.json"
 RESULT = "result.json"
 SLICE_S = 5.0
 """Virtual seconds between two looks at the job."""
-LONGEST_S = 14 * 86400.0
 STUCK_S = 4 * 3600.0
 """A job that commits nothing for so long is given up."""
 
@@ -87,6 +86,21 @@ class Finished:
     """Of this machine's clock."""
 
 
+class Session:
+    """What many runs share: `workers` processes that compute gradients and the coordinator's evaluator, which keep
+    the base from run to run. A context manager."""
+
+    def __init__(self, workers: int) -> None:
+        self.workers = Workers(workers)
+        self.evaluator = evaluator()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.workers.__exit__()
+
+
 @dataclass(frozen=True)
 class _Ready:
     spec: JobSpec
@@ -111,23 +125,39 @@ def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | 
     tell = tell or shown.say
     with whole_or_nothing(out, "simulation"), tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
         ready = _prepare(simulation, tables, given, Path(scratch), tell)
-        with Workers(simulation.workers) as workers:
-            fleet = SimulatedFleet(
-                Path(scratch) / "fleet", ready.devices, data=ready.paths, rows=ready.rows,
-                dataset=ready.spec.task.dataset, models={ready.spec.base.model: ready.model}, workers=workers,
-                seed=ready.spec.seed, until=LONGEST_S,
-            )  # fmt: skip
-            knowing = oracle.known_to_planners(ready.devices) if simulation.oracle else nullcontext()
-            with fleet, knowing:
-                followed = _Followed(fleet, ready.spec, tell)
-                job = followed.to_the_end()
-                records = fleet.records(followed.id)
-        result = _result(simulation, ready, fleet, job)
+        with Session(simulation.workers) as session:
+            result, job, planned = _simulated(simulation, ready, session, Path(scratch), tell)
         write_whole(out / RESULT, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
-        planned = {record.round: record for record in records if isinstance(record, RoundPlanned)}
-        written = _report(simulation, ready, result, job, out, command, len(planned))
+        written = _report(simulation, ready, result, job, out, command, planned)
     tell(f"{job.state}: {len(result.rounds)} rounds in {_last(result):.0f} virtual seconds; report: {written}")
     return Finished(result, out, ready.spec, time.monotonic() - started)
+
+
+def result_of(simulation: Simulation, session: Session, tell: inputs.Tell) -> simulated.Result:
+    """Carry out one of many runs: its result alone; nothing is written. Raises `UserError` for bad input."""
+    tables, given = _checked(simulation)
+    with tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
+        ready = _prepare(simulation, tables, given, Path(scratch), tell)
+        return _simulated(simulation, ready, session, Path(scratch), tell)[0]
+
+
+def _simulated(
+    simulation: Simulation, ready: _Ready, session: Session, scratch: Path, tell: inputs.Tell
+) -> tuple[simulated.Result, JobView, int]:
+    """(result, job, rounds planned)."""
+    fleet = SimulatedFleet(
+        scratch / "fleet", ready.devices, data=ready.paths, rows=ready.rows, dataset=ready.spec.task.dataset,
+        models={ready.spec.base.model: ready.model}, workers=session.workers, evaluator=session.evaluator,
+        seed=ready.spec.seed,
+    )  # fmt: skip
+    knowing = oracle.known_to_planners(ready.devices) if simulation.oracle else nullcontext()
+    with fleet, knowing:
+        followed = _Followed(fleet, ready.spec, tell)
+        job = followed.to_the_end()
+        records = fleet.records(followed.id)
+    session.workers.forget_all()
+    planned = {record.round for record in records if isinstance(record, RoundPlanned)}
+    return _result(simulation, ready, fleet, job), job, len(planned)
 
 
 def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from coordinator.core.planning.cost_model import CostModel
@@ -32,6 +32,7 @@ from shared.transport.memory_network import Faults, MemoryNetwork
 
 LATENCY_S = (0.01, 0.03)
 IDLE_TICK_S = 2.0
+EVALUATION_THREADS = 2
 _JOIN_AGAIN_S = 5.0
 """Between looks at the clock of a daemon that nothing happens to: events are handled when they come."""
 
@@ -46,19 +47,22 @@ class NoHistory(History):
 class ModelNode(CoordinatorNode):
     """The coordinator with the worker that knows the model, in this process."""
 
-    def __init__(self, world: World, folder: Path, settings: CoordinatorSettings) -> None:
+    def __init__(self, world: World, folder: Path, settings: CoordinatorSettings, evaluator: ModelWorker) -> None:
         super().__init__(world, folder, settings)
-        self._answers: Answers | None = None
+        self._answers = _Evaluating(evaluator)
 
     def worker(self) -> Answers:
         """Real evaluation on real text."""
-        if self._answers is None:
-            import torch
+        import torch
 
-            # The processes that compute gradients rest meanwhile. Not their number: results must not depend on it.
-            torch.set_num_threads(2)
-            self._answers = _Evaluating(ModelWorker(FrameWriter(io.BytesIO())))
+        # The processes that compute gradients rest meanwhile. Not their number: results must not depend on it.
+        torch.set_num_threads(EVALUATION_THREADS)
         return self._answers
+
+
+def evaluator() -> ModelWorker:
+    """The coordinator's model worker, for use in this process; it keeps its base from run to run."""
+    return ModelWorker(FrameWriter(io.BytesIO()))
 
 
 class _Evaluating:
@@ -132,7 +136,7 @@ class SimulatedFleet(VirtualFleet):
 
     def __init__(
         self, root: Path, devices: list[VirtualDevice], *, data: dict[str, Path], rows: dict[str, int], dataset: str,
-        models: dict[str, str], workers: Workers, seed: int, until: float,
+        models: dict[str, str], workers: Workers, evaluator: ModelWorker, seed: int,
     ) -> None:  # fmt: skip
         network = MemoryNetwork(seed, Faults(delay_s=LATENCY_S))
         self._by_name = {device.model.name: device for device in devices}
@@ -143,7 +147,7 @@ class SimulatedFleet(VirtualFleet):
             fleet=FLEET, state_dir=str(root / "coordinator"), models=models,
             broker=BrokerSettings(keepalive_s=30, window=32, queue=4096),
         )  # fmt: skip
-        coordinator = ModelNode(world, root / "coordinator", settings)
+        coordinator = ModelNode(world, root / "coordinator", settings, evaluator)
         coordinator.on_append = self._on_append
         scratch = root / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
@@ -160,7 +164,6 @@ class SimulatedFleet(VirtualFleet):
         }  # fmt: skip
         super().__init__(network, coordinator, nodes)
         self._nodes = nodes
-        self._until = until
         self._watched = Watched({}, {}, {}, {})
         self.expected: dict[int, dict[str, Expected]] = {}
         """Round -> participant -> what its work should take."""
@@ -170,8 +173,21 @@ class SimulatedFleet(VirtualFleet):
         """Start the coordinator, and let every device join when its time comes."""
         self.coordinator.start()
         for name, device in self._by_name.items():
-            for at, what in dm.happenings(device.model, self._until):
-                self.network.schedule(at, self._happening(name, what))
+            self._next(name, dm.happenings(device.model))
+
+    def _next(self, name: str, happenings: Iterator[tuple[float, dm.Happening]]) -> None:
+        """Schedule what happens next to a device, and with it what comes then."""
+        found = next(happenings, None)
+        if found is None:
+            return
+        at, what = found
+        happen = self._happening(name, what)
+
+        def due() -> None:
+            happen()
+            self._next(name, happenings)
+
+        self.network.schedule(at, due)
 
     def _happening(self, name: str, what: dm.Happening) -> Callable[[], None]:
         node = self._nodes[name]

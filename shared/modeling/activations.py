@@ -19,6 +19,7 @@ from shared.jobs import Bits, TaskSpec
 from shared.modeling import lora
 from shared.modeling.base_model import Base, outline
 from shared.modeling.data import IGNORED, Batch
+from shared.modeling import half
 from shared.modeling.objective import loss_sum
 
 _RANK = 8
@@ -66,7 +67,7 @@ def saved_bytes(own: Iterable[torch.Tensor], forward: Callable[[], object]) -> i
             kept[_place(tensor)] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with half.fast_products("cpu"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

@@ -31,3 +31,15 @@ def test_more_blocks_than_there_are_can_not_be_kept(bert: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="has 2 layers, 3 were asked"):
         cut_bert(bert, tmp_path / "cut", 3)
     assert not (tmp_path / "cut").exists()
+
+
+def test_a_narrow_base_keeps_the_channels_of_the_largest_weights(bert: Path, tmp_path: Path) -> None:
+    whole = base_model.load(bert, COLOURS).model
+    narrow = base_model.load(cut_bert(bert, tmp_path / "narrow", 2, channels=5), COLOURS)
+    name = next(name for name in narrow.linears if name.endswith("0.intermediate.dense"))
+    wide, out = whole.get_submodule(name).weight, whole.get_submodule(name.replace("intermediate", "output")).weight
+    kept = sorted(range(len(wide)), key=lambda place: -float(wide[place].norm() * out[:, place].norm()))[:5]
+    assert torch.equal(narrow.model.get_submodule(name).weight, wide[sorted(kept)])
+    assert narrow.model.config.intermediate_size == 5
+    with pytest.raises(UserError, match="channels, 100000 were asked"):
+        cut_bert(bert, tmp_path / "more", 1, channels=100_000)

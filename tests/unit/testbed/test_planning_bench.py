@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from bench import planning
 from bench.planning_grid import GRIDS, RATES, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_tables import interval, page
 from coordinator.core.planning import registry
+from muster.testbed.simulate import Session
 from muster.testbed.simulated import Outcome, Result, RoundResult
 
 GRID = Grid(cells=(("dbpedia14", 1.0, (0, 1)), ("e2e", 1.0, (0,))), few=frozenset({"e2e"}), rounds=4, tuning=2)
@@ -73,9 +73,7 @@ def test_the_best_rate_on_the_validation_split_is_taken_once_all_are_there(
     runs = [run for run in tuning_runs(GRID, [UNIFORM]) if run.task == "dbpedia14"]
     for place, run in enumerate(runs):
         assert planning.rates(GRID, [UNIFORM]) == {}
-        path = tmp_path / f"{run.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(msgspec.json.encode(_result(run, [0.5, 0.8, 0.8][place])))
+        planning.keep(run, _result(run, [0.5, 0.8, 0.8][place]))
     # Of equals the smaller rate.
     assert planning.rates(GRID, [UNIFORM]) == {("uniform", "dbpedia14"): RATES[1]}
 
@@ -85,10 +83,10 @@ def test_a_finished_run_is_not_repeated(
 ) -> None:
     monkeypatch.setattr(planning, "RUNS", tmp_path)
     run = Run(UNIFORM, "dbpedia14", 1.0, 0, 1e-3, "test", 2)
-    (tmp_path / run.name).parent.mkdir(parents=True)
-    (tmp_path / f"{run.name}.json").write_bytes(msgspec.json.encode(_result(run, 0.9)))
-    assert planning._run_all([run], math.inf, 0)
-    assert not planning._run_all([run, Run(UNIFORM, "dbpedia14", 1.0, 1, 1e-3, "test", 2)], -math.inf, 0)
+    planning.keep(run, _result(run, 0.9))
+    with Session(0) as session:
+        assert planning._run_all([run], math.inf, session)
+        assert not planning._run_all([run, Run(UNIFORM, "dbpedia14", 1.0, 1, 1e-3, "test", 2)], -math.inf, session)
     assert "run " not in capsys.readouterr().out
 
 

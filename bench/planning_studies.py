@@ -1,0 +1,118 @@
+"""Questions beside the grid of `bench/planning.py`: what each part of a method is worth. One or few tables each.
+
+A study is a set of runs at the rates that the grid's tuning chose; its variants change the job, the fleet or the
+planner in one respect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from bench.planning_grid import Method, Run
+from coordinator.core.planning import registry
+from coordinator.core.planning.fedpipe import FedPipePlanner
+
+Rates = Mapping[tuple[str, str], float]
+SEEDS = (0, 1, 2)
+FIVE = (0, 1, 2, 3, 4)
+
+
+@contextmanager
+def _all_weights() -> Iterator[None]:
+    """`fedpipe` that chooses every module."""
+    before = registry.PLANNERS
+    registry.PLANNERS = {**before, "fedpipe": partial(FedPipePlanner, wanted=1.0)}
+    try:
+        yield
+    finally:
+        registry.PLANNERS = before
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is other than in the grid. `tables`: of the job; `fields`: of the simulation."""
+
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
+
+
+VARIANTS: dict[str, Variant] = {
+    "": Variant(),
+    "equal": Variant(fields={"profile": "equal"}),
+    "oracle": Variant(fields={"oracle": True}),
+    "all": Variant(around=_all_weights),
+    "once": Variant(tables={"strategy": {"rescore_every": 1000}}),
+    "every3": Variant(tables={"strategy": {"rescore_every": 3}}),
+    "every5": Variant(tables={"strategy": {"rescore_every": 5}}),
+    "pair": Variant(fields={"profile": "pair", "devices": 2}, tables={"rounds": {"sample": 2, "min_devices": 2}}),
+    **{
+        f"{directions}{energy}": Variant(tables={"strategy": {"directions": directions, "energy": energy}})
+        for directions in ("largest", "sampled")
+        for energy in (0.99, 0.999)
+    },
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question with the (method, variant) pairs that answer it."""
+
+    name: str
+    title: str
+    pairs: tuple[tuple[Method, str], ...]
+    rounds: int
+    seeds: tuple[int, ...]
+    stop: bool = False
+    """At the target: seconds are compared; else quality after `rounds`."""
+
+    def runs(self, rates: Rates) -> Iterator[Run]:
+        """What is to be run, seed by seed."""
+        for seed in self.seeds:
+            for method, variant in self.pairs:
+                # What differs from a tuned method in its aggregator alone has that method's rate.
+                lr = rates.get((method.name, "dbpedia14")) or rates.get((f"{method.strategy}+fsr", "dbpedia14"))
+                if lr is not None:
+                    yield Run(method, "dbpedia14", 1.0, seed, lr, "test", self.rounds, self.stop, variant)
+
+
+_FEDPIPE, _LEGEND, _UNIFORM = Method("fedpipe"), Method("legend"), Method("uniform")
+_FEDLORA, _PADDED, _EXACT = Method("fedlora"), Method("hetlora"), Method("hetlora", "fsr")
+STUDIES = (
+    Study(
+        "equal", "A fleet of equal devices: is planning in the way?",
+        tuple((method, "equal") for method in (_FEDPIPE, _LEGEND, _FEDLORA, _UNIFORM)), 40, SEEDS, stop=True,
+    ),
+    Study(
+        "padding", "Exact aggregation against zero-padding at unequal ranks", ((_PADDED, ""), (_EXACT, "")), 20, FIVE
+    ),
+    Study(
+        "oracle", "The price of not knowing: planners that are handed the clock's true model",
+        tuple((method, how) for method in (_FEDPIPE, _LEGEND, _UNIFORM) for how in ("", "oracle")), 40, SEEDS,
+        stop=True,
+    ),
+    Study(
+        "rescore", "Importance scored once against every T rounds",
+        ((_FEDPIPE, ""), (_FEDPIPE, "once"), (_FEDPIPE, "every5"), (_FEDPIPE, "every3")), 40, SEEDS, stop=True,
+    ),
+    Study(
+        "partial", "Partial against full aggregation: the important weights alone, or all of them",
+        ((_FEDPIPE, ""), (_FEDPIPE, "all")), 40, SEEDS, stop=True,
+    ),
+    Study(
+        "params", "Quality after 30 rounds against full fine-tuning, and parameters trained",
+        ((_FEDPIPE, ""), (Method("full"), "")), 30, (0,),
+    ),
+    Study(
+        "fresh", "`fsr` against `fresh` over 50 rounds, energy .99 and .999, largest and sampled directions",
+        (
+            *((_EXACT, f"{way}{energy}") for way in ("largest", "sampled") for energy in (0.99, 0.999)),
+            (Method("hetlora", "fresh"), "largest0.99"), (Method("hetlora", "fresh"), "largest0.999"),
+        ), 50, (0,),
+    ),
+    Study("pair", "Two devices of unequal memory", ((_FEDPIPE, "pair"),), 8, (0,)),
+)  # fmt: skip

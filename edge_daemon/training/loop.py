@@ -23,8 +23,8 @@ from edge_daemon.training.control import Control, PipeClosed, Stopped
 from edge_daemon.training.memory import is_out_of_memory
 from shared.jobs import TrainingSpec
 from shared.messages import Assignment
-from shared.modeling.base_model import Base
 from shared.modeling import half
+from shared.modeling.base_model import Base
 from shared.modeling.data import SampleOrder, TokenData
 from shared.modeling.importance import Scorer, sensitivities
 from shared.modeling.lora import Carried

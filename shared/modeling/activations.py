@@ -16,10 +16,9 @@ import torch
 
 from shared.adapter import Adapter
 from shared.jobs import Bits, TaskSpec
-from shared.modeling import lora
+from shared.modeling import half, lora
 from shared.modeling.base_model import Base, outline
 from shared.modeling.data import IGNORED, Batch
-from shared.modeling import half
 from shared.modeling.objective import loss_sum
 
 _RANK = 8

@@ -4,8 +4,10 @@
     python -m bench.planning --studies [NAME ...]
 
 Every run is `muster simulate` with 80 devices of profile `jetson`, of which 10 are drawn per round. Its result is a
-file under `bench/runs/planning`: a finished run is never repeated, a cut one is begun anew. What it took of this machine is
-a line of `seconds.jsonl`. Learning rates are tuned for each
+file under `bench/runs/planning`: a finished run is never repeated, a cut one is begun anew. What it took of the machine
+is a line of `seconds.jsonl`.
+
+Learning rates are tuned for each
 method on a validation split cut from the training rows, with the same budget for each; nothing is chosen on test rows.
 """
 
@@ -25,6 +27,7 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from bench.planning_claims import claims, cost, sections
 from bench.planning_grid import GRIDS, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_studies import STUDIES, VARIANTS
 from bench.planning_tables import page
@@ -208,13 +211,30 @@ def _list(grid: Grid, chosen: Sequence[Method]) -> int:
 
 def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
     found = rates(grid, chosen)
-    results = [(run, result) for run in final_runs(grid, chosen, found) if (result := result_of(run)) is not None]
+    finals = list(final_runs(grid, chosen, found))
+    results = _those_there(finals)
+    studies = {study.name: _those_there(study.runs(found)) for study in STUDIES}
+    wall, cpu, counted = cost(_seconds(), [*tuning_runs(grid, chosen), *finals])
+    took = f" ({counted} runs, {wall:.0f} minutes on 2 cores shared with other work, {cpu:.0f} of CPU)"
     # The published page is about all methods; parts and rehearsals have a page of their own.
     whole = profile != "smoke" and len(chosen) == len(methods([]))
     path = PAGE if whole else ROOT / "runs" / "planning.md"
     path.parent.mkdir(exist_ok=True)
-    write_whole(path, page(profile, grid, results, found).encode())
+    text = page(
+        profile, grid, results, found, claims=list(claims(results, studies)), more=list(sections(results, studies)),
+        took=took,
+    )  # fmt: skip
+    write_whole(path, text.encode())
     print(f"{len(results)} runs in {path}")
+
+
+def _those_there(runs: Iterable[Run]) -> list[tuple[Run, simulated.Result]]:
+    return [(run, result) for run in runs if (result := result_of(run)) is not None]
+
+
+def _seconds() -> list[dict[str, object]]:
+    path = RUNS / "seconds.jsonl"
+    return [msgspec.json.decode(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, stdev
 
-from bench.planning_grid import RATES, TASKS, Grid, Run
+from bench.planning_grid import FULL_RATES, RATES, TASKS, Grid, Run
 from muster.testbed import simulated
 
 Results = Sequence[tuple[Run, simulated.Result]]
@@ -23,25 +23,36 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean, float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def page(profile: str, grid: Grid, results: Results, rates: dict[tuple[str, str], float]) -> str:
-    """The whole page."""
+def page(
+    profile: str, grid: Grid, results: Results, rates: dict[tuple[str, str], float], *, claims: Sequence[str] = (),
+    more: Sequence[str] = (), took: str = "",
+) -> str:  # fmt: skip
+    """The whole page. `claims`, `more`: lines before and after the tables; `took`: what the runs cost."""
     lines = [
         "# Results of planning",
         "",
         "<!-- Written by bench/planning.py from the files in bench/runs/planning: run `make bench-planning`. -->",
         "",
-        f"`python -m bench.planning --profile {profile}`: 80 virtual devices (TX2 / NX / AGX / GPU), 10 drawn per "
-        f"round, 8 local steps, {'until the target or ' if grid.stop else ''}{grid.rounds} rounds. Times are virtual "
-        "seconds, under a device model that no planner knows.",
-        "Mean and 95 % interval (Student's t) over the seeds; (n) where not all reached the target. Rates were chosen "
-        f"from {', '.join(f'{rate:g}' for rate in RATES)} for each method on a validation split cut from the training "
-        f"rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor.",
+        f"`python -m bench.planning --profile {profile}`{took}: 80 virtual devices (TX2 / NX / AGX / GPU), 10 drawn "
+        f"per round, 8 local steps, {'until the target or ' if grid.stop else ''}{grid.rounds} rounds. Times are "
+        "virtual seconds, under a device model that no planner knows.",
+        "Mean and 95 % interval (Student's t) over the seeds; (n of m) where not all reached the target. Rates were "
+        f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}) for each method on a validation split cut from "
+        f"the training rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor. A method with `+fsr` "
+        "has the exact aggregator in place of its own; `fedlora`, `ffa` and `fedex` with it are `uniform`, `flexlora` "
+        "and `flora` with it are `hetlora+fsr`.",
+        "",
+        *claims,
     ]
     for task, alpha, seeds in grid.cells:
         here = [(run, result) for run, result in results if (run.task, run.alpha) == (task, alpha)]
         lines += ["", f"## {task}, Dirichlet {alpha:g}", ""]
         lines += _table(here, TASKS[task].target, rates, task, len(seeds)) if here else ["Not run."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *more]) + "\n"
+
+
+def _listed(rates: Sequence[float]) -> str:
+    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def _table(
@@ -59,15 +70,15 @@ def _table(
     rows = []
     for name in names:
         mine = [result for run, result in results if run.method.name == name]
-        times = _told(mine, lambda one: simulated.time_to(one.rounds, target), "{:.0f}")
+        times = told(mine, lambda one: simulated.time_to(one.rounds, target), "{:.0f}")
         order = [t for one in mine if (t := simulated.time_to(one.rounds, target)) is not None]
         cells = [
             name, f"{rates[name, task]:g}", f"{len(mine)} of {seeds}",
-            _told(mine, lambda one: simulated.best_quality(one.rounds), "{:.4f}"), times,
-            _told(mine, lambda one: _mega(simulated.bytes_to(one.rounds, target)), "{:.1f}"),
-            _told(mine, lambda one: one.rounds[-1].at / len(one.rounds) if one.rounds else None, "{:.1f}"),
-            _told(mine, lambda one: 100 * simulated.mean_waiting(one.rounds), "{:.1f} %"),
-            _told(mine, prediction_error, "{:.0f} %"), _told(mine, trained, "{:.3f}"),
+            told(mine, lambda one: simulated.best_quality(one.rounds), "{:.4f}"), times,
+            told(mine, lambda one: _mega(simulated.bytes_to(one.rounds, target)), "{:.1f}"),
+            told(mine, lambda one: one.rounds[-1].at / len(one.rounds) if one.rounds else None, "{:.1f}"),
+            told(mine, lambda one: 100 * simulated.mean_waiting(one.rounds), "{:.1f} %"),
+            told(mine, prediction_error, "{:.0f} %"), told(mine, trained, "{:.3f}"),
         ]  # fmt: skip
         rows.append((-len(order), fmean(order) if order else math.inf, f"| {' | '.join(cells)} |"))
     for row in sorted(rows):
@@ -90,7 +101,8 @@ def _mega(count: int | None) -> float | None:
     return None if count is None else count / 1e6
 
 
-def _told(results: Sequence[simulated.Result], figure: Figure, form: str) -> str:
+def told(results: Sequence[simulated.Result], figure: Figure, form: str) -> str:
+    """Mean and interval of a figure over runs, by a format."""
     values = [value for one in results if (value := figure(one)) is not None]
     if not values:
         return "-"

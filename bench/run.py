@@ -27,7 +27,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results.json"
 PAGE = ROOT / "docs" / "benchmarks.md"
 LIMIT_S = 3600
-NO_BENCHMARK = ("run", "planning", "planning_grid", "planning_studies", "planning_tables", "record_steps")
+NO_BENCHMARK = (
+    "run",
+    "planning",
+    "planning_claims",
+    "planning_grid",
+    "planning_studies",
+    "planning_tables",
+    "record_steps",
+)
 """Programs of their own: `make bench-planning`, and the recording of the device model's constants."""
 REQUIRED = ("name", "value", "unit")
 SIGNS: dict[str, Callable[[float, float], bool]] = {

@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from bench import planning
-from bench.planning_grid import GRIDS, RATES, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_claims import at_the_end, claims, differences, ratio, seconds, traffic
+from bench.planning_grid import GRIDS, RATES, SAME_RUNS, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_tables import interval, page
 from coordinator.core.planning import registry
 from muster.testbed.simulate import Session
 from muster.testbed.simulated import Outcome, Result, RoundResult
 
 GRID = Grid(cells=(("dbpedia14", 1.0, (0, 1)), ("e2e", 1.0, (0,))), few=frozenset({"e2e"}), rounds=4, tuning=2)
-UNIFORM, HEAD = Method("uniform"), Method("head")
+UNIFORM, HEAD, FEDLORA = Method("uniform"), Method("head"), Method("fedlora")
 
 
 def _result(run: Run, accuracy: float, at: float = 10.0) -> Result:
@@ -41,14 +42,17 @@ def test_all_planners_are_methods_and_inexact_ones_get_the_exact_aggregator_once
     assert {method.strategy for method in found} == set(registry.PLANNERS)
     assert UNIFORM in found and Method("uniform", "fsr") not in found
     assert methods(["uniform"]) == [UNIFORM]
+    # What would be the same run twice is left out.
+    assert Method("hetlora", "fsr") in found and not SAME_RUNS.keys() & {method.name for method in found}
 
 
 def test_every_method_is_tuned_with_the_same_budget_and_never_on_test_rows() -> None:
-    runs = list(tuning_runs(GRID, [UNIFORM, HEAD]))
+    runs = list(tuning_runs(GRID, [FEDLORA, HEAD, UNIFORM]))
     assert [(r.method.name, r.task, r.lr) for r in runs] == [
-        *[(name, "dbpedia14", lr) for name in ("uniform", "head") for lr in RATES],
-        *[("uniform", "e2e", lr) for lr in RATES],
+        *[(name, "dbpedia14", lr) for name in ("fedlora", "head", "uniform") for lr in RATES],
+        *[("fedlora", "e2e", lr) for lr in RATES],
     ]
+    assert {len(method.rates) for method in methods()} == {len(RATES)}
     assert {(r.split, r.rounds, r.stop) for r in runs} == {("validation", 2, False)}
     assert {r.seed for r in runs}.isdisjoint({0, 1})
 
@@ -114,3 +118,40 @@ def test_the_page_has_a_row_for_each_method_the_fastest_first() -> None:
     assert lines[1].startswith("| head | 0.01 | 2 of 2 | 0.6000 ± 0.0000 | - | - |")
     assert "20.0 % ± 0.0 % | 50 % ± 0 % | 0.500" in lines[0]
     assert text.count("Not run.") == 1
+
+
+def _pairs(own: list[float], other: list[float], accuracy: float = 1.8) -> list[tuple[Run, Result]]:
+    runs = [
+        (Run(Method(name), "dbpedia14", 1.0, seed, 1e-3, "test", 2, stop=True), at, reached)
+        for name, times, reached in (("fedpipe", own, 1.8), ("fedlora", other, accuracy))
+        for seed, at in enumerate(times)
+    ]
+    return [(run, _result(run, reached, at)) for run, at, reached in runs]
+
+
+def test_a_ratio_is_the_geometric_mean_over_pairs_of_runs() -> None:
+    # The target is reached in the first round, of which `at` is the end.
+    found = ratio(_pairs([10.0, 10.0], [20.0, 80.0]), "fedpipe", "fedlora", seconds)
+    assert found is not None and found.mean == pytest.approx(40.0 / 10.0)
+    assert (found.pairs, found.open, found.lost) == (2, 0, 0) and found.low < found.mean < found.high
+    bytes_too = ratio(_pairs([10.0, 10.0], [20.0, 80.0]), "fedpipe", "fedlora", traffic)
+    assert bytes_too is not None and bytes_too.mean == pytest.approx(1.0)
+    assert ratio(_pairs([10.0], []), "fedpipe", "fedlora", seconds) is None
+
+
+def test_a_rival_that_does_not_arrive_makes_a_lower_bound_and_an_own_failure_is_no_success() -> None:
+    found = ratio(_pairs([10.0, 10.0], [20.0, 20.0], accuracy=0.1), "fedpipe", "fedlora", seconds)
+    # Its whole run: two rounds.
+    assert found is not None and found.mean == pytest.approx(4.0) and found.open == 2
+    back = ratio(_pairs([10.0, 10.0], [20.0, 20.0], accuracy=0.1), "fedlora", "fedpipe", seconds)
+    assert back is not None and back.lost == 2 and "own runs did not arrive" in str(back)
+    rows = list(claims(_pairs([10.0, 10.0], [30.0, 30.0]), {}))
+    assert any(row.startswith("| `fedpipe` against `fedlora`") and row.endswith("| yes |") for row in rows)
+    assert any("against `full`" in row and "not run" in row for row in rows)
+
+
+def test_differences_are_in_points_seed_by_seed() -> None:
+    found = differences(_pairs([1.0, 1.0], [1.0, 1.0], accuracy=1.0), "fedpipe", "fedlora")
+    # Quality rises to 1.8 and 1.0 in two rounds, of which the mean is taken.
+    assert found == pytest.approx([60.0, 60.0])
+    assert at_the_end(_pairs([1.0], [])[0][1]) == pytest.approx(1.35)

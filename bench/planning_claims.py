@@ -1,0 +1,231 @@
+"""What the runs of `bench/planning.py` say of each claim, and the tables of the studies. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from bench.planning_grid import TASKS, Run
+from bench.planning_studies import STUDIES, Study
+from bench.planning_tables import Results, interval, told
+from muster.testbed import simulated
+
+Reading = Callable[[simulated.Result, float], tuple[float, bool]]
+LAST = 3
+"""Rounds whose mean is the quality at the end of a run: single rounds under skew are noise."""
+
+
+class Ratio(NamedTuple):
+    """How many times more a rival takes than the method: geometric mean over pairs of runs with its 95 % interval.
+
+    `open`: pairs whose rival did not arrive, whose part of the ratio is a lower bound; `lost`: pairs whose method did
+    not arrive, where it is an upper bound.
+    """
+
+    mean: float
+    low: float
+    high: float
+    pairs: int
+    open: int
+    lost: int
+
+    def __str__(self) -> str:
+        spread = "" if math.isnan(self.low) else f" ({self.low:.2f} to {self.high:.2f})"
+        notes = [f"{self.open} rivals' runs did not arrive: at least"] * (self.open > 0)
+        notes += [f"{self.lost} own runs did not arrive: at most"] * (self.lost > 0)
+        return f"{self.mean:.2f}{spread}, {self.pairs} pairs" + "".join(f"; {note}" for note in notes)
+
+
+def seconds(result: simulated.Result, target: float) -> tuple[float, bool]:
+    """(virtual seconds to the target, or of the whole run where it did not arrive; whether it did)."""
+    found = simulated.time_to(result.rounds, target)
+    return (result.rounds[-1].at, False) if found is None else (found, True)
+
+
+def traffic(result: simulated.Result, target: float) -> tuple[float, bool]:
+    """(bytes over all links to the target, or in the whole run; whether it arrived)."""
+    found = simulated.bytes_to(result.rounds, target)
+    if found is None:
+        return float(sum(one.bytes_up + one.bytes_down for one in result.rounds)), False
+    return float(found), True
+
+
+def ratio(results: Results, method: str, rival: str, reading: Reading) -> Ratio | None:
+    """`rival` over `method`, in pairs of runs with the same task, alpha and seed; None where there is no pair."""
+    mine, theirs = (_by_place(results, name) for name in (method, rival))
+    logs, missed, lost = [], 0, 0
+    for place in sorted(mine.keys() & theirs.keys()):
+        target = TASKS[place[0]].target
+        (own, arrived), (other, came) = reading(mine[place], target), reading(theirs[place], target)
+        if not arrived and not came:
+            continue
+        logs.append(math.log(other / own))
+        missed += not came
+        lost += not arrived
+    if not logs:
+        return None
+    mean, half = interval(logs)
+    return Ratio(math.exp(mean), math.exp(mean - half), math.exp(mean + half), len(logs), missed, lost)
+
+
+def claims(results: Results, studies: Mapping[str, Results]) -> Iterator[str]:
+    """The table of claims, line by line."""
+    yield "| claim | measured | must reach | met |"
+    yield "|---|---|---|---|"
+    main = [(run, result) for run, result in results if run.task == "dbpedia14"]
+    for rival in ("fedlora", "fedadapter", "full"):
+        yield _row(
+            f"`fedpipe` against `{rival}`: times faster to the target", ratio(main, "fedpipe", rival, seconds), 2.0
+        )
+    equal = ratio(studies.get("equal", []), "fedpipe", "fedlora", seconds)
+    yield _row("the same on a fleet of equal devices, against `fedlora`", equal, 1.0)
+    yield from _params(main, studies.get("params", []))
+    for rival in ("fedlora", "hetlora", "fedadapter"):
+        yield _row(
+            f"`legend` against `{rival}`: times faster to the target", ratio(main, "legend", rival, seconds), 1.5
+        )
+        yield _row(f"`legend` against `{rival}`: traffic of the rival to the target over its own (1.72: 42 % less)",
+                   ratio(main, "legend", rival, traffic), 1 / (1 - 0.42))  # fmt: skip
+    for name in ("legend", "fedpipe"):
+        shares = [100 * simulated.mean_waiting(result.rounds) for run, result in main if run.method.name == name]
+        if shares:
+            yield _line(f"share of the round that devices wait, `{name}`", f"{fmean(shares):.1f} %", "<= 10 %",
+                        fmean(shares) <= 10)  # fmt: skip
+    yield from _padding(studies.get("padding", []))
+
+
+def _row(claim: str, found: Ratio | None, wanted: float) -> str:
+    if found is None:
+        return _line(claim, "not run", f">= {wanted:.3g}", None)
+    return _line(claim, str(found), f">= {wanted:.3g}", found.mean >= wanted and not found.lost)
+
+
+def _line(claim: str, measured: str, wanted: str, met: bool | None) -> str:
+    return f"| {claim} | {measured} | {wanted} | {'' if met is None else 'yes' if met else '**no**'} |"
+
+
+def _params(main: Results, study: Results) -> Iterator[str]:
+    """Parameters trained, and what they reach against all of them."""
+    shares = [fmean(part.params for one in result.rounds for part in one.devices) for run, result in main
+              if run.method.name == "fedpipe"]  # fmt: skip
+    whole = [part.params for run, result in main if run.method.name == "full" for one in result.rounds
+             for part in one.devices]  # fmt: skip
+    if shares and whole:
+        share = 100 * fmean(shares) / fmean(whole)
+        yield _line("`fedpipe`: parameters that a device trains, of full fine-tuning's", f"{share:.2f} %", "<= 20 %",
+                    share <= 20)  # fmt: skip
+    ends = {run.method.name: at_the_end(result) for run, result in study}
+    if {"fedpipe", "full"} <= ends.keys() and shares and whole:
+        gap = 100 * (ends["full"] - ends["fedpipe"])
+        yield _line(f"`fedpipe` behind full fine-tuning after {study[0][0].rounds} rounds", f"{gap:.1f} points",
+                    "<= 1 point with <= 5 % of the parameters", gap <= 1 and share <= 5)  # fmt: skip
+
+
+def _padding(study: Results) -> Iterator[str]:
+    pairs = differences(study, "hetlora+fsr", "hetlora")
+    if len(pairs) < 2:
+        return
+    mean, half = interval(pairs)
+    yield _line("exact aggregation over zero-padding at unequal ranks, mean difference",
+                f"{mean:.1f} ± {half:.1f} points, lowest {min(pairs):.1f}",
+                "interval above 0, no seed below -0.5", mean - half > 0 and min(pairs) >= -0.5)  # fmt: skip
+
+
+def differences(results: Results, method: str, rival: str) -> list[float]:
+    """Points of quality at the end by which `method` is ahead of `rival`, seed by seed."""
+    mine, theirs = (_by_place(results, name) for name in (method, rival))
+    return [100 * (at_the_end(mine[at]) - at_the_end(theirs[at])) for at in sorted(mine.keys() & theirs.keys())]
+
+
+def at_the_end(result: simulated.Result) -> float:
+    """Mean quality of the last rounds."""
+    found = [q for one in result.rounds[-LAST:] if (q := simulated.quality(one)) is not None]
+    return fmean(found) if found else math.nan
+
+
+def study_table(study: Study, results: Results) -> Iterator[str]:
+    """What a study's runs gave, variant by variant."""
+    target = TASKS["dbpedia14"].target
+    yield "| method | seeds | quality at the end | s to target | s per round | waiting | MB per round | prediction |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for method, variant in study.pairs:
+        mine = [result for run, result in results if (run.method, run.variant) == (method, variant)]
+        if not mine:
+            continue
+        cells = [
+            f"{method.name}{variant and ', ' + variant}", f"{len(mine)} of {len(study.seeds)}",
+            told(mine, at_the_end, "{:.4f}"), told(mine, lambda one: simulated.time_to(one.rounds, target), "{:.0f}"),
+            told(mine, lambda one: one.rounds[-1].at / len(one.rounds), "{:.1f}"),
+            told(mine, lambda one: 100 * simulated.mean_waiting(one.rounds), "{:.1f} %"),
+            told(mine, lambda one: fmean(r.bytes_up + r.bytes_down for r in one.rounds) / 1e6, "{:.2f}"),
+            told(mine, lambda one: 100 * fmean(r.prediction_error for r in one.rounds[1:] or one.rounds), "{:.0f} %"),
+        ]  # fmt: skip
+        yield f"| {' | '.join(cells)} |"
+
+
+def pair_table(results: Results) -> Iterator[str]:
+    """Two devices round by round: what each was asked, and when each was done."""
+    yield "| round | device | bits | batch | highest rank | modules | parameters | done after s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for _, result in results:
+        for one in result.rounds:
+            for part in one.devices:
+                yield (
+                    f"| {one.round} | {part.kind} | {part.bits} | {part.batch} | {part.rank} | {part.modules} "
+                    f"| {part.params} | {part.own_s:.1f} |"
+                )
+
+
+STAGES = ((1, 1), (2, 2), (3, 3), (4, 6), (7, 10), (11, 40))
+"""First and last rounds that a prediction error is averaged over."""
+
+
+def drift_table(results: Results) -> Iterator[str]:
+    """Predicted against measured training time, as planners come to know the fleet and it changes under them."""
+    yield "| method | " + " | ".join(f"round {a}" if a == b else f"{a}-{b}" for a, b in STAGES) + " |"
+    yield "|---" * (len(STAGES) + 1) + "|"
+    for name in sorted({run.method.name for run, _ in results}):
+        rounds = [one for run, result in results if run.method.name == name for one in result.rounds]
+        cells = []
+        for first, last in STAGES:
+            found = [one.prediction_error for one in rounds if first <= one.round <= last]
+            cells.append(f"{100 * fmean(found):.0f} %" if found else "-")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def sections(results: Results, studies: Mapping[str, Results]) -> Iterator[str]:
+    """All that follows the tables of the grid."""
+    drifting = [(run, result) for run, result in results if run.task == "dbpedia14"]
+    if drifting:
+        yield from ("", "## Predicted against measured step time under drifting load", "")
+        yield "Mean of |predicted - trained| / trained seconds over the devices of a round. Power modes, heat, foreign "
+        yield "load and 6 % noise of a step move under the planners; seconds of a device not met before are a guess."
+        yield ""
+        yield from drift_table(drifting)
+    for study in STUDIES:
+        found = studies.get(study.name, [])
+        yield from ("", f"## {study.title}", "")
+        if not found:
+            yield "Not run."
+            continue
+        yield from pair_table(found) if study.name == "pair" else study_table(study, found)
+
+
+def _by_place(results: Results, name: str) -> dict[tuple[str, float, int], simulated.Result]:
+    return {
+        (run.task, run.alpha, run.seed): result for run, result in results if _called(run) == name and result.rounds
+    }
+
+
+def _called(run: Run) -> str:
+    return run.method.name
+
+
+def cost(seconds: Sequence[Mapping[str, object]], runs: Sequence[Run]) -> tuple[float, float, int]:
+    """(wall minutes, CPU minutes, runs counted) of `runs`, from the lines of `seconds.jsonl`."""
+    names = {run.name for run in runs}
+    mine = [one for one in seconds if one["run"] in names]
+    wall, cpu = (sum(float(str(one[key])) for one in mine) / 60 for key in ("wall_s", "cpu_s"))
+    return wall, cpu, len(mine)

@@ -37,7 +37,7 @@ model = "minilm"
 kind = "classification"
 max_tokens = 48
 [rounds]
-count = 8
+count = 12
 local_steps = 15
 deadline_s = 600
 [strategy]

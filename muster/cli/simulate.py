@@ -14,7 +14,7 @@ EPILOG = "Example: [bold]muster simulate --devices 80 --data dbpedia14 --strateg
 
 def simulate(
     devices: Annotated[int, typer.Option(min=1, max=10_000, help="How many virtual devices.")] = 80,
-    profile: Annotated[str, typer.Option(help="Kind of fleet: jetson or equal.")] = "jetson",
+    profile: Annotated[str, typer.Option(help="Kind of fleet: jetson, jetson-roomy, equal or pair.")] = "jetson",
     data: Annotated[
         str,
         typer.Option(

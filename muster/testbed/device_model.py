@@ -18,7 +18,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from statistics import NormalDist
 from typing import Literal
@@ -100,6 +100,8 @@ class Kind:
     knee: float
     holds: int
     room: int
+    whole: bool = False
+    """Whether its memory holds the moments of the whole base beside it, so that all of it can be tuned."""
 
 
 KINDS = (
@@ -114,11 +116,13 @@ for so many samples beside the base at the bits that one of billions of paramete
 small base weigh little against its activations, so memory bounds batches more often than bits."""
 PROFILES: dict[str, tuple[Kind, ...]] = {
     "jetson": KINDS,
+    "jetson-roomy": tuple(replace(kind, holds=32, room=96, whole=True) for kind in KINDS),
     "equal": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 16, 40),),
     "pair": (Kind("small", 0.5, 0.1, 6.0, 20.0, 4, 4), Kind("large", 0.5, 0.1, 6.0, 20.0, 16, 40)),
 }
-"""Name -> the classes of a fleet. `equal` has one class; `pair` two of equal speed and unequal memory. All but
-`jetson` have neither power modes nor other programs."""
+"""Name -> the classes of a fleet. `equal` has one class; `pair` two of equal speed and unequal memory; neither has
+power modes or other programs. `jetson-roomy` is `jetson` with memory enough to tune the base itself, which no Jetson has:
+what full fine-tuning is granted, so that it can be compared at all."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +331,7 @@ class MemoryTable:
 def fleet(profile: str, count: int, seed: int) -> list[Device]:
     """`count` devices of a profile in the shares of its classes, in an order drawn by each device's own hash."""
     kinds = PROFILES[profile]
-    restless = profile == "jetson"
+    restless = profile.startswith("jetson")
     width = max(2, len(str(count)))
     found = []
     for number in range(count):

@@ -64,7 +64,7 @@ class VirtualDevice:
     @property
     def bits(self) -> tuple[Bits, ...]:
         """Precisions that its kernels run."""
-        return BITS
+        return (*BITS, 32) if self.model.kind.whole else BITS
 
     @property
     def kernel_kills(self) -> bool:
@@ -86,7 +86,8 @@ class VirtualDevice:
         """Bytes that its programs may use: the base at the bits it holds, its room for samples, and a reserve."""
         shape, kind, linears = self.clock.base.shape, self.model.kind, self.clock.base.linears
         everything = sum(out + inp for out, inp, _ in linears.values())
-        work = dm.StepWork(kind.holds, kind.room, 0, RANK * everything + self.clock.base.dense, len(linears))
+        tuned = shape.linear_params + shape.other_params if kind.whole else RANK * everything
+        work = dm.StepWork(kind.holds, kind.room, 0, tuned + self.clock.base.dense, len(linears))
         return int(
             max(
                 (self.clock.memory.peak(shape, work) + DAEMON_BYTES) / 0.95,

@@ -121,7 +121,7 @@ PROFILES: dict[str, tuple[Kind, ...]] = {
     "pair": (Kind("small", 0.5, 0.1, 6.0, 20.0, 4, 4), Kind("large", 0.5, 0.1, 6.0, 20.0, 16, 40)),
 }
 """Name -> the classes of a fleet. `equal` has one class; `pair` two of equal speed and unequal memory; neither has
-power modes or other programs. `jetson-roomy` is `jetson` with memory enough to tune the base itself, which no Jetson has:
+power modes or other programs. `jetson-roomy` is `jetson` with memory enough to tune the base itself, as no Jetson has:
 what full fine-tuning is granted, so that it can be compared at all."""
 
 

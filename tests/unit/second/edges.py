@@ -44,6 +44,7 @@ class Edge:
     memory: int = 4096 * MIB
     bits: tuple[Bits, ...] = (4, 8, 16, 32)
     rows: int = 5000
+    data: str = "news"
     agents: int = 1
     gpu: bool = False
     flops: float = 1e10
@@ -65,7 +66,7 @@ class Edge:
         gpus = [Gpu(uuid=f"GPU-{n}", memory_bytes=self.memory) for n in range(self.agents)] if self.gpu else []
         return DeviceInfo(
             epoch=1, cores=self.cores, memory_bytes=self.memory, bits=list(self.bits), agent_bytes=200 * MIB,
-            agents=self.agents, gpus=gpus, datasets={"news": DatasetFacts(rows=self.rows)},
+            agents=self.agents, gpus=gpus, datasets={self.data: DatasetFacts(rows=self.rows)},
         )  # fmt: skip
 
     def load(self, seq: int) -> Load:

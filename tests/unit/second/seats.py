@@ -165,22 +165,27 @@ def drafted(scene: Scene, need: Need) -> list[Seat]:
     return [seat for seat in found if seat is not None]
 
 
+def median_s(scene: Scene, taking: list[Seat], needs: Sequence[Need]) -> float:
+    """The median device's time for all steps at the job's batch, undisturbed."""
+    steps, strategy = scene.job.rounds.local_steps, scene.job.strategy
+    batch = min(max(strategy.batch, strategy.batch_min), max(strategy.batch_min, strategy.batch_max))
+    times = []
+    for seat, need in zip(taking, needs, strict=True):
+        alone = replace(seat.free, foreign=0.0, left=seat.free.cores)
+        fixed, sample = scene.fleet.pace(seat.device, need, seat.bits, alone)
+        times.append(steps * (fixed + sample * batch))
+    return statistics.median(times)
+
+
 def lefts(
     scene: Scene, taking: list[Seat], needs: Sequence[Need], ranks: Sequence[Mapping[str, int]], bound: int
 ) -> list[float]:
     """Seconds that each has for its steps: the median's time undisturbed, + 20 %, less what its link takes too long."""
-    steps, strategy = scene.job.rounds.local_steps, scene.job.strategy
-    batch = min(max(strategy.batch, strategy.batch_min), max(strategy.batch_min, strategy.batch_max))
-    times, moves = [], []
-    for seat, need, own in zip(taking, needs, ranks, strict=True):
-        alone = replace(seat.free, foreign=0.0, left=seat.free.cores)
-        fixed, sample = scene.fleet.pace(seat.device, need, seat.bits, alone)
-        times.append(steps * (fixed + sample * batch))
-        moves.append(transfer(scene, seat, own, bound))
-    target = 1.2 * statistics.median(times)
+    moves = [transfer(scene, seat, own, bound) for seat, own in zip(taking, ranks, strict=True)]
+    target = 1.2 * median_s(scene, taking, needs)
     if scene.fleet.known:
         target = min(target, 0.9 * scene.job.rounds.deadline_s)
-    return [max(0.0, target - max(0.0, moved - statistics.median(moves))) for moved in moves]
+    return [max(0.0, target - max(0.0, took - statistics.median(moves))) for took in moves]
 
 
 AVERAGED = ("fedlora", "hetlora", "ffa", "fedex", "full", "fedadapter")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from tests.unit.reason_checks import Said, Spot, close, close_mib, close_s, equal, judged
+from tests.unit.reason_checks import judged
 from tests.unit.reason_plans import LEFT_OUT, check_refused, matched
+from tests.unit.reason_scene import Said, Spot, close, close_mib, close_s, equal
 from tests.unit.second import fedpipe
 from tests.unit.second.costs import MIB, Need, need_of, tuned
 from tests.unit.second.seats import fits, held, limit_of, moved, sizes_of, transfer

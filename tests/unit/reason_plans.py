@@ -6,8 +6,9 @@ import re
 from collections.abc import Callable
 
 from coordinator.core.planning.base import Plan
-from tests.unit.reason_checks import Round, Said, budget_of, close, close_mib, close_s, equal
+from tests.unit.reason_checks import budget_of
 from tests.unit.reason_grammar import BUDGET, f, m, n, parse, parts, s
+from tests.unit.reason_scene import Round, Said, close, close_mib, close_s, equal
 from tests.unit.second.costs import Need
 from tests.unit.second.seats import Seat, limit_of, median_s, seats, sizes_of
 

@@ -23,8 +23,8 @@ from coordinator.core.planning import reasons, registry
 from shared.jobs import Bits, JobSpec, RoundsSpec
 from tests.unit import reason_checks, reason_notes, reason_plans
 from tests.unit.planning_cases import job, minilm
-from tests.unit.reason_checks import Round, Spot
 from tests.unit.reason_grammar import FORMS, NOTES, NOTES_OF, Reason, parse
+from tests.unit.reason_scene import Round, Spot
 from tests.unit.second.costs import Fleet
 from tests.unit.second.edges import MIB, Edge, Table
 from tests.unit.second.history import Story, read

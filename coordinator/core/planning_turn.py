@@ -37,11 +37,12 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
     # Of a sample one able device is enough: more were ready to be drawn from.
     need = 1 if rounds.sample else need
     draw = Draw(job.spec.seed, job.committed + 1, job.attempt + 1)
+    seen: list[FleetView] = []
 
     def plan_of(taken: Sequence[str]) -> Plan:
         wanted = set(taken)
-        view = _view(state, job, [known for known in able if known.device in wanted], event.now)
-        return job.planner.plan(view, job.spec)
+        seen.append(_view(state, job, [known for known in able if known.device in wanted], event.now))
+        return job.planner.plan(seen[-1], job.spec)
 
     try:
         plan = plan_over([known.device for known in able], rounds.sample, draw, plan_of)
@@ -52,20 +53,20 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
         left = "; ".join(f"{device}: {why}" for device, why in sorted(plan.left_out.items())[:5])
         _notice(turn, job, f"{len(plan.participants)} of {need} devices can take part ({left})")
         return
-    loads = {known.device: known.load for known in able if known.load and known.device in plan.participants}
-    turn.record(
-        rec.RoundPlanned(
-            job=job.id,
-            round=job.committed + 1,
-            attempt=job.attempt + 1,
-            plan=plan,
-            digest=plan_digest(plan),
-            loads=loads,
-            ts=event.ts,
-        )  # fmt: skip
-    )
+    # The plan is that of the last draw.
+    turn.record(_planned(job, plan, seen[-1], event.ts))
     notices = {name: text for name, text in state.notices.items() if name != job.id}
     turn.update(notices=notices)
+
+
+def _planned(job: Job, plan: Plan, view: FleetView, ts: float) -> rec.RoundPlanned:
+    """The record of `plan`, with all of `view` that the log does not hold already."""
+    loads = {candidate.device: candidate.load for candidate in view.candidates if candidate.load}
+    return rec.RoundPlanned(
+        job=job.id, round=view.round, attempt=job.attempt + 1, plan=plan, digest=plan_digest(plan),
+        loads=loads, load_ages={one.device: one.load_age_s for one in view.candidates if one.device in loads},
+        infos={one.device: one.info for one in view.candidates}, fresh_s=view.fresh_s, ts=ts,
+    )  # fmt: skip
 
 
 def _view(state: State, job: Job, able: list[Presence], now: float) -> FleetView:

@@ -12,7 +12,7 @@ import msgspec
 from coordinator.core.facts import Metrics, ModelFacts
 from coordinator.core.planning.base import Plan
 from shared.jobs import JobSpec
-from shared.messages import BlobRef, Load, UpdateFacts
+from shared.messages import BlobRef, DeviceInfo, Load, UpdateFacts
 
 Ending = Literal["finished", "cancelled", "failed", "paused"]
 
@@ -48,14 +48,23 @@ class BaselineEvaluated(Record, frozen=True, kw_only=True):
 
 
 class RoundPlanned(Record, frozen=True, kw_only=True):
-    """The plan of a round; from here on the round is never planned again unless it is repeated."""
+    """The plan of a round; from here on the round is never planned again unless it is repeated.
+
+    With the records before it, it holds all that the planner saw: from the log alone the plan can be made again.
+    """
 
     round: int
     attempt: int
     plan: Plan
     digest: str
     loads: dict[str, Load]
-    """The load of each participant as the planner saw it, so that a replay learns the same."""
+    """The load of each candidate that was heard, as the planner saw it, so that a replay learns the same."""
+    load_ages: dict[str, float] = {}
+    """Seconds since that load arrived."""
+    infos: dict[str, DeviceInfo] = {}
+    """Each candidate that the plan was made over, those it leaves out included."""
+    fresh_s: float = 0.0
+    """A load older than this was stale."""
     ts: float
 
 

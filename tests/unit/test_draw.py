@@ -51,6 +51,7 @@ def test_the_plan_is_over_the_drawn_devices_and_says_so() -> None:
     assert sorted(d for d, why in planned.plan.left_out.items() if why == NOT_DRAWN) == sorted(
         set(DEVICES[:6]) - set(planned.plan.participants)
     )
+    assert planned.infos.keys() == planned.loads.keys() == planned.load_ages.keys() == planned.plan.participants.keys()
     rig.restart()
     assert rig.job.round is not None and sorted(rig.job.round.participants) == sorted(planned.plan.participants)
 

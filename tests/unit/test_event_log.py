@@ -5,10 +5,12 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from coordinator.adapters.event_log import LogUnavailable, SqliteEventLog
 from coordinator.core import events as ev
+from coordinator.core import records as rec
 from coordinator.core.job import BrokenLog, apply
 from shared.errors import UserError
 from tests.unit.machine_rig import Rig
@@ -37,6 +39,20 @@ def test_a_reopened_log_gives_the_same_jobs(tmp_path: Path) -> None:
         job = apply(job, record)
     assert job == rig.job
     assert again.of_job("another") == []
+
+
+def test_a_plan_is_read_that_was_logged_without_what_its_devices_can(tmp_path: Path) -> None:
+    rig = story()
+    log = SqliteEventLog(tmp_path / "log")
+    log.append(rig.log)
+    kind, added = rec.RoundPlanned.__name__, ("infos", "load_ages", "fresh_s")
+    seq, body = log._db.execute("SELECT seq, body FROM records WHERE kind = ?", (kind,)).fetchone()
+    older = {key: value for key, value in msgspec.msgpack.decode(body).items() if key not in added}
+    log._db.execute("UPDATE records SET body = ? WHERE seq = ?", (msgspec.msgpack.encode(older), seq))
+    job = None
+    for record in log.replay():
+        job = apply(job, record)
+    assert job == rig.job
 
 
 def test_terms_rise_over_restarts(tmp_path: Path) -> None:

@@ -198,7 +198,7 @@ def test_a_device_that_can_not_hold_the_trial_stays_with_the_present_one() -> No
     plan = planner.plan(view, wide)
     assert shapes_of(plan) == {"a": (2, 300), "b": (2, 300), "c": (2, 384)}
     told = plan.participants["b"].reasons["rank"]
-    assert told.endswith("its memory does not hold the trial of depth 3, width 300 at 32 bits")
+    assert told.endswith("the trial of depth 3, width 300 would leave memory for 16 bits only, this leaves it for 32")
     assert PATTERN.fullmatch(told) and {work.bits for work in plan.participants.values()} == {32}
 
 

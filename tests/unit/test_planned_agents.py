@@ -40,7 +40,7 @@ def test_every_gpu_of_a_device_trains() -> None:
     assert plan.participants["a"].batch == plan.participants["b"].batch, "each has a GPU of its own"
     assert "agents" not in plan.participants["a"].reasons
     reason = plan.participants["b"].reasons["agents"]
-    assert reason == "agents 2: 2 ready on the device meets 2500 rows or more for each"
+    assert reason == "agents 2: 2 ready, 2 GPUs and 5000 rows on the device meets 1 GPU and 1 row for each"
     assert PATTERN.fullmatch(reason)
 
 

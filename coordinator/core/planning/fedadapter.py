@@ -86,7 +86,10 @@ class FedAdapterPlanner(msgspec.Struct, frozen=True, kw_only=True):
         if group:
             chosen = choose_bits(draft.place, ranked.need, job, self.model, draft.least)
             if isinstance(chosen, str) or chosen[0] != draft.bits:
-                note = f"its memory does not hold the trial of {shape_of(ranked.ranks)} at {draft.bits} bits"
+                trial = f"the trial of {shape_of(ranked.ranks)}"
+                note = f"its memory does not hold {trial}"
+                if not isinstance(chosen, str):
+                    note = f"{trial} would leave memory for {chosen[0]} bits only, this leaves it for {draft.bits}"
                 ranked = choices[0]
             else:
                 draft = draft._replace(bits_reason=chosen[1])

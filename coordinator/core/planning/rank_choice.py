@@ -141,14 +141,13 @@ def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> tuple
 def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
     """The best choice of each device."""
     options = _Options(sites, task)
-    values, levels = _solve(options, task, exactly)
-    flat = values.reshape(len(sites), -1)
+    solved = _solve(options, task, exactly)
+    flat = solved.values.reshape(len(sites), -1)
     best = flat.max(axis=1)
     # Options are ordered by what is taken of equal ones.
     first = np.argmax(flat >= best[:, None] * (1 - _TIE), axis=1)
-    rows = [tuple(row) for row in levels.tolist()]
     return [
-        _choice(index, options, values, rows, place) if worth > 0 else _least(index, options, task)
+        _choice(index, options, solved, place) if worth > 0 else _least(index, options, task)
         for index, (worth, place) in enumerate(zip(best.tolist(), first.tolist(), strict=True))
     ]
 
@@ -197,18 +196,32 @@ def _time_rooms(sites: Sequence[Site], batches: Levels, task: Task) -> Numbers:
     return rooms
 
 
-def _solve(options: _Options, task: Task, exactly: bool) -> tuple[Numbers, Levels]:
-    """(J of each option, the levels of each capacity)."""
+class _Solved(NamedTuple):
+    """`values`: J of each option; `levels`: of each capacity. `known`: J of each option that need not be its best, and
+    `how` it is known."""
+
+    values: Numbers
+    known: Numbers
+    how: str
+    levels: list[tuple[int, ...]]
+
+
+def _solve(options: _Options, task: Task, exactly: bool) -> _Solved:
+    """Every option's J, exact for the best of a device where that is asked."""
     levels = knapsack.greedy(task.items, options.capacities)
     worth = knapsack.values(task.items, levels)
     share = 1 - np.array(UNDER_TRAINING)
     fits = options.places >= 0
+    known, how = worth, "by the greedy"
     if exactly:
         most = knapsack.bound(task.items, options.capacities)
         solved = np.zeros(len(worth), dtype=bool)
         for places, fit in zip(options.places, fits, strict=True):
             _solve_exactly(places, fit, share, task.items, options.capacities, most, levels, worth, solved)
-    return np.where(fits, share * worth[options.places], -1.0), levels
+        # What was not solved is known by its bound alone; where the greedy finds no room there is none.
+        known, how = np.where(solved | (worth <= 0), worth, most), "at most"
+    values, told = (np.where(fits, share * found[options.places], -1.0) for found in (worth, known))
+    return _Solved(values, told, how, [tuple(row) for row in levels.tolist()])
 
 
 def _solve_exactly(
@@ -230,20 +243,21 @@ def _solve_exactly(
         solved[place] = True
 
 
-def _choice(index: int, options: _Options, values: Numbers, levels: Sequence[tuple[int, ...]], flat: int) -> Choice:
+def _choice(index: int, options: _Options, solved: _Solved, flat: int) -> Choice:
     """The option at place `flat` of a device's."""
     one = options.sites[index]
     row, under = divmod(flat, len(UNDER_TRAINING))
-    best, above = float(values[index, row, under]), one.note
+    best, above = float(solved.values[index, row, under]), one.note
     if row:
-        size, rival = options.batches[index, row - 1], float(values[index, row - 1].max())
+        size, rival = options.batches[index, row - 1], float(solved.known[index, row - 1].max())
+        told = f"{size} would give J {rival:.3f} {solved.how}"
         most = f"{UNDER_TRAINING[-1]:.0%} of the steps undone"
-        above = f"{size} would give J {rival:.3f}" if rival > 0 else f"{size} has no room for ranks even with {most}"
+        above = told if rival > 0 else f"{size} has no room for ranks even with {most}"
     return Choice(
         batch=int(options.batches[index, row]),
         under=UNDER_TRAINING[under],
         steps=steps_at(UNDER_TRAINING[under], one.left.steps),
-        levels=levels[options.places[index, row, under]],
+        levels=solved.levels[options.places[index, row, under]],
         objective=best,
         room=int(min(float(options.rooms[index, row, under]), 2.0**53)),
         by_memory=bool(options.by_memory[index, row, under]),

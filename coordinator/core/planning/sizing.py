@@ -37,6 +37,8 @@ class Seat(NamedTuple):
     rows: int
     caution: str
     agents: int = 1
+    all_rows: int = 0
+    """Of the device."""
 
 
 class Target(NamedTuple):
@@ -88,14 +90,19 @@ def seat(candidate: Candidate, job: JobSpec, fresh_s: float, model: CostModel) -
     agents = max(1, min(info.agents, data.rows, len(info.gpus) or math.ceil(info.cores)))
     return Seat(
         candidate.device, info, capacity(info, load, agents), budget(info, load, own, agents), data.rows // agents,
-        caution, agents,
+        caution, agents, data.rows,
     )  # fmt: skip
 
 
 def agents_reason(place: Seat) -> str:
     """Why so many agents of a device with several train."""
-    ready = f"{place.info.agents} ready on the device"
-    return word("agents", place.agents, ready, f"{plural(place.rows, 'row')} or more for each")
+    info, rows = place.info, place.all_rows
+    if info.gpus:
+        has, each = plural(len(info.gpus), "GPU"), "1 GPU"
+    else:
+        has, each = f"{info.cores:.2f} cores", "1 core or part of one"
+    reading = f"{info.agents} ready, {has} and {plural(rows, 'row')} on the device"
+    return word("agents", place.agents, reading, f"{each} and 1 row for each")
 
 
 def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least: int) -> tuple[Bits, str] | str:
@@ -111,14 +118,15 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
     for bits in proven:
         limit = model.batch_limit(place.device, bits)
         if limit is not None and limit < least:
-            told.append(f"{bits} bits ran out of memory above batch {limit}")
+            if not fitting:
+                told.append(f"{bits} bits ran out of memory above batch {limit}")
             continue
         size, why = model.memory(place.device, need, bits, least, place.info)
         if place.budget.holds(size, proven=model.has_run(place.device, need, bits, least, place.budget.limit)):
             fitting.append((bits, size, why))
             if not place.caution or len(fitting) == 2:
                 break
-        else:
+        elif not fitting:
             told.append(f"{bits} bits would take {mebibytes(size)}")
     if not fitting:
         return f"memory: {'; '.join(told)} at batch {least}, over {place.budget}"
@@ -126,6 +134,10 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
     if len(fitting) == 2 and place.budget.limit and size > SMALL_MARGIN * place.budget.bytes:
         told.append(f"{place.caution}: cautious {fitting[1][0]} bits instead of {bits}, which takes {mebibytes(size)}")
         bits, size, why = fitting[1]
+    if asked != "auto":
+        told.append(f"{bits} bits asked")
+    elif bits == proven[0] < 32:
+        told.append(f"{bits} bits are the most proven here")
     bound = str(place.budget)
     if not place.budget.holds(size):
         bound = f"{mebibytes(place.budget.limit)} memory limit by having run under it"

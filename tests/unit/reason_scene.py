@@ -1,0 +1,181 @@
+"""A plan with all that its planner was given, as the checks of reasons see it; and when a number is told right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from msgspec.structs import replace as with_fields
+
+from shared.jobs import JobSpec
+from shared.messages import Work
+from tests.unit.reason_grammar import Reason
+from tests.unit.second import fedpipe, legend
+from tests.unit.second.costs import MIB, Need, need_of, tuned
+from tests.unit.second.seats import Scene, Seat, lefts, seats
+
+Said = Mapping[str, str]
+
+
+def close(told: str, value: float) -> None:
+    """`told` is `value`, rounded to the digits that are told."""
+    digits = len(told.partition(".")[2]) if "e" not in told else 0
+    assert abs(float(told) - value) <= 0.5 * 10**-digits + 1e-9, (told, value)
+
+
+def close_s(told: str, value: float) -> None:
+    """Seconds: whole ones from 100 on, else three digits."""
+    assert abs(float(told) - value) <= (0.51 if value >= 100 else 0.0051 * value + 1e-12), (told, value)
+
+
+def close_mib(told: str, size: float) -> None:
+    assert abs(int(told) - size / MIB) <= 0.5 + 1e-6, (told, size / MIB)
+
+
+def equal(told: str, value: float) -> None:
+    assert float(told) == value, (told, value)
+
+
+@dataclass
+class Round:
+    """A plan with all that its planner was given. `scene.job` is as asked, `job` as the planner turns it."""
+
+    scene: Scene
+    name: str
+
+    @property
+    def works(self) -> dict[str, Work]:
+        return self.scene.planned.record.plan.participants
+
+    @cached_property
+    def seats(self) -> dict[str, Seat]:
+        """The participants, at their bits."""
+        found = {seat.device: seat for seat in seats(self.scene)}
+        return {
+            device: Seat(**{**vars(found[device]), "bits": work.bits}) for device, work in sorted(self.works.items())
+        }
+
+    @property
+    def scoring(self) -> bool:
+        return any(work.score for work in self.works.values())
+
+    @cached_property
+    def scores(self) -> tuple[dict[str, float], int]:
+        return fedpipe.scores_of(self.scene.planned.past, self.scene.job.strategy.max_share)
+
+    @cached_property
+    def job(self) -> JobSpec:
+        """`full` has one precision, a round of scoring a low rank."""
+        strategy = self.scene.job.strategy
+        if self.name == "full":
+            strategy = with_fields(strategy, bits=32)
+        if self.scoring:
+            strategy = with_fields(strategy, rank=min(8, strategy.rank))
+        return with_fields(self.scene.job, strategy=strategy)
+
+    @cached_property
+    def task(self) -> fedpipe.Task:
+        """Of `fedpipe` in a round that scores nothing."""
+        modules, (scores, _) = tuned(self.scene.facts, self.job), self.scores
+        known = {one.name: scores[one.name] for one in modules if scores.get(one.name, 0) > 0}
+        return fedpipe.task_of(self.scene, fedpipe.smallest(known, modules), scores)
+
+    @cached_property
+    def chosen(self) -> legend.Choice:
+        return legend.choose(self.scene)
+
+    @property
+    def bound(self) -> int:
+        """Of the global adapter's rank."""
+        return self.scene.global_rank(self.job.strategy.rank)
+
+    def ranks(self, device: str) -> dict[str, int]:
+        """That costs are counted with; `head` is planned as if LoRA were trained."""
+        rank = self.job.strategy.rank
+        if self.name == "head":
+            return {one.name: min(rank, one.out, one.inp) for one in tuned(self.scene.facts, self.job)}
+        return self.works[device].ranks
+
+    def need(self, device: str) -> Need:
+        bound = 0 if self.name in ("fedadapter", "full") else self.bound
+        if self.name == "legend":
+            bound = self.scene.global_rank(self.chosen.by_block[-1])
+        return need_of(self.scene.facts, self.job, self.ranks(device), bound)
+
+    @cached_property
+    def needs(self) -> list[Need]:
+        """That the round target is made of, by participant."""
+        if self.name == "fedpipe" and not self.scoring:
+            need = need_of(self.scene.facts, self.job, self.task.most, self.task.bound)
+            return [need] * len(self.seats)
+        return [self.need(device) for device in self.seats]
+
+    @cached_property
+    def least(self) -> Need:
+        """What a device must hold at least to take part."""
+        if self.name == "legend":
+            return self.chosen.needs[0]
+        if self.name == "fedpipe" and not self.scoring:
+            return self.task.need
+        device = min(self.works, key=lambda one: sum(self.works[one].ranks.values()))
+        if self.name in ("hetlora", "flexlora", "flora"):
+            rank = min(2, self.job.strategy.rank)
+            ranks = {one.name: min(rank, one.out, one.inp) for one in tuned(self.scene.facts, self.job)}
+            return need_of(self.scene.facts, self.job, ranks, self.bound)
+        return self.need(device)
+
+    @cached_property
+    def lefts(self) -> dict[str, float]:
+        """Seconds that each participant has for its steps."""
+        taking = list(self.seats.values())
+        if self.name == "fedpipe" and not self.scoring:
+            found = fedpipe.lefts_of(self.scene, self.task, taking)
+        else:
+            found = lefts(self.scene, taking, self.needs, [self.ranks(one) for one in self.seats], self.bound)
+        return dict(zip(self.seats, found, strict=True))
+
+
+@dataclass
+class Spot:
+    """One number of one device, about to be checked."""
+
+    round: Round
+    device: str
+    reason: Reason
+
+    @property
+    def scene(self) -> Scene:
+        return self.round.scene
+
+    @property
+    def job(self) -> JobSpec:
+        return self.round.job
+
+    @property
+    def work(self) -> Work:
+        return self.round.works[self.device]
+
+    @property
+    def seat(self) -> Seat:
+        return self.round.seats[self.device]
+
+    @property
+    def place(self) -> legend.Place:
+        return next(one for one in self.round.chosen.places if one.seat.device == self.device)
+
+    def step_s(self, need: Need, batch: int) -> float:
+        fixed, sample = self.scene.fleet.pace(self.device, need, self.work.bits, self.seat.free)
+        return fixed + sample * batch
+
+    def size(self, need: Need, bits: int, batch: int) -> float:
+        return self.scene.fleet.memory(self.device, self.seat.info, need, bits, batch)
+
+    @property
+    def bits_need(self) -> Need:
+        """What bits and batches are judged by."""
+        if self.round.name == "legend":
+            return self.round.chosen.needs[0]
+        if self.round.name == "fedpipe" and not self.round.scoring:
+            return self.round.task.need
+        return self.round.need(self.device)

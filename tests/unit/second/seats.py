@@ -1,0 +1,252 @@
+"""Who may take part, at which precision, and the plan of `uniform`, written a second time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from coordinator.core.facts import ModelFacts
+from shared.jobs import JobSpec
+from shared.messages import DeviceInfo, Load
+from tests.unit.second.costs import MIB, Fleet, Free, Need, free_of, need_of, traffic, tuned
+from tests.unit.second.history import Planned
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What a device offers. Bytes are an agent's; `limit` 0: not told."""
+
+    device: str
+    info: DeviceInfo
+    free: Free
+    limit: int
+    foreign: int
+    budget: int
+    rows: int
+    agents: int
+    careful: bool
+    bits: int = 0
+
+    def holds(self, size: float, *, ran: bool) -> bool:
+        if not self.limit or (ran and not self.foreign):
+            return True
+        return size <= (self.limit - self.foreign if ran else self.budget)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a plan asks of a device."""
+
+    ranks: dict[str, int]
+    batch: int
+    bits: int
+    steps: int
+    agents: int
+    seconds: float
+    score: bool = False
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A moment at which a round is planned."""
+
+    planned: Planned
+    job: JobSpec
+    facts: ModelFacts
+    fleet: Fleet
+
+    @property
+    def bound(self) -> int:
+        """Of the global adapter's rank, but for the factor that follows from the job's."""
+        agents = sum(info.agents for info in self.planned.record.infos.values())
+        return (self.planned.record.round - 1) * agents
+
+    def global_rank(self, rank: int) -> int:
+        """No more than the aggregator of the strategy keeps."""
+        strategy = self.job.strategy
+        if strategy.name in ("fedlora", "hetlora", "flexlora", "ffa"):
+            return min(strategy.rank, self.bound * rank)
+        if strategy.name in ("flora", "fedex"):
+            return self.bound * rank
+        return min(strategy.global_rank, self.bound * rank)
+
+
+def seats(scene: Scene) -> list[Seat]:
+    """All who have data and a precision, by id."""
+    record = scene.planned.record
+    found = []
+    for device, info in sorted(record.infos.items()):
+        data = info.datasets.get(scene.job.task.dataset)
+        if info.problem or not info.bits or data is None or data.rows < 1:
+            continue
+        load = record.loads.get(device)
+        agents = max(1, min(info.agents, data.rows, len(info.gpus) or math.ceil(info.cores)))
+        known = scene.fleet.known.get(device)
+        own = max(info.agent_bytes, known.own if known else 0)
+        limit, foreign, reserve, share = _memory(info, load, own, agents)
+        found.append(
+            Seat(
+                device, info, free_of(info, load, agents), limit // share, foreign // share,
+                max(0, limit - reserve - foreign) // share, data.rows // agents, agents,
+                load is None or record.load_ages[device] > record.fresh_s,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _memory(info: DeviceInfo, load: Load | None, own: int, agents: int) -> tuple[int, int, int, int]:
+    """(limit, foreign, reserve) of the machine, and the agents that share it."""
+    gpus = [gpu.memory_bytes for gpu in info.gpus if gpu.memory_bytes]
+    if gpus:
+        limit, share = min(gpus), 1
+        foreign = max([gpu.foreign_memory or 0 for gpu in load.gpus] or [0]) if load else 0
+    elif load is None or not load.memory_limit:
+        limit, foreign, share = info.memory_bytes, 0, agents
+    else:
+        limit, foreign, share = min(load.memory_limit, info.memory_bytes or load.memory_limit), 0, agents
+        if load.memory_available:
+            ours = max(own * agents + 48 * MIB, load.own_memory)
+            used = max(0, load.memory_limit - load.memory_available - ours)
+            foreign = max(0, used - (load.memory_limit - limit))
+    reserve = max(limit // 20, 64 * MIB) if limit else 0
+    return limit, foreign if foreign > reserve else 0, reserve, share
+
+
+def sizes_of(job: JobSpec) -> list[int]:
+    """The batches to choose from, rising."""
+    least, most = job.strategy.batch_min, max(job.strategy.batch_min, job.strategy.batch_max)
+    middle = min(max(job.strategy.batch, least), most)
+    halves = [middle // 2**n for n in range(20) if middle % 2**n == 0]
+    found = {least, *halves, *(middle * 2**n for n in range(20))}
+    found = {size for size in found if least <= size <= most}
+    return sorted([size for size in found if size % job.training.accumulation == 0] or found)
+
+
+def has_run(scene: Scene, seat: Seat, need: Need, bits: int, batch: int) -> bool:
+    known = scene.fleet.known.get(seat.device)
+    peak = known.peaks.get(bits) if known else None
+    return (
+        peak is not None and peak.micro >= need.micro(batch) and peak.trained >= need.trained
+        and peak.activations >= need.activations[32] and 0 < peak.limit <= seat.limit
+    )  # fmt: skip
+
+
+def fits(scene: Scene, seat: Seat, need: Need, bits: int, batch: int) -> bool:
+    size = scene.fleet.memory(seat.device, seat.info, need, bits, batch)
+    return seat.holds(size, ran=has_run(scene, seat, need, bits, batch))
+
+
+def limit_of(scene: Scene, seat: Seat, bits: int) -> float:
+    """The largest batch that ever fitted, as far as memory ran out."""
+    known = scene.fleet.known.get(seat.device)
+    return known.limits.get(bits, math.inf) if known else math.inf
+
+
+def with_bits(scene: Scene, seat: Seat, need: Need, batch: int) -> Seat | None:
+    """The seat at the largest precision that holds `batch`; one lower where it is tight and the reading is old."""
+    asked = scene.job.strategy.bits
+    able = [
+        bits for bits in sorted(seat.info.bits, reverse=True)
+        if asked in ("auto", bits) and limit_of(scene, seat, bits) >= batch and fits(scene, seat, need, bits, batch)
+    ]  # fmt: skip
+    if not able:
+        return None
+    size = scene.fleet.memory(seat.device, seat.info, need, able[0], batch)
+    tight = seat.careful and seat.limit > 0 and size > 0.8 * seat.budget
+    return replace(seat, bits=able[1] if tight and len(able) > 1 else able[0])
+
+
+def drafted(scene: Scene, need: Need) -> list[Seat]:
+    """Who holds `need` with the smallest batch."""
+    least = sizes_of(scene.job)[0]
+    found = (with_bits(scene, seat, need, min(least, seat.rows)) for seat in seats(scene))
+    return [seat for seat in found if seat is not None]
+
+
+def median_s(scene: Scene, taking: list[Seat], needs: Sequence[Need]) -> float:
+    """The median device's time for all steps at the job's batch, undisturbed."""
+    steps, strategy = scene.job.rounds.local_steps, scene.job.strategy
+    batch = min(max(strategy.batch, strategy.batch_min), max(strategy.batch_min, strategy.batch_max))
+    times = []
+    for seat, need in zip(taking, needs, strict=True):
+        alone = replace(seat.free, foreign=0.0, left=seat.free.cores)
+        fixed, sample = scene.fleet.pace(seat.device, need, seat.bits, alone)
+        times.append(steps * (fixed + sample * batch))
+    return statistics.median(times)
+
+
+def lefts(
+    scene: Scene, taking: list[Seat], needs: Sequence[Need], ranks: Sequence[Mapping[str, int]], bound: int
+) -> list[float]:
+    """Seconds that each has for its steps: the median's time undisturbed, + 20 %, less what its link takes too long."""
+    moves = [transfer(scene, seat, own, bound) for seat, own in zip(taking, ranks, strict=True)]
+    target = 1.2 * median_s(scene, taking, needs)
+    if scene.fleet.known:
+        target = min(target, 0.9 * scene.job.rounds.deadline_s)
+    return [max(0.0, target - max(0.0, took - statistics.median(moves))) for took in moves]
+
+
+AVERAGED = ("fedlora", "hetlora", "ffa", "fedex", "full", "fedadapter")
+"""Strategies whose devices average what their agents trained, so that it is sent once."""
+
+
+def moved(scene: Scene, seat: Seat, ranks: Mapping[str, int], bound: int) -> int:
+    """Bytes over the link; `ffa` sends no A but in the first round."""
+    name, copies = scene.job.strategy.name, seat.agents
+    if name in AVERAGED:
+        copies = 1
+    size = traffic(scene.facts, scene.job, ranks, bound, copies, scene.planned.adapter)
+    if name == "ffa" and scene.planned.record.round > 1:
+        size -= 4 * sum(copies * ranks.get(one.name, 0) * one.inp for one in scene.facts.modules)
+    return size
+
+
+def transfer(scene: Scene, seat: Seat, ranks: Mapping[str, int], bound: int) -> float:
+    """Seconds of the round's transfers; 0 where the link was not measured."""
+    known = scene.fleet.known.get(seat.device)
+    if known is None or not known.link:
+        return 0.0
+    return moved(scene, seat, ranks, bound) / known.link
+
+
+def held(scene: Scene, seat: Seat, need: Need, sizes: list[int]) -> list[int]:
+    """The batches that data and memory hold; the smallest fits."""
+    found: list[int] = []
+    for size in sizes:
+        if size > seat.rows:
+            return found or [seat.rows]
+        if size > limit_of(scene, seat, seat.bits) or (found and not fits(scene, seat, need, seat.bits, size)):
+            break
+        found.append(size)
+    return found
+
+
+def uniform(scene: Scene, rank: int) -> dict[str, Asked]:
+    """One rank for all, the largest batch that meets the target at what is free now."""
+    ranks = {one.name: min(rank, one.out, one.inp) for one in tuned(scene.facts, scene.job)}
+    bound = scene.global_rank(rank)
+    need = need_of(scene.facts, scene.job, ranks, bound)
+    taking = drafted(scene, need)
+    asked, steps = {}, scene.job.rounds.local_steps
+    everyone = len(taking)
+    for seat, left in zip(taking, lefts(scene, taking, [need] * everyone, [ranks] * everyone, bound), strict=True):
+        fixed, sample = scene.fleet.pace(seat.device, need, seat.bits, seat.free)
+        sizes = held(scene, seat, need, sizes_of(scene.job))
+        batch = max([size for size in sizes if steps * (fixed + sample * size) <= left] or sizes[:1])
+        batch = careful(seat, batch, sizes)
+        asked[seat.device] = Asked(
+            ranks, batch, seat.bits, steps, seat.agents, capped(scene, steps * (fixed + sample * batch))
+        )
+    return asked
+
+
+def careful(seat: Seat, batch: int, sizes: list[int]) -> int:
+    """At most half where the reading is old."""
+    return max([size for size in sizes if size <= batch // 2] or sizes[:1]) if seat.careful else batch
+
+
+def capped(scene: Scene, seconds: float) -> float:
+    """The training time that is expected."""
+    return min(seconds, scene.job.rounds.train_for_s or math.inf)

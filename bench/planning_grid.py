@@ -11,12 +11,12 @@ from coordinator.core.planning import registry as planners
 from shared.jobs import StrategySpec
 
 Split = Literal["validation", "test"]
-RATES = (2e-3, 5e-3, 1e-2)
+RATES = (5e-3, 1e-2, 2e-2)
 """Learning rates tried for every method and task, with the same budget."""
 FULL_RATES = (1e-4, 3e-4, 1e-3)
 """As many for `full`: what moves every weight wants smaller steps."""
-ADAPTER_RATES = (5e-3, 1e-2, 3e-2)
-"""Of `fedadapter`, whose rate was best at the upper edge of the others'."""
+SMALL_RATES = (1e-2, 3e-2, 1e-1)
+"""Of `fedadapter` and `head`, which train little: they were best at the upper edge of the others'."""
 TUNING_SEED = 100
 """Of the runs on the validation split; no table's seed."""
 EXACT = "fsr"
@@ -38,7 +38,7 @@ class Method:
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates to choose from."""
-        return {"full": FULL_RATES, "fedadapter": ADAPTER_RATES}.get(self.strategy, RATES)
+        return {"full": FULL_RATES, "fedadapter": SMALL_RATES, FLOOR: SMALL_RATES}.get(self.strategy, RATES)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, stdev
 
-from bench.planning_grid import ADAPTER_RATES, FULL_RATES, RATES, TASKS, Grid, Run
+from bench.planning_grid import FULL_RATES, RATES, SMALL_RATES, TASKS, Grid, Run
 from muster.testbed import simulated
 
 Results = Sequence[tuple[Run, simulated.Result]]
@@ -37,7 +37,7 @@ def page(
         f"per round, 8 local steps, {'until the target or ' if grid.stop else ''}{grid.rounds} rounds. Times are "
         "virtual seconds, under a device model that no planner knows.",
         "Mean and 95 % interval (Student's t) over the seeds; (n of m) where not all reached the target. Rates were "
-        f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`: {_listed(ADAPTER_RATES)}) for "
+        f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`, `head`: {_listed(SMALL_RATES)}) for "
         "each method on a validation split cut from "
         f"the training rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor. A method with `+fsr` "
         "has the exact aggregator in place of its own; `fedlora`, `ffa` and `fedex` with it are `uniform`, `flexlora` "

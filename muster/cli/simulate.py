@@ -14,7 +14,10 @@ EPILOG = "Example: [bold]muster simulate --devices 80 --data dbpedia14 --strateg
 
 def simulate(
     devices: Annotated[int, typer.Option(min=1, max=10_000, help="How many virtual devices.")] = 80,
-    profile: Annotated[str, typer.Option(help="Kind of fleet: jetson or equal.")] = "jetson",
+    profile: Annotated[
+        str,
+        typer.Option(help="Kind of fleet: jetson or equal; or emulated-mixed: devices as `muster emulate` has them."),
+    ] = "jetson",
     data: Annotated[
         str,
         typer.Option(

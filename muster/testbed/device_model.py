@@ -24,6 +24,8 @@ from typing import Literal
 
 import msgspec
 
+from shared.jobs import Bits
+
 _NORMAL = NormalDist()
 MIB = 2**20
 POWER_ROUNDS = 20
@@ -99,6 +101,14 @@ class Kind:
     knee: float
     holds: int
     room: int
+    bits: tuple[Bits, ...] = (4, 8, 16)
+    """Precisions that its kernels run."""
+    spare: int = 0
+    """Bytes of memory beyond the agent's own size; 0: what `holds` and `room` need."""
+    link: float = 0.0
+    """Bytes per second of its link; 0: drawn anew each round."""
+    heats: bool = True
+    """Whether work makes it hot, and heat slow."""
 
 
 KINDS = (
@@ -213,8 +223,8 @@ class Device:
         return 0.5 + 0.5 * draw(self.seed, self.name, "power", max(round - 1, 0) // POWER_ROUNDS)
 
     def bandwidth(self, round: int) -> float:
-        """Bytes per second of its link in a round: log-uniform, correlated from round to round."""
-        return _bandwidth(self.seed, self.name, round)
+        """Bytes per second of its link in a round: its class's, or log-uniform and correlated from round to round."""
+        return self.kind.link or _bandwidth(self.seed, self.name, round)
 
     def noise(self, *place: object) -> float:
         """Factor on one step's time; `place` names the step."""

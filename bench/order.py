@@ -41,8 +41,9 @@ STRATEGIES = ("fedpipe", "legend", "uniform", "hetlora")
 SEEDS = {"emulated": (0,), "simulated": (0, 1, 2)}
 """Of shares, order, fresh factors and head; an emulation takes its time, a simulation does not."""
 PROFILE, DEVICES, ALPHA, CORPUS = "light", 6, 1.0, "dbpedia14"
-TARGET, ROUNDS = 0.75, 12
-"""Accuracy that all are timed to, and rounds after which one that is not there never gets there."""
+TARGET, ROUNDS = 0.7, 12
+"""Accuracy that all are timed to, and rounds after which one that is not there never gets there. Chosen on validation
+rows cut from the training rows, with another seed: the highest of 0.6, 0.65, ... that all reached."""
 JOB = """
 name = "order"
 [base]
@@ -61,6 +62,7 @@ rank = 8
 batch = 8
 batch_min = 2
 batch_max = 16
+bits = 32             # bf16 is fast where the step table was recorded, and slow on a processor without it
 [training]
 lr = 3e-3
 [evaluation]

@@ -37,8 +37,8 @@ def page(
         f"per round, 8 local steps, {'until the target or ' if grid.stop else ''}{grid.rounds} rounds. Times are "
         "virtual seconds, under a device model that no planner knows.",
         "Mean and 95 % interval (Student's t) over the seeds; (n of m) where not all reached the target. Rates were "
-        f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`, `head`: {_listed(SMALL_RATES)}) for "
-        "each method on a validation split cut from "
+        f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`, `head`: {_listed(SMALL_RATES)}) "
+        "for each method on a validation split cut from "
         f"the training rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor. A method with `+fsr` "
         "has the exact aggregator in place of its own; `fedlora`, `ffa` and `fedex` with it are `uniform`, `flexlora` "
         "and `flora` with it are `hetlora+fsr`.",

@@ -17,7 +17,7 @@ EPILOG = (
 
 def emulate(
     devices: Annotated[int, typer.Option(min=1, max=200, help="How many devices.")] = 4,
-    profile: Annotated[str, typer.Option(help="Kind of fleet: mixed, equal or tiny.")] = "mixed",
+    profile: Annotated[str, typer.Option(help="Kind of fleet: mixed, light, equal or tiny.")] = "mixed",
     data: Annotated[
         str,
         typer.Option(

@@ -14,7 +14,12 @@ EPILOG = "Example: [bold]muster simulate --devices 80 --data dbpedia14 --strateg
 
 def simulate(
     devices: Annotated[int, typer.Option(min=1, max=10_000, help="How many virtual devices.")] = 80,
-    profile: Annotated[str, typer.Option(help="Kind of fleet: jetson, jetson-roomy, equal or pair.")] = "jetson",
+    profile: Annotated[
+        str,
+        typer.Option(
+            help="Kind of fleet: jetson, jetson-roomy, equal, pair; emulated-mixed: devices as `muster emulate` has."
+        ),
+    ] = "jetson",
     data: Annotated[
         str,
         typer.Option(

@@ -25,6 +25,8 @@ from typing import Literal
 
 import msgspec
 
+from shared.jobs import Bits
+
 _NORMAL = NormalDist()
 MIB = 2**20
 POWER_ROUNDS = 20
@@ -102,6 +104,14 @@ class Kind:
     room: int
     whole: bool = False
     """Whether its memory holds the moments of the whole base beside it, so that all of it can be tuned."""
+    bits: tuple[Bits, ...] = (4, 8, 16)
+    """Precisions that its kernels run."""
+    spare: int = 0
+    """Bytes of memory beyond the agent's own size; 0: what `holds` and `room` need."""
+    link: float = 0.0
+    """Bytes per second of its link; 0: drawn anew each round."""
+    heats: bool = True
+    """Whether work makes it hot, and heat slow."""
 
 
 KINDS = (
@@ -116,7 +126,7 @@ for so many samples beside the base at the bits that one of billions of paramete
 small base weigh little against its activations, so memory bounds batches more often than bits."""
 PROFILES: dict[str, tuple[Kind, ...]] = {
     "jetson": KINDS,
-    "jetson-roomy": tuple(replace(kind, holds=32, room=96, whole=True) for kind in KINDS),
+    "jetson-roomy": tuple(replace(kind, holds=32, room=96, whole=True, bits=(4, 8, 16, 32)) for kind in KINDS),
     "equal": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 16, 40),),
     "pair": (Kind("small", 0.5, 0.1, 6.0, 20.0, 4, 4), Kind("large", 0.5, 0.1, 6.0, 20.0, 16, 40)),
 }
@@ -223,8 +233,8 @@ class Device:
         return 0.5 + 0.5 * draw(self.seed, self.name, "power", max(round - 1, 0) // POWER_ROUNDS)
 
     def bandwidth(self, round: int) -> float:
-        """Bytes per second of its link in a round: log-uniform, correlated from round to round."""
-        return _bandwidth(self.seed, self.name, round)
+        """Bytes per second of its link in a round: its class's, or log-uniform and correlated from round to round."""
+        return self.kind.link or _bandwidth(self.seed, self.name, round)
 
     def noise(self, *place: object) -> float:
         """Factor on one step's time; `place` names the step."""

@@ -22,7 +22,18 @@ from coordinator.core.records import RoundPlanned
 from coordinator.web.history import job_view
 from coordinator.web.views import JobView
 from muster.testbed import device_model as dm
-from muster.testbed import inputs, live, oracle, partition, profiles, replay, report, simulated, toml
+from muster.testbed import (
+    inputs,
+    live,
+    oracle,
+    partition,
+    profiles,
+    replay,
+    report,
+    simulated,
+    toml,
+    virtual_fleets,
+)
 from muster.testbed.cgroups import Available
 from muster.testbed.gradients import Workers
 from muster.testbed.rows import Row
@@ -162,8 +173,8 @@ def _simulated(
 
 def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
     """Job tables and named models, checked as far as that goes without writing anything."""
-    if simulation.profile not in dm.PROFILES:
-        known = ", ".join(sorted(dm.PROFILES))
+    if simulation.profile not in virtual_fleets.names():
+        known = ", ".join(virtual_fleets.names())
         raise UserError(f"unknown profile {simulation.profile!r}; there are {known}")
     path = simulation.job or JOB
     strategy = {"name": simulation.strategy, "aggregator": simulation.aggregator}
@@ -193,7 +204,7 @@ def _prepare(
     rows = inputs.rows_for(spec.task, data.train)
     inputs.rows_for(spec.task, Path(spec.evaluation.data))
     folder = inputs.base_model(spec.base.model, given, simulation.lm, tell)
-    models = dm.fleet(simulation.profile, simulation.devices, spec.seed)
+    models = virtual_fleets.fleet(simulation.profile, simulation.devices, spec.seed)
     names = [model.name for model in models]
     paths, counts = _shares(simulation, spec, rows, names, scratch, str(data.train))
     steps = load_steps()

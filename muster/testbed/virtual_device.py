@@ -14,7 +14,6 @@ from muster.testbed.replay import Replay
 from shared.jobs import Bits
 from shared.messages import Assignment, Load, Work
 
-BITS: tuple[Bits, ...] = (4, 8, 16)
 PROBE_S, LOAD_S = 1.0, 0.25
 """Seconds of a probe, and of loading a base, on one core of the recording machine; slower devices take longer."""
 RANK = 8
@@ -64,7 +63,7 @@ class VirtualDevice:
     @property
     def bits(self) -> tuple[Bits, ...]:
         """Precisions that its kernels run."""
-        return (*BITS, 32) if self.model.kind.whole else BITS
+        return self.model.kind.bits
 
     @property
     def kernel_kills(self) -> bool:
@@ -83,8 +82,11 @@ class VirtualDevice:
 
     @property
     def limit(self) -> int:
-        """Bytes that its programs may use: the base at the bits it holds, its room for samples, and a reserve."""
+        """Bytes that its programs may use: its class's, or the base at the bits it holds, its room for samples, and a
+        reserve."""
         shape, kind, linears = self.clock.base.shape, self.model.kind, self.clock.base.linears
+        if kind.spare:
+            return self.idle_bytes + kind.spare
         everything = sum(out + inp for out, inp, _ in linears.values())
         tuned = shape.linear_params + shape.other_params if kind.whole else RANK * everything
         work = dm.StepWork(kind.holds, kind.room, 0, tuned + self.clock.base.dense, len(linears))
@@ -129,14 +131,16 @@ class VirtualDevice:
 
     def heat_at(self, now: float) -> float:
         """Its heat, brought up to `now`."""
-        self.heat = dm.heated(self.heat, now - self._heat_at, busy=self.busy)
+        self.heat = self._heated(self.heat, now - self._heat_at, busy=self.busy)
         self._heat_at = now
         return self.heat
 
-    @staticmethod
-    def heat_after(heat: float, seconds: float) -> float:
+    def heat_after(self, heat: float, seconds: float) -> float:
         """Heat after `seconds` of work."""
-        return dm.heated(heat, seconds, busy=True)
+        return self._heated(heat, seconds, busy=True)
+
+    def _heated(self, heat: float, seconds: float, *, busy: bool) -> float:
+        return dm.heated(heat, seconds, busy=busy) if self.model.kind.heats else 0.0
 
     def work(self, now: float) -> None:
         """It begins to compute."""

@@ -110,6 +110,19 @@ def test_the_head_alone_is_trained(asked: Simulation) -> None:
     assert "rank 0: 0 modules tuned" in (done.out / "report.md").read_text()
 
 
+def test_devices_of_an_emulated_profile_train_at_their_quotas(asked: Simulation) -> None:
+    over = {"rounds": {"sample": 0, "count": 1, "min_devices": 4}, "strategy": {"bits": 32, "batch_min": 8}}
+    done = carry_out(replace(asked, profile="emulated-light", devices=4, over=over), tell=_silent)
+    parts = {part.device: part for part in done.result.rounds[0].devices}
+    assert {name: (part.kind, part.bits) for name, part in parts.items()} == {
+        "edge-01": ("0.36 cores", 32), "edge-02": ("0.26 cores", 32), "edge-03": ("0.22 cores", 32),
+        "edge-04": ("0.12 cores", 32),
+    }  # fmt: skip
+    trained = [parts[name].trained_s for name in sorted(parts)]
+    assert trained == sorted(trained) and trained[3] > 1.5 * trained[0]
+    assert [what for _, _, what in done.result.happened] == ["join"] * 4
+
+
 def test_recorded_load_is_replayed(asked: Simulation, tmp_path: Path) -> None:
     line = {"device": "edge-01", "at": 0.0, "cores": 4.0, "foreign_cores": 2.0, "bandwidth": 1e5}
     path = tmp_path / "telemetry.jsonl"

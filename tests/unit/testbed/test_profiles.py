@@ -29,13 +29,20 @@ def test_mixed_devices_differ_in_speed_and_memory() -> None:
     assert len({(shape.cores, shape.memory_bytes) for shape in profiles.shapes("equal", 3, 0)}) == 1
 
 
+def test_six_light_devices_fit_on_two_cores() -> None:
+    light, mixed = profiles.kinds("light"), profiles.kinds("mixed")
+    assert [kind.cores for kind in light] == pytest.approx([0.4 * kind.cores for kind in mixed])
+    assert len({kind.spare for kind in light}) == len(light)
+    assert sum(shape.cores for shape in profiles.shapes("light", 6, 0)) < 1.7
+
+
 def test_names_sort_like_numbers() -> None:
     names = [shape.name for shape in profiles.shapes("tiny", 120, 0)]
     assert names == sorted(names)
 
 
 def test_an_unknown_profile_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="unknown profile 'huge'; there are equal, mixed, tiny"):
+    with pytest.raises(UserError, match="unknown profile 'huge'; there are equal, light, mixed, tiny"):
         profiles.kinds("huge")
 
 

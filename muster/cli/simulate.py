@@ -10,6 +10,10 @@ from typing import Annotated
 import typer
 
 EPILOG = "Example: [bold]muster simulate --devices 80 --data dbpedia14 --strategy uniform --rounds 40[/bold]"
+DATA = (
+    "Folder (or name of one in MUSTER_DATA) with train.jsonl.gz, test.jsonl.gz and labels.json; or docstrings: those of "
+    "the installed packages."
+)
 
 
 def simulate(
@@ -20,13 +24,7 @@ def simulate(
             help="Kind of fleet: jetson, jetson-roomy, equal, pair; emulated-mixed: devices as `muster emulate` has."
         ),
     ] = "jetson",
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Folder (or name of one in MUSTER_DATA) with train.jsonl.gz, test.jsonl.gz and labels.json; "
-            "or docstrings: those of the installed packages."
-        ),
-    ] = "dbpedia14",
+    data: Annotated[str, typer.Option(help=DATA)] = "dbpedia14",
     job: Annotated[Path | None, typer.Option(help="Job file; without it examples/simulate.toml.")] = None,
     strategy: Annotated[str, typer.Option(help="Planner, in place of the job file's.")] = "",
     aggregator: Annotated[str, typer.Option(help="Aggregator, in place of the job file's.")] = "",

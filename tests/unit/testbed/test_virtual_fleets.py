@@ -43,7 +43,7 @@ def test_the_other_profiles_are_those_of_the_device_model() -> None:
 def test_nothing_happens_to_them() -> None:
     for device in _devices("emulated-light", 4):
         model = device.model
-        assert dm.happenings(model, 1e6) == [(0.0, "join")]
+        assert list(dm.happenings(model)) == [(0.0, "join")]
         assert {model.power(round) for round in range(1, 60)} == {1.0}
         assert {model.foreign(10.0 * tick) for tick in range(300)} == {dm.Foreign()}
         assert {device.bandwidth(float(now)) for now in range(3)} == {virtual_fleets.LOOPBACK}

@@ -11,8 +11,8 @@ import typer
 
 EPILOG = "Example: [bold]muster simulate --devices 80 --data dbpedia14 --strategy uniform --rounds 40[/bold]"
 DATA = (
-    "Folder (or name of one in MUSTER_DATA) with train.jsonl.gz, test.jsonl.gz and labels.json; or docstrings: those of "
-    "the installed packages."
+    "Folder (or name of one in MUSTER_DATA) with train.jsonl.gz, test.jsonl.gz and labels.json; or docstrings: those "
+    "of the installed packages."
 )
 
 

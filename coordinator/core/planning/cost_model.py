@@ -170,7 +170,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     def learn(self, report: RoundReport) -> CostModel:
         """The model that also knows `report`. Speeds are learned where the report names the job and the base."""
         devices = dict(self.devices)
-        known_needs: dict[tuple[tuple[str, int], ...], Demand] = {}
+        known_needs: Needs = {}
         for device, work in sorted(report.works.items()):
             found = devices.get(device) or _UNKNOWN
             result, load = report.results.get(device), report.loads.get(device)
@@ -214,18 +214,22 @@ def _from_peak(
     peaks: Mapping[str, Measured], need: Demand, bits: Bits, batch: int, per_sample: float, context: int, agent: int
 ) -> tuple[float, str]:
     """Memory by the peak at these bits, or at the nearest ones that were measured."""
-    other = cast(Bits, int(min(peaks, key=lambda key: (abs(int(key) - bits), key))))
-    met = peaks[str(other)]
+    found = str(bits)
+    if found not in peaks:
+        found = min(peaks, key=lambda key: (abs(int(key) - bits), key))
+    other, met = cast(Bits, int(found)), peaks[found]
     peak = context + met.peak
     # Where only the head is tuned nothing is kept for a backward pass.
     scale = per_sample / need.activation_bytes(bits) if need.activations else 0.0
     before = met.micro * scale * need.activation_bytes(other)
     if met.activations and need.activations:
         before *= met.activations / need.activations
-    changed = need.micro(batch) * per_sample - before + need.weight_bytes(bits) - need.weight_bytes(other)
+    weights = need.weight_bytes(bits)
+    changed = need.micro(batch) * per_sample - before + weights
+    changed -= weights if other == bits else need.weight_bytes(other)
     changed += BYTES_TRAINED * (need.adapter_params - met.adapter_params)
     # Less work can't free the base itself, however large the estimate of its activations.
-    least = min(peak, agent + need.weight_bytes(bits))
+    least = min(peak, agent + weights)
     at = "" if other == bits else f" at {other} bits"
     return max(peak + changed, least), f"measured {mebibytes(peak)}{at} with {met.micro} samples at once"
 
@@ -255,12 +259,18 @@ def _agent_bytes(need: Demand) -> int:
     return SMALL_AGENT_BYTES if need.kind == "least_squares" else AGENT_BYTES
 
 
-def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: dict[tuple[tuple[str, int], ...], Demand]) -> Demand:
+Needs = dict[int | tuple[tuple[str, int], ...], Demand]
+"""By the ranks, and by the identity of their mapping, which most works of a plan share."""
+
+
+def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Demand:
     """The demand of `work`; most works of a round share one."""
-    key = tuple(sorted(work.ranks.items()))
-    if key not in known:
-        known[key] = demand(facts, job, work.ranks)
-    return known[key]
+    found = known.get(id(work.ranks))
+    if found is None:
+        key = tuple(sorted(work.ranks.items()))
+        found = known.get(key) or demand(facts, job, work.ranks)
+        known[key] = known[id(work.ranks)] = found
+    return found
 
 
 def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met: int | None) -> DeviceModel:

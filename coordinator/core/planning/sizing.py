@@ -8,6 +8,7 @@ readings count as none (`readings`), the round target does not depend on live lo
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from typing import NamedTuple
 
 from coordinator.core.planning.base import Candidate
@@ -183,16 +184,25 @@ def batch_by_memory(place: Seat, need: Demand, bits: Bits, model: CostModel, siz
 def _held(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...]) -> tuple[list[int], str]:
     """The sizes that data and memory hold, rising and never empty, and what stopped the next one."""
     limit = model.batch_limit(place.device, bits)
-    held: list[int] = []
-    for size in sizes:
+    allowed, note = len(sizes), f"{sizes[-1]} is the largest batch of the job"
+    for index, size in enumerate(sizes):
         if size > place.rows:
-            return held or [place.rows], f"the data set has {plural(place.rows, 'row')}"
+            allowed, note = index, f"the data set has {plural(place.rows, 'row')}"
+            break
         if limit is not None and size > limit:
-            return held, f"{size} ran out of memory before (limit {limit})"
+            allowed, note = index, f"{size} ran out of memory before (limit {limit})"
+            break
+    if not allowed:
+        return ([place.rows] if sizes[0] > place.rows else []), note
+
+    def holds(size: int) -> bool:
         taken, _ = model.memory(place.device, need, bits, size, place.info)
-        if held and not place.budget.holds(
-            taken, proven=model.has_run(place.device, need, bits, size, place.budget.limit)
-        ):
-            return held, f"{size} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
-        held.append(size)
-    return held, f"{sizes[-1]} is the largest batch of the job"
+        return place.budget.holds(taken, proven=model.has_run(place.device, need, bits, size, place.budget.limit))
+
+    # The smallest is held as it is; what holds a batch holds a smaller one.
+    most = 1 + bisect(range(1, allowed), 0, key=lambda index: not holds(sizes[index]))
+    if most == allowed:
+        return list(sizes[:allowed]), note
+    taken, _ = model.memory(place.device, need, bits, sizes[most], place.info)
+    over = f"{sizes[most]} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
+    return list(sizes[:most]), over

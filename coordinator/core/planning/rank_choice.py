@@ -140,7 +140,7 @@ def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> tuple
 
 def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
     """The best choice of each device."""
-    options = _Options(sites, task)
+    options = Options(sites, task)
     values, levels = _solve(options, task, exactly)
     flat = values.reshape(len(sites), -1)
     best = flat.max(axis=1)
@@ -153,11 +153,11 @@ def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
     ]
 
 
-class _Options:
-    """(devices x batches x under-trainings) arrays; batches from the largest to the smallest, 0 where there are fewer.
+class Options:
+    """What each device can choose from: (devices x batches x under-trainings) arrays.
 
-    `rooms`: parameters that fit; `by_memory`: whether memory bounds them; `places`: index into `capacities`, -1 where
-    nothing fits.
+    `batches`: from the largest to the smallest, 0 where there are fewer; `rooms`: parameters that fit; `by_memory`:
+    whether memory bounds them; `places`: index into `capacities`, -1 where nothing fits.
     """
 
     def __init__(self, sites: Sequence[Site], task: Task) -> None:
@@ -197,7 +197,7 @@ def _time_rooms(sites: Sequence[Site], batches: Levels, task: Task) -> Numbers:
     return rooms
 
 
-def _solve(options: _Options, task: Task, exactly: bool) -> tuple[Numbers, Levels]:
+def _solve(options: Options, task: Task, exactly: bool) -> tuple[Numbers, Levels]:
     """(J of each option, the levels of each capacity)."""
     levels = knapsack.greedy(task.items, options.capacities)
     worth = knapsack.values(task.items, levels)
@@ -230,7 +230,7 @@ def _solve_exactly(
         solved[place] = True
 
 
-def _choice(index: int, options: _Options, values: Numbers, levels: Sequence[tuple[int, ...]], flat: int) -> Choice:
+def _choice(index: int, options: Options, values: Numbers, levels: Sequence[tuple[int, ...]], flat: int) -> Choice:
     """The option at place `flat` of a device's."""
     one = options.sites[index]
     row, under = divmod(flat, len(UNDER_TRAINING))
@@ -251,7 +251,7 @@ def _choice(index: int, options: _Options, values: Numbers, levels: Sequence[tup
     )
 
 
-def _least(index: int, options: _Options, task: Task) -> Choice:
+def _least(index: int, options: Options, task: Task) -> Choice:
     """What is asked of a device that has no room for any rank: the smallest of everything."""
     one, under = options.sites[index], len(UNDER_TRAINING) - 1
     last = len(one.batches) - 1

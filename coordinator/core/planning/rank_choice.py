@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.core.planning import knapsack
-from coordinator.core.planning.cost_model import CostModel, Pace
+from coordinator.core.planning.cost_model import CostModel, Footprint, Pace
 from coordinator.core.planning.demand import BYTES_TRAINED, Demand
 from coordinator.core.planning.drafts import Draft
 from coordinator.core.planning.knapsack import Item, Levels, Numbers
@@ -93,6 +93,7 @@ def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: 
     """The batches that data and memory hold, with the room that memory leaves at each."""
     place, bits = draft.place, draft.bits
     pace = model.pace(place.device, task.need, bits, place.free)
+    footprint = model.footprint(place.device, task.need, bits, place.info)
     limit = model.batch_limit(place.device, bits)
     lightest = min(item.weights[1] for item in task.items)
     batches: list[int] = []
@@ -103,7 +104,7 @@ def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: 
         if limit is not None and size > limit:
             note = f"{size} ran out of memory before (limit {limit})"
             break
-        room, proven = memory_room(draft, task, size, model)
+        room, proven = memory_room(draft, task, size, model, footprint)
         if batches and room < lightest:
             note = f"{size} leaves no room for ranks in {place.budget.bytes / 2**20:.0f} MiB memory"
             break
@@ -114,17 +115,17 @@ def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: 
         if place.rows < sizes[-1]:
             note = f"the data set has {place.rows} rows"
     if not batches:
-        room, proven = memory_room(draft, task, draft.least, model)
+        room, proven = memory_room(draft, task, draft.least, model, footprint)
         batches, rooms, ran = [draft.least], [room], {draft.least} if proven else set()
     return Site(tuple(batches), tuple(rooms), frozenset(ran), pace, left, note)
 
 
-def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> tuple[float, bool]:
+def memory_room(draft: Draft, task: Task, batch: int, model: CostModel, footprint: Footprint) -> tuple[float, bool]:
     """(adapter parameters that memory holds at `batch`, whether by having run); infinite where no limit was told."""
     place = draft.place
     if not place.budget.limit:
         return math.inf, False
-    size, _ = model.memory(place.device, task.need, draft.bits, batch, place.info)
+    size = footprint.bytes(batch)
     room = task.params + (place.budget.bytes - size) / BYTES_TRAINED
     known = model.devices.get(place.device)
     met = known.peaks.get(str(draft.bits)) if known is not None else None

@@ -115,7 +115,7 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
             told.append(f"{bits} bits ran out of memory above batch {limit}")
             continue
         size, why = model.memory(place.device, need, bits, least, place.info)
-        if place.budget.holds(size, proven=model.has_run(place.device, need, bits, least, place.budget.limit)):
+        if fits(place, need, bits, least, size, model):
             fitting.append((bits, size, why))
             if not place.caution or len(fitting) == 2:
                 break
@@ -131,6 +131,12 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
     if not place.budget.holds(size):
         bound = f"{mebibytes(place.budget.limit)} memory limit by having run under it"
     return bits, word("bits", bits, f"{mebibytes(size)} at batch {least} ({why})", bound, *told)
+
+
+def fits(place: Seat, need: Demand, bits: Bits, batch: int, size: float, model: CostModel) -> bool:
+    """Whether the device holds `size` bytes, which `batch` takes: by its budget, or by having run them."""
+    budget = place.budget
+    return budget.holds(size) or budget.holds(size, proven=model.has_run(place.device, need, bits, batch, budget.limit))
 
 
 def choose_batch(
@@ -156,7 +162,7 @@ def choose_batch(
             else f"{place.caution}: batch {batch} is the least already"
         )
         batch = halved[-1]
-    step_s, why = model.step(place.device, need, bits, batch, place.free)
+    step_s, why = pace.step(batch, place.free)
     met = target.steps * step_s <= target.seconds
     if not met:
         notes.append("the least batch all the same")
@@ -195,14 +201,15 @@ def _held(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[
     if not allowed:
         return ([place.rows] if sizes[0] > place.rows else []), note
 
+    footprint = model.footprint(place.device, need, bits, place.info)
+
     def holds(size: int) -> bool:
-        taken, _ = model.memory(place.device, need, bits, size, place.info)
-        return place.budget.holds(taken, proven=model.has_run(place.device, need, bits, size, place.budget.limit))
+        return fits(place, need, bits, size, footprint.bytes(size), model)
 
     # The smallest is held as it is; what holds a batch holds a smaller one.
     most = 1 + bisect(range(1, allowed), 0, key=lambda index: not holds(sizes[index]))
     if most == allowed:
         return list(sizes[:allowed]), note
-    taken, _ = model.memory(place.device, need, bits, sizes[most], place.info)
+    taken = footprint.bytes(sizes[most])
     over = f"{sizes[most]} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
     return list(sizes[:most]), over

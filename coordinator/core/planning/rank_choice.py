@@ -24,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from coordinator.core.planning import knapsack
-from coordinator.core.planning.cost_model import CostModel, Footprint, Pace
+from coordinator.core.planning.cost_model import CostModel, Pace
 from coordinator.core.planning.demand import BYTES_TRAINED, Demand
 from coordinator.core.planning.drafts import Draft
+from coordinator.core.planning.footprint import Footprint
 from coordinator.core.planning.knapsack import Item, Levels, Numbers
 from coordinator.core.planning.sizing import Target
 

@@ -81,7 +81,7 @@ class Read:
     def against(self, other: Read) -> str:
         """How much the loss is above another's on the same chunks, with the standard error."""
         rises = [mine - its for mine, its in zip(self.losses, other.losses, strict=True)]
-        return f"{fmean(rises):+.4f} +- {stdev(rises) / math.sqrt(len(rises)):.4f}"
+        return f"{fmean(rises):+.5f} +- {stdev(rises) / math.sqrt(len(rises)):.5f}"
 
 
 def main() -> int:

@@ -11,11 +11,11 @@ from coordinator.core.planning import registry as planners
 from shared.jobs import StrategySpec
 
 Split = Literal["validation", "test"]
-RATES = (5e-3, 1e-2, 2e-2)
+RATES = (2e-3, 5e-3, 1e-2, 2e-2)
 """Learning rates tried for every method and task, with the same budget."""
-FULL_RATES = (1e-4, 3e-4, 1e-3)
+FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """As many for `full`: what moves every weight wants smaller steps."""
-SMALL_RATES = (1e-2, 3e-2, 1e-1)
+SMALL_RATES = (5e-3, 1e-2, 3e-2, 1e-1)
 """Of `fedadapter` and `head`, which train little: they were best at the upper edge of the others'."""
 TUNING_SEED = 100
 """Of the runs on the validation split; no table's seed."""

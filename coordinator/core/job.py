@@ -206,7 +206,8 @@ def _best(judged: tuple[Metrics, ...], new: Metrics) -> tuple[Metrics, ...]:
 
 def report(job: Job, round: Round) -> RoundReport:
     """What the planner learns from `round`."""
-    results = {d: p.facts for d, p in round.participants.items() if p.facts is not None and d in round.counted}
+    counted = set(round.counted)
+    results = {d: p.facts for d, p in round.participants.items() if p.facts is not None and d in counted}
     limits = {d: p.batch_limit for d, p in round.participants.items() if p.out_of_memory}
     return RoundReport(
         round=round.number,

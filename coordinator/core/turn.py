@@ -91,13 +91,10 @@ class Turn:
     def do(self, *commands: Command) -> None:
         """Ask the runtime for these, in order, after the records are on disk."""
         self.commands.extend(commands)
-        for command in commands:
-            if isinstance(command, PublishAssign):
-                busy = {command.device} if command.assign.assignment is not None else set()
-                self.update(
-                    told=self.state.told | {command.device},
-                    assigned=(self.state.assigned - {command.device}) | busy,
-                )
+        asks = {one.device: one.assign.assignment is not None for one in commands if isinstance(one, PublishAssign)}
+        if asks:
+            busy = {device for device, asked in asks.items() if asked}
+            self.update(told=self.state.told.union(asks), assigned=self.state.assigned.difference(asks) | busy)
 
     def update(self, **changes: object) -> None:
         """Change volatile fields of the state."""

@@ -117,7 +117,7 @@ def make_small_gpt2(
     size, tell = size or SmallGpt2(), tell or (lambda _: None)
     if (out / "model.safetensors").is_file():
         return out
-    corpus = "\n".join(_read(path) for path in texts)
+    corpus = "\n".join(read_text(path) for path in texts)
     if len(corpus) < 10_000:
         raise UserError("a base model needs more text than 10,000 characters")
     import torch
@@ -192,7 +192,8 @@ def _fit(model: Any, ids: torch.Tensor, size: SmallGpt2, tell: Callable[[str], N
     model.eval()
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text, plain or .gz. Raises `UserError` where it can't be read."""
     try:
         data = path.read_bytes()
         return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()

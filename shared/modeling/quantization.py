@@ -29,13 +29,16 @@ Weights alone give 3e-5 at 8 bits and 0.0085 at 4; activations in bf16 add 1e-5.
 """
 
 
-def normal_levels(bits: int) -> torch.Tensor:
-    """The 2**bits levels of NormalFloat, ascending in [-1, 1], float32; one more of them is positive than negative."""
+def normal_levels(bits: int, offset: float = OFFSET) -> torch.Tensor:
+    """The 2**bits levels of NormalFloat, ascending in [-1, 1], float32; one more of them is positive than negative.
+
+    `offset`: the outermost quantile.
+    """
     half = 2 ** (bits - 1)
     inverse = NormalDist().inv_cdf
 
     def quantiles(count: int) -> list[float]:
-        return [inverse(OFFSET + (0.5 - OFFSET) * i / (count - 1)) for i in range(count - 1)]
+        return [inverse(offset + (0.5 - offset) * i / (count - 1)) for i in range(count - 1)]
 
     values = quantiles(half + 1) + [0.0] + [-value for value in quantiles(half)]
     levels = torch.tensor(sorted(values), dtype=torch.float64)

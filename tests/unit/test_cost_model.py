@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning.base import RoundReport
-from coordinator.core.planning.cost_model import BITS_TIME, CUDA_BYTES, LOADING_BYTES, WORKING_BYTES, CostModel
+from coordinator.core.planning.cost_model import BITS_TIME, CUDA_BYTES, CostModel
 from coordinator.core.planning.demand import Demand, demand, traffic, tuned_modules
 from coordinator.core.planning.fit import Fit
+from coordinator.core.planning.footprint import LOADING_BYTES, WORKING_BYTES
 from coordinator.core.planning.readings import Capacity, budget, capacity
 from shared.errors import UserError
 from shared.jobs import Bits

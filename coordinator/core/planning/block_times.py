@@ -79,11 +79,11 @@ class BlockTimes(msgspec.Struct, frozen=True, kw_only=True):
         """With one more round; `model` knows it already. Only where the report names the job and the base."""
         if report.facts is None or report.job is None:
             return self
-        devices, blocks = dict(self.devices), dict[tuple[tuple[str, int], ...], float]()
+        devices, blocks = dict(self.devices), dict[int, float]()
         for device, result in sorted(report.results.items()):
             work = report.works[device]
-            key = tuple(sorted(work.ranks.items()))
-            if key not in blocks:
+            # Most works of a plan share a mapping.
+            if (key := id(work.ranks)) not in blocks:
                 blocks[key] = _blocks(report.facts, report.job, work.ranks)
             cores = used_cores(model.devices.get(device), result, report.loads.get(device), work.agents)
             found = _with_times(devices.get(device, NEVER), result, cores, blocks[key])

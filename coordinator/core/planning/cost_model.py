@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
@@ -27,6 +27,7 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit
+from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory
 from coordinator.core.planning.reasons import mebibytes, plural, seconds
 from shared.jobs import Bits, JobSpec
@@ -40,25 +41,10 @@ MEDIAN_SPEED, ASSUMED_SPEED = "median of the fleet", "assumed speed"
 """Where a speed is from that its device did not measure."""
 AGENT_BYTES, SMALL_AGENT_BYTES = 256 * MIB, 48 * MIB
 """Agent without a model where a device tells none: with torch, and the one of `least_squares`."""
-WORKING_BYTES = 68 * MIB
-"""What an agent's first work adds for good: the model's classes, the kernels' scratch, the allocator's slack."""
 CUDA_BYTES = 400 * MIB
 """A CUDA context, which the allocator's figures do not contain."""
-LOADING_BYTES = 32 * MIB
 LEAST_CORES = 0.01
 LEAST_MEASURED_BYTES, LEAST_MEASURED_S = 64 * 1024, 0.01
-
-
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """Peak of the agent's memory with this work, in bytes."""
-
-    peak: int
-    micro: int
-    adapter_params: int
-    limit: int = 0
-    """The limit it ran under; 0: not known."""
-    activations: float = 0.0
-    """Estimated bytes per sample of that work at fp32: they follow its depth; 0: not known."""
 
 
 class DeviceModel(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +79,11 @@ class Pace(NamedTuple):
         """Seconds per optimizer step."""
         return self.fixed_s + self.per_sample_s * batch
 
+    def step(self, batch: int, free: Capacity) -> tuple[float, str]:
+        """Seconds per optimizer step, with the readings used; `free`: the capacity that it is for."""
+        value = self.step_s(batch)
+        return value, f"step {seconds(value)} ({self.source}) at {free}"
+
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     """All that was learned of a fleet; `learn` returns a new one."""
@@ -113,12 +104,15 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
 
     def step(self, device: str, need: Demand, bits: Bits, batch: int, free: Capacity) -> tuple[float, str]:
         """Seconds per optimizer step, with the readings used."""
-        pace = self.pace(device, need, bits, free)
-        value = pace.step_s(batch)
-        return value, f"step {seconds(value)} ({pace.source}) at {free}"
+        return self.pace(device, need, bits, free).step(batch, free)
 
     def memory(self, device: str, need: Demand, bits: Bits, batch: int, info: DeviceInfo) -> tuple[float, str]:
         """Bytes at the worst moment of a round, with the readings used; never falling with the batch."""
+        found = self.footprint(device, need, bits, info)
+        return found.bytes(batch), found.words(batch)
+
+    def footprint(self, device: str, need: Demand, bits: Bits, info: DeviceInfo) -> Footprint:
+        """What `memory` says, for any batch."""
         known = self.devices.get(device) or _UNKNOWN
         per_sample = need.activation_bytes(bits) * (known.activation_scale or self.activation_scale)
         context = CUDA_BYTES if info.gpus else 0
@@ -126,16 +120,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         agent = known.agent_bytes or (0 if has_gpu_memory(info) else info.agent_bytes or _agent_bytes(need))
         agent += context
         if known.peaks:
-            return _from_peak(known.peaks, need, bits, batch, per_sample, context, agent)
-        activations = need.micro(batch) * per_sample
-        loading = LOADING_BYTES + 8 * need.largest
-        # The worst moment is loading or training, never both.
-        working = 0 if need.kind == "least_squares" else WORKING_BYTES
-        value = agent + working + need.fixed_bytes(bits) + max(activations, loading)
-        parts = f"agent {mebibytes(agent + working)} at work, base {mebibytes(need.weight_bytes(bits))}"
-        if not need.linear_params:
-            parts += f" frozen, {mebibytes(BYTES_TRAINED * need.adapter_params)} tuned itself"
-        return value, f"{parts}, activations {mebibytes(activations)} or loading {mebibytes(loading)}"
+            return from_peak(known.peaks, need, bits, per_sample, context, agent)
+        return Estimated(need, bits, per_sample, agent)
 
     def batch_limit(self, device: str, bits: Bits) -> int | None:
         """The largest batch that fits, where memory ran out before; 0: none at these bits."""
@@ -170,7 +156,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     def learn(self, report: RoundReport) -> CostModel:
         """The model that also knows `report`. Speeds are learned where the report names the job and the base."""
         devices = dict(self.devices)
-        known_needs: dict[tuple[tuple[str, int], ...], Demand] = {}
+        known_needs: Needs = {}
         for device, work in sorted(report.works.items()):
             found = devices.get(device) or _UNKNOWN
             result, load = report.results.get(device), report.loads.get(device)
@@ -210,26 +196,6 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
 _UNKNOWN = DeviceModel()
 
 
-def _from_peak(
-    peaks: Mapping[str, Measured], need: Demand, bits: Bits, batch: int, per_sample: float, context: int, agent: int
-) -> tuple[float, str]:
-    """Memory by the peak at these bits, or at the nearest ones that were measured."""
-    other = cast(Bits, int(min(peaks, key=lambda key: (abs(int(key) - bits), key))))
-    met = peaks[str(other)]
-    peak = context + met.peak
-    # Where only the head is tuned nothing is kept for a backward pass.
-    scale = per_sample / need.activation_bytes(bits) if need.activations else 0.0
-    before = met.micro * scale * need.activation_bytes(other)
-    if met.activations and need.activations:
-        before *= met.activations / need.activations
-    changed = need.micro(batch) * per_sample - before + need.weight_bytes(bits) - need.weight_bytes(other)
-    changed += BYTES_TRAINED * (need.adapter_params - met.adapter_params)
-    # Less work can't free the base itself, however large the estimate of its activations.
-    least = min(peak, agent + need.weight_bytes(bits))
-    at = "" if other == bits else f" at {other} bits"
-    return max(peak + changed, least), f"measured {mebibytes(peak)}{at} with {met.micro} samples at once"
-
-
 def usable(free: Capacity, known: DeviceModel | None) -> float:
     """Cores (or share of the GPU) the agent will get: what is free, but no more than it uses undisturbed."""
     if free.gpu or known is None:
@@ -255,12 +221,18 @@ def _agent_bytes(need: Demand) -> int:
     return SMALL_AGENT_BYTES if need.kind == "least_squares" else AGENT_BYTES
 
 
-def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: dict[tuple[tuple[str, int], ...], Demand]) -> Demand:
+Needs = dict[int | tuple[tuple[str, int], ...], Demand]
+"""By the ranks, and by the identity of their mapping, which most works of a plan share."""
+
+
+def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Demand:
     """The demand of `work`; most works of a round share one."""
-    key = tuple(sorted(work.ranks.items()))
-    if key not in known:
-        known[key] = demand(facts, job, work.ranks)
-    return known[key]
+    found = known.get(id(work.ranks))
+    if found is None:
+        key = tuple(sorted(work.ranks.items()))
+        found = known.get(key) or demand(facts, job, work.ranks)
+        known[key] = known[id(work.ranks)] = found
+    return found
 
 
 def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met: int | None) -> DeviceModel:

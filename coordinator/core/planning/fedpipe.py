@@ -101,26 +101,21 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
         self, view: FleetView, job: JobSpec, modules: Sequence[ModuleSpec], chosen: Sequence[ModuleSpec]
     ) -> Plan:
         """A round over the chosen modules, with batch and ranks by each device's budget."""
-        task, levels, most = _task(view, job, chosen, self.scores)
-        sizes = batch_sizes(job.strategy, job.training.accumulation)
-        drafts, left_out = drafts_of(view, job, task.need, sizes, self.model)
-        bound = global_rank(view, job, job.strategy.rank)
-        target, reason = round_target(drafts, [demand(view.facts, job, most, bound)] * len(drafts), job, self.model)
-        links = links_of(view, job, drafts, [most] * len(drafts), bound, target, self.model)
-        sites = [site(draft, sizes, task, link.left, self.model) for draft, link in zip(drafts, links, strict=True)]
+        search = searched(view, job, chosen, self.scores, self.model)
+        drafts, links, sites = search.drafts, search.links, search.sites
         exactly = len(drafts) <= EXACT_DEVICES
-        choices = choose(sites, task, exactly)
+        choices = choose(sites, search.task, exactly)
         weights_why = _weights_reason(chosen, modules, self.scores, self.scored, self.wanted)
-        desk = _Desk(view, job, chosen, levels, task, bound, self.model, weights_why)
+        desk = _Desk(view, job, chosen, search, self.model, weights_why)
         written = [desk.write(*row) for row in zip(drafts, links, sites, choices, strict=True)]
         means = f"ranks {'exactly' if exactly else 'greedily'} by J"
         taking = f"{len(written)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
             participants={draft.place.device: work for draft, (work, _) in zip(drafts, written, strict=True)},
             deadline_s=job.rounds.deadline_s,
-            reason=f"{weights_why}; {reason}; {means}; {taking}",
+            reason=f"{weights_why}; {search.reason}; {means}; {taking}",
             predicted_s={draft.place.device: took for draft, (_, took) in zip(drafts, written, strict=True)},
-            left_out=left_out,
+            left_out=search.left_out,
             weights=Weights(scores=self.scores, selected=[module.name for module in chosen], scored=self.scored),
         )
 
@@ -168,6 +163,36 @@ def gain(rank: int, largest: int) -> float:
     return math.log2(1 + rank) / math.log2(1 + largest)
 
 
+class Search(NamedTuple):
+    """The second stage of a round before anything is chosen: what all devices choose from, and what each has for it.
+
+    `levels`: the ranks behind those of each item; `bound`: of the global adapter's rank; `reason`: of the round target.
+    """
+
+    task: Task
+    levels: list[tuple[int, ...]]
+    bound: int
+    drafts: list[Draft]
+    links: list[Link]
+    sites: list[Site]
+    left_out: dict[str, str]
+    reason: str
+
+
+def searched(
+    view: FleetView, job: JobSpec, chosen: Sequence[ModuleSpec], scores: Mapping[str, float], model: CostModel
+) -> Search:
+    """The second stage over the modules `chosen`. Raises `UserError` where no candidate can take part."""
+    task, levels, most = _task(view, job, chosen, scores)
+    sizes = batch_sizes(job.strategy, job.training.accumulation)
+    drafts, left_out = drafts_of(view, job, task.need, sizes, model)
+    bound = global_rank(view, job, job.strategy.rank)
+    target, reason = round_target(drafts, [demand(view.facts, job, most, bound)] * len(drafts), job, model)
+    links = links_of(view, job, drafts, [most] * len(drafts), bound, target, model)
+    sites = [site(draft, sizes, task, link.left, model) for draft, link in zip(drafts, links, strict=True)]
+    return Search(task, levels, bound, drafts, links, sites, left_out, reason)
+
+
 def _task(
     view: FleetView, job: JobSpec, chosen: Sequence[ModuleSpec], scores: Mapping[str, float]
 ) -> tuple[Task, list[tuple[int, ...]], dict[str, int]]:
@@ -205,13 +230,13 @@ class _Desk:
     """Words the choices of a round as works."""
 
     def __init__(
-        self, view: FleetView, job: JobSpec, chosen: Sequence[ModuleSpec], levels: Sequence[tuple[int, ...]],
-        task: Task, bound: int, model: CostModel, weights_why: str,
+        self, view: FleetView, job: JobSpec, chosen: Sequence[ModuleSpec], search: Search, model: CostModel,
+        weights_why: str,
     ) -> None:  # fmt: skip
         self._facts: ModelFacts = view.facts
-        self._job, self._chosen, self._levels, self._task = job, chosen, levels, task
-        self._bound, self._model, self._weights_why = bound, model, weights_why
-        self._most = math.fsum(item.values[-1] for item in task.items)
+        self._job, self._chosen, self._levels, self._task = job, chosen, search.levels, search.task
+        self._bound, self._model, self._weights_why = search.bound, model, weights_why
+        self._most = math.fsum(item.values[-1] for item in search.task.items)
         self._tuned: dict[tuple[int, ...], _Tuned] = {}
         self._jobs: dict[int, JobSpec] = {}
 

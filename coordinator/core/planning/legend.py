@@ -40,7 +40,7 @@ from coordinator.core.planning.cost_model import (
 )
 from coordinator.core.planning.demand import Demand, block_flop, demand, depth_share, tuned_modules
 from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
-from coordinator.core.planning.sizing import Seat, agents_reason, batch_by_memory, batch_sizes, choose_bits, seat
+from coordinator.core.planning.sizing import Seat, agents_reason, batch_by_memory, batch_sizes, choose_bits, fits, seat
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec
 from shared.messages import Work
@@ -183,8 +183,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         def holds(depth: int) -> bool:
             need = ladder.needs[depth - 1]
             size, _ = self.model.memory(place.device, need, bits, batch, place.info)
-            proven = self.model.has_run(place.device, need, bits, batch, place.budget.limit)
-            return place.budget.holds(size, proven=proven)
+            return fits(place, need, bits, batch, size, self.model)
 
         most, beyond = 1, ladder.blocks + 1
         if ladder.blocks == 1 or holds(ladder.blocks):

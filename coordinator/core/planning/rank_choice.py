@@ -27,6 +27,7 @@ from coordinator.core.planning import knapsack
 from coordinator.core.planning.cost_model import CostModel, Pace
 from coordinator.core.planning.demand import BYTES_TRAINED, Demand
 from coordinator.core.planning.drafts import Draft
+from coordinator.core.planning.footprint import Footprint
 from coordinator.core.planning.knapsack import Item, Levels, Numbers
 from coordinator.core.planning.sizing import Target
 
@@ -93,6 +94,7 @@ def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: 
     """The batches that data and memory hold, with the room that memory leaves at each."""
     place, bits = draft.place, draft.bits
     pace = model.pace(place.device, task.need, bits, place.free)
+    footprint = model.footprint(place.device, task.need, bits, place.info)
     limit = model.batch_limit(place.device, bits)
     lightest = min(item.weights[1] for item in task.items)
     batches: list[int] = []
@@ -103,7 +105,7 @@ def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: 
         if limit is not None and size > limit:
             note = f"{size} ran out of memory before (limit {limit})"
             break
-        room, proven = memory_room(draft, task, size, model)
+        room, proven = memory_room(draft, task, size, model, footprint)
         if batches and room < lightest:
             note = f"{size} leaves no room for ranks in {place.budget.bytes / 2**20:.0f} MiB memory"
             break
@@ -114,17 +116,17 @@ def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: 
         if place.rows < sizes[-1]:
             note = f"the data set has {place.rows} rows"
     if not batches:
-        room, proven = memory_room(draft, task, draft.least, model)
+        room, proven = memory_room(draft, task, draft.least, model, footprint)
         batches, rooms, ran = [draft.least], [room], {draft.least} if proven else set()
     return Site(tuple(batches), tuple(rooms), frozenset(ran), pace, left, note)
 
 
-def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> tuple[float, bool]:
+def memory_room(draft: Draft, task: Task, batch: int, model: CostModel, footprint: Footprint) -> tuple[float, bool]:
     """(adapter parameters that memory holds at `batch`, whether by having run); infinite where no limit was told."""
     place = draft.place
     if not place.budget.limit:
         return math.inf, False
-    size, _ = model.memory(place.device, task.need, draft.bits, batch, place.info)
+    size = footprint.bytes(batch)
     room = task.params + (place.budget.bytes - size) / BYTES_TRAINED
     known = model.devices.get(place.device)
     met = known.peaks.get(str(draft.bits)) if known is not None else None
@@ -140,7 +142,7 @@ def memory_room(draft: Draft, task: Task, batch: int, model: CostModel) -> tuple
 
 def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
     """The best choice of each device."""
-    options = _Options(sites, task)
+    options = Options(sites, task)
     solved = _solve(options, task, exactly)
     flat = solved.values.reshape(len(sites), -1)
     best = flat.max(axis=1)
@@ -152,11 +154,11 @@ def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
     ]
 
 
-class _Options:
-    """(devices x batches x under-trainings) arrays; batches from the largest to the smallest, 0 where there are fewer.
+class Options:
+    """What each device can choose from: (devices x batches x under-trainings) arrays.
 
-    `rooms`: parameters that fit; `by_memory`: whether memory bounds them; `places`: index into `capacities`, -1 where
-    nothing fits.
+    `batches`: from the largest to the smallest, 0 where there are fewer; `rooms`: parameters that fit; `by_memory`:
+    whether memory bounds them; `places`: index into `capacities`, -1 where nothing fits.
     """
 
     def __init__(self, sites: Sequence[Site], task: Task) -> None:
@@ -206,7 +208,7 @@ class _Solved(NamedTuple):
     levels: list[tuple[int, ...]]
 
 
-def _solve(options: _Options, task: Task, exactly: bool) -> _Solved:
+def _solve(options: Options, task: Task, exactly: bool) -> _Solved:
     """Every option's J, exact for the best of a device where that is asked."""
     levels = knapsack.greedy(task.items, options.capacities)
     worth = knapsack.values(task.items, levels)
@@ -243,7 +245,7 @@ def _solve_exactly(
         solved[place] = True
 
 
-def _choice(index: int, options: _Options, solved: _Solved, flat: int) -> Choice:
+def _choice(index: int, options: Options, solved: _Solved, flat: int) -> Choice:
     """The option at place `flat` of a device's."""
     one = options.sites[index]
     row, under = divmod(flat, len(UNDER_TRAINING))
@@ -265,7 +267,7 @@ def _choice(index: int, options: _Options, solved: _Solved, flat: int) -> Choice
     )
 
 
-def _least(index: int, options: _Options, task: Task) -> Choice:
+def _least(index: int, options: Options, task: Task) -> Choice:
     """What is asked of a device that has no room for any rank: the smallest of everything."""
     one, under = options.sites[index], len(UNDER_TRAINING) - 1
     last = len(one.batches) - 1

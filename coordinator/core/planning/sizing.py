@@ -8,6 +8,7 @@ readings count as none (`readings`), the round target does not depend on live lo
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from typing import NamedTuple
 
 from coordinator.core.planning.base import Candidate
@@ -122,7 +123,7 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
                 told.append(f"{bits} bits ran out of memory above batch {limit}")
             continue
         size, why = model.memory(place.device, need, bits, least, place.info)
-        if place.budget.holds(size, proven=model.has_run(place.device, need, bits, least, place.budget.limit)):
+        if fits(place, need, bits, least, size, model):
             fitting.append((bits, size, why))
             if not place.caution or len(fitting) == 2:
                 break
@@ -142,6 +143,12 @@ def choose_bits(place: Seat, need: Demand, job: JobSpec, model: CostModel, least
     if not place.budget.holds(size):
         bound = f"{mebibytes(place.budget.limit)} memory limit by having run under it"
     return bits, word("bits", bits, f"{mebibytes(size)} at batch {least} ({why})", bound, *told)
+
+
+def fits(place: Seat, need: Demand, bits: Bits, batch: int, size: float, model: CostModel) -> bool:
+    """Whether the device holds `size` bytes, which `batch` takes: by its budget, or by having run them."""
+    budget = place.budget
+    return budget.holds(size) or budget.holds(size, proven=model.has_run(place.device, need, bits, batch, budget.limit))
 
 
 def choose_batch(
@@ -167,7 +174,7 @@ def choose_batch(
             else f"{place.caution}: batch {batch} is the least already"
         )
         batch = halved[-1]
-    step_s, why = model.step(place.device, need, bits, batch, place.free)
+    step_s, why = pace.step(batch, place.free)
     met = target.steps * step_s <= target.seconds
     if not met:
         notes.append("the least batch all the same")
@@ -195,16 +202,26 @@ def batch_by_memory(place: Seat, need: Demand, bits: Bits, model: CostModel, siz
 def _held(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...]) -> tuple[list[int], str]:
     """The sizes that data and memory hold, rising and never empty, and what stopped the next one."""
     limit = model.batch_limit(place.device, bits)
-    held: list[int] = []
-    for size in sizes:
+    allowed, note = len(sizes), f"{sizes[-1]} is the largest batch of the job"
+    for index, size in enumerate(sizes):
         if size > place.rows:
-            return held or [place.rows], f"the data set has {plural(place.rows, 'row')}"
+            allowed, note = index, f"the data set has {plural(place.rows, 'row')}"
+            break
         if limit is not None and size > limit:
-            return held, f"{size} ran out of memory before (limit {limit})"
-        taken, _ = model.memory(place.device, need, bits, size, place.info)
-        if held and not place.budget.holds(
-            taken, proven=model.has_run(place.device, need, bits, size, place.budget.limit)
-        ):
-            return held, f"{size} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
-        held.append(size)
-    return held, f"{sizes[-1]} is the largest batch of the job"
+            allowed, note = index, f"{size} ran out of memory before (limit {limit})"
+            break
+    if not allowed:
+        return ([place.rows] if sizes[0] > place.rows else []), note
+
+    footprint = model.footprint(place.device, need, bits, place.info)
+
+    def holds(size: int) -> bool:
+        return fits(place, need, bits, size, footprint.bytes(size), model)
+
+    # The smallest is held as it is; what holds a batch holds a smaller one.
+    most = 1 + bisect(range(1, allowed), 0, key=lambda index: not holds(sizes[index]))
+    if most == allowed:
+        return list(sizes[:allowed]), note
+    taken = footprint.bytes(sizes[most])
+    over = f"{sizes[most]} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
+    return list(sizes[:most]), over

@@ -1,0 +1,192 @@
+"""Perplexity and memory of a causal model over a frozen base of fewer bits: `python bench/bits.py` (needs MUSTER_DATA).
+
+The base is a small GPT-2 trained here for a fixed number of steps on tinyshakespeare and WikiText-2's validation text,
+and kept in the cache of models. It is read on WikiText-2's test text and on every eighth test row of e2e, none of which
+it has seen. Linear layers of the blocks are at the format, all else as the agent has it; below fp32 activations are
+bf16. bf16, NF8 and NF4 are the agent's own layers. For the other formats the dequantized weights stand in layers of
+bf16, and the bytes are those of packed codes and scales. Prints one JSON object a figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+from formats import Rounded, fp4, int8, normal_float
+
+from muster.testbed.inputs import cache_folder
+from muster.testbed.models import SmallGpt2, make_small_gpt2, read_text
+from muster.testbed.rows import read_rows, write_rows
+from shared.jobs import Bits, TaskSpec
+from shared.modeling import base_model
+from shared.modeling.base_model import Base
+from shared.modeling.data import TokenData, tokenize
+from shared.modeling.evaluation import evaluate
+
+DATA = Path(os.environ.get("MUSTER_DATA", "../shared/data"))
+TRAINED_ON, HELD_OUT = ("tinyshakespeare.txt.gz", "wikitext2_valid.txt.gz"), "wikitext2_test.txt.gz"
+STEPS = 300
+"""Of training: a number, not a time, so that a busy machine makes the same model."""
+TOKENS, WINDOWS, E2E_EVERY = 128, 512, 8
+CHUNKS = 16
+"""Parts of a text whose losses give the standard error of a difference."""
+TASK = TaskSpec(kind="causal", dataset="lm", max_tokens=TOKENS)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of the linear weights. `bits`: of the base it is loaded as; `rounded`: what then becomes of a weight."""
+
+    name: str
+    words: str
+    bits: Bits
+    rounded: Callable[[torch.Tensor], Rounded] | None = None
+
+
+FORMATS = (
+    Format("fp32", "fp32", 32),
+    Format("bf16", "bf16", 16),
+    Format("int8", "int8 (absmax, blocks of 64)", 16, int8),
+    Format("nf8", "NF8", 8),
+    Format("nf4", "NF4", 4),
+    Format("fp4", "fp4", 16, fp4),
+    Format("nf3", "3 bits (NormalFloat)", 16, partial(normal_float, bits=3)),
+    Format("nf2", "2 bits (NormalFloat)", 16, partial(normal_float, bits=2)),
+)
+
+
+@dataclass(frozen=True)
+class Read:
+    """Mean loss per token on each chunk of a text."""
+
+    losses: tuple[float, ...]
+
+    @property
+    def perplexity(self) -> float:
+        """Over all chunks, which are equally long."""
+        return math.exp(fmean(self.losses))
+
+    def against(self, other: Read) -> str:
+        """How much the loss is above another's on the same chunks, with the standard error."""
+        rises = [mine - its for mine, its in zip(self.losses, other.losses, strict=True)]
+        return f"{fmean(rises):+.5f} +- {stdev(rises) / math.sqrt(len(rises)):.5f}"
+
+
+def main() -> int:
+    """0: measured; 1: MUSTER_DATA is not there, which is said."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    if not DATA.is_dir():
+        print(f"not run: MUSTER_DATA ({DATA} is no folder)", file=sys.stderr)
+        return 1
+    folder = trained()
+    exact = base_model.load(folder, TASK)
+    weights = {name: exact.model.get_submodule(name).weight.detach().clone() for name in exact.linears}
+    texts = {"lm": windows(exact.tokenizer), "e2e": e2e(exact.tokenizer)}
+    plain: dict[str, Read] = {}
+    for form in FORMATS:
+        base, size = held(folder, form, weights)
+        found = {name: Read(tuple(evaluate(base, part).loss for part in parts)) for name, parts in texts.items()}
+        print(json.dumps(_figure(form, found, plain, size, base)), flush=True)
+        plain = plain or found
+    return 0
+
+
+def trained() -> Path:
+    """The folder of the model, made where it is not there yet."""
+    out = cache_folder() / f"gpt2-held-out-{STEPS}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    size = SmallGpt2(seconds=math.inf, most_steps=STEPS)
+    return make_small_gpt2(
+        out, [DATA / "lm" / name for name in TRAINED_ON], size, tell=lambda line: print(line, file=sys.stderr)
+    )
+
+
+def windows(tokenizer: Any) -> list[TokenData]:
+    """Windows spread evenly over the held-out text, dealt out to chunks; every token but a window's first is asked."""
+    ids = np.asarray(tokenizer(read_text(DATA / "lm" / HELD_OUT), verbose=False)["input_ids"], dtype=np.int32)
+    starts = np.linspace(0, len(ids) - TOKENS, WINDOWS).astype(np.int64)
+    found = np.stack([ids[start : start + TOKENS] for start in starts])
+    return [
+        TokenData(
+            kind="causal", ids=part.ravel(), starts=np.arange(len(part) + 1, dtype=np.int64) * TOKENS,
+            targets=np.ones(len(part), dtype=np.int64), pad_id=0,
+        )
+        for part in (found[chunk::CHUNKS] for chunk in range(CHUNKS))
+    ]  # fmt: skip
+
+
+def e2e(tokenizer: Any) -> list[TokenData]:
+    """Every eighth test row, dealt out to chunks; the tokens of the completion are asked."""
+    rows = read_rows(DATA / "e2e" / "test.jsonl.gz")[::E2E_EVERY]
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{chunk}.jsonl.gz" for chunk in range(CHUNKS)]
+        for chunk, path in enumerate(files):
+            write_rows(path, rows[chunk::CHUNKS])
+        return [tokenize(str(path), TASK, tokenizer) for path in files]
+
+
+def held(folder: Path, form: Format, weights: dict[str, torch.Tensor]) -> tuple[Base, int]:
+    """(the base at a format, bytes of its linear weights as held or packed)."""
+    base = base_model.load(folder, TASK, form.bits)
+    size = 0
+    for name, weight in weights.items():
+        layer = base.model.get_submodule(name)
+        if form.rounded is None:
+            size += _bytes(_weight_tensors(layer))
+            continue
+        rounded = form.rounded(weight)
+        size += rounded.bytes
+        with torch.no_grad():
+            layer.weight.copy_(rounded.weight)
+    return base, size
+
+
+def _weight_tensors(layer: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a linear layer's weight, scales included."""
+    yield from layer.buffers()
+    weight = getattr(layer, "weight", None)
+    if weight is not None:
+        yield weight.data
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            yield from (state.absmax, state.state2.absmax, state.offset)
+
+
+def _bytes(tensors: Iterator[torch.Tensor] | Sequence[torch.Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _figure(form: Format, found: dict[str, Read], plain: dict[str, Read], size: int, base: Base) -> dict[str, Any]:
+    """The result of one format; `plain`: what fp32 reads, but for itself."""
+    count = sum(linear.out * linear.inp for linear in base.linears.values())
+    others = _bytes(
+        [p.data for name, p in base.model.named_parameters() if name.removesuffix(".weight") not in base.linears]
+    )
+    rises = {name: f", loss {read.against(plain[name])} against fp32" for name, read in found.items() if plain}
+    note = (
+        f"{WINDOWS} windows of {TOKENS} tokens{rises.get('lm', '')}; e2e test rows, untuned: perplexity "
+        f"{found['e2e'].perplexity:.2f}{rises.get('e2e', '')}; {count} linear weights in {size} bytes, "
+        f"{8 * size / count:.3f} bits each; all else {others} bytes; small GPT-2, one seed"
+    )
+    return {
+        "name": f"bits.{form.name}", "what": f"perplexity over a base at {form.words}, WikiText-2 test, small GPT-2",
+        "value": round(found["lm"].perplexity, 4), "unit": "", "target": "", "note": note,
+        "e2e_perplexity": round(found["e2e"].perplexity, 4), "linear_bytes": size, "other_bytes": others,
+        "bits_per_weight": round(8 * size / count, 4),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main())

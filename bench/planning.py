@@ -31,8 +31,10 @@ from bench.planning_claims import claims, cost, sections
 from bench.planning_grid import GRIDS, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_studies import STUDIES, VARIANTS
 from bench.planning_tables import page
-from muster.testbed import inputs, simulated, toml
+from muster.testbed import device_model, inputs, simulated, toml
 from muster.testbed.rows import Row, read_rows, write_rows
+from muster.testbed.runs import RunFailed
+from muster.testbed.simulate import STEPS as STEPS_FILE
 from muster.testbed.simulate import Session, Simulation
 from muster.testbed.simulate import result_of as result_of_simulation
 from shared.files import write_whole
@@ -79,10 +81,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
         with Session(options.workers) as session:
-            complete = options.studies is not None or _run_all(tuning_runs(grid, chosen), until, session)
-            found = rates(grid, chosen)
-            asked = final_runs(grid, chosen, found) if options.studies is None else study_runs(found, options.studies)
-            complete = complete and (options.tune or _run_all(asked, until, session))
+            if options.studies is not None:
+                complete = _run_all(study_runs(_standard_rates(), options.studies), until, session)
+            else:
+                complete = _run_all(tuning_runs(grid, chosen), until, session)
+                finals = final_runs(grid, chosen, rates(grid, chosen))
+                complete = complete and (options.tune or _run_all(finals, until, session))
     _render(options.profile, grid, chosen)
     return 0 if complete else 1
 
@@ -103,21 +107,38 @@ def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
 
 def result_of(run: Run) -> simulated.Result | None:
     """A finished run's result; None: it was not run."""
-    path = RUNS / f"{run.name}.json.gz"
+    path = path_of(run)
     return msgspec.json.decode(gzip.decompress(path.read_bytes()), type=simulated.Result) if path.is_file() else None
+
+
+def path_of(run: Run) -> Path:
+    """The file of a run: its name, and a digest of all else that determines it."""
+    asked = simulation(run, Path())
+    fixed = (
+        TASKS[run.task], asked.devices, asked.profile, asked.oracle, asked.over, VALIDATION, device_model.VERSION,
+        hashlib.sha256(STEPS_FILE.read_bytes()).hexdigest(),
+    )  # fmt: skip
+    digest = hashlib.sha256(msgspec.json.encode(fixed, order="deterministic")).hexdigest()[:8]
+    return RUNS / f"{run.name}-{digest}.json.gz"
 
 
 def keep(run: Run, result: simulated.Result) -> None:
     """Write the file of a finished run; the same result gives the same bytes."""
-    path = RUNS / f"{run.name}.json.gz"
+    path = path_of(run)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, gzip.compress(msgspec.json.encode(result), mtime=0))
 
 
+def _standard_rates() -> dict[tuple[str, str], float]:
+    return rates(GRIDS["standard"], methods())
+
+
 def study_runs(found: Mapping[tuple[str, str], float], names: Sequence[str]) -> Iterator[Run]:
-    """The runs of the studies named, or of all."""
+    """The runs of the studies named, or of all. Raises `SystemExit` where a method's rate was not yet chosen."""
     for study in STUDIES:
         if not names or study.name in names:
+            if missing := study.missing(found):
+                raise SystemExit(f"study {study.name}: no rate of {', '.join(missing)} yet; run the standard profile")
             yield from study.runs(found)
 
 
@@ -131,14 +152,33 @@ def _run_all(runs: Iterable[Run], until: float, session: Session) -> bool:
         print(f"run {run.name}", flush=True)
         wall, cpu = time.monotonic(), _cpu_s()
         with tempfile.TemporaryDirectory(prefix="muster-planning-") as scratch, VARIANTS[run.variant].around():
-            done = result_of_simulation(
-                simulation(run, Path(scratch)), session, lambda line: print(f"  {line}", flush=True)
-            )
+            asked = simulation(run, Path(scratch))
+            _write_job(run, asked)
+            done = _carried_out(run, replace(asked, data=str(_data(run))), session)
         keep(run, done)
         took = {"run": run.name, "wall_s": round(time.monotonic() - wall, 1), "cpu_s": round(_cpu_s() - cpu, 1)}
         with (RUNS / "seconds.jsonl").open("ab") as file:
             file.write(msgspec.json.encode(took) + b"\n")
     return True
+
+
+def _carried_out(run: Run, asked: Simulation, session: Session) -> simulated.Result:
+    """The result; that of a run which got stuck has no rounds, and its state says so."""
+    try:
+        return result_of_simulation(asked, session, lambda line: print(f"  {line}", flush=True))
+    except RunFailed as error:
+        print(f"  failed: {error}", flush=True)
+        return simulated.Result(
+            job="planning", state="failed", strategy=run.method.strategy, aggregator=run.method.aggregator,
+            profile=asked.profile, devices=asked.devices, data=run.task, alpha=run.alpha, seed=run.seed, lr=run.lr,
+            baseline=None, rounds=[], bytes_by_device={},
+        )  # fmt: skip
+
+
+def _write_job(run: Run, asked: Simulation) -> None:
+    assert asked.job is not None
+    task = TASKS[run.task]
+    asked.job.write_text(f'name = "planning"\n[task]\nkind = "{task.kind}"\nmax_tokens = {task.max_tokens}\n')
 
 
 def _cpu_s() -> float:
@@ -149,10 +189,8 @@ def _cpu_s() -> float:
 
 
 def simulation(run: Run, scratch: Path) -> Simulation:
-    """What `muster simulate` is asked for."""
+    """What `muster simulate` is asked for, but for its data."""
     task, variant = TASKS[run.task], VARIANTS[run.variant]
-    job = scratch / "job.toml"
-    job.write_text(f'name = "planning"\n[task]\nkind = "{task.kind}"\nmax_tokens = {task.max_tokens}\n')
     over = {
         "base": {"model": task.model},
         "rounds": {
@@ -170,7 +208,7 @@ def simulation(run: Run, scratch: Path) -> Simulation:
     }
     over = toml.merged(over, {name: dict(table) for name, table in variant.tables.items()})
     asked = Simulation(
-        devices=DEVICES, data=str(_data(run)), job=job, strategy=run.method.strategy, aggregator=run.method.aggregator,
+        devices=DEVICES, job=scratch / "job.toml", strategy=run.method.strategy, aggregator=run.method.aggregator,
         seed=run.seed, alpha=run.alpha, over=over,
     )  # fmt: skip
     # No other method needs that much memory; granting it to all would take their choice of bits away.
@@ -215,11 +253,11 @@ def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
     found = rates(grid, chosen)
     finals = list(final_runs(grid, chosen, found))
     results = _those_there(finals)
-    studies = {study.name: _those_there(study.runs(found)) for study in STUDIES}
+    studies = {study.name: _those_there(study.runs(_standard_rates())) for study in STUDIES}
     wall, cpu, counted = cost(_seconds(), [*tuning_runs(grid, chosen), *finals])
     took = f" ({counted} runs, {wall:.0f} minutes on 2 cores shared with other work, {cpu:.0f} of CPU)"
     # The published page is about all methods; parts and rehearsals have a page of their own.
-    whole = profile != "smoke" and len(chosen) == len(methods([]))
+    whole = profile == "standard" and grid == GRIDS[profile] and len(chosen) == len(methods([]))
     path = PAGE if whole else ROOT / "runs" / "planning.md"
     path.parent.mkdir(exist_ok=True)
     text = page(

@@ -33,11 +33,14 @@ from shared.jobs import BaseSpec, TaskSpec, TrainingSpec
 from shared.messages import Assignment, BlobRef, Work
 from shared.modeling import base_model
 from shared.modeling.weights import base_digest
+from shared.starts import START_NOTE
 from shared.subprocess_pipe import start_piped
 
 OUT = Path("muster/testbed/profiles/steps.json")
 LABELS, TOKENS, STEPS, RANK, BATCH = 14, 32, 8, 8, 16
 BATCHES = (1, 2, 4, 8, 16, 32)
+RANKS = (2, 32, 64)
+"""Beside `RANK`: what factors cost is the slope over them."""
 QUOTAS = (0.4, 0.2, 0.1)
 REPEATS = 4
 WITHIN_S = 600.0
@@ -101,15 +104,16 @@ def measured(folder: Path, group: DeviceGroup) -> Steps:
             dense=base_model.fresh_head(base, 0),
         )
     )  # fmt: skip
-    (folder / "start").write_bytes(start)
+    whole = _whole(base, place)
     blocks = 1 + max(linear.block for linear in base.linears.values())
     agent = Agent(group, data)
     records = []
     try:
         for number, (quota, bits, batch, depth, rank) in enumerate(_plan(blocks)):
             group.set_cores(quota)
-            ranks = {name: rank for name, linear in base.linears.items() if linear.block >= blocks - depth}
-            order = _order(folder, place, task, start, number, Work(ranks=ranks, batch=batch, bits=bits, steps=STEPS))
+            ranks = {name: rank for name, linear in base.linears.items() if rank and linear.block >= blocks - depth}
+            (folder / "start").write_bytes(begun := start if rank else whole)
+            order = _order(folder, place, task, begun, number, Work(ranks=ranks, batch=batch, bits=bits, steps=STEPS))
             # The best of several: other programs on this machine can only make it slower.
             done = [agent.train(_again(order, folder / f"work-{number}-{i}")).facts for i in range(REPEATS)]
             facts = min((one for one in done if not one.load_s), key=lambda one: one.train_s * one.cores_used)
@@ -117,7 +121,7 @@ def measured(folder: Path, group: DeviceGroup) -> Steps:
                 Recorded(
                     quota=quota, bits=bits, batch=batch, blocks=depth, rank=rank, peak_bytes=facts.peak_bytes,
                     step_s=round(facts.train_s / facts.steps, 5), base_bytes=facts.base_bytes,
-                    cpu_s=round(facts.cores_used * facts.train_s / facts.steps, 5),
+                    cpu_s=round(facts.cores_used * facts.train_s / facts.steps, 5), whole=not rank,
                 )
             )  # fmt: skip
             print(json.dumps(msgspec.to_builtins(records[-1])), flush=True)
@@ -132,16 +136,29 @@ def measured(folder: Path, group: DeviceGroup) -> Steps:
 
 
 def _plan(blocks: int) -> Iterator[tuple[float, Any, int, int, int]]:
-    """(quota, bits, batch, tuned blocks, rank) of every record."""
+    """(quota, bits, batch, tuned blocks, rank) of every record; rank 0: the whole base is tuned."""
     for batch in BATCHES:
         yield 1.0, 16, batch, blocks, RANK
     for depth in range(blocks):
         yield 1.0, 16, BATCH, depth, RANK
-    yield 1.0, 16, BATCH, blocks, 4 * RANK
+    for rank in RANKS:
+        yield 1.0, 16, BATCH, blocks, rank
     for bits in (8, 4, 32):
         yield 1.0, bits, BATCH, blocks, RANK
+    yield 1.0, 32, BATCH, blocks, 0
     for quota in QUOTAS:
         yield quota, 16, BATCH, blocks, RANK
+
+
+def _whole(base: Any, place: Path) -> bytes:
+    """What work that tunes the whole base begins with."""
+    dense = {name: base.model.get_parameter(name).detach().numpy() for name in base.shapes}
+    return adapters.write(
+        adapters.Adapter(
+            kind="global", job="bench", round=0, base_digest=base_digest(place), factors={},
+            dense=dense | base_model.fresh_head(base, 0), notes={START_NOTE: "dense"},
+        )
+    )  # fmt: skip
 
 
 def _again(order: protocol.Train, folder: Path) -> protocol.Train:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared.modeling import half
+from shared.modeling import activations, half
 from shared.modeling.quantization import quantized
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
@@ -31,6 +31,8 @@ def _results(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     assert x.grad is not None
     weight = getattr(layer, "weight", None)
     grads = [] if weight is None or weight.grad is None else [weight.grad]
+    bias = getattr(layer, "bias", None)
+    grads += [] if bias is None or bias.grad is None else [bias.grad]
     return [out.detach().float(), x.grad.float(), *(grad.float() for grad in grads)]
 
 
@@ -41,7 +43,7 @@ def test_values_and_gradients_are_those_of_the_emulated_product(make: Callable[[
     emulated = _results(layer, x)
     with half.Widened():
         widened = _results(layer, x)
-    assert len(emulated) == len(widened) == (3 if isinstance(layer, nn.Linear) and layer.weight.requires_grad else 2)
+    assert len(emulated) == len(widened) == (4 if type(layer) is nn.Linear else 2)
     for one, other in zip(emulated, widened, strict=True):
         # bf16 has 8 bits: two roundings at most.
         assert torch.allclose(one, other, rtol=2**-6, atol=2**-8 * float(one.abs().max()))
@@ -50,10 +52,12 @@ def test_values_and_gradients_are_those_of_the_emulated_product(make: Callable[[
 
 def test_the_widened_product_is_that_of_float32_rounded_once() -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(3, 64).to(torch.bfloat16), torch.randn(32, 64).to(torch.bfloat16)
+    x, weight, bias = (torch.randn(*shape).to(torch.bfloat16) for shape in ((3, 64), (32, 64), (32,)))
     with half.Widened():
-        product = nn.functional.linear(x, weight)
-    assert torch.equal(product, (x.float() @ weight.float().T).to(torch.bfloat16))
+        product, shifted = nn.functional.linear(x, weight), nn.functional.linear(x, weight, bias)
+    wide = x.float() @ weight.float().T
+    assert torch.equal(product, wide.to(torch.bfloat16))
+    assert torch.equal(shifted, (wide + bias.float()).to(torch.bfloat16))
 
 
 def test_what_backward_keeps_is_half_as_large_as_in_float32() -> None:
@@ -68,3 +72,20 @@ def test_float32_is_left_alone() -> None:
     x, weight = torch.randn(3, 64), torch.randn(32, 64)
     with half.Widened():
         assert torch.equal(nn.functional.linear(x, weight), x @ weight.T)
+        assert torch.equal(nn.functional.linear(input=x, weight=weight), x @ weight.T)
+
+
+def test_an_agent_trains_inside_where_bf16_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[str] = []
+
+    class Noted(half.Widened):
+        def __enter__(self) -> half.Widened:
+            entered.append("")
+            return super().__enter__()  # type: ignore[no-any-return, no-untyped-call]  # torch leaves it so
+
+    monkeypatch.setattr(half, "Widened", Noted)
+    for slow in (False, True):
+        monkeypatch.setattr(half, "is_slow", lambda device, slow=slow: slow)
+        layer, x = _plain(), torch.randn(5, 64).to(torch.bfloat16)
+        assert activations.saved_bytes(layer.parameters(), lambda: layer(x.requires_grad_())) > 0  # noqa: B023
+        assert bool(entered) == slow

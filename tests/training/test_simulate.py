@@ -88,9 +88,7 @@ def _check(result: dict[str, Any]) -> None:
 
 def test_a_device_whose_time_is_up_delivers_what_it_has(asked: Simulation) -> None:
     # On the slowest class 3 steps take longer than this.
-    limit = 2.2 * dm.StepTable(load_steps()).seconds(
-        dm.StepWork(16, 8, 0, 1000, 12), dm.Shape(2, 16, 16_000, 1000), 0.1
-    )
+    limit = 2.2 * dm.StepTable(load_steps()).seconds(dm.StepWork(16, 8, 0, 1000), dm.Shape(2, 16, 16_000, 1000), 0.1)
     done = carry_out(
         replace(asked, over={"rounds": {"train_for_s": limit}, "strategy": {"batch_min": 8}}), tell=_silent
     )

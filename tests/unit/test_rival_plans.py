@@ -65,6 +65,13 @@ def test_unequal_ranks_and_an_aggregator_of_one_rank_are_a_fault() -> None:
             assert fault == f"strategy.aggregator: {aggregator} takes one rank only, and {name} plans unequal ones"
 
 
+def test_directions_are_drawn_only_where_devices_train_any() -> None:
+    for aggregator in ("fsr", "legend"):
+        assert strategies.faults(StrategySpec(aggregator=aggregator, directions="sampled")) == []
+    (fault,) = strategies.faults(StrategySpec(aggregator="fresh", directions="sampled"))
+    assert fault == "strategy.directions: devices of fresh train none, only those of fsr, legend"
+
+
 @pytest.mark.parametrize("name", ["fedlora", "ffa", "fedex"])
 def test_strategies_of_one_rank_plan_as_uniform_does(name: str) -> None:
     planned = registry.create(StrategySpec(name=name)).plan(view(*FLEET), named(name))

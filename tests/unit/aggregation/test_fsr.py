@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from coordinator.core.aggregation import registry
 from coordinator.core.aggregation.base import Folded, Part, Wide, fold_module, product
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress, drawn_order
 from coordinator.core.aggregation.product_sum import ProductSum, workspace_bytes
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
+from shared.jobs import StrategySpec
 from tests.unit.aggregation.rounds import ALPHA_RATIO, Round, make_round, random, rounds, triplets
 
 EXACT = FoldStackRecompress(energy=1.0, global_rank=4096)
@@ -231,13 +233,18 @@ def test_a_server_learning_rate_scales_the_change_of_the_round(round: Round, ser
 @settings(max_examples=60, deadline=None)
 @given(round=rounds(), cap=st.sampled_from([2, 64]))
 def test_drawn_directions_are_those_of_the_largest_in_another_order(round: Round, cap: int) -> None:
-    largest, drawn = (FoldStackRecompress(0.99, cap, sampled=sampled) for sampled in (False, True))
+    largest, drawn = (
+        registry.create(StrategySpec(energy=0.99, global_rank=cap, directions=directions))
+        for directions in ("largest", "sampled")
+    )
+    assert isinstance(largest, FoldStackRecompress) and isinstance(drawn, FoldStackRecompress)
     for module in round.modules:
         one, other = fold(largest, round, module), fold(drawn, round, module)
         assert error(dense(other.factors, module), dense(one.factors, module)) < 1e-6
         if parts_of(round, module.name) and one.factors is not None:
             assert one.factors.sigma is not None and other.factors is not None and other.factors.sigma is not None
-            assert sorted(one.factors.sigma) == sorted(other.factors.sigma)
+            order = drawn_order(one.factors.sigma.astype(np.float64), module.name)
+            assert np.array_equal(other.factors.sigma, one.factors.sigma[order])
         again = fold(drawn, round, module).factors
         assert again is None or (other.factors is not None and again.b.tobytes() == other.factors.b.tobytes())
         assert (one.residual is None) == (other.residual is None)

@@ -21,7 +21,7 @@ KINDS = {kind.name: kind for kind in dm.KINDS}
 
 def _work(bits: int = 16, batch: int = 16, lowest: int = 0, rank: int = 8) -> dm.StepWork:
     share = (STEPS.blocks - lowest) / STEPS.blocks
-    return dm.StepWork(bits, batch, lowest, int(rank * STEPS.factor_params * share), 1)
+    return dm.StepWork(bits, batch, lowest, int(rank * STEPS.factor_params * share))
 
 
 def _device(name: str = "sim-01", kind: str = "nx", seed: int = 0) -> dm.Device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from bench import planning
@@ -26,7 +27,7 @@ def _result(run: Run, accuracy: float, at: float = 10.0) -> Result:
     )  # fmt: skip
     rounds = [
         RoundResult(
-            round=number, seconds=5.0, at=at * number, loss=1.0, accuracy=accuracy * number / 2, perplexity=None,
+            round=number, seconds=at, at=at * number, loss=1.0, accuracy=accuracy * number / 2, perplexity=None,
             accepted=True, bytes_up=1_000_000, bytes_down=500_000, waiting=0.2, prediction_error=0.5, devices=[part],
         )
         for number in (1, 2)
@@ -145,8 +146,13 @@ def test_a_rival_that_does_not_arrive_makes_a_lower_bound_and_an_own_failure_is_
     found = ratio(_pairs([10.0, 10.0], [20.0, 20.0], accuracy=0.1), "fedpipe", "fedlora", seconds)
     # Its whole run: two rounds.
     assert found is not None and found.mean == pytest.approx(4.0) and found.open == 2
+    assert found.meets(3.0) is True and found.meets(5.0) is None
     back = ratio(_pairs([10.0, 10.0], [20.0, 20.0], accuracy=0.1), "fedlora", "fedpipe", seconds)
-    assert back is not None and back.lost == 2 and "own runs did not arrive" in str(back)
+    assert back is not None and back.lost == 2 and "the method did not arrive" in str(back)
+    assert back.meets(0.1) is False
+    failed = [(run, msgspec.structs.replace(result, rounds=[])) for run, result in _pairs([10.0], [])]
+    only = ratio(failed + _pairs([], [10.0]) + _pairs([1.0, 1.0], [2.0, 2.0])[1::2], "fedpipe", "fedlora", seconds)
+    assert only is not None and (only.pairs, only.lost) == (2, 1) and only.meets(1.0) is False
     rows = list(claims(_pairs([10.0, 10.0], [30.0, 30.0]), {}))
     assert any(row.startswith("| `fedpipe` against `fedlora`") and row.endswith("| yes |") for row in rows)
     assert any("against `full`" in row and "not run" in row for row in rows)

@@ -26,14 +26,15 @@ def test_waiting_share(own: list[float], share: float) -> None:
 
 
 def test_time_and_bytes_to_a_target() -> None:
-    assert (time_to(ROUNDS, 0.5), bytes_to(ROUNDS, 0.5)) == (7.0, 11)
-    assert (time_to(ROUNDS, 0.75), bytes_to(ROUNDS, 0.75)) == (20.0, 36)
+    # The first plan was made 2 seconds after the submission.
+    assert (time_to(ROUNDS, 0.5), bytes_to(ROUNDS, 0.5)) == (5.0, 11)
+    assert (time_to(ROUNDS, 0.75), bytes_to(ROUNDS, 0.75)) == (18.0, 36)
     assert (time_to(ROUNDS, 0.85), bytes_to(ROUNDS, 0.85)) == (None, None)
 
 
 def test_without_an_accuracy_the_loss_counts() -> None:
     causal = [_round(1, 7.0, None, loss=3.0), _round(2, 9.0, None, loss=2.0)]
-    assert time_to(causal, -2.5) == 9.0
+    assert time_to(causal, -2.5) == 7.0
     assert best_quality(causal) == -2.0
 
 

@@ -15,7 +15,7 @@ STEPS = load_steps()
 TABLE = dm.StepTable(STEPS)
 SHAPE = dm.Shape(STEPS.blocks, STEPS.tokens, STEPS.linear_params, 12_000_000)
 LINEARS = {f"layer.{block}.dense": (384, 384, block) for block in range(3)}
-CLOCK = Clockwork(TABLE, dm.MemoryTable.of(STEPS), Base(SHAPE, LINEARS, 5000))
+CLOCK = Clockwork(TABLE, dm.MemoryTable.of(STEPS), Base(SHAPE, LINEARS, 5000, lora=STEPS.factor_params))
 
 
 def _devices(profile: str, count: int) -> list[VirtualDevice]:
@@ -54,7 +54,7 @@ def test_nothing_happens_to_them() -> None:
 
 @pytest.mark.parametrize("batch", [2, 16, 32])
 def test_a_step_takes_what_was_recorded_under_its_quota(batch: int) -> None:
-    work = dm.StepWork(16, batch, 0, 8 * STEPS.factor_params, 1)
+    work = dm.StepWork(16, batch, 0, 8 * STEPS.factor_params)
     for device in virtual_fleets.fleet("emulated-light", 4, 0):
         took = device.step_s(TABLE, work, SHAPE, round=30, heat=0.0, noise=1.0, foreign=0.0)
         assert took == pytest.approx(TABLE.seconds(work, SHAPE, device.kind.quota))

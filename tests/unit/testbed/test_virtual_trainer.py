@@ -23,7 +23,7 @@ STEPS = load_steps()
 LINEARS = {f"layer.{block}.dense": (384, 384, block) for block in range(3)}
 CLOCK = Clockwork(
     dm.StepTable(STEPS), dm.MemoryTable.of(STEPS),
-    Base(dm.Shape(3, 32, STEPS.linear_params, 12_000_000), LINEARS, 5000),
+    Base(dm.Shape(3, 32, STEPS.linear_params, 12_000_000), LINEARS, 5000, lora=3 * 768),
 )  # fmt: skip
 
 

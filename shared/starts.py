@@ -2,7 +2,7 @@
 
 | start | trained on the device | the rest of the global adapter | agents of one device |
 |---|---|---|---|
-| `directions` | the first min(rank, global rank) directions, by size | rides along frozen | products stacked |
+| `directions` | the first min(rank, global rank) directions, as published | rides along frozen | products stacked |
 | `factors` | the first columns of the global factors, as they are | rides along frozen | factors averaged |
 | `fresh` | a new LoRA | all of it rides along frozen | products stacked |
 | `cut_directions` | as `directions` | is dropped | products stacked |

@@ -81,7 +81,7 @@ class ModelWorker:
 
     def _prepare(self, request: Prepare) -> ModelFacts:
         from shared import adapter
-        from shared.modeling import activations, base_model
+        from shared.modeling import base_model
 
         job = request.job
         base = self._base(job, request.base_path)
@@ -99,11 +99,8 @@ class ModelWorker:
         )  # fmt: skip
         write_whole(Path(request.adapter_path), adapter.write(first))
         config = base.model.config
-        counted = self._held.counted
-        for bits in PRECISIONS if not counted else ():
-            self.beat("counting activations")
-            found = activations.count(base.folder, job.task, bits)
-            counted[str(bits)] = ActivationFacts(fixed=found.fixed, block=found.block)
+        if not self._held.counted:
+            self._held.counted = self._counted(base, job)
         return ModelFacts(
             modules=modules,
             largest=max(one.out * one.inp for one in base.linears.values()) if start == "bottleneck" else 0,
@@ -112,12 +109,22 @@ class ModelWorker:
             linear_params=covered,
             other_params=others,
             blocks=1 + max(linear.block for linear in base.linears.values()),
-            activations=dict(counted),
+            activations=dict(self._held.counted),
             config=base_model.whole_config(base, job.task) if start == "dense" else "",
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),
             intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),
         )
+
+    def _counted(self, base: Any, job: JobSpec) -> dict[str, ActivationFacts]:
+        from shared.modeling import activations
+
+        counted = {}
+        for bits in PRECISIONS:
+            self.beat("counting activations")
+            found = activations.count(base.folder, job.task, bits)
+            counted[str(bits)] = ActivationFacts(fixed=found.fixed, block=found.block)
+        return counted
 
     def _pack(self, request: Prepare) -> dict[str, str]:
         """The base at each bit width for devices to fetch; what was packed for an earlier job is used again."""

@@ -17,6 +17,7 @@ import bisect
 import hashlib
 import itertools
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,6 +28,8 @@ import msgspec
 
 from shared.jobs import Bits
 
+VERSION = 2
+"""Raised by whoever changes what this model charges: results of another version are of another world."""
 _NORMAL = NormalDist()
 MIB = 2**20
 POWER_ROUNDS = 20
@@ -71,6 +74,8 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True):
     step_s: float
     cpu_s: float
     """CPU seconds of a step: its wall time on one idle core."""
+    whole: bool = False
+    """Whether every parameter of the base was tuned."""
     peak_bytes: int
     base_bytes: int
 
@@ -148,14 +153,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a device does in a step: `lowest` tuned block (`blocks`: none), `factors`: parameters of all factors,
-    `modules`: how many are tuned."""
+    """What a device does in a step: `lowest` tuned block (`blocks`: none), `factors`: parameters that are trained,
+    `whole`: whether they are all of the base."""
 
     bits: int
     batch: int
     lowest: int
     factors: int
-    modules: int
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,19 +177,22 @@ class StepTable:
     def __init__(self, steps: Steps) -> None:
         self.steps = steps
         rank, batch = _usual([r.rank for r in steps.records]), _usual([r.batch for r in steps.records])
-        whole = [r for r in steps.records if r.quota == 1.0]
-        at_16 = [r for r in whole if r.bits == 16 and r.rank == rank]
+        alone = [r for r in steps.records if r.quota == 1.0 and not r.whole]
+        at_16 = [r for r in alone if r.bits == 16 and r.rank == rank]
         full = [r for r in at_16 if r.blocks == steps.blocks]
         here = next(r.cpu_s for r in full if r.batch == batch)
         self._rank = rank
         self._curve = sorted((math.log(r.batch), math.log(r.cpu_s / r.batch)) for r in full)
         self._depths = sorted((float(r.blocks), r.cpu_s / here) for r in at_16 if r.batch == batch)
         self.bits = {
-            r.bits: r.cpu_s / here for r in whole if (r.batch, r.blocks, r.rank) == (batch, steps.blocks, rank)
+            r.bits: r.cpu_s / here for r in alone if (r.batch, r.blocks, r.rank) == (batch, steps.blocks, rank)
         }
-        wide = next((r for r in whole if r.rank > rank), None)
-        extra = (wide.rank - rank) * steps.factor_params if wide else 1
-        self._per_factor = max(0.0, wide.cpu_s / here - 1.0) / extra if wide else 0.0
+        self._per_factor = _slope(
+            [(r.rank * steps.factor_params, r.cpu_s / here) for r in alone if r.bits == 16 and r.batch == batch
+             and r.blocks == steps.blocks]
+        )  # fmt: skip
+        whole = next((r.cpu_s / here for r in steps.records if r.whole), None)
+        self._whole = whole / self.bits[32] if whole is not None else 1.5
         self._quotas = [(0.0, 0.0)] + sorted(
             (-math.log(r.quota), math.log(r.step_s / here)) for r in steps.records if r.quota < 1.0
         )
@@ -196,7 +204,9 @@ class StepTable:
         per_sample = math.exp(_interpolated(self._curve, math.log(work.batch)))
         depth = steps.blocks * (shape.blocks - work.lowest) / shape.blocks
         usual = self._rank * steps.factor_params * depth / steps.blocks
-        share = _interpolated(self._depths, depth) + self._per_factor * (work.factors / size - usual)
+        share = _interpolated(self._depths, depth)
+        # A gradient of every weight, and their moments: recorded, no matter of factors.
+        share = self._whole * share if work.whole else share + self._per_factor * (work.factors / size - usual)
         stretch = math.exp(_interpolated(self._quotas, -math.log(quota)))
         whole = work.batch * per_sample * size * shape.tokens / steps.tokens
         return whole * max(share, 0.05) * self.bits.get(work.bits, 1.0) * stretch
@@ -205,6 +215,17 @@ class StepTable:
 def _usual(values: Sequence[int]) -> int:
     """What most records have."""
     return max(sorted(set(values)), key=list(values).count)
+
+
+def _slope(points: Sequence[tuple[float, float]]) -> float:
+    """Of the least-squares line. Raises `ValueError` where it does not rise: more work can't take less time."""
+    if len({x for x, _ in points}) < 2:
+        return 0.0
+    mean_x, mean_y = (statistics.fmean(point[i] for point in points) for i in (0, 1))
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    if slope <= 0:
+        raise ValueError("recorded steps do not get slower with the rank: record them again, on an idle machine")
+    return slope
 
 
 def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:
@@ -316,9 +337,10 @@ class MemoryTable:
     @staticmethod
     def of(steps: Steps) -> MemoryTable:
         """From the peaks over the batch at 16 bits (the slope of the least-squares line)."""
+        usual = (1.0, 16, steps.blocks, _usual([r.rank for r in steps.records]))
         found = [
             (r.batch, r.peak_bytes) for r in steps.records
-            if (r.quota, r.bits, r.blocks, r.rank) == (1.0, 16, steps.blocks, _usual([r.rank for r in steps.records]))
+            if not r.whole and (r.quota, r.bits, r.blocks, r.rank) == usual
         ]  # fmt: skip
         mean_b, mean_p = (sum(p[i] for p in found) / len(found) for i in (0, 1))
         spread = sum((b - mean_b) ** 2 for b, _ in found)

@@ -73,8 +73,12 @@ class Agents:
     def train(self, order: Order) -> protocol.Trained | protocol.Failed:
         """Do the work; its update lies at the order's `update_path`."""
         train = order.train
+        import torch
+
         agent, control = self._agent(train.assignment.work.bits)
         control.left = order.steps
+        # An evaluation in this process takes more.
+        torch.set_num_threads(1)
         # A checkpoint would be written for nobody.
         training = replace(train.assignment.training, checkpoint_every=_NEVER)
         return agent.train(replace(train, assignment=replace(train.assignment, training=training), train_for_s=0.0))

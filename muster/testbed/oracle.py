@@ -2,7 +2,8 @@
 
 What is left between such a run and an ordinary one is the price of not knowing. The oracle knows each device's step
 time at its power mode and heat, and its link in the coming round; neither the noise of a step nor the foreign load of
-the seconds to come. Memory is learned as ever. No planner knows of this module: the testbed hands them their models.
+the seconds to come. Memory is learned as ever; what a rank adds to a step is the planner's own estimate. `legend` keeps
+averages of its own and takes no part. No planner knows of this module: the testbed hands them their models.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from coordinator.core.planning import registry
 from coordinator.core.planning.base import Planner, RoundReport
 from coordinator.core.planning.cost_model import CostModel, Pace
 from coordinator.core.planning.demand import Demand
-from coordinator.core.planning.legend import LegendPlanner
 from coordinator.core.planning.readings import Capacity
 from muster.testbed import device_model as dm
 from muster.testbed.virtual_device import Base, VirtualDevice
@@ -58,9 +58,9 @@ class TrueModel(CostModel, frozen=True, kw_only=True):
         foreign = free.foreign / free.cores
 
         def seconds(batch: int) -> float:
-            work = dm.StepWork(bits, batch, lowest, factors, 0)
+            work = dm.StepWork(bits, batch, lowest, factors, known.clock.base.whole)
             return known.model.step_s(
-                known.clock.table, work, known.clock.base.shape, round=known.clock.round + 1, heat=known.heat,
+                known.clock.table, work, known.clock.base.shape, round=known.clock.coming, heat=known.heat,
                 noise=1.0, foreign=foreign,
             )  # fmt: skip
 
@@ -69,7 +69,7 @@ class TrueModel(CostModel, frozen=True, kw_only=True):
     def transfer(self, device: str, size: int) -> tuple[float, str]:
         """Seconds to move `size` bytes over the device's link in the round to come."""
         known = self.nature[device]
-        rate = known.model.bandwidth(known.clock.round + 1)
+        rate = known.model.bandwidth(known.clock.coming)
         return size / rate, f"{size / 2**20:.1f} MiB at {rate / 1e6:.2f} MB/s"
 
     def learn(self, report: RoundReport) -> TrueModel:
@@ -78,19 +78,12 @@ class TrueModel(CostModel, frozen=True, kw_only=True):
         return replace(self, devices=learned.devices, activation_scale=learned.activation_scale)
 
 
-class _KnowingLegend(LegendPlanner, frozen=True, kw_only=True):
-    """`legend` without its moving averages: a device that it has no average of takes its step time from the model."""
-
-    def learn(self, report: RoundReport) -> LegendPlanner:
-        """The planner that also knows this round."""
-        return replace(self, model=self.model.learn(report))
-
-
 def work_of(need: Demand, base: Base) -> tuple[int, int]:
     """(lowest tuned block, trained parameters) of `need`, from its FLOP (`demand.demand`)."""
     shape = base.shape
     factors = need.adapter_params - base.dense
-    flop = need.flop / shape.tokens - 2.0 * need.linear_params - 6.0 * factors
+    logits = 4.0 * need.other_params if need.kind == "causal" else 0.0
+    flop = need.flop / shape.tokens - 2.0 * need.linear_params - 6.0 * factors - logits
     depth = flop / (2.0 * need.linear_params) if need.linear_params else 1.0
     return shape.blocks - round(min(1.0, max(0.0, depth)) * shape.blocks), need.adapter_params
 
@@ -104,8 +97,6 @@ def known_to_planners(devices: Sequence[VirtualDevice]) -> Iterator[None]:
     def knowing(make: Callable[[], Planner]) -> Callable[[], Planner]:
         def made() -> Planner:
             planner: Any = make()
-            if isinstance(planner, LegendPlanner):
-                return _KnowingLegend(model=model)
             return replace(planner, model=model) if hasattr(planner, "model") else planner  # type: ignore[no-any-return]  # a planner stays one
 
         return made

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.core.aggregation.registry import name_of
+from coordinator.core.aggregation.registry import create, name_of
 from coordinator.core.job import TERMINAL
 from coordinator.core.records import RoundPlanned
 from coordinator.web.history import job_view
@@ -162,11 +162,14 @@ def _simulated(
         seed=ready.spec.seed,
     )  # fmt: skip
     knowing = oracle.known_to_planners(ready.devices) if simulation.oracle else nullcontext()
-    with fleet, knowing:
-        followed = _Followed(fleet, ready.spec, tell)
-        job = followed.to_the_end()
-        records = fleet.records(followed.id)
-    session.workers.forget_all()
+    try:
+        with fleet, knowing:
+            followed = _Followed(fleet, ready.spec, tell)
+            job = followed.to_the_end()
+            records = fleet.records(followed.id)
+    finally:
+        # The next run asks for work of the same names.
+        session.workers.forget_all()
     planned = {record.round for record in records if isinstance(record, RoundPlanned)}
     return _result(simulation, ready, fleet, job), job, len(planned)
 
@@ -191,6 +194,8 @@ def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
     inputs.check_data(simulation.data)
     given = inputs.named_folders(simulation.models)
     inputs.check_base(tables.get("base", {}).get("model", inputs.MINILM), given, simulation.lm)
+    if simulation.oracle and (simulation.replay is not None or tables.get("strategy", {}).get("name") == "legend"):
+        raise UserError("--oracle knows nothing of --replay's links, and legend keeps averages of its own")
     if simulation.replay is not None:
         replay.read(simulation.replay, ["one"])
     return tables, given
@@ -231,16 +236,20 @@ def load_steps() -> dm.Steps:
 
 
 def _base(folder: Path, spec: JobSpec) -> Base:
-    from shared.modeling import base_model
+    from shared.modeling import base_model, bottleneck
 
     base = base_model.load(folder, spec.task)
     linear, other = base_model.count_parameters(base)
     blocks = 1 + max(one.block for one in base.linears.values())
+    start = create(spec.strategy).start
+    linears = {name: (one.out, one.inp, one.block) for name, one in base.linears.items()}
+    lora = sum(out + inp for out, inp, _ in linears.values())
+    if start == "bottleneck":
+        linears = {one.block: (one.hidden, one.hidden, one.index) for one in bottleneck.sites(base).values()}
     return Base(
-        dm.Shape(blocks, spec.task.max_tokens, linear, other),
-        {name: (one.out, one.inp, one.block) for name, one in base.linears.items()},
-        sum(tensor.numel() for tensor in base.head.values()),
-    )
+        dm.Shape(blocks, spec.task.max_tokens, linear, other), linears,
+        sum(tensor.numel() for tensor in base.head.values()), lora, whole=start == "dense",
+    )  # fmt: skip
 
 
 class _Followed:
@@ -337,7 +346,11 @@ def _figures(simulation: Simulation, result: simulated.Result, planned: int) -> 
     ]
     for one in result.rounds:
         lines.append(
-            f"| {one.round} | {one.at:.1f} | {one.seconds:.1f} | {one.waiting:.1%} | {one.prediction_error:.1%} "
+            f"| {one.round} | {one.at:.1f} | {one.seconds:.1f} | {one.waiting:.1%} | {_share(one.prediction_error)} "
             f"| {one.bytes_up / 1e6:.2f} | {one.bytes_down / 1e6:.2f} |"
         )
     return lines
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"

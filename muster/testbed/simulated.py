@@ -57,8 +57,8 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     bytes_down: int
     """Over the devices' links since the commit before, all messages."""
     waiting: float
-    prediction_error: float
-    """Mean of |predicted - trained| / trained seconds over the devices that delivered."""
+    prediction_error: float | None
+    """Mean of |predicted - trained| / trained seconds over the devices that delivered; None: none did."""
     devices: list[Outcome]
 
 
@@ -113,9 +113,14 @@ def quality(round: RoundResult) -> float | None:
 
 
 def time_to(rounds: Sequence[RoundResult], target: float) -> float | None:
-    """Virtual seconds until an accepted round's quality reaches `target`; None: it never does."""
+    """Virtual seconds from the first plan until an accepted round's quality reaches `target`; None: it never does."""
     reached = _first(rounds, target)
-    return None if reached is None else rounds[reached].at
+    return None if reached is None else rounds[reached].at - first_plan(rounds)
+
+
+def first_plan(rounds: Sequence[RoundResult]) -> float:
+    """Seconds from submission to the first plan: devices join and prove what they can, whatever the strategy."""
+    return rounds[0].at - rounds[0].seconds if rounds else 0.0
 
 
 def bytes_to(rounds: Sequence[RoundResult], target: float) -> int | None:
@@ -164,7 +169,7 @@ def round_results(
                 accuracy=metrics.accuracy if metrics else None, perplexity=metrics.perplexity if metrics else None,
                 accepted=bool(view.accepted), bytes_up=now[0] - before[0], bytes_down=now[1] - before[1],
                 waiting=_rounded(waiting_share([one.own_s for one in done])),
-                prediction_error=_rounded(_error(done)), devices=devices,
+                prediction_error=_error(done), devices=devices,
             )
         )  # fmt: skip
         before = now
@@ -193,9 +198,9 @@ def _outcomes(
     return found
 
 
-def _error(done: Sequence[Outcome]) -> float:
+def _error(done: Sequence[Outcome]) -> float | None:
     errors = [abs(one.predicted_s - one.trained_s) / one.trained_s for one in done if one.trained_s > 0]
-    return sum(errors) / len(errors) if errors else 0.0
+    return _rounded(sum(errors) / len(errors)) if errors else None
 
 
 def _rounded(value: float) -> float:

@@ -24,12 +24,16 @@ DAEMON_BYTES = 40 * dm.MIB
 
 @dataclass
 class Base:
-    """The base that all devices hold. `linears`: name -> (out, in, block)."""
+    """The base that all devices hold. `linears`: what takes an adapter, name -> (out, in, block); `whole`: all of the
+    base is tuned instead."""
 
     shape: dm.Shape
     linears: dict[str, tuple[int, int, int]]
     dense: int
     """Parameters of the head."""
+    lora: int
+    """Parameters of factors of rank 1 on every linear layer: what memory limits leave room for, whatever is tuned."""
+    whole: bool = False
 
 
 @dataclass
@@ -41,6 +45,12 @@ class Clockwork:
     base: Base
     replay: Replay | None = None
     round: int = 0
+    committed: int = 0
+
+    @property
+    def coming(self) -> int:
+        """The round that is planned next, anew where the last attempt failed."""
+        return self.committed + 1
 
 
 @dataclass
@@ -84,12 +94,11 @@ class VirtualDevice:
     def limit(self) -> int:
         """Bytes that its programs may use: its class's, or the base at the bits it holds, its room for samples, and a
         reserve."""
-        shape, kind, linears = self.clock.base.shape, self.model.kind, self.clock.base.linears
+        shape, kind = self.clock.base.shape, self.model.kind
         if kind.spare:
             return self.idle_bytes + kind.spare
-        everything = sum(out + inp for out, inp, _ in linears.values())
-        tuned = shape.linear_params + shape.other_params if kind.whole else RANK * everything
-        work = dm.StepWork(kind.holds, kind.room, 0, tuned + self.clock.base.dense, len(linears))
+        tuned = shape.linear_params + shape.other_params if kind.whole else RANK * self.clock.base.lora
+        work = dm.StepWork(kind.holds, kind.room, 0, tuned + self.clock.base.dense)
         return int(
             max(
                 (self.clock.memory.peak(shape, work) + DAEMON_BYTES) / 0.95,
@@ -225,7 +234,10 @@ class VirtualDevice:
 
     def _step(self, work: Work, batch: int) -> dm.StepWork:
         base = self.clock.base
-        tuned = [(base.linears[name], rank) for name, rank in work.ranks.items() if rank > 0 and name in base.linears]
+        if base.whole:
+            everything = base.shape.linear_params + base.shape.other_params + base.dense
+            return dm.StepWork(work.bits, batch, 0, everything, whole=True)
+        tuned = [(base.linears[name], rank) for name, rank in work.ranks.items() if rank > 0]
         factors = base.dense + sum(rank * (out + inp) for (out, inp, _), rank in tuned)
         lowest = min((block for (_, _, block), _ in tuned), default=base.shape.blocks)
-        return dm.StepWork(work.bits, batch, lowest, factors, len(tuned))
+        return dm.StepWork(work.bits, batch, lowest, factors)

@@ -230,6 +230,8 @@ class SimulatedFleet(VirtualFleet):
                 case UpdateAdmitted():
                     watched.admitted_at[record.round, record.device] = now
                 case RoundCommitted():
+                    for device in self._by_name.values():
+                        device.clock.committed = record.round
                     watched.committed_at[record.round] = now
                     carried = [
                         (way, size) for (client, way), size in self.network.carried.items() if client != COORDINATOR

@@ -1,6 +1,6 @@
 """LoRA by peft: the trainable part of the global adapter, its frozen rest, and reading an update back.
 
-Of the global adapter's directions of a module (ordered by size) the first `trained` become trainable, more are added
+Of the global adapter's directions of a module, as published, the first `trained` become trainable, more are added
 fresh up to the rank asked for, and the rest stays frozen: folded into an fp32 weight, or beside a weight of fewer bits
 as a second adapter, since one fold into a quantized weight costs up to six times the delta. The start model is the
 exact global one either way. The split A = V^T/sqrt(3), B = sqrt(3) U sigma / scaling gives both factors the size that

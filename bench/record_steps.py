@@ -39,8 +39,6 @@ from shared.subprocess_pipe import start_piped
 OUT = Path("muster/testbed/profiles/steps.json")
 LABELS, TOKENS, STEPS, RANK, BATCH = 14, 32, 8, 8, 16
 BATCHES = (1, 2, 4, 8, 16, 32)
-RANKS = (2, 32, 64)
-"""Beside `RANK`: what factors cost is the slope over them."""
 QUOTAS = (0.4, 0.2, 0.1)
 REPEATS = 4
 WITHIN_S = 600.0
@@ -141,8 +139,6 @@ def _plan(blocks: int) -> Iterator[tuple[float, Any, int, int, int]]:
         yield 1.0, 16, batch, blocks, RANK
     for depth in range(blocks):
         yield 1.0, 16, BATCH, depth, RANK
-    for rank in RANKS:
-        yield 1.0, 16, BATCH, blocks, rank
     for bits in (8, 4, 32):
         yield 1.0, bits, BATCH, blocks, RANK
     yield 1.0, 32, BATCH, blocks, 0

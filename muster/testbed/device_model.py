@@ -17,7 +17,6 @@ import bisect
 import hashlib
 import itertools
 import math
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -187,11 +186,10 @@ class StepTable:
         self.bits = {
             r.bits: r.cpu_s / here for r in alone if (r.batch, r.blocks, r.rank) == (batch, steps.blocks, rank)
         }
-        self._per_factor = _slope(
-            [(r.rank * steps.factor_params, r.cpu_s / here) for r in alone if r.bits == 16 and r.batch == batch
-             and r.blocks == steps.blocks]
-        )  # fmt: skip
+        # What a rank adds is lost in the noise of a recording: by its FLOP, against those of the frozen layers.
+        self._per_factor = 6.0 / (4.0 * steps.linear_params)
         whole = next((r.cpu_s / here for r in steps.records if r.whole), None)
+        # Not recorded, by FLOP: a gradient of every weight comes to the passes forward and back.
         self._whole = whole / self.bits[32] if whole is not None else 1.5
         self._quotas = [(0.0, 0.0)] + sorted(
             (-math.log(r.quota), math.log(r.step_s / here)) for r in steps.records if r.quota < 1.0
@@ -205,7 +203,6 @@ class StepTable:
         depth = steps.blocks * (shape.blocks - work.lowest) / shape.blocks
         usual = self._rank * steps.factor_params * depth / steps.blocks
         share = _interpolated(self._depths, depth)
-        # A gradient of every weight, and their moments: recorded, no matter of factors.
         share = self._whole * share if work.whole else share + self._per_factor * (work.factors / size - usual)
         stretch = math.exp(_interpolated(self._quotas, -math.log(quota)))
         whole = work.batch * per_sample * size * shape.tokens / steps.tokens
@@ -215,17 +212,6 @@ class StepTable:
 def _usual(values: Sequence[int]) -> int:
     """What most records have."""
     return max(sorted(set(values)), key=list(values).count)
-
-
-def _slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the least-squares line. Raises `ValueError` where it does not rise: more work can't take less time."""
-    if len({x for x, _ in points}) < 2:
-        return 0.0
-    mean_x, mean_y = (statistics.fmean(point[i] for point in points) for i in (0, 1))
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    if slope <= 0:
-        raise ValueError("recorded steps do not get slower with the rank: record them again, on an idle machine")
-    return slope
 
 
 def _interpolated(points: Sequence[tuple[float, float]], x: float) -> float:

@@ -1,9 +1,9 @@
 """Linear layers in bf16 on processors that have no instructions for it.
 
 There a product of bf16 matrices is emulated, 10 to 50 times slower than one of float32. Inside `fast_products` the
-operands of a linear layer are widened, and the result is rounded to bf16 as the hardware would: it accumulates in
-float32, too. Attention stays as it is: its products are small. What is kept for the backward pass stays bf16, so that
-memory is as planned, but for one widened layer at a time.
+operands of a linear layer are widened (layers of 8 and 4 bits do it by themselves), and the result is rounded to bf16
+as the hardware would: it accumulates in float32, too. Attention stays as it is: its products are small. What is kept
+for the backward pass stays bf16, so that memory is as planned, but for one widened layer at a time.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
-
-_PRODUCTS = frozenset({torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.bmm})
 
 
 def is_slow(device: str) -> bool:
@@ -33,8 +31,22 @@ def fast_products(device: str) -> AbstractContextManager[object]:
     return Widened() if is_slow(device) else nullcontext()
 
 
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x (.. x in) @ W.T + bias, W (out x in), without gradients: for the bodies of autograd functions."""
+    if _is_half(x) and is_slow(x.device.type):
+        return functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    return functional.linear(x, weight, bias)
+
+
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, without gradients. A backward pass does not see the context."""
+    if _is_half(left) and is_slow(left.device.type):
+        return (left.float() @ right.float()).to(left.dtype)
+    return left @ right
+
+
 class Widened(TorchFunctionMode):
-    """Widens the operands of bf16 products; forward and backward pass must both run inside."""
+    """Widens the operands of linear layers in bf16, for their gradients too."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
@@ -46,9 +58,6 @@ class Widened(TorchFunctionMode):
             bias = args[2] if len(args) > 2 else kwargs.get("bias")
             apply: Any = _Linear.apply
             return apply(args[0], args[1], bias)
-        # With gradients asked for, the widened operands would be kept.
-        if func in _PRODUCTS and not torch.is_grad_enabled() and len(args) == 2 and all(map(_is_half, args)):
-            return func(args[0].float(), args[1].float()).to(torch.bfloat16)
         return func(*args, **kwargs)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from shared.jobs import Bits
+from shared.modeling import half
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import BitsFault, one_line
 
@@ -79,25 +80,24 @@ class LinearNF(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (.. x in) -> (.. x out), in the precision of computation."""
-        apply: Any = _LinearNF.apply
-        product: torch.Tensor = apply(x.to(self.compute), self.codes, self.absmax, self.bias)
+        apply: Any = _Dequantized.apply
+        product: torch.Tensor = apply(x.to(self.compute), self.dequantized, self.bias)
         return product
 
 
-class _LinearNF(torch.autograd.Function):
+class _Dequantized(torch.autograd.Function):
     """x @ W.T + bias that dequantizes again for the gradient instead of keeping the dequantized weight for it."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, codes: torch.Tensor, absmax: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any, x: torch.Tensor, dequantized: Callable[[], torch.Tensor], bias: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(codes, absmax)
-        return nn.functional.linear(x, _dequantize(codes, absmax, x.dtype), bias)
+        ctx.dequantized = dequantized
+        return half.linear(x, dequantized(), bias)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        codes, absmax = ctx.saved_tensors
-        return grads[0] @ _dequantize(codes, absmax, grads[0].dtype), None, None, None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return half.product(grads[0], ctx.dequantized()), None, None
 
 
 def _dequantize(codes: torch.Tensor, absmax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -177,9 +177,8 @@ def _linear_4bit(weight: torch.Tensor, has_bias: bool, compute: torch.dtype) -> 
 
 def _around(packed: Any, shape: torch.Size, has_bias: bool, compute: torch.dtype) -> nn.Module:
     """The layer of a packed 4-bit weight of `shape` (out x in)."""
-    bitsandbytes: Any = importlib.import_module("bitsandbytes")
     out, inp = shape
-    layer: Any = bitsandbytes.nn.Linear4bit(
+    layer: Any = _layer_4bit()(
         inp, out, bias=has_bias, compute_dtype=compute, compress_statistics=True, quant_type="nf4", device="meta"
     )
     packed.module = layer
@@ -190,6 +189,30 @@ def _around(packed: Any, shape: torch.Size, has_bias: bool, compute: torch.dtype
         layer.bias = nn.Parameter(torch.zeros(out, dtype=compute, device=packed.device), requires_grad=False)
     finished: nn.Module = layer
     return finished
+
+
+@functools.lru_cache(maxsize=1)
+def _layer_4bit() -> Any:
+    bitsandbytes: Any = importlib.import_module("bitsandbytes")
+
+    class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]  # the library leaves it untyped
+        """The library's layer; where bf16 is emulated, with products in float32."""
+
+        def dequantized(self) -> torch.Tensor:
+            """The weight in the precision of computation."""
+            weight: torch.Tensor = _functional().dequantize_4bit(self.weight.data, self.weight.quant_state)
+            return weight.to(self.compute_dtype)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            """x (.. x in) -> (.. x out)."""
+            if self.compute_dtype is not torch.bfloat16 or not half.is_slow(x.device.type):
+                given: torch.Tensor = super().forward(x)
+                return given
+            apply: Any = _Dequantized.apply
+            product: torch.Tensor = apply(x.to(self.compute_dtype), self.dequantized, self.bias)
+            return product.to(x.dtype)
+
+    return Linear4bit
 
 
 def probe_bits(device: str, beat: Beat = silent) -> tuple[list[Bits], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ def _plain() -> nn.Module:
 
 def _at(bits: int) -> nn.Module:
     return quantized(torch.randn(32, 64) / 8, False, bits, torch.bfloat16, "cpu")  # type: ignore[arg-type]  # 8 or 4
+
+
+def quantized_weight(layer: Any) -> torch.Tensor:
+    """What the layer multiplies with, in float32."""
+    value: torch.Tensor = layer.dequantized()
+    return value.float()
 
 
 def _results(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -48,6 +55,22 @@ def test_values_and_gradients_are_those_of_the_emulated_product(make: Callable[[
         # bf16 has 8 bits: two roundings at most.
         assert torch.allclose(one, other, rtol=2**-6, atol=2**-8 * float(one.abs().max()))
         assert other.abs().sum() > 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("slow", [False, True])
+def test_quantized_layers_widen_by_themselves(bits: int, slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer: Any = _at(bits)
+    x = torch.randn(5, 64).to(torch.bfloat16)
+    weight = quantized_weight(layer)
+    monkeypatch.setattr(half, "is_slow", lambda device: slow)
+    out, grad = _results(layer, x)
+    exact = x.float() @ weight.T
+    given = torch.linspace(-1, 1, 32).to(torch.bfloat16).expand(5, 32).float() @ weight
+    assert torch.equal(out, exact.to(torch.bfloat16).float()) or not slow
+    assert torch.equal(grad, given.to(torch.bfloat16).float()) or not slow
+    assert torch.allclose(out, exact, rtol=2**-6, atol=2**-7) and torch.allclose(grad, given, rtol=2**-6, atol=2**-7)
 
 
 def test_the_widened_product_is_that_of_float32_rounded_once() -> None:

@@ -11,9 +11,11 @@ import pytest
 
 from muster.cli.main import main
 from muster.testbed import device_model as dm
-from muster.testbed.simulate import Simulation, carry_out, load_steps
+from muster.testbed.simulate import Session, Simulation, carry_out, load_steps, result_of
+from muster.testbed.simulated import Result
 from shared.errors import UserError
-from tests.training.tiny_models import colour_rows, write_jsonl
+from shared.modeling import base_model
+from tests.training.tiny_models import COLOURS, colour_rows, write_jsonl
 
 JOB = """
 name = "tiny"
@@ -101,8 +103,8 @@ def test_the_head_alone_is_trained(asked: Simulation) -> None:
     parts = [part for one in done.result.rounds for part in one.devices if part.status == "done"]
     assert done.result.state == "finished" and parts
     assert {(part.rank, part.modules) for part in parts} == {(0, 0)}
-    # The head alone: 32 wide, for as many classes as the task has.
-    assert {part.params for part in parts} == {33 * 4}
+    head = base_model.load(Path(asked.models[0].partition("=")[2]), COLOURS).head
+    assert {part.params for part in parts} == {sum(tensor.numel() for tensor in head.values())}
     losses = [one.loss for one in done.result.rounds]
     assert done.result.baseline is not None and losses[-1] != done.result.baseline.loss
     assert "rank 0: 0 modules tuned" in (done.out / "report.md").read_text()
@@ -154,3 +156,23 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_the_library_says_so_too(asked: Simulation) -> None:
     with pytest.raises(UserError, match="unknown profile"):
         carry_out(replace(asked, profile="nothing"), tell=_silent)
+
+
+def test_runs_of_one_session_do_not_touch_each_other_and_every_start_is_charged(asked: Simulation) -> None:
+    def run(name: str, session: Session) -> Result:
+        roomy = replace(asked, strategy=name, profile="jetson-roomy", rounds=1, over={"strategy": {"bits": 32}})
+        return result_of(roomy, session, _silent)
+
+    with Session(0) as session:
+        found = {name: run(name, session) for name in ("head", "fedadapter", "full")}
+        assert run("head", session) == found["head"]
+    parts = [result.rounds[0].devices for result in found.values()]
+    assert all(part.status == "done" for devices in parts for part in devices)
+    assert [devices[0].params for devices in parts] == sorted({devices[0].params for devices in parts})
+    # Of one device at one batch: what trains more takes longer, and more memory.
+    work = [{(part.device, part.batch): part for part in devices} for devices in parts]
+    both = work[0].keys() & work[1].keys() & work[2].keys()
+    assert both
+    for key in both:
+        took = [one[key].trained_s / one[key].steps for one in work]
+        assert took == sorted(took) and [one[key].peak for one in work] == sorted(one[key].peak for one in work)

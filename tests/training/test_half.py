@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -110,5 +111,5 @@ def test_an_agent_trains_inside_where_bf16_is_slow(monkeypatch: pytest.MonkeyPat
     for slow in (False, True):
         monkeypatch.setattr(half, "is_slow", lambda device, slow=slow: slow)
         layer, x = _plain(), torch.randn(5, 64).to(torch.bfloat16)
-        assert activations.saved_bytes(layer.parameters(), lambda: layer(x.requires_grad_())) > 0  # noqa: B023
+        assert activations.saved_bytes(layer.parameters(), partial(layer, x.requires_grad_())) > 0
         assert bool(entered) == slow

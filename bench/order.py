@@ -32,6 +32,7 @@ from muster.testbed.emulate import Emulation
 from muster.testbed.emulate import carry_out as emulate
 from muster.testbed.simulate import Simulation
 from muster.testbed.simulate import carry_out as simulate
+from muster.testbed.simulated import first_plan
 from muster.testbed.virtual_fleets import PREFIX
 from shared.files import write_whole
 
@@ -217,7 +218,7 @@ def _simulated(strategy: str, seed: int, job: Path, out: Path) -> list[Commit]:
     result = simulate(asked, tell=lambda line: print(f"  {line}", flush=True)).result
     if result.state != "finished":
         raise SystemExit(f"order: {strategy} did not finish: {result.state}")
-    first = result.rounds[0].at - result.rounds[0].seconds
+    first = first_plan(result.rounds)
     return [
         Commit(
             at=round(one.at - first, 3), seconds=round(one.seconds, 3),

@@ -7,13 +7,14 @@ Every run is `muster simulate` with 80 devices of profile `jetson`, of which 10 
 file under `bench/runs/planning`: a finished run is never repeated, a cut one is begun anew. What it took of the machine
 is a line of `seconds.jsonl`.
 
-Learning rates are tuned for each
-method on a validation split cut from the training rows, with the same budget for each; nothing is chosen on test rows.
+Learning rates are tuned for each method on a validation split cut from the training rows, with the same budget for
+each; nothing is chosen on test rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gzip
 import hashlib
 import os
@@ -116,10 +117,15 @@ def path_of(run: Run) -> Path:
     asked = simulation(run, Path())
     fixed = (
         TASKS[run.task], asked.devices, asked.profile, asked.oracle, asked.over, VALIDATION, device_model.VERSION,
-        hashlib.sha256(STEPS_FILE.read_bytes()).hexdigest(),
+        _steps_digest(),
     )  # fmt: skip
     digest = hashlib.sha256(msgspec.json.encode(fixed, order="deterministic")).hexdigest()[:8]
     return RUNS / f"{run.name}-{digest}.json.gz"
+
+
+@functools.cache
+def _steps_digest() -> str:
+    return hashlib.sha256(STEPS_FILE.read_bytes()).hexdigest()
 
 
 def keep(run: Run, result: simulated.Result) -> None:
@@ -156,7 +162,7 @@ def _run_all(runs: Iterable[Run], until: float, session: Session) -> bool:
             _write_job(run, asked)
             done = _carried_out(run, replace(asked, data=str(_data(run))), session)
         keep(run, done)
-        took = {"run": run.name, "wall_s": round(time.monotonic() - wall, 1), "cpu_s": round(_cpu_s() - cpu, 1)}
+        took = {"run": _file(run), "wall_s": round(time.monotonic() - wall, 1), "cpu_s": round(_cpu_s() - cpu, 1)}
         with (RUNS / "seconds.jsonl").open("ab") as file:
             file.write(msgspec.json.encode(took) + b"\n")
     return True
@@ -253,8 +259,10 @@ def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
     found = rates(grid, chosen)
     finals = list(final_runs(grid, chosen, found))
     results = _those_there(finals)
-    studies = {study.name: _those_there(study.runs(_standard_rates())) for study in STUDIES}
-    wall, cpu, counted = cost(_seconds(), [*tuning_runs(grid, chosen), *finals])
+    standard = _standard_rates()
+    studies = {study.name: _those_there(study.runs(standard)) for study in STUDIES}
+    files = {_file(run) for run in [*tuning_runs(grid, chosen), *finals]}
+    wall, cpu, counted = cost(_seconds(), files)
     took = f" ({counted} runs, {wall:.0f} minutes on 2 cores shared with other work, {cpu:.0f} of CPU)"
     # The published page is about all methods; parts and rehearsals have a page of their own.
     whole = profile == "standard" and grid == GRIDS[profile] and len(chosen) == len(methods([]))
@@ -270,6 +278,11 @@ def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
 
 def _those_there(runs: Iterable[Run]) -> list[tuple[Run, simulated.Result]]:
     return [(run, result) for run in runs if (result := result_of(run)) is not None]
+
+
+def _file(run: Run) -> str:
+    """The run in `seconds.jsonl`: by its file, since one of other settings has the same name."""
+    return str(path_of(run).relative_to(RUNS))
 
 
 def _seconds() -> list[dict[str, object]]:

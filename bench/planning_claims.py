@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from bench.planning_grid import TASKS, Run
+from bench.planning_grid import TASKS
 from bench.planning_studies import STUDIES, Study
-from bench.planning_tables import Results, interval, prediction_error, told
+from bench.planning_tables import Results, interval, prediction_error, seconds_a_round, told
 from muster.testbed import simulated
 
 Reading = Callable[[simulated.Result, float], tuple[float, bool]]
@@ -49,12 +49,7 @@ class Ratio(NamedTuple):
 def seconds(result: simulated.Result, target: float) -> tuple[float, bool]:
     """(virtual seconds to the target, or of the whole run where it did not arrive; whether it did)."""
     found = simulated.time_to(result.rounds, target)
-    return (whole_run(result), False) if found is None else (found, True)
-
-
-def whole_run(result: simulated.Result) -> float:
-    """Virtual seconds from the first plan to the last commit."""
-    return result.rounds[-1].at - simulated.first_plan(result.rounds)
+    return (simulated.whole_run(result.rounds), False) if found is None else (found, True)
 
 
 def traffic(result: simulated.Result, target: float) -> tuple[float, bool]:
@@ -189,7 +184,7 @@ def study_table(study: Study, results: Results) -> Iterator[str]:
         cells = [
             f"{method.name}{variant and ', ' + variant}", f"{len(mine)} of {len(study.seeds)}",
             told(mine, at_the_end, "{:.4f}"), told(mine, lambda one: simulated.time_to(one.rounds, target), "{:.0f}"),
-            told(mine, lambda one: whole_run(one) / len(one.rounds), "{:.1f}"),
+            told(mine, seconds_a_round, "{:.1f}"),
             told(mine, lambda one: 100 * simulated.mean_waiting(one.rounds), "{:.1f} %"),
             told(mine, lambda one: fmean(r.bytes_up + r.bytes_down for r in one.rounds) / 1e6, "{:.2f}"),
             told(mine, prediction_error, "{:.0f} %"),
@@ -250,9 +245,8 @@ def _by_place(results: Results, name: str) -> dict[tuple[str, float, int], simul
     return {(run.task, run.alpha, run.seed): result for run, result in results if run.method.name == name}
 
 
-def cost(seconds: Sequence[Mapping[str, object]], runs: Sequence[Run]) -> tuple[float, float, int]:
-    """(wall minutes, CPU minutes, runs counted) of `runs`, from the lines of `seconds.jsonl`."""
-    names = {run.name for run in runs}
+def cost(seconds: Sequence[Mapping[str, object]], names: Container[str]) -> tuple[float, float, int]:
+    """(wall minutes, CPU minutes, runs counted) of the runs of these files, from the lines of `seconds.jsonl`."""
     mine = [one for one in seconds if one["run"] in names]
     wall, cpu = (sum(float(str(one[key])) for one in mine) / 60 for key in ("wall_s", "cpu_s"))
     return wall, cpu, len(mine)

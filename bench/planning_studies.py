@@ -7,29 +7,18 @@ planner in one respect.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from bench.planning_grid import Method, Run
-from coordinator.core.planning import registry
 from coordinator.core.planning.fedpipe import FedPipePlanner
+from muster.testbed.oracle import planners
 
 Rates = Mapping[tuple[str, str], float]
 SEEDS = (0, 1, 2)
 FIVE = (0, 1, 2, 3, 4)
-
-
-@contextmanager
-def _all_weights() -> Iterator[None]:
-    """`fedpipe` that chooses every module."""
-    before = registry.PLANNERS
-    registry.PLANNERS = {**before, "fedpipe": partial(FedPipePlanner, wanted=1.0)}
-    try:
-        yield
-    finally:
-        registry.PLANNERS = before
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ VARIANTS: dict[str, Variant] = {
     "": Variant(),
     "equal": Variant(fields={"profile": "equal"}),
     "oracle": Variant(fields={"oracle": True}),
-    "all": Variant(around=_all_weights),
+    "all": Variant(around=lambda: planners({"fedpipe": partial(FedPipePlanner, wanted=1.0)})),
     "once": Variant(tables={"strategy": {"rescore_every": 1000}}),
     "every3": Variant(tables={"strategy": {"rescore_every": 3}}),
     "every5": Variant(tables={"strategy": {"rescore_every": 5}}),

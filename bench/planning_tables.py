@@ -78,7 +78,7 @@ def _table(
             name, f"{rates[name, task]:g}", f"{len(mine)} of {seeds}",
             told(mine, lambda one: simulated.best_quality(one.rounds), "{:.4f}"), times,
             told(mine, lambda one: _mega(simulated.bytes_to(one.rounds, target)), "{:.1f}"),
-            told(mine, _seconds_a_round, "{:.1f}"),
+            told(mine, seconds_a_round, "{:.1f}"),
             told(mine, lambda one: 100 * simulated.mean_waiting(one.rounds), "{:.1f} %"),
             told(mine, prediction_error, "{:.0f} %"), told(mine, trained, "{:.3f}"),
         ]  # fmt: skip
@@ -87,9 +87,9 @@ def _table(
         yield row[2]
 
 
-def _seconds_a_round(result: simulated.Result) -> float | None:
-    rounds = result.rounds
-    return (rounds[-1].at - simulated.first_plan(rounds)) / len(rounds) if rounds else None
+def seconds_a_round(result: simulated.Result) -> float | None:
+    """Mean virtual seconds of a round, what lies between two of them included."""
+    return simulated.whole_run(result.rounds) / len(result.rounds) if result.rounds else None
 
 
 def prediction_error(result: simulated.Result) -> float | None:

@@ -35,6 +35,7 @@ from shared.modeling import base_model
 from shared.modeling.weights import base_digest
 from shared.starts import START_NOTE
 from shared.subprocess_pipe import start_piped
+from shared.tensors import Array
 
 OUT = Path("muster/testbed/profiles/steps.json")
 LABELS, TOKENS, STEPS, RANK, BATCH = 14, 32, 8, 8, 16
@@ -96,13 +97,10 @@ def measured(folder: Path, group: DeviceGroup) -> Steps:
     place = inputs.base_model(inputs.MINILM3, {}, None, print)
     task = TaskSpec(kind="classification", dataset="bench", labels=[str(i) for i in range(LABELS)], max_tokens=TOKENS)
     base = base_model.load(place, task)
-    start = adapters.write(
-        adapters.Adapter(
-            kind="global", job="bench", round=0, base_digest=base_digest(place), factors={},
-            dense=base_model.fresh_head(base, 0),
-        )
-    )  # fmt: skip
-    whole = _whole(base, place)
+    head = base_model.fresh_head(base, 0)
+    start = _begun(place, head, {})
+    everything = {name: base.model.get_parameter(name).detach().numpy() for name in base.shapes}
+    whole = _begun(place, everything | head, {START_NOTE: "dense"})
     blocks = 1 + max(linear.block for linear in base.linears.values())
     agent = Agent(group, data)
     records = []
@@ -146,15 +144,13 @@ def _plan(blocks: int) -> Iterator[tuple[float, Any, int, int, int]]:
         yield quota, 16, BATCH, blocks, RANK
 
 
-def _whole(base: Any, place: Path) -> bytes:
-    """What work that tunes the whole base begins with."""
-    dense = {name: base.model.get_parameter(name).detach().numpy() for name in base.shapes}
+def _begun(place: Path, dense: dict[str, Array], notes: dict[str, str]) -> bytes:
+    """The global adapter that work begins with."""
     return adapters.write(
         adapters.Adapter(
-            kind="global", job="bench", round=0, base_digest=base_digest(place), factors={},
-            dense=dense | base_model.fresh_head(base, 0), notes={START_NOTE: "dense"},
+            kind="global", job="bench", round=0, base_digest=base_digest(place), factors={}, dense=dense, notes=notes
         )
-    )  # fmt: skip
+    )
 
 
 def _again(order: protocol.Train, folder: Path) -> protocol.Train:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
-import msgspec
 from msgspec.structs import replace
 
 from coordinator.core import events as ev
@@ -20,9 +18,11 @@ from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.fleet import Presence
 from coordinator.core.job import Participant
 from coordinator.core.planning.base import Candidate, FleetView
+from coordinator.core.planning.demand import tunes_base
 from coordinator.core.round_machine import step
 from coordinator.core.turn import State, Step, Waits
 from muster.testbed import device_model as dm
+from muster.testbed.simulate import load_steps
 from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
 from shared.jobs import BaseSpec, JobSpec, RoundsSpec, StrategySpec, TaskSpec
 from shared.messages import Assignment, BlobRef, DatasetFacts, DeviceInfo, DeviceState, UpdateFacts
@@ -34,7 +34,7 @@ ADAPTER = BlobRef(sha="a" * 64, size=3_000_000)
 IMPORTANCE_NOISE = 0.3
 TIGHT = (4, 16)
 """Samples that the memory of a device has room for beside the base at 4 bits."""
-STEPS = Path(dm.__file__).parent / "profiles" / "steps.json"
+HEAD = "classifier"
 _LINEARS = (("query", 1, 1), ("key", 1, 1), ("value", 1, 1), ("attention", 1, 1), ("up", 4, 1), ("down", 1, 4))
 """Of a block: name, and sides in widths of the model (out, in)."""
 
@@ -46,7 +46,7 @@ def transformer(blocks: int, hidden: int, strategy: str = "uniform") -> ModelFac
         for block in range(blocks)
         for name, out, inp in _LINEARS
     ]
-    head = {"classifier.weight": [CLASSES, hidden], "classifier.bias": [CLASSES]}
+    head = {f"{HEAD}.weight": [CLASSES, hidden], f"{HEAD}.bias": [CLASSES]}
     facts = ModelFacts(
         modules=modules, dense=head, base_digest="b" * 64, linear_params=sum(m.out * m.inp for m in modules),
         other_params=31_100 * hidden, blocks=blocks, hidden=hidden, heads=hidden // 32, intermediate=4 * hidden,
@@ -117,12 +117,13 @@ def view(state: State) -> FleetView:
 
 
 def _devices(facts: ModelFacts, count: int, seed: int, *, tight: bool) -> dict[str, VirtualDevice]:
-    steps = msgspec.json.decode(STEPS.read_bytes(), type=dm.Steps)
+    steps = load_steps()
     base = Base(
         dm.Shape(facts.blocks, TOKENS, facts.linear_params, facts.other_params),
         {module.name: (module.out, module.inp, module.block) for module in facts.modules},
-        sum(math.prod(shape) for shape in facts.dense.values()),
-    )
+        sum(math.prod(shape) for name, shape in facts.dense.items() if name.startswith(HEAD)),
+        lora=facts.blocks * facts.hidden * sum(out + inp for _, out, inp in _LINEARS), whole=tunes_base(facts),
+    )  # fmt: skip
     clock = Clockwork(dm.StepTable(steps), dm.MemoryTable.of(steps), base, round=1)
     drawn = dm.fleet("jetson", count, seed)
     if tight:

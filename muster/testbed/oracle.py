@@ -9,7 +9,7 @@ averages of its own and takes no part. No planner knows of this module: the test
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from msgspec.structs import replace
@@ -89,10 +89,19 @@ def work_of(need: Demand, base: Base) -> tuple[int, int]:
 
 
 @contextmanager
-def known_to_planners(devices: Sequence[VirtualDevice]) -> Iterator[None]:
+def planners(made: Mapping[str, Callable[[], Planner]]) -> Iterator[None]:
+    """Planners of these names are `made` so meanwhile."""
+    before = registry.PLANNERS
+    registry.PLANNERS = {**before, **made}
+    try:
+        yield
+    finally:
+        registry.PLANNERS = before
+
+
+def known_to_planners(devices: Sequence[VirtualDevice]) -> AbstractContextManager[None]:
     """Planners made meanwhile know the clock's model of `devices`."""
     model = TrueModel(nature={device.model.name: device for device in devices})
-    before = registry.PLANNERS
 
     def knowing(make: Callable[[], Planner]) -> Callable[[], Planner]:
         def made() -> Planner:
@@ -101,8 +110,4 @@ def known_to_planners(devices: Sequence[VirtualDevice]) -> Iterator[None]:
 
         return made
 
-    registry.PLANNERS = {name: knowing(make) for name, make in before.items()}
-    try:
-        yield
-    finally:
-        registry.PLANNERS = before
+    return planners({name: knowing(make) for name, make in registry.PLANNERS.items()})

@@ -123,6 +123,11 @@ def first_plan(rounds: Sequence[RoundResult]) -> float:
     return rounds[0].at - rounds[0].seconds if rounds else 0.0
 
 
+def whole_run(rounds: Sequence[RoundResult]) -> float:
+    """Virtual seconds from the first plan to the last commit."""
+    return rounds[-1].at - first_plan(rounds) if rounds else 0.0
+
+
 def bytes_to(rounds: Sequence[RoundResult], target: float) -> int | None:
     """Bytes over all links until an accepted round's quality reaches `target`; None: it never does."""
     reached = _first(rounds, target)

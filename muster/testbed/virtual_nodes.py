@@ -140,6 +140,7 @@ class SimulatedFleet(VirtualFleet):
     ) -> None:  # fmt: skip
         network = MemoryNetwork(seed, Faults(delay_s=LATENCY_S))
         self._by_name = {device.model.name: device for device in devices}
+        self._clock = devices[0].clock  # which the whole fleet shares
         network.rate = self._rate
         broker = BrokerSettings(keepalive_s=30, reconnect_max_s=4.0)
         world = World(network, broker, NoHistory())
@@ -223,15 +224,13 @@ class SimulatedFleet(VirtualFleet):
         for record in records if when == "before" else ():
             match record:
                 case RoundPlanned():
-                    for device in self._by_name.values():
-                        device.clock.round = record.round
+                    self._clock.round = record.round
                     watched.planned_at[record.round] = now
                     self.expected[record.round] = self._expected(record)
                 case UpdateAdmitted():
                     watched.admitted_at[record.round, record.device] = now
                 case RoundCommitted():
-                    for device in self._by_name.values():
-                        device.clock.committed = record.round
+                    self._clock.committed = record.round
                     watched.committed_at[record.round] = now
                     carried = [
                         (way, size) for (client, way), size in self.network.carried.items() if client != COORDINATOR

@@ -8,6 +8,7 @@ for the backward pass stays bf16, so that memory is as planned, but for one wide
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 
+@functools.cache
 def is_slow(device: str) -> bool:
     """Whether products of bf16 matrices are emulated on `device`."""
     if device != "cpu":
@@ -33,16 +35,12 @@ def fast_products(device: str) -> AbstractContextManager[object]:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x (.. x in) @ W.T + bias, W (out x in), without gradients: for the bodies of autograd functions."""
-    if _is_half(x) and is_slow(x.device.type):
-        return functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
-    return functional.linear(x, weight, bias)
+    return _linear(x, weight, bias) if _is_half(x) and is_slow(x.device.type) else functional.linear(x, weight, bias)
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """left @ right, without gradients. A backward pass does not see the context."""
-    if _is_half(left) and is_slow(left.device.type):
-        return (left.float() @ right.float()).to(left.dtype)
-    return left @ right
+    return _product(left, right) if _is_half(left) and is_slow(left.device.type) else left @ right
 
 
 class Widened(TorchFunctionMode):
@@ -67,18 +65,25 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
-        return functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+        return _linear(x, weight, bias)
 
     @staticmethod
     def backward(
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad, dtype = grads[0].float(), grads[0].dtype
-        rows = grad.reshape(-1, grad.shape[-1])
-        to_x = (grad @ weight.float()).to(dtype) if weight is not None else None
-        to_weight = (rows.T @ x.reshape(-1, x.shape[-1]).float()).to(dtype) if x is not None else None
-        return to_x, to_weight, rows.sum(dim=0).to(dtype) if ctx.needs_input_grad[2] else None
+        rows = grads[0].reshape(-1, grads[0].shape[-1])
+        to_x = _product(grads[0], weight) if weight is not None else None
+        to_weight = _product(rows.T, x.reshape(-1, x.shape[-1])) if x is not None else None
+        return to_x, to_weight, rows.float().sum(dim=0).to(rows.dtype) if ctx.needs_input_grad[2] else None
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return functional.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    return (left.float() @ right.float()).to(left.dtype)
 
 
 def _is_half(value: object) -> bool:

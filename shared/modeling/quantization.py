@@ -35,13 +35,13 @@ def normal_levels(bits: int, offset: float = OFFSET) -> torch.Tensor:
 
     `offset`: the outermost quantile.
     """
-    half = 2 ** (bits - 1)
+    above = 2 ** (bits - 1)
     inverse = NormalDist().inv_cdf
 
     def quantiles(count: int) -> list[float]:
         return [inverse(offset + (0.5 - offset) * i / (count - 1)) for i in range(count - 1)]
 
-    values = quantiles(half + 1) + [0.0] + [-value for value in quantiles(half)]
+    values = quantiles(above + 1) + [0.0] + [-value for value in quantiles(above)]
     levels = torch.tensor(sorted(values), dtype=torch.float64)
     return (levels / levels.max()).to(torch.float32)
 

@@ -20,7 +20,7 @@ def export_job(job: Job, adapter: Path, base: str, folder: Path) -> None:
 
     Raises `UserError` where `folder` can't be written, `DecodeError` where the adapter can't be read.
     """
-    metrics = job.judged[0] if job.judged else None
+    metrics = job.metrics
     given = adapter_files.read_file(adapter)
     start = start_of(given.notes)
     if start == "bottleneck":

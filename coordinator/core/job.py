@@ -75,7 +75,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     """Of the next or current round; rises when a round is repeated."""
     round: Round | None = None
     judged: tuple[Metrics, ...] = ()
-    """What the gate needs: the best accepted metrics and those of the refusals in a row after it."""
+    """What the gate needs: the best accepted metrics."""
+    metrics: Metrics | None = None
+    """Of `adapter`; the best may be those of an earlier round."""
     refusals: int = 0
     resume_to: Phase = "waiting"
     """Where a paused job goes on."""
@@ -104,7 +106,7 @@ def apply(job: Job | None, record: rec.AnyRecord) -> Job:
             phase: Phase = "baseline" if job.spec.evaluation.data else "waiting"
             return replace(job, phase=phase, facts=record.facts, adapter=record.adapter)
         case rec.BaselineEvaluated():
-            return replace(job, phase="waiting", judged=(record.metrics,))
+            return replace(job, phase="waiting", judged=(record.metrics,), metrics=record.metrics)
         case rec.RoundPlanned():
             return replace(job, phase="open", attempt=record.attempt, round=_planned(record))
         case rec.DeviceAnswered() | rec.UpdateAdmitted() | rec.UpdateRefused():
@@ -195,7 +197,9 @@ def _committed(job: Job, record: rec.RoundCommitted) -> Job:
     )  # fmt: skip
     if record.accepted:
         judged = job.judged if record.metrics is None else _best(job.judged, record.metrics)
-        return replace(job, adapter=round.folded, residual=round.residual, refusals=0, judged=judged)
+        return replace(
+            job, adapter=round.folded, residual=round.residual, refusals=0, judged=judged, metrics=record.metrics
+        )
     return replace(job, refusals=job.refusals + 1)
 
 

@@ -188,6 +188,23 @@ def test_worse_aggregates_are_refused_and_three_pause_the_job() -> None:
     assert rig.job.phase == "open" and rig.job.round is not None and rig.job.round.number == 4
 
 
+def test_what_is_exported_has_its_own_metrics_and_not_the_best_there_were() -> None:
+    rig = Rig()
+    for device in ("dev-a", "dev-b"):
+        rig.birth(device)
+    rig.submit(spec(evaluation=jobs.EvaluationSpec(data="held-out.jsonl", worse_by=0.5), rounds={"count": 9}))
+    rig.prepared()
+    rig.evaluated(2.0, round=0)
+    assert rig.job.metrics is not None and rig.job.metrics.loss == 2.0
+    for loss, told, best in ((1.0, 1.0, 1.0), (1.2, 1.2, 1.0), (5.0, 1.2, 1.0)):
+        rig.deliver("dev-a", A)
+        rig.deliver("dev-b", B)
+        rig.folded()
+        rig.evaluated(loss)
+        assert rig.job.metrics is not None
+        assert (rig.job.metrics.loss, rig.job.judged[0].loss) == (told, best)
+
+
 def test_the_second_job_waits_for_the_first() -> None:
     rig = Rig()
     rig.open()

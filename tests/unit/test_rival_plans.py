@@ -72,6 +72,11 @@ def test_directions_are_drawn_only_where_devices_train_any() -> None:
     assert fault == "strategy.directions: devices of fresh train none, only those of fsr, legend"
 
 
+def test_a_cap_of_shares_is_refused_where_sample_counts_weigh_nothing() -> None:
+    (fault,) = strategies.faults(StrategySpec(aggregator="hetlora", max_share=0.5))
+    assert fault == "strategy.max_share: hetlora weighs by norm, not by sample counts, and caps no share"
+
+
 @pytest.mark.parametrize("name", ["fedlora", "ffa", "fedex"])
 def test_strategies_of_one_rank_plan_as_uniform_does(name: str) -> None:
     planned = registry.create(StrategySpec(name=name)).plan(view(*FLEET), named(name))

@@ -44,6 +44,14 @@ class Issued:
     key: Path | None = None
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """What was renewed; and of what was not, by name, the reason."""
+
+    renewed: list[Issued]
+    refused: dict[str, str]
+
+
 class Authority:
     """The authority in `folder`. Its methods may be called by several processes at once: they take turns.
 
@@ -135,21 +143,23 @@ class Authority:
 
     def rotate(
         self, now: datetime.datetime, *, only: Sequence[str] = (), requests: Mapping[str, bytes] | None = None
-    ) -> list[Issued]:
-        """Renew what is due, or `only` these names, due or not; then the revocation list.
+    ) -> Rotation:
+        """Renew what is due or sent a request, or `only` these names, due or not; then the revocation list.
 
         A key made here is made anew. A node's new key comes by `requests`; without one its certificate alone is new.
+        What one node sent does not stop the others.
         """
-        found = self.register
-        entries = rules.due(found, now)
-        if only:
-            entries = [entry for name in only if (entry := rules.current(found, name)) is not None]
-            if missing := sorted(set(only) - {entry.name for entry in entries}):
-                raise UserError(f"{missing[0]}: nothing to renew: it has no certificate that was not revoked")
         given = requests or {}
-        renewed = [self._renewed(entry, given.get(entry.name), now) for entry in entries]
-        self.refresh(now)
-        return renewed
+        names = only or sorted({entry.name for entry in rules.due(self.register, now)} | given.keys())
+        renewed: list[Issued] = []
+        refused: dict[str, str] = {}
+        self.refresh(now)  # first: it needs the authority's key, and without that nothing can be renewed
+        for name in names:
+            try:
+                renewed.append(self._renewed(name, given.get(name), now))
+            except UserError as error:
+                refused[name] = str(error)
+        return Rotation(renewed, refused)
 
     def revoke(
         self, name: str, now: datetime.datetime, *, reason: Reason = "unspecified", only_old: bool = False
@@ -194,7 +204,10 @@ class Authority:
         certificates.check_strength(key, f"request of {name}")
         return key
 
-    def _renewed(self, entry: Entry, request: bytes | None, now: datetime.datetime) -> Issued:
+    def _renewed(self, name: str, request: bytes | None, now: datetime.datetime) -> Issued:
+        entry = rules.current(self.register, name)
+        if entry is None:
+            raise UserError(f"{name}: nothing to renew: it has no certificate that was not revoked")
         if request is not None:
             return self.sign(entry.name, request, entry.role, now, hosts=entry.hosts, renew=True)
         if entry.kept:
@@ -209,7 +222,12 @@ class Authority:
             return self._issue(signer, wanted, key, now)
 
     def _issue(
-        self, signer: forms.Signer, wanted: Wanted, key: CertificatePublicKeyTypes, now: datetime.datetime, key_pem: bytes = b""
+        self,
+        signer: forms.Signer,
+        wanted: Wanted,
+        key: CertificatePublicKeyTypes,
+        now: datetime.datetime,
+        key_pem: bytes = b"",
     ) -> Issued:
         if wanted.key == signer.key_digest:
             raise UserError(f"{wanted.name}: its key is the authority's: make a new one on the node")
@@ -233,7 +251,11 @@ class Authority:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[forms.Signer]:
         """Alone with the folder, and its key open."""
-        with (self.folder / "lock").open("ab") as lock:
+        try:
+            lock = (self.folder / "lock").open("ab")
+        except OSError as error:
+            raise UserError(f"{self.folder}: can't be written: {error.strerror}") from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             path = self.folder / "ca.key"
             if path.exists() and path.stat().st_mode & 0o077:

@@ -101,7 +101,9 @@ def checked_hosts(hosts: Iterable[str]) -> tuple[str, ...]:
             found.append(str(ipaddress.ip_address(host)))
         except ValueError:
             if not _HOST.match(host.lower()):
-                raise UserError(f"host {host!r}: neither a host name nor an address (wildcards are not issued)") from None
+                raise UserError(
+                    f"host {host!r}: neither a host name nor an address (wildcards are not issued)"
+                ) from None
             found.append(host.lower())
     return tuple(dict.fromkeys(found))
 
@@ -158,7 +160,8 @@ def revoke(
 ) -> tuple[Register, list[Entry]]:
     """The register with every certificate of `name` revoked, and which were not so before.
 
-    Expired ones too, else they would be renewed. `only_old`: all but the newest. Raises `UserError` for a name that was never given.
+    Expired ones too, else they would be renewed. `only_old`: all but the newest. Raises `UserError` for a name that was
+    never given.
     """
     if not any(entry.name == name for entry in register.entries):
         raise UserError(f"{name}: no certificate of this name was issued here")
@@ -189,7 +192,10 @@ def next_list(register: Register, now: datetime.datetime) -> Register:
     if register.crl_from is not None:
         begin = max(begin, register.crl_from + _SECOND)
     if begin > now:
-        raise UserError(f"the last revocation list is of {register.crl_from}, here it is {now}: set this machine's clock")
+        raise UserError(
+            f"the last revocation list is of {register.crl_from:%Y-%m-%d %H:%M}, here it is {now:%Y-%m-%d %H:%M} UTC: "
+            "set this machine's clock"
+        )
     end = _whole(now) + datetime.timedelta(days=register.terms.crl_days)
     return structs.replace(register, crl_number=register.crl_number + 1, crl_from=begin, crl_until=end)
 

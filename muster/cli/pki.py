@@ -185,7 +185,13 @@ def show(name: Name, folder: Folder = _HERE, json: Json = False) -> None:
 def _tell(issued: Sequence[Issued], *, as_json: bool) -> None:
     if as_json:
         views = [
-            {**_view(one.entry), "certificate": str(one.certificate), "key_file": str(one.key or "")} for one in issued
+            {
+                **_view(one.entry),
+                "certificate": str(one.certificate),
+                "key_file": str(one.key or ""),
+                "changed": one.changed,
+            }
+            for one in issued
         ]
         print(msgspec.json.encode(views).decode())
         return

@@ -42,6 +42,8 @@ class Issued:
     entry: Entry
     certificate: Path
     key: Path | None = None
+    changed: bool = True
+    """False: it was issued before, to the same request."""
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,20 @@ class Authority:
     ) -> Issued:  # fmt: skip
         """Answer a node's request. Only its key is taken: name, role and hosts are the operator's word.
 
-        Raises `UserError` where the request is not of `name`, its key is weak or another's, or the name is taken.
+        A request that was answered before gets the same certificate while that is good. Raises `UserError` where the
+        request is not of `name`, its key is weak or another's, or the name is taken.
         """
         key = self._requested(name, request)
         wanted = Wanted(
             name=name, role=role, hosts=rules.checked_hosts(hosts), key=certificates.digest_of_key(key), renew=renew
         )
         with self._turn() as signer:
-            return self._issue(signer, wanted, key, now)
+            answered = rules.answered(self.register, wanted, now)
+            if answered is None:
+                return self._issue(signer, wanted, key, now)
+            if not self._holds(answered):
+                self._write(self.certificate(name), signer.certificate(answered, key))
+            return Issued(answered, self.certificate(name), changed=False)
 
     def issue(
         self, name: str, role: Role, now: datetime.datetime, *, hosts: Sequence[str] = (), renew: bool = False
@@ -203,6 +211,13 @@ class Authority:
         key = asked.public_key()
         certificates.check_strength(key, f"request of {name}")
         return key
+
+    def _holds(self, entry: Entry) -> bool:
+        """Whether its certificate lies there: whoever was killed after writing the register has not written it."""
+        path = self.certificate(entry.name)
+        if not path.exists():
+            return False
+        return certificates.serial_of(certificates.read_certificate(self._read(path), str(path))) == entry.serial
 
     def _renewed(self, name: str, request: bytes | None, now: datetime.datetime) -> Issued:
         entry = rules.current(self.register, name)

@@ -129,6 +129,15 @@ def admit(register: Register, wanted: Wanted, now: datetime.datetime) -> None:
         raise UserError(f"{name}: it has a certificate until {last.not_after:%Y-%m-%d}: revoke that, or renew it")
 
 
+def answered(register: Register, wanted: Wanted, now: datetime.datetime) -> Entry | None:
+    """The certificate that is good and just as `wanted`, where no other is asked for."""
+    last = current(register, wanted.name)
+    if last is None or wanted.renew or now >= last.not_after:
+        return None
+    same = (last.role, last.hosts, last.key, last.kept) == (wanted.role, wanted.hosts, wanted.key, wanted.kept)
+    return last if same else None
+
+
 def add(
     register: Register, wanted: Wanted, serial: str, now: datetime.datetime, authority_until: datetime.datetime
 ) -> tuple[Register, Entry]:

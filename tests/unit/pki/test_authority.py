@@ -231,6 +231,25 @@ def test_rules_of_the_register_hold_on_disk(authority: Authority) -> None:
     assert f"{load(renewed).serial_number:x}" == authority.register.entries[1].serial
 
 
+def test_a_request_that_was_answered_gets_the_same_certificate(authority: Authority) -> None:
+    """Whoever was cut off on the way asks again."""
+    data = request("edge-01")
+    first = authority.sign("edge-01", data, "device", NOW)
+    before = first.certificate.read_bytes()
+    again = authority.sign("edge-01", data, "device", day(1))
+    assert (again.entry, again.changed, first.changed) == (first.entry, False, True)
+    assert first.certificate.read_bytes() == before
+    first.certificate.unlink()  # killed between register and certificate
+    authority.sign("edge-01", data, "device", day(1))
+    assert f"{load(first).serial_number:x}" == first.entry.serial
+    assert len(authority.register.entries) == 1
+    with pytest.raises(UserError, match="given to a device"):
+        authority.sign("edge-01", data, "gate", day(1))
+    authority.revoke("edge-01", day(2))
+    with pytest.raises(UserError, match="its key was revoked"):
+        authority.sign("edge-01", data, "device", day(2))
+
+
 def test_40_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0)  # the worst that a shell can have
     try:

@@ -141,16 +141,26 @@ def _load(path: Path, *, strict: bool) -> EdgeSettings:
 
 
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
-    """Run the daemon. Exit code 2: bad configuration, said in one line; 1: start it again."""
+    """Run the daemon. Exit code 2: bad configuration, said in one line; 1: start it again.
+
+    `muster-edge enroll ...` is another command: it makes this machine's key and request.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["enroll"]:
+        from shared import enrolment  # a daemon that runs needs no X.509
+
+        return enrolment.main("muster-edge", given[1:])
     parser = argparse.ArgumentParser(
-        prog="muster-edge", description="Trains on this device what a coordinator assigns."
+        prog="muster-edge",
+        description="Trains on this device what a coordinator assigns.",
+        epilog="muster-edge enroll --help: make this machine's key and request, install its certificate.",
     )
     parser.add_argument("--config", default="/etc/muster/edge.toml", help="settings file (%(default)s)")
     parser.add_argument(
         "--check", action="store_true", help="only check the settings file, and that what it names can be read"
     )
     parser.add_argument("--version", action="version", version=VERSION)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(given)
     try:
         config = _load(Path(arguments.config), strict=arguments.check)
         if arguments.check:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from muster.cli import emulate, simulate
+from muster.cli import broker, emulate, pki, simulate
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -124,6 +124,8 @@ def devices(context: typer.Context, json: Json = False) -> None:
 
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
+app.add_typer(pki.app)
+app.add_typer(broker.app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -141,7 +141,7 @@ def trained(state: State, done: protocol.Trained) -> Result:
     """An update is on disk: into the outbox, if it is still wanted."""
     identity = Identity(done.job, done.round, done.attempt)
     stopping, work = state.agent.status == "stopping", state.work
-    state = replace(state, agent=_free(state), paused="")
+    state = replace(state, agent=_free(state, done.held_bytes), paused="")
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
     journal = state.journal
@@ -163,7 +163,7 @@ def failed(state: State, failure: protocol.Failed) -> Result:
     """The agent could not do the work, or forgot it as told."""
     identity = Identity(failure.job, failure.round, failure.attempt)
     stopping, work = state.agent.status == "stopping", state.work
-    state = replace(state, agent=_free(state), paused="")
+    state = replace(state, agent=_free(state, failure.held_bytes), paused="")
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
     if state.journal.given_up:
@@ -235,5 +235,5 @@ def _end_given_up(state: State, identity: Identity) -> Result:
     return outbox.fail(state, identity, journal.given_up, out_of_memory=journal.given_up_memory)
 
 
-def _free(state: State) -> Agent:
-    return Agent(status="ready", heard_at=state.now)
+def _free(state: State, held_bytes: int) -> Agent:
+    return Agent(status="ready", heard_at=state.now, held_bytes=held_bytes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,14 +16,6 @@ from edge_daemon.adapters.telemetry.host import HostReader
 RECORDED = Path(__file__).parent / "trees" / "recorded-v1"
 GROUP = "muster-emulate-9204/edge-01"
 MIB = 1024 * 1024
-
-
-@pytest.fixture(autouse=True)
-def real_procfs() -> Iterator[None]:
-    """A reader of a recorded tree points psutil at it; the next test must read the machine again."""
-    before = psutil.PROCFS_PATH
-    yield
-    psutil.PROCFS_PATH = before
 
 
 @pytest.fixture

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from edge_daemon.adapters.telemetry import cgroup
+from edge_daemon.adapters.telemetry import own as own_processes
 from edge_daemon.adapters.telemetry.resources import ResourceReader
 from edge_daemon.adapters.telemetry.sysfs import degrees, field, line, zones
 from shared.messages import HostLoad
@@ -83,14 +84,15 @@ class HostReader:
     def read(self) -> HostReading:
         """The load now."""
         cores = self.cores()
-        tree = self.tree()
-        own, foreign, throttled = self._rated(self._counters(tree), cores)
+        pids = own_processes.tree(self._root, self._pid)
+        used = own_processes.used(self._root, pids)
+        own, foreign, throttled = self._rated(self._counters(used.cpu_s), cores)
         limit, available = self.memory()
         return HostReading(
             cores=cores, own_cores=own, foreign_cores=foreign, throttled=throttled,
-            memory_available=available, memory_limit=limit, own_memory=self._own_memory(tree),
+            memory_available=available, memory_limit=limit, own_memory=used.memory,
             oom_kills=self.oom_kills(), temperature_c=self._temperature(), on_battery=self._battery(),
-            host=self._resources.read(), own_pids=frozenset(tree),
+            host=self._resources.read(), own_pids=frozenset(pids),
         )  # fmt: skip
 
     def _rated(self, now: _Counters, cores: float) -> tuple[float, float, float]:
@@ -130,43 +132,11 @@ class HostReader:
         """Processes of our cgroup the kernel killed for memory so far."""
         return self._group.oom_kills()
 
-    def tree(self) -> set[int]:
-        """Process ids of the daemon and all its descendants."""
-        try:
-            process = psutil.Process(self._pid)
-            return {self._pid, *(child.pid for child in process.children(recursive=True))}
-        except psutil.Error:
-            return {self._pid}
-
-    def _counters(self, tree: set[int]) -> _Counters:
+    def _counters(self, own: float) -> _Counters:
         group = self._group.cpu_times()
-        own = self._own_seconds(tree)
         if group is None:
             return _Counters(self._clock(), own, self._machine_seconds(), 0, 0)
         return _Counters(self._clock(), own, group.usage_s, group.periods, group.throttled)
-
-    @staticmethod
-    def _own_seconds(pids: Iterable[int]) -> float:
-        """CPU seconds of these processes; a reaped child's time stays in its parent's, so the sum only rises."""
-        total = 0.0
-        for pid in pids:
-            try:
-                total += sum(psutil.Process(pid).cpu_times()[:4])
-            except psutil.Error:
-                continue
-        return total
-
-    @staticmethod
-    def _own_memory(pids: Iterable[int]) -> int:
-        """Resident bytes of these processes that they share with nobody: libraries count for none of them."""
-        total = 0
-        for pid in pids:
-            try:
-                memory = psutil.Process(pid).memory_info()
-                total += int(memory.rss - memory.shared)
-            except (psutil.Error, OSError):
-                continue
-        return total
 
     @staticmethod
     def _machine_seconds() -> float:

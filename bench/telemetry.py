@@ -44,7 +44,7 @@ def main() -> None:
             own = jetson.JetsonReader(board, root=Path(folder), query=lambda: "")
             note = "a hand-written tree of Thor on this machine's disk: sensors on a bus take longer"
             told("jetson", "CPU time of a reading of a Jetson's GPU", cpu_ms(own.read, readings), note)
-        sampler = Sampler(lambda load: None, gpus=nvidia)
+        sampler = Sampler(print, gpus=nvidia)  # `read` hands nothing on
         told("sample", "CPU time of a whole sample, threads included", cpu_ms(sampler.read, readings), machine)
         sampler.stop()
     finally:

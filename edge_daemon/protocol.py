@@ -16,7 +16,6 @@ import msgspec
 from shared.jobs import Bits
 from shared.messages import Assignment, DatasetFacts, UpdateFacts
 
-
 INTEGRATED = "integrated"
 """In the place of a GPU's UUID: the one that shares the machine's memory (Jetson). CUDA knows it by its number, 0."""
 

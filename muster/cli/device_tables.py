@@ -45,7 +45,17 @@ def in_full(device: DeviceView) -> Iterator[Table | Text]:
     if not facts and not loads:
         return
     gpus = table(
-        "GPU", "busy", "foreign", "memory free", "heat", "power", "energy", "clock", "memory clock", "throttled", "errors"
+        "GPU",
+        "busy",
+        "foreign",
+        "memory free",
+        "heat",
+        "power",
+        "energy",
+        "clock",
+        "memory clock",
+        "throttled",
+        "errors",
     )
     for uuid in {**facts, **loads}:
         gpus.add_row(*_gpu(uuid, facts.get(uuid), loads.get(uuid)))

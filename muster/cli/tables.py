@@ -73,9 +73,7 @@ def rounds(job: JobView) -> Table:
 def round_in_full(view: RoundView) -> Iterator[Table | Text]:
     """One round: the plan against reality, then the reason of each number."""
     yield Text(f"\nround {view.round}: {view.plan_reason}", style="bold")
-    made = table(
-        "device", "status", "rank", "batch", "bits", "steps", "predicted", "trained", "loss", "sent", "reason"
-    )
+    made = table("device", "status", "rank", "batch", "bits", "steps", "predicted", "trained", "loss", "sent", "reason")
     for part in view.participants:
         made.add_row(*_plan_and_reality(part))
     yield made

@@ -67,9 +67,7 @@ def test_a_device_that_told_nothing_has_a_row_too() -> None:
 
 
 def test_one_device_in_full() -> None:
-    host = HostLoad(
-        disk_free=5 * 10**9, received_per_s=1500.0, sent_per_s=200.0, cpu_stalled=0.25, memory_stalled=0.0
-    )
+    host = HostLoad(disk_free=5 * 10**9, received_per_s=1500.0, sent_per_s=200.0, cpu_stalled=0.25, memory_stalled=0.0)
     told = shown(view([CARD], [BUSY], host=host, temperature_c=61.0, paused="heat: 96 °C", hung={"host": 3.0}))
     for part in (
         "edge-01: ready, seen 2 s ago", "a server", "580.65.06, CUDA 13.0", "7.2 (L4T 39.2.0)", "4, 16",

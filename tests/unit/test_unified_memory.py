@@ -1,4 +1,4 @@
-"""A GPU that shares the machine's memory: budget of the planner, policy of the device, what the agent tells of itself."""
+"""A GPU that shares the machine's memory: the planner's budget, the device's policy, what the agent tells of itself."""
 
 from __future__ import annotations
 
@@ -185,9 +185,7 @@ class Cuda:
 
 
 @pytest.mark.parametrize("integrated", [True, False])
-def test_the_agents_memory_is_both_kinds_where_they_are_one(
-    monkeypatch: pytest.MonkeyPatch, integrated: bool
-) -> None:
+def test_the_agents_memory_is_both_kinds_where_they_are_one(monkeypatch: pytest.MonkeyPatch, integrated: bool) -> None:
     import torch
 
     cuda = Cuda(integrated)
@@ -203,9 +201,7 @@ def test_the_agents_memory_is_both_kinds_where_they_are_one(
 
 
 @pytest.mark.parametrize(("gpu", "visible"), [("", ""), ("GPU-1", "GPU-1"), (protocol.INTEGRATED, "0")])
-def test_cuda_is_shown_the_gpu_by_a_name_that_it_knows(
-    monkeypatch: pytest.MonkeyPatch, gpu: str, visible: str
-) -> None:
+def test_cuda_is_shown_the_gpu_by_a_name_that_it_knows(monkeypatch: pytest.MonkeyPatch, gpu: str, visible: str) -> None:
     import os
 
     from edge_daemon.training import agent

@@ -161,7 +161,8 @@ def _gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int]:
 
 
 def _host_memory(info: DeviceInfo, load: Load | None, own: int) -> tuple[int, int]:
-    """(limit, foreign): what is used beyond the `own` bytes. An owner's limit below the machine's bounds us, not the others."""
+    """(limit, foreign): what is used beyond the `own` bytes. An owner's limit below the machine's bounds us, not the
+    others."""
     if load is None or not load.memory_limit:
         return info.memory_bytes, 0
     limit = min(load.memory_limit, info.memory_bytes or load.memory_limit)

@@ -27,7 +27,7 @@ _KEPT_XIDS = 32
 
 
 class _Device(NamedTuple):
-    """A GPU or MIG instance. `card`: what carries it, the driver's number `place`; `instance`: None for a whole card."""
+    """A GPU, or a MIG instance (`instance`; None: a whole card). `card`: what carries it, number `place` of the driver."""
 
     uuid: str
     handle: Any

@@ -152,6 +152,8 @@ class Agent:
     """Deaths in a row without an answer to a probe."""
     identity: Identity | None = None
     """Of the work it was last told to do."""
+    gpus: tuple[str, ...] = ()
+    """The GPUs it was started for; none: the CPU."""
     held_bytes: int = 0
     """Of the machine's memory, through a GPU which shares it, as it last told."""
 

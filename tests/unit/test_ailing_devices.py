@@ -8,10 +8,12 @@ import msgspec
 import pytest
 
 from coordinator.core.fleet import Presence
+from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
 from edge_daemon.core import policy
-from edge_daemon.settings import PolicySettings
-from shared.messages import Ack, DeviceInfo, DeviceState, GpuLoad, HostLoad, Load
+from edge_daemon.core.state import Machine
+from edge_daemon.settings import AgentSettings, PolicySettings
+from shared.messages import Ack, DeviceInfo, DeviceState, Gpu, GpuLoad, HostLoad, Load
 from tests.unit.session_rig import Rig, assignment, load
 
 OWNER = PolicySettings()
@@ -128,3 +130,38 @@ def test_what_is_news_is_told_at_once_and_the_rest_in_its_time(change: dict[str,
     rig.feed(ev.LoadRead, reading=load(gpus=[GpuLoad(uuid="GPU-1")]))
     rig.feed(ev.LoadRead, reading=load(**{"gpus": [GpuLoad(uuid="GPU-1")], **change}))
     assert bool(rig.said(Load)) == told
+
+
+LATE = Machine(cores=4.0, gpus=(Gpu(uuid="GPU-1", memory_bytes=1),))
+
+
+def test_gpus_that_are_found_late_get_agents() -> None:
+    """A driver that hung, or was loaded after the daemon: an agent on the CPU was started in their place."""
+    rig = Rig().up()
+    rig.feed(ev.MachineRead, machine=LATE)
+    (kill,) = rig.did(cmd.KillAgent)
+    assert kill.reason == "it is to be started for GPU-1"
+    rig.tick()
+    assert rig.did(cmd.KillAgent) == [], "once"
+    rig.gone()
+    rig.tick(10.0)
+    (start,) = [command for command in rig.all if isinstance(command, cmd.StartAgent)][1:]
+    assert start.gpus == ("GPU-1",)
+    rig.probe()
+    rig.tick()
+    assert rig.did(cmd.KillAgent) == []
+
+
+def test_work_under_way_is_not_cut_off_by_gpus_that_are_found_late() -> None:
+    rig = Rig().training()
+    rig.feed(ev.MachineRead, machine=LATE)
+    assert rig.did(cmd.KillAgent) == []
+    rig.trained()
+    assert [kill.reason for kill in rig.did(cmd.KillAgent)] == ["it is to be started for GPU-1"]
+
+
+def test_gpus_that_the_owner_listed_are_never_found_late() -> None:
+    settings = msgspec.structs.replace(Rig().settings, agent=AgentSettings(gpus=["GPU-1"]))
+    rig = Rig(settings=settings).up()
+    rig.feed(ev.MachineRead, machine=LATE)
+    assert rig.did(cmd.KillAgent) == []

@@ -94,8 +94,7 @@ def test_a_cpu_device_is_planned_as_before() -> None:
 
 
 def unified_rig(**reading: Any) -> Rig:
-    rig = Rig().up()
-    rig.feed(ev.MachineRead, machine=Machine(cores=6.0, memory_bytes=8 * GIB, gpus=(OWN,)))
+    rig = Rig().up(Machine(cores=6.0, memory_bytes=8 * GIB, gpus=(OWN,)))
     rig.feed(ev.LoadRead, reading=load(memory_limit=8 * GIB, **reading))
     return rig
 
@@ -121,8 +120,7 @@ def test_case_29_the_planner_does_not_even_ask() -> None:
 
 
 def test_a_card_of_its_own_needs_no_such_reserve() -> None:
-    rig = Rig().up()
-    rig.feed(ev.MachineRead, machine=Machine(gpus=(Gpu(uuid="GPU-1", memory_bytes=GIB),)))
+    rig = Rig().up(Machine(gpus=(Gpu(uuid="GPU-1", memory_bytes=GIB),)))
     rig.feed(ev.LoadRead, reading=load(memory_limit=8 * GIB, memory_available=GIB - 1))
     rig.assign(assignment())
     assert [ack.verdict for ack in rig.said(Ack)] == ["accept"]

@@ -27,7 +27,7 @@ _KEPT_XIDS = 32
 
 
 class _Device(NamedTuple):
-    """A GPU, or a MIG instance (`instance`; None: a whole card). `card`: what carries it, number `place` of the driver."""
+    """A GPU, or a MIG instance (`instance`; None: a whole card) of the `card` that is the driver's number `place`."""
 
     uuid: str
     handle: Any

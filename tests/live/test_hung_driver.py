@@ -19,7 +19,7 @@ from shared.messages import DeviceInfo, Load
 
 DEVICE = "edge-01"
 WITHIN_S = 60.0
-DRIVER = '''
+DRIVER = """
 import pathlib, time
 from types import SimpleNamespace
 HERE = pathlib.Path(__file__).parent
@@ -45,7 +45,7 @@ nvmlDeviceGetSupportedEventTypes = answers(8)
 nvmlDeviceGetUUID = answers("GPU-1")
 nvmlDeviceGetMemoryInfo = answers(SimpleNamespace(total=2**34, free=2**33))
 nvmlDeviceGetUtilizationRates = answers(SimpleNamespace(gpu=50, memory=0))
-'''
+"""
 SETTINGS = {
     "agent": {"gpus": ["GPU-1"]},
     "policy": {"disk_reserve_bytes": 0, "gpu_silence_s": 2.0},

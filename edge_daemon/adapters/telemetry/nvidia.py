@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
-from edge_daemon.adapters.telemetry.nvml import GpuLost, Lost, Session, text
+from edge_daemon.adapters.telemetry.nvml import GpuLost, Session, text
 from edge_daemon.adapters.telemetry.xids import XidWatch
 from shared.messages import Gpu, GpuLoad
 
@@ -66,7 +66,7 @@ class NvidiaReader:
     def facts(self) -> list[Gpu]:
         """What changes by the boot only: identity, memory, compute capability, limits."""
         with self._lock:
-            return self._session.run(lambda: [self._fact(device) for device in self._devices()], [])
+            return self._session.run(self._facts, [])
 
     def driver(self) -> str:
         """Version of the driver and of CUDA that it serves; "" without one."""
@@ -128,6 +128,16 @@ class NvidiaReader:
         cuda = self._call("nvmlSystemGetCudaDriverVersion_v2") or self._call("nvmlSystemGetCudaDriverVersion")
         return ", ".join(filter(None, [driver, f"CUDA {cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""]))
 
+    def _facts(self) -> list[Gpu]:
+        found = []
+        for device in self._devices():
+            try:
+                found.append(self._fact(device))
+            except GpuLost:
+                if self._session.renewable:
+                    raise
+        return found
+
     def _fact(self, device: _Device) -> Gpu:
         memory = self._memory(device.handle)
         compute = self._call("nvmlDeviceGetCudaComputeCapability", device.handle)
@@ -155,7 +165,7 @@ class NvidiaReader:
                 self._seen[device.uuid] = ""
             except GpuLost as error:
                 if self._session.renewable:
-                    raise Lost(str(error)) from error
+                    raise
                 self._seen[device.uuid] = str(error)
         return found
 

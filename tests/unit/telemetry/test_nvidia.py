@@ -259,6 +259,12 @@ def test_a_lost_gpu_is_told_and_the_others_go_on(how: str) -> None:
     assert [load.xids for load in found.read()] == [[], []]
 
 
+def test_facts_of_the_others_are_told_beside_a_lost_gpu() -> None:
+    nvml = FakeNvml([full(), full("GPU-2")])
+    nvml.cards[0].lost = "GpuIsLost"
+    assert [gpu.uuid for gpu in reader(nvml).facts()] == ["GPU-2"]
+
+
 def test_a_gpu_that_was_never_there_is_not_lost() -> None:
     nvml = FakeNvml([full()])
     assert [load.uuid for load in reader(nvml, "GPU-1", "GPU-9").read()] == ["GPU-1"]

@@ -17,9 +17,9 @@ from edge_daemon.adapters import sources
 from edge_daemon.adapters.store import Store
 from edge_daemon.adapters.systemd import notifier
 from edge_daemon.adapters.team import TeamTrainer
+from edge_daemon.adapters.telemetry import gpus
 from edge_daemon.adapters.telemetry.facts import static_facts
 from edge_daemon.adapters.telemetry.host import HostReader
-from edge_daemon.adapters.telemetry.nvidia import NvidiaReader
 from edge_daemon.adapters.telemetry.sampler import Sampler
 from edge_daemon.adapters.trainer import SubprocessTrainer
 from edge_daemon.core import policy
@@ -29,7 +29,7 @@ from edge_daemon.settings import EdgeSettings
 from shared import logs, settings, topics
 from shared.codec import pack
 from shared.errors import MusterError, SettingsError, UserError
-from shared.messages import DeviceState
+from shared.messages import DeviceState, Load
 from shared.transport.base import Outgoing
 from shared.transport.credentials import read_credentials
 from shared.transport.mqtt import MqttTransport
@@ -49,16 +49,18 @@ class Service:
         self._notify = notifier()
         read_credentials(config.broker)  # before anything is written
         self._store = Store(Path(config.state_dir))
-        self._host = HostReader()
-        self._gpus = NvidiaReader(config.agent.gpus)
+        self._host = HostReader(disk=Path(config.state_dir))
+        self._gpus = gpus.source(config.agent.gpus, config.telemetry)
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         self._transport = MqttTransport(
             config.broker, config.device, next_epoch=self._store.next_epoch, will=self._will, rng=random.Random()
         )
         self._transport.subscribe(topics.device_filters(config.fleet, config.device))
+        self._known: frozenset[str] | None = None
+        """UUIDs of the GPUs whose facts are known; None: they are being asked for."""
         self._sampler = Sampler(
-            lambda load: self._queue.put(Sampled(load)),
-            host=self._host, gpus=self._gpus, period_s=config.telemetry.idle_s,
+            self._sampled,
+            host=self._host, gpus=self._gpus, period_s=config.telemetry.idle_s, budget_s=config.telemetry.budget_s,
         )  # fmt: skip
         trainer = TeamTrainer(
             lambda post: SubprocessTrainer(config.agent.command, post, self._host.oom_kills), self._queue.put
@@ -112,13 +114,22 @@ class Service:
         except (MusterError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AssertionError):
             log.exception("a turn of the loop failed")
 
+    def _sampled(self, load: Load) -> None:
+        """On the telemetry thread. GPUs that were not there when the facts were read make them be read again."""
+        self._queue.put(Sampled(load))
+        if self._known is not None and not self._known.issuperset(gpu.uuid for gpu in load.gpus):
+            self._known = None
+            threading.Thread(target=self._examine, name="facts", daemon=True).start()
+
     def _examine(self) -> None:
         """Read the machine's facts where a hung driver costs only this thread."""
         facts = static_facts(self._host, self._gpus)
         machine = Machine(
-            hardware=facts.hardware, cores=facts.cores, memory_bytes=facts.memory_bytes, gpus=tuple(facts.gpus)
-        )
+            hardware=facts.hardware, cores=facts.cores, memory_bytes=facts.memory_bytes, gpus=tuple(facts.gpus),
+            driver=facts.driver, jetpack=facts.jetpack,
+        )  # fmt: skip
         self._queue.put(Examined(machine))
+        self._known = frozenset(gpu.uuid for gpu in machine.gpus)
 
     def _will(self, epoch: int) -> Outgoing:
         name = topics.STATE.name(self._config.fleet, device=self._config.device)

@@ -117,6 +117,13 @@ class Machine:
     cores: float = 1.0
     memory_bytes: int = 0
     gpus: tuple[Gpu, ...] = ()
+    driver: str = ""
+    jetpack: str = ""
+
+    @property
+    def unified(self) -> bool:
+        """Whether a GPU that trains shares the machine's memory."""
+        return any(gpu.integrated for gpu in self.gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +152,10 @@ class Agent:
     """Deaths in a row without an answer to a probe."""
     identity: Identity | None = None
     """Of the work it was last told to do."""
+    gpus: tuple[str, ...] = ()
+    """The GPUs it was started for; none: the CPU."""
+    held_bytes: int = 0
+    """Of the machine's memory, through a GPU which shares it, as it last told."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -141,7 +141,7 @@ def test_the_first_rounds_tune_the_top_two_blocks_everywhere() -> None:
     assert all(work.ranks == {"layer.4": 8, "layer.5": 8} for work in plan.participants.values())
     told = plan.participants["a"].reasons["rank"]
     assert told == "rank 8: width 8 in the top 2 blocks, all devices alike meets width 64 and 6 blocks at most"
-    assert [plan.participants[name].batch for name in "abcdef"] == [32, 32, 16, 16, 8, 8]
+    assert [plan.participants[name].batch for name in "abcdef"] == [16] * 6
 
 
 def test_a_stall_leads_to_a_trial_whose_fastest_group_is_followed() -> None:

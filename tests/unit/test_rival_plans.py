@@ -95,7 +95,11 @@ def test_strategies_of_one_rank_plan_as_uniform_does_but_for_the_batch(name: str
 def test_rivals_have_one_batch_and_only_memory_makes_it_smaller(name: str) -> None:
     blocks = [ModuleSpec(name=f"encoder.layer.{n}", out=384, inp=384, block=n) for n in range(6)]
     facts = replace(minilm(), modules=blocks) if name == "fedadapter" else minilm()
-    fleet = [device("small", memory={"full": 440, "fedadapter": 500}.get(name, 700), cores=4.0), device("slow", cores=0.2), device("quick", cores=4.0)]
+    fleet = [
+        device("small", memory={"full": 440, "fedadapter": 500}.get(name, 700), cores=4.0),
+        device("slow", cores=0.2),
+        device("quick", cores=4.0),
+    ]
     spec = named(name, job(rank=4, batch=32, bits=32))
     plan = registry.create(spec.strategy).plan(replace(view(*fleet), facts=facts), spec)
     found = {one: work.batch for one, work in plan.participants.items()}

@@ -192,7 +192,7 @@ def test_progress_keeps_the_configuration() -> None:
 
 def test_a_device_that_can_not_hold_the_trial_stays_with_the_present_one() -> None:
     small = tuple(device(name, cores=1.0, memory=465) for name in "abc")
-    wide = replace(spec(), strategy=replace(spec().strategy, rank=300, global_rank=4096))
+    wide = replace(spec(), strategy=replace(spec().strategy, rank=300, global_rank=4096, batch=1))
     view = FleetView(round=1, candidates=small, facts=blocks())
     planner = FedAdapterPlanner(progress=Progress(losses=[1.0] * 4))
     plan = planner.plan(view, wide)

@@ -85,7 +85,12 @@ def _trial_fits(spot: Spot, said: Said, bits: int) -> bool:
     assert depth * width > len(spot.work.ranks) * spot.reason.value
     modules = sorted(spot.scene.facts.modules, key=lambda one: one.block)[-depth:]
     need = need_of(spot.scene.facts, spot.job, dict.fromkeys((one.name for one in modules), width))
-    return fits(spot.scene, spot.seat, need, bits, min(sizes_of(spot.job)[0], spot.seat.rows))
+    return fits(spot.scene, spot.seat, need, bits, _least(spot))
+
+
+def _least(spot: Spot) -> int:
+    """The batch that bits are chosen for: the smallest, of rivals the one that they train with."""
+    return spot.work.batch if spot.round.name in ONE_BATCH else min(sizes_of(spot.job)[0], spot.seat.rows)
 
 
 def trial_too_large(spot: Spot, said: Said) -> None:
@@ -93,8 +98,8 @@ def trial_too_large(spot: Spot, said: Said) -> None:
 
 
 def _allowed(spot: Spot) -> list[int]:
-    """The bits that the device could take for the smallest batch, as far as memory did not run out."""
-    asked, least = spot.job.strategy.bits, min(sizes_of(spot.job)[0], spot.seat.rows)
+    """The bits that the device could take for that batch, as far as memory did not run out."""
+    asked, least = spot.job.strategy.bits, _least(spot)
     return [
         bits for bits in spot.seat.info.bits
         if asked in ("auto", bits) and limit_of(spot.scene, spot.seat, bits) >= least

@@ -1,4 +1,4 @@
-"""`muster-edge doctor`: is this device fit, and if not, what is to be done? Needs no running daemon and changes nothing.
+"""`muster-edge doctor`: is this device fit, and if not, what is to be done? Needs no running daemon, changes nothing.
 
 Each check is an adapter that reads and a pure judgement (`core.diagnosis`). It ends with 0 where nothing fails.
 """

@@ -102,6 +102,7 @@ class SubprocessTrainer:
         if hung:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGABRT)
+                self._process.send_signal(signal.SIGCONT)
             _let_end(self._process, _LAST_WORDS_S)
         _kill_group(self._process)
 

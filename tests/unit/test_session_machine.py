@@ -335,7 +335,9 @@ def test_leaving_keeps_partial_work() -> None:
 def test_leaving_waits_no_longer_than_it_must() -> None:
     rig = Rig().training()
     rig.feed(ev.Drain)
-    rig.tick(6.0)
+    rig.tick(rig.state.settings.agent.drain_s - 1.0)
+    assert rig.state.phase == "draining"
+    rig.tick(1.0)
     assert rig.state.phase == "stopped"
     assert rig.state.work is not None  # its checkpoint stays
 

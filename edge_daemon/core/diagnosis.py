@@ -206,7 +206,8 @@ class Kernel:
 
 
 def kernel(found: Kernel) -> Finding:
-    """Whether 4 bits are proven: quantized, dequantized, multiplied, within the bound."""
+    """Whether 4 bits are proven: quantized, dequantized, multiplied, within the bound. A GPU without them is a fault of
+    the installation; a CPU may well do without."""
     where = found.gpu or "cpu"
     check = f"kernel {where}"
     if found.problem:
@@ -219,7 +220,10 @@ def kernel(found: Kernel) -> Finding:
     if not found.bits:
         return fail(check, f"nothing is proven: {lacking}", _kernel_advice(lacking))
     if 4 not in found.bits:
-        return fail(check, f"{proven} bits proven, not 4: {lacking}", _kernel_advice(lacking))
+        verdict = warn if where == "cpu" else fail
+        return verdict(
+            check, f"{proven} bits proven, not 4: {lacking or 'the agent does not offer them'}", _kernel_advice(lacking)
+        )
     if lacking:
         return warn(check, f"{proven} bits proven; {lacking}", _kernel_advice(lacking))
     return ok(check, f"{proven} bits proven by a product within its bound")

@@ -209,10 +209,15 @@ def test_a_memory_failure_of_the_agent_tells_the_planner_its_limit() -> None:
 
 def test_a_silent_agent_is_killed() -> None:
     rig = Rig().training()
+    heard_at = rig.state.agent.heard_at
     rig.tick(SETTINGS.agent.silence_s + 1)
-    assert len(rig.did(cmd.KillAgent)) == 1
+    assert [kill.hung for kill in rig.did(cmd.KillAgent)] == [True], "it should say where it hangs"
     rig.tick(1.0)
     assert rig.did(cmd.KillAgent) == []
+    # One that the kernel can't end is told again and again, and never counts as heard.
+    rig.tick(SETTINGS.agent.silence_s)
+    assert len(rig.did(cmd.KillAgent)) == 1
+    assert rig.state.agent.heard_at == heard_at
 
 
 def test_an_agent_that_never_starts_is_a_problem_the_fleet_hears_of() -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from shared.processes import die_with_parent
 from tests.systemd.units import DEPLOY, ROOT, SERVICES
 
 BOOT_S = 120.0
@@ -105,7 +106,7 @@ class Host:
             (self.folder / name).mkdir(parents=True)
         self._mounted = True
         upper = self.folder / "upper"
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512m", "tmpfs", upper], check=True, capture_output=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2g", "tmpfs", upper], check=True, capture_output=True)
         for name in ("changed", "work"):
             (upper / name).mkdir()
         options = f"lowerdir=/,upperdir={upper}/changed,workdir={upper}/work"
@@ -140,7 +141,9 @@ class Host:
         ]  # fmt: skip
         console = (self.folder / "console").open("wb")
         with console:
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=console, stderr=console)
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, preexec_fn=die_with_parent
+            )
         end = time.monotonic() + BOOT_S
         while not self._is_up():
             words = (self.folder / "console").read_text(encoding="utf-8", errors="replace")[-1000:]

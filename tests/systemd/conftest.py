@@ -44,7 +44,7 @@ ready_s = 60.0
 """
 SITE = """
 [Service]
-Environment=PYTHONPATH=/opt/source:/opt/packages
+Environment=PYTHONPATH=/opt/source:/opt/packages LD_LIBRARY_PATH=/opt/python/lib
 WatchdogSec=20s
 RestartSec=1s
 """

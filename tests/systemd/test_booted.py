@@ -109,11 +109,11 @@ def test_case_27_a_daemon_that_stands_still_is_killed_with_a_traceback_and_start
 
 def test_a_killed_daemon_is_started_again_and_its_agent_does_not_live_on(daemon: Host) -> None:
     pid = daemon.show(UNIT, "MainPID")
-    daemon.until(lambda: "training.agent" in daemon.run("ps", "ax").stdout, "an agent", seconds=120.0)
+    daemon.until(lambda: "training.agent" in daemon.run("ps", "axww").stdout, "an agent", seconds=120.0)
     daemon.kill(UNIT, signal.SIGKILL)
     daemon.until(lambda: daemon.show(UNIT, "MainPID") not in (pid, "0"), "another process")
     daemon.until(lambda: daemon.show(UNIT, "ActiveState") == "active", "the daemon is up again", seconds=120.0)
-    agents = [line for line in daemon.run("ps", "axo", "ppid,args").stdout.splitlines() if "training.agent" in line]
+    agents = [line for line in daemon.run("ps", "axwwo", "ppid,args").stdout.splitlines() if "training.agent" in line]
     assert {line.split()[0] for line in agents} <= {daemon.show(UNIT, "MainPID")}
 
 

@@ -46,7 +46,7 @@ def test_good_keys(authority: Authority) -> None:
         "",
         {},
     )
-    assert [window.of for window in found.windows] == ["this device's certificate", "the authority's"]
+    assert [window.of for window in found.windows] == ["this device's certificate", "the authority's certificate"]
     assert all(window.begin < window.end for window in found.windows)
 
 

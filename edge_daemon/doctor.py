@@ -39,7 +39,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def examine(source: Path, *, cuda: bool, wait_s: float, say: Say) -> Iterator[Finding]:
     """Every check in turn. `say` is told what begins; `wait_s` bounds each answer of broker and drivers."""
-    yield diagnosis.sandbox(machine.status())
+    yield diagnosis.sandbox(machine.sandbox())
     say("configuration")
     config, findings = _configuration(source)
     yield from findings

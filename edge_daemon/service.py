@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_daemon.adapters import sources
+from edge_daemon.adapters.inspection.machine import sandbox
 from edge_daemon.adapters.store import Store
 from edge_daemon.adapters.team import TeamTrainer
 from edge_daemon.adapters.telemetry.facts import static_facts
@@ -183,8 +184,9 @@ class Service:
             log.exception("the facts of this machine can't be read: its GPUs and cores stay unknown")
             return
         machine = Machine(
-            hardware=facts.hardware, cores=facts.cores, memory_bytes=facts.memory_bytes, gpus=tuple(facts.gpus)
-        )
+            hardware=facts.hardware, cores=facts.cores, memory_bytes=facts.memory_bytes, gpus=tuple(facts.gpus),
+            sandbox=sandbox(),
+        )  # fmt: skip
         self._queue.put(Examined(machine))
 
     def _will(self, epoch: int) -> Outgoing:

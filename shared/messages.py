@@ -88,6 +88,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     max_chunk: Natural = MAX_CHUNK_BYTES
     problem: Text = ""
     """Why this device cannot train now, if it can't (agent does not start, no data, ...)."""
+    sandbox: Literal["", "full", "degraded"] = ""
+    """What confines the daemon: its unit as shipped, the unit without its device filter, or nothing that is known."""
 
 
 class GpuLoad(msgspec.Struct, frozen=True, kw_only=True):

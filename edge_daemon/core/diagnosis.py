@@ -266,11 +266,20 @@ def cuda(step: str, good: bool, text: str, code: str = "") -> Finding:
     return fail(f"cuda {step}", text, _CUDA_ADVICE.get(code) or advice.get(step) or _kernel_advice(text))
 
 
-def sandbox(status: Mapping[str, str]) -> Finding:
-    """`status`: of /proc/self/status. Whether this ran as the service does."""
+def confined(status: Mapping[str, str], degraded: bool) -> Literal["", "full", "degraded"]:
+    """What confines this process. `status`: of /proc/self/status; `degraded`: its unit says so."""
     filtered, privileged = status.get("Seccomp", "0") == "2", status.get("NoNewPrivs", "0") != "1"
-    capable = int(status.get("CapEff", "0"), 16) != 0
-    if filtered and not privileged and not capable:
+    if not filtered or privileged or int(status.get("CapEff", "0"), 16) != 0:
+        return ""
+    return "degraded" if degraded else "full"
+
+
+def sandbox(found: Literal["", "full", "degraded"]) -> Finding:
+    """Whether this ran as the service does."""
+    if found == "degraded":
+        text = "as the service, without its device filter (jetson/degraded.conf)"
+        return warn("sandbox", text, "try without that drop-in after an upgrade of JetPack")
+    if found:
         return ok("sandbox", "as the service: system calls filtered, no privileges, no capabilities")
     return skip("sandbox", "none here: `muster-edge doctor --sandbox` (as root) examines as the service would run")
 

@@ -40,7 +40,7 @@ def device_info(state: State) -> DeviceInfo:
     if machine is not None:
         info = msgspec.structs.replace(
             info, hardware=machine.hardware, cores=machine.cores, memory_bytes=machine.memory_bytes,
-            gpus=list(machine.gpus),
+            gpus=list(machine.gpus), sandbox=machine.sandbox,
         )  # fmt: skip
     if capability is None:
         return info

@@ -118,6 +118,7 @@ class Machine:
     cores: float = 1.0
     memory_bytes: int = 0
     gpus: tuple[Gpu, ...] = ()
+    sandbox: Literal["", "full", "degraded"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

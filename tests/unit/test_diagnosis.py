@@ -143,17 +143,21 @@ def test_each_step_of_cuda_has_advice(step: str, code: str, advice: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("status", "verdict"),
+    ("status", "degraded", "word", "verdict"),
     [
-        ({"Seccomp": "2", "NoNewPrivs": "1", "CapEff": "0000000000000000"}, "ok"),
-        ({"Seccomp": "0", "NoNewPrivs": "1", "CapEff": "0000000000000000"}, "skip"),
-        ({"Seccomp": "2", "NoNewPrivs": "0", "CapEff": "0000000000000000"}, "skip"),
-        ({"Seccomp": "2", "NoNewPrivs": "1", "CapEff": "000001ffffffffff"}, "skip"),
-        ({}, "skip"),
+        ({"Seccomp": "2", "NoNewPrivs": "1", "CapEff": "0000000000000000"}, False, "full", "ok"),
+        ({"Seccomp": "2", "NoNewPrivs": "1", "CapEff": "0000000000000000"}, True, "degraded", "warn"),
+        ({"Seccomp": "0", "NoNewPrivs": "1", "CapEff": "0000000000000000"}, False, "", "skip"),
+        ({"Seccomp": "2", "NoNewPrivs": "0", "CapEff": "0000000000000000"}, True, "", "skip"),
+        ({"Seccomp": "2", "NoNewPrivs": "1", "CapEff": "000001ffffffffff"}, False, "", "skip"),
+        ({}, False, "", "skip"),
     ],
 )
-def test_sandbox(status: dict[str, str], verdict: str) -> None:
-    assert diagnosis.sandbox(status).verdict == verdict
+def test_sandbox(status: dict[str, str], degraded: bool, word: str, verdict: str) -> None:
+    assert diagnosis.confined(status, degraded) == word
+    finding = diagnosis.sandbox(diagnosis.confined(status, degraded))
+    assert finding.verdict == verdict
+    assert_advice([finding])
 
 
 def test_a_device_is_fit_unless_something_fails() -> None:

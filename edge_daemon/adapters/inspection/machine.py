@@ -8,8 +8,10 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Literal
 
 from edge_daemon.adapters.telemetry.nvidia import NvidiaReader
+from edge_daemon.core.diagnosis import confined
 from shared.messages import Gpu
 
 
@@ -54,7 +56,8 @@ def has_driver(root: Path = Path("/")) -> bool:
     return any((root / name).exists() for name in ("proc/driver/nvidia/version", "etc/nv_tegra_release"))
 
 
-def status(root: Path = Path("/")) -> dict[str, str]:
-    """/proc/self/status as a table."""
+def sandbox(root: Path = Path("/")) -> Literal["", "full", "degraded"]:
+    """What confines this process."""
     lines = (root / "proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return confined(status, os.environ.get("MUSTER_SANDBOX") == "degraded")

@@ -17,7 +17,7 @@ from edge_daemon.adapters import sources
 from edge_daemon.adapters.inspection import broker, kernel, keys, machine, sandboxed
 from edge_daemon.core import diagnosis, policy
 from edge_daemon.core.diagnosis import Finding
-from edge_daemon.settings import AgentSettings, EdgeSettings
+from edge_daemon.settings import AgentSettings, EdgeSettings, TelemetrySettings
 from shared import daemon, settings
 from shared.errors import SettingsError, UserError
 from shared.messages import Gpu
@@ -50,7 +50,7 @@ def examine(source: Path, *, cuda: bool, wait_s: float, say: Say) -> Iterator[Fi
         yield from _sources(config)
     agent = config.agent if config is not None else AgentSettings()
     say("GPUs")
-    found = machine.gpus(wait_s)
+    found = machine.gpus(config.telemetry if config is not None else TelemetrySettings(), wait_s)
     yield diagnosis.gpus(found, agent.gpus, machine.has_driver())
     for gpu in _kernels(agent, found):
         say(f"kernels on {gpu}: an agent starts, which takes a while")

@@ -10,8 +10,9 @@ import threading
 from pathlib import Path
 from typing import Literal
 
-from edge_daemon.adapters.telemetry.nvidia import NvidiaReader
+from edge_daemon.adapters.telemetry import gpus as telemetry_gpus
 from edge_daemon.core.diagnosis import confined
+from edge_daemon.settings import TelemetrySettings
 from shared.messages import Gpu
 
 
@@ -39,11 +40,16 @@ def disk(state_dir: Path) -> tuple[int | None, str]:
         return None, f"can't be written: {error.strerror}"
 
 
-def gpus(wait_s: float) -> list[Gpu] | None:
+def gpus(settings: TelemetrySettings, wait_s: float) -> list[Gpu] | None:
     """All GPUs by the driver; None: it does not answer within `wait_s`."""
     found: list[list[Gpu]] = []
+
+    def ask() -> None:
+        reader = telemetry_gpus.source((), settings)
+        found.append(reader.facts() if reader is not None else [])
+
     # A call into a hung driver never returns: its thread is left behind.
-    thread = threading.Thread(target=lambda: found.append(NvidiaReader().facts()), name="nvml", daemon=True)
+    thread = threading.Thread(target=ask, name="gpus", daemon=True)
     thread.start()
     thread.join(wait_s)
     if found:

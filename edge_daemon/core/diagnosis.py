@@ -18,7 +18,7 @@ _SKEW_WARN_S = 5.0
 _SKEW_FAIL_S = 300.0
 """What control messages may be apart; beyond it signed ones would be refused as expired."""
 _MIB = 1024 * 1024
-_ISSUE = "have a certificate issued for this device, see docs/operations.md, section PKI"
+_ISSUE = "enrol this device (`muster-edge enroll --help`), see docs/operations.md, Enrol, rotate, revoke"
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,7 +233,7 @@ def _kernel_advice(note: str) -> str:
     if "named symbol not found" in note or "no kernel image" in note:
         return (
             "this build of bitsandbytes has no kernel for the GPU: on JetPack 6 build it with "
-            "-DCOMPUTE_CAPABILITY=87, see docs/operations.md, section Jetson"
+            "-DCOMPUTE_CAPABILITY=87, see docs/operations.md, Jetson notes"
         )
     if "does not see this GPU" in note:
         return "torch is a CPU build, or CUDA does not come up: `muster-edge doctor --cuda` says where it ends"

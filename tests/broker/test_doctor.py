@@ -12,15 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from muster.testbed.broker import Broker, free_port
-from muster.testbed.certs import Authority
+from muster.testbed.broker import free_port
+from muster.testbed.machines import now
 from shared import topics
 from shared.codec import pack
 from shared.messages import CoordState
 from shared.transport.base import Connected, Outgoing, Published
 from tests.broker.owner import Owner
+from tests.broker.security import FLEET, Secure, issued_at
 
-FLEET, DEVICE = "lab", "edge-01"
+DEVICE = "edge-01"
 SETTINGS = """
 fleet = "{fleet}"
 device = "{device}"
@@ -29,8 +30,8 @@ state_dir = "{folder}/state"
 host = "{host}"
 port = {port}
 cafile = "{pki}/ca.crt"
-certfile = "{pki}/{key}.crt"
-keyfile = "{pki}/{key}.key"
+certfile = "{pki}/issued/{key}.crt"
+keyfile = "{pki}/issued/{key}.key"
 [data]
 points = "{folder}/points.jsonl"
 [agent]
@@ -43,13 +44,10 @@ class Place:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.pki = Authority(folder / "pki")
-        for name in (DEVICE, "edge-02", "coord-1"):
-            self.pki.client(name)
-        self.broker = Broker(
-            folder / "broker", tls=self.pki.folder, acl=topics.acl(FLEET, "coord-1"),
-            overrides={"crlfile": str(self.pki.folder / "crl.pem")},
-        )  # fmt: skip
+        self.secure = Secure(folder)
+        self.pki = self.secure.authority
+        self.pki.issue(DEVICE, "device", now())
+        self.broker = self.secure.broker
         (folder / "points.jsonl").write_text('{"x": [1], "y": [1]}\n', encoding="utf-8")
         (folder / "state").mkdir()
 
@@ -88,9 +86,8 @@ def place(tmp_path: Path) -> Iterator[Place]:
 
 def coordinator(place: Place, own: Callable[..., Owner], ahead_s: float = 0.0) -> Owner:
     """A coordinator that told its presence, by a clock that is `ahead_s`."""
-    crt, key = place.pki.folder / "coord-1.crt", place.pki.folder / "coord-1.key"
-    tls = {"cafile": str(place.pki.cafile), "certfile": str(crt), "keyfile": str(key)}
-    owner = own(place.broker.settings(**tls), "coord-1", topics.coordinator_filters(FLEET))
+    settings = place.secure.settings("coord-1", "coordinator")
+    owner = own(settings, "coord-1", topics.coordinator_filters(FLEET))
     owner.wait(Connected)
     name = topics.COORD_STATE.name(FLEET, coordinator="coord-1")
     state = CoordState(online=True, term=1, ts=time.time() + ahead_s)
@@ -103,8 +100,8 @@ def test_a_device_that_is_fit(place: Place, own: Callable[..., Owner]) -> None:
     coordinator(place, own)
     code, found = place.doctor()
     assert code == 0, found
-    assert "expires in 1.0 days" in found["keys"]["text"], "those of the tests live for a day"
-    assert found["keys"]["verdict"] == "warn"
+    assert found["keys"]["text"].startswith("edge-01, key and certificate match, good for ")
+    assert found["keys"]["verdict"] == "ok"
     assert found["broker TLS"]["text"] == "TLSv1.3, its certificate names 127.0.0.1"
     assert found["broker login"]["text"] == "as edge-01, packets up to 1048576 bytes"
     assert found["broker access"]["text"] == "may write its state, hears of coord-1 (online)"
@@ -137,18 +134,18 @@ def test_what_is_wrong_is_named_with_advice(place: Place, changes: dict[str, obj
 
 
 def test_a_revoked_certificate_is_refused_by_the_broker(place: Place) -> None:
-    place.pki.revoke(DEVICE)
-    place.broker.restart()
+    place.pki.revoke(DEVICE, now())
+    place.secure.reload()
     code, found = place.doctor()
     assert code == 1
-    assert found["keys"]["verdict"] != "fail", "nothing here tells"
+    assert found["keys"]["verdict"] == "ok", "nothing here tells"
     assert found["broker TLS"]["verdict"] == "fail"
     assert "revoked" in found["broker TLS"]["advice"]
 
 
 def test_an_expired_certificate(place: Place) -> None:
-    place.pki.client(DEVICE, days=-2)
-    code, found = place.doctor()
+    issued_at(place.pki, "edge-03", 92)
+    code, found = place.doctor(device="edge-03", key="edge-03")
     assert code == 1
     assert "expired 2.0 days ago" in found["keys"]["text"]
     assert found["clock"]["verdict"] == "fail", "either of the two is wrong"

@@ -7,26 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from muster.testbed.certs import Authority
+from muster import mosquitto
+from muster.testbed.machines import Machines
+from shared import topics
 from tests.systemd.booted import Host, NotBooted
 
 DEVICE, FLEET = "edge-01", "lab"
-BROKER = """
-listener 8883 127.0.0.1
-cafile /etc/muster/pki/ca.crt
-certfile /etc/muster/pki/server.crt
-keyfile /etc/muster/pki/server.key
-crlfile /etc/muster/pki/crl.pem
-tls_version tlsv1.3
-require_certificate true
-use_identity_as_username true
-use_username_as_clientid true
-allow_anonymous false
-persistence true
-persistence_location /var/lib/mosquitto/
-log_dest stdout
-connection_messages true
-"""
 EDGE = """
 fleet = "lab"
 device = "edge-01"
@@ -66,18 +52,20 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 
 def _configure(host: Host, folder: Path) -> None:
-    pki = Authority(folder)
-    certificate, key = pki.client(DEVICE, days=90)
+    machines = Machines(folder, FLEET)
+    broker, device = machines.broker(), machines.enrol(DEVICE)
     content = {
-        "ca.crt": pki.cafile, "crl.pem": folder / "crl.pem", "server.crt": folder / "server.crt",
-        "server.key": folder / "server.key", "client.crt": certificate, "client.key": key,
+        "ca.crt": device.cafile, "crl.pem": broker / "crl.pem", "server.crt": broker / "server.crt",
+        "server.key": broker / "server.key", "client.crt": device.certfile, "client.key": device.keyfile,
     }  # fmt: skip
     host.run("systemd-tmpfiles", "--create", "muster.conf")
     for name, path in content.items():
         mode = 0o400 if name.endswith(".key") else 0o644
         host.write(f"/etc/muster/pki/{name}", path.read_text(encoding="ascii"), mode)
     host.run("chown", "mosquitto", "/etc/muster/pki/server.key")
-    host.write("/etc/mosquitto/mosquitto.conf", BROKER)
+    host.write("/etc/mosquitto/mosquitto.conf", mosquitto.configuration(mosquitto.Places(pki="/etc/muster/pki")))
+    host.write("/etc/mosquitto/muster.acl", topics.acl(FLEET, ["coord-1"]), 0o600)
+    host.run("chown", "mosquitto", "/etc/mosquitto/muster.acl")
     host.write("/etc/muster/edge.toml", EDGE)
     host.write("/srv/texts.jsonl", '{"text": "a", "label": 0}\n')
     host.write("/etc/systemd/system/muster-edge.service.d/site.conf", SITE)

@@ -13,7 +13,8 @@ import pytest
 from edge_daemon.adapters.inspection import broker, kernel, keys, machine, sandboxed
 from edge_daemon.settings import AgentSettings
 from edge_daemon.training import cuda_steps
-from muster.testbed.certs import Authority
+from muster.pki.authority import Authority
+from muster.testbed.machines import Machines, now
 from shared.errors import UserError
 from shared.processes import lock_folder
 from shared.settings import BrokerSettings
@@ -24,20 +25,19 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
-    made = Authority(tmp_path_factory.mktemp("pki"))
-    made.client("edge-01")
-    made.client("edge-02")
+    made = Machines(tmp_path_factory.mktemp("pki"), "lab").authority
+    for name in ("edge-01", "edge-02"):
+        made.issue(name, "device", now())
     return made
 
 
 def settings(authority: Authority, **changes: object) -> BrokerSettings:
-    folder = authority.folder
-    files = {"cafile": f"{folder}/ca.crt", "certfile": f"{folder}/edge-01.crt", "keyfile": f"{folder}/edge-01.key"}
+    of = authority.folder / "issued/edge-01"
+    files = {"cafile": str(authority.cafile), "certfile": f"{of}.crt", "keyfile": f"{of}.key"}
     return BrokerSettings(**{**files, **changes})  # type: ignore[arg-type]  # names and types are the test's to match
 
 
 def test_good_keys(authority: Authority) -> None:
-    (authority.folder / "edge-01.key").chmod(0o400)
     found = keys.read(settings(authority))
     assert (found.name, found.matches, found.issued, found.exposed, dict(found.faults)) == (
         "edge-01",
@@ -51,7 +51,7 @@ def test_good_keys(authority: Authority) -> None:
 
 
 def test_faults_of_keys(authority: Authority, tmp_path: Path) -> None:
-    folder = authority.folder
+    folder = authority.folder / "issued"
     assert not keys.read(settings(authority, keyfile=f"{folder}/edge-02.key")).matches
     missing = keys.read(settings(authority, keyfile=f"{folder}/none.key"))
     assert "No such file" in missing.faults["keyfile"]
@@ -61,7 +61,7 @@ def test_faults_of_keys(authority: Authority, tmp_path: Path) -> None:
     assert "no certificate in PEM" in found.faults["cafile"]
     assert "no unencrypted private key in PEM" in found.faults["keyfile"]
     assert not any("not a key" in text for text in found.faults.values()), "never what is in them"
-    stranger = Authority(tmp_path / "other")
+    stranger = Machines(tmp_path / "other", "lab").authority
     assert not keys.read(settings(authority, cafile=str(stranger.cafile))).issued
 
 
@@ -73,7 +73,7 @@ def test_a_key_that_others_can_read_is_noticed(
     authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, handed: bool, exposed: str
 ) -> None:
     key = tmp_path / "mqtt.key"
-    shutil.copy(authority.folder / "edge-01.key", key)
+    shutil.copy(authority.folder / "issued/edge-01.key", key)
     key.chmod(mode)
     monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path if handed else tmp_path / "elsewhere"))
     assert keys.read(settings(authority, keyfile=str(key))).exposed == exposed

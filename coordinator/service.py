@@ -37,7 +37,7 @@ from coordinator.settings import CoordinatorSettings  # noqa: E402
 from coordinator.web import api  # noqa: E402
 from coordinator.web.desk import Desk  # noqa: E402
 from coordinator.web.shelf import Shelf  # noqa: E402
-from shared import bases, daemon, logs, reload, settings, topics  # noqa: E402
+from shared import bases, logs, reload, service, settings, topics  # noqa: E402
 from shared.allocator import keep_small  # noqa: E402
 from shared.blob_folder import BlobFolder  # noqa: E402
 from shared.codec import pack  # noqa: E402
@@ -77,7 +77,7 @@ class Service:
     """The coordinator as a process. `source`: its settings file, read again on SIGHUP."""
 
     def __init__(
-        self, config: CoordinatorSettings, process: daemon.Process, source: Path, runtime: type[Runtime] = Runtime
+        self, config: CoordinatorSettings, process: service.Process, source: Path, runtime: type[Runtime] = Runtime
     ) -> None:
         self._config = config
         self._process = process
@@ -136,7 +136,7 @@ class Service:
             if reason := "the network thread is dead or hangs" if watch.lost() else self._process.fatal:
                 log.error("%s: leaving, to be started again", reason, extra=logs.event("lost"))
                 self._leave(server)
-                return daemon.EX_LOST
+                return service.EX_LOST
             self._turn()
         self._process.stopping()
         log.info("stopping", extra=logs.event("left"))
@@ -264,7 +264,7 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
     parser.add_argument("--config", default="/etc/muster/coordinator.toml", help="settings file (%(default)s)")
     parser.add_argument("--check", action="store_true", help="only check the settings file")
     arguments = parser.parse_args(given)
-    return daemon.guarded("muster-coordinator", lambda: _run(Path(arguments.config), arguments.check, runtime))
+    return service.guarded("muster-coordinator", lambda: _run(Path(arguments.config), arguments.check, runtime))
 
 
 def _run(source: Path, check: bool, runtime: type[Runtime]) -> int:
@@ -274,7 +274,7 @@ def _run(source: Path, check: bool, runtime: type[Runtime]) -> int:
     logs.set_up("muster-coordinator", config.log_level, fleet=config.fleet)
     # Updates come and go by the megabyte, in several threads.
     keep_small()
-    process = daemon.Process("muster-coordinator")
+    process = service.Process("muster-coordinator")
     process.begin(config.health)
     return Service(config, process, source, runtime).run()
 

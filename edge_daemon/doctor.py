@@ -18,7 +18,7 @@ from edge_daemon.adapters.inspection import broker, kernel, keys, machine, sandb
 from edge_daemon.core import diagnosis, policy
 from edge_daemon.core.diagnosis import Finding
 from edge_daemon.settings import AgentSettings, EdgeSettings, TelemetrySettings
-from shared import daemon, settings
+from shared import service, settings
 from shared.errors import SettingsError, UserError
 from shared.messages import Gpu
 from shared.version import VERSION
@@ -171,6 +171,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--wait", type=float, default=15.0, help="seconds to wait for broker and drivers (%(default)s)")
     arguments = parser.parse_args(list(argv))
     if not arguments.sandbox:
-        return daemon.guarded("muster-edge doctor", lambda: _report(arguments))
+        return service.guarded("muster-edge doctor", lambda: _report(arguments))
     inner = [word for flag, word in ((arguments.json, "--json"), (arguments.cuda, "--cuda")) if flag]
-    return daemon.guarded("muster-edge doctor", lambda: sandboxed.run([*inner, f"--wait={arguments.wait}"]))
+    return service.guarded("muster-edge doctor", lambda: sandboxed.run([*inner, f"--wait={arguments.wait}"]))

@@ -27,7 +27,7 @@ from edge_daemon.core import policy, vitals
 from edge_daemon.core.state import Machine
 from edge_daemon.runtime import Asked, Examined, Ports, Runtime, Sampled
 from edge_daemon.settings import EdgeSettings
-from shared import daemon, logs, reload, settings, topics
+from shared import logs, reload, service, settings, topics
 from shared.codec import pack
 from shared.errors import MusterError, SettingsError
 from shared.messages import DeviceState, Load
@@ -57,7 +57,7 @@ class Service:
     """The daemon as a process. `source`: its settings file, read again on SIGHUP."""
 
     def __init__(
-        self, config: EdgeSettings, process: daemon.Process, source: Path, runtime: type[Runtime] = Runtime
+        self, config: EdgeSettings, process: service.Process, source: Path, runtime: type[Runtime] = Runtime
     ) -> None:
         self._config = config
         self._process = process
@@ -114,7 +114,7 @@ class Service:
         while not self._runtime.left:
             if reason := "the network thread is dead or hangs" if watch.lost() else self._process.fatal:
                 log.error("%s: leaving, to be started again", reason, extra=logs.event("lost"))
-                return daemon.EX_LOST
+                return service.EX_LOST
             self._turn()
         self._process.end()
         log.info("left", extra=logs.event("left"))
@@ -248,7 +248,7 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
     )
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args(given)
-    return daemon.guarded("muster-edge", lambda: _run(Path(arguments.config), arguments.check, runtime))
+    return service.guarded("muster-edge", lambda: _run(Path(arguments.config), arguments.check, runtime))
 
 
 def _run(source: Path, check: bool, runtime: type[Runtime]) -> int:
@@ -256,7 +256,7 @@ def _run(source: Path, check: bool, runtime: type[Runtime]) -> int:
     if check:
         return 0
     logs.set_up("muster-edge", config.log_level, device=config.device, fleet=config.fleet)
-    process = daemon.Process("muster-edge")
+    process = service.Process("muster-edge")
     process.begin(config.health)
     return Service(config, process, source, runtime).run()
 

@@ -143,6 +143,9 @@ class Agent:
     def train(self, request: Train) -> Trained | Failed:
         """Do one piece of work."""
         assignment = request.assignment
+        where = logs.trace(assignment.job, assignment.round, assignment.attempt)
+        about = {"job": assignment.job, "round": assignment.round, "attempt": assignment.attempt, "trace": where}
+        logs.about(device=request.device, **about)
         try:
             return self._work(request)
         except Refused as refused:

@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from muster.testbed.broker import free_port
-from shared.daemon import EX_CONFIG, EX_TEMPFAIL
+from shared.service import EX_CONFIG, EX_TEMPFAIL
 
 MODULES = {
     "muster": "muster.cli.main",

@@ -159,7 +159,7 @@ def test_a_thread_that_dies_ends_the_service_to_be_started_again(module: str, st
     assert service.process.wait(60) == 1
     texts = [record["text"] for record in service.records() if record["level"] == "ERROR"]
     assert texts[0] == "thread telemetry died"
-    assert texts[1] == "thread telemetry died of ZeroDivisionError: division by zero: leaving, to be started again"
+    assert "thread telemetry died of ZeroDivisionError: division by zero: leaving, to be started again" in texts
 
 
 @pytest.mark.parametrize(

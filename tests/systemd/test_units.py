@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.settings import CoordinatorSettings
+from edge_daemon.settings import EdgeSettings
 from tests.systemd.units import DEPLOY, ROOT, install, lines_of
 
 THRESHOLD = 20
 """Exposure of 2.0, in tenths."""
 UNITS = ("muster-edge.service", "muster-coordinator.service", "mosquitto.service")
+GOODBYE_S = 10.0
+"""Of the transport and the sampler, at the most."""
 SINCE_254 = {"RestartSteps", "RestartMaxDelaySec"}
 """Older versions warn that they ignore these; the units say so beside them."""
 
@@ -103,6 +107,22 @@ def test_the_services_are_watched_and_started_again_but_not_for_a_bad_configurat
     assert found["RestartPreventExitStatus"] == "78"
     assert found["OOMPolicy"] == "continue"
     assert any(key == "Environment" and value.startswith("MALLOC_ARENA_MAX=") for key, value in lines_of(DEPLOY / unit))
+
+
+def seconds(text: str) -> float:
+    return float(text.removesuffix("s").removesuffix("min")) * (60.0 if text.endswith("min") else 1.0)
+
+
+def test_case_28_the_waits_of_the_units_are_longer_than_what_they_wait_for() -> None:
+    edge = EdgeSettings(fleet="lab", device="edge-01")
+    for unit, health in ((UNITS[0], edge.health), (UNITS[1], CoordinatorSettings(fleet="lab").health)):
+        found = dict(lines_of(DEPLOY / unit))
+        assert seconds(found["TimeoutStartSec"]) > health.ready_s + health.extend_s
+        # The thread that feeds it looks every third of it.
+        assert seconds(found["WatchdogSec"]) > health.tick_s
+        assert seconds(found["TimeoutStopSec"]) > health.extend_s
+    found = dict(lines_of(DEPLOY / UNITS[0]))
+    assert seconds(found["TimeoutStopSec"]) > edge.agent.drain_s + GOODBYE_S
 
 
 def test_plain_files_without_placeholders() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from edge_daemon import service
 from muster.testbed.broker import free_port
-from shared.daemon import EX_CONFIG, EX_TEMPFAIL
+from shared.service import EX_CONFIG, EX_TEMPFAIL
 from shared.version import VERSION
 
 GOOD = """

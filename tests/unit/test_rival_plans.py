@@ -86,7 +86,7 @@ def test_strategies_of_one_rank_plan_as_uniform_does_but_for_the_batch(name: str
     assert len({one.batch for one in ours.participants.values()}) > 1
     for device_id, work in planned.participants.items():
         own = ours.participants[device_id]
-        reasons = {**own.reasons, "batch": work.reasons["batch"], "steps": work.reasons["steps"]}
+        reasons = {**work.reasons, "rank": own.reasons["rank"]}
         assert work == replace(own, batch=work.batch, reasons=reasons)
     assert planned.reason == "batch 16 for every device that holds it; 4 of 4 candidates take part"
 
@@ -168,7 +168,7 @@ def test_live_load_moves_no_rank() -> None:
 
 
 def test_memory_lowers_a_rank_before_it_costs_bits() -> None:
-    spec = named("hetlora", job(rank=1024))
+    spec = named("hetlora", job(rank=1024, batch=1))
     fleet = [device(f"d{memory}", memory=memory) for memory in (440, 480, 520, 4096)]
     plan = registry.create(spec.strategy).plan(view(*fleet), spec)
     found = {name: (work.bits, max(work.ranks.values())) for name, work in plan.participants.items()}

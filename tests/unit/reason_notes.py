@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tests.unit.reason_checks import judged
 from tests.unit.reason_plans import LEFT_OUT, check_refused, matched
-from tests.unit.reason_scene import Said, Spot, close, close_mib, close_s, equal
+from tests.unit.reason_scene import ONE_BATCH, Said, Spot, close, close_mib, close_s, equal
 from tests.unit.second import fedpipe
 from tests.unit.second.costs import MIB, Need, need_of, tuned
 from tests.unit.second.seats import fits, held, limit_of, moved, sizes_of, transfer
@@ -143,6 +143,11 @@ def largest_batch(spot: Spot, said: Said) -> None:
 def jobs_batch(spot: Spot, said: Said) -> None:
     equal(said["size"], spot.job.strategy.batch)
     assert spot.work.batch == spot.job.strategy.batch
+
+
+def alike(spot: Spot, said: Said) -> None:
+    jobs_batch(spot, said)
+    assert spot.round.name in ONE_BATCH
 
 
 def rows(spot: Spot, said: Said) -> None:
@@ -364,7 +369,8 @@ NOTES: dict[str, Callable[[Spot, Said], None]] = {
     "nothing measured": nothing_measured, "not measured itself": not_measured_itself,
     "trial too large": trial_too_large, "trial by bits": trial_by_bits, "rising": rising, "worth": worth,
     "least ranks": least_ranks,
-    "largest batch": largest_batch, "the job's batch": jobs_batch, "rows": rows, "ran out": ran_out,
+    "largest batch": largest_batch, "the job's batch": jobs_batch, "alike": alike, "rows": rows,
+    "ran out": ran_out,
     "batch by memory": batch_by_memory, "batch by time": batch_by_time, "no room": no_room,
     "no room in time": no_room_in_time, "bounded J": bounded_j, "greedy J": greedy_j, "J": objective,
     "least batch": least_batch,

@@ -32,8 +32,8 @@ from coordinator.core.planning.drafts import Draft, drafts_of, job_batch
 from coordinator.core.planning.progressive import WINDOW, Limits, Progress, Shape, candidates, fastest
 from coordinator.core.planning.ranks import Ranked
 from coordinator.core.planning.reasons import plural, word
-from coordinator.core.planning.sizing import batch_sizes, choose_bits
-from coordinator.core.planning.uniform import Seated, plan_of
+from coordinator.core.planning.sizing import choose_bits
+from coordinator.core.planning.uniform import Seated, plan_of, wanted_sizes
 from shared.jobs import JobSpec
 from shared.messages import UpdateFacts
 
@@ -67,8 +67,7 @@ class FedAdapterPlanner(msgspec.Struct, frozen=True, kw_only=True):
         limits = limits_of(view.facts, job)
         shape = self.progress.at(limits, job.strategy.rank)
         choices = [ranked_of(one, view.facts, job) for one in candidates(shape, limits)]
-        sizes = batch_sizes(job.strategy, job.training.accumulation)
-        drafts, left_out = drafts_of(view, job, choices[0].need, sizes, self.model)
+        drafts, left_out = drafts_of(view, job, choices[0].need, wanted_sizes(job), self.model)
         trial = self.progress.stalled and len(drafts) >= len(choices) > 1
         seated = self._seated(drafts, choices if trial else choices[:1], job, limits)
         bound = max(ranked.rank for ranked in choices)

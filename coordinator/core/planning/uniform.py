@@ -3,7 +3,7 @@
 The rivals that are ways to aggregate (`fedlora`, `hetlora`, `flora`, ...) are planned by it as well, under their names;
 with unequal ranks where their papers have them (`ranks`). So is `full`, which trains all parameters of an fp32 base: no
 ranks, and 32 bits or no part in the round. As in their papers every device gets the same batch (`one_batch`): the job's,
-less only where memory asks for it. `uniform` with their aggregator shows what a batch by speed would give them.
+at the most bits that hold it, less only where no bits do. `uniform` with their aggregator shows what a batch by speed would give them.
 
 The device of median speed gets `strategy.batch`; the time it needs for the local steps with nothing else running, plus
 `SLACK`, is the round target. Every other device gets the largest batch that meets the target at what is free on it now.
@@ -60,9 +60,9 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
         if self.ranks == "none":
             job = replace(job, strategy=replace(job.strategy, bits=32))
-        sizes = batch_sizes(job.strategy, job.training.accumulation)
         bound = global_rank(view, job, job.strategy.rank)
         choices = _choices(view, job, self.ranks, bound)
+        sizes = wanted_sizes(job) if self.one_batch else batch_sizes(job.strategy, job.training.accumulation)[:1]
         drafts, left_out = drafts_of(view, job, choices[0].need, sizes, self.model)
         seated = self._seated(drafts, choices, view, job)
         return plan_of(view, job, self.model, seated, left_out, bound, one_batch=self.one_batch)
@@ -131,16 +131,21 @@ def plan_of(
     )  # fmt: skip
 
 
+def wanted_sizes(job: JobSpec) -> tuple[int, ...]:
+    """The batches of a device that should have the job's: that one first, then the smaller ones."""
+    sizes = batch_sizes(job.strategy, job.training.accumulation)
+    return tuple(size for size in reversed(sizes) if size <= job_batch(job)) or sizes[:1]
+
+
 def _batch(
     draft: Draft, ranked: Ranked, job: JobSpec, model: CostModel, target: Target | None
 ) -> tuple[int, float, str]:
     """(batch, seconds per step, reason): by `target`; None: the job's batch, or the largest below that memory holds."""
     place, need, bits = draft.place, ranked.need, draft.bits
-    sizes = batch_sizes(job.strategy, job.training.accumulation)
     if target is not None:
+        sizes = batch_sizes(job.strategy, job.training.accumulation)
         return choose_batch(place, need, bits, model, sizes, target)
-    sizes = tuple(size for size in sizes if size <= job_batch(job)) or sizes[:1]
-    batch, why = batch_by_memory(place, need, bits, model, sizes, "as every device has it")
+    batch, why = batch_by_memory(place, need, bits, model, wanted_sizes(job)[::-1], "as every device has it")
     return batch, model.pace(place.device, need, bits, place.free).step_s(batch), why
 
 

@@ -99,6 +99,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Version of the GPU driver, and of CUDA that it serves."""
     jetpack: Text = ""
     """Of a Jetson: JetPack and L4T."""
+    sandbox: Literal["", "full", "degraded"] = ""
+    """What confines the daemon: its unit as shipped, the unit without its device filter, or nothing that is known."""
 
 
 class GpuLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -41,7 +41,7 @@ def device_info(state: State) -> DeviceInfo:
     if machine is not None:
         info = msgspec.structs.replace(
             info, hardware=machine.hardware, cores=machine.cores, memory_bytes=machine.memory_bytes,
-            gpus=list(machine.gpus), driver=machine.driver, jetpack=machine.jetpack,
+            gpus=list(machine.gpus), driver=machine.driver, jetpack=machine.jetpack, sandbox=machine.sandbox,
         )  # fmt: skip
     problem = policy.ailing(state.settings.policy, state.load)
     if capability is None:

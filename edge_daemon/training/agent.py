@@ -7,6 +7,7 @@ imported once the pipe is open.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import hashlib
 import logging
@@ -142,6 +143,9 @@ class Agent:
     def train(self, request: Train) -> Trained | Failed:
         """Do one piece of work."""
         assignment = request.assignment
+        where = logs.trace(assignment.job, assignment.round, assignment.attempt)
+        about = {"job": assignment.job, "round": assignment.round, "attempt": assignment.attempt, "trace": where}
+        logs.about(device=request.device, **about)
         try:
             return self._work(request)
         except Refused as refused:
@@ -359,6 +363,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--read-fd", type=int, required=True)
     parser.add_argument("--write-fd", type=int, required=True)
     arguments = parser.parse_args(argv)
+    faulthandler.enable()
     logs.set_up("muster-agent", os.environ.get("MUSTER_LOG_LEVEL", "INFO"))
     # It warns at each start that an optional kernel for inference is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -17,7 +17,7 @@ IMPURE = {
     "psutil", "random", "secrets", "select", "shutil", "signal", "socket", "sqlite3", "subprocess", "sys", "tempfile",
     "threading", "time", "torch", "uuid",
     "shared.transport", "shared.modeling", "shared.blob_folder", "shared.settings", "shared.logs", "shared.files",
-    "shared.processes", "shared.subprocess_pipe", "numpy.random",
+    "shared.processes", "shared.subprocess_pipe", "shared.notify", "shared.lifeline", "shared.service", "numpy.random",
 }  # fmt: skip
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "__import__"}
 TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "shared.modeling"}

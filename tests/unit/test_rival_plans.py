@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from coordinator.core import strategies
 from coordinator.core.aggregation import registry as aggregators
-from coordinator.core.planning import ranks, registry
 from coordinator.core.facts import ModuleSpec
+from coordinator.core.planning import ranks, registry
 from coordinator.core.planning.base import Candidate, Plan, Planner, RoundReport
 from coordinator.core.planning.demand import traffic
 from coordinator.core.planning.reasons import PATTERN

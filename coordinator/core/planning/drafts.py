@@ -114,10 +114,11 @@ def links_of(
 
 
 def _draft(place: Seat, need: Demand, job: JobSpec, sizes: tuple[int, ...], model: CostModel) -> Draft | str:
-    chosen: tuple[Bits, str] | str = ""
+    refused = ""
     for size in sizes:
         least = min(size, place.rows)
         chosen = choose_bits(place, need, job, model, least)
         if not isinstance(chosen, str):
             return Draft(place, *chosen, least)
-    return chosen
+        refused = chosen
+    return refused

@@ -130,8 +130,8 @@ KINDS = (
     Kind("gpu", 0.20, 0.5, 16.0, 96.0, 16, 96, charge=EPOCH),
 )
 """Speeds 1 : 2 : 4 (: 10). TX2 and NX have 8 GB each, the AGX 32 GB: scaled to the small bases simulated here that is
-room for so many samples beside the base at the bits that one of billions of parameters would get there. The weights of a
-small base weigh little against its activations, so memory bounds batches more often than bits."""
+room for so many samples beside the base at the bits that one of billions of parameters would get there. The weights of
+a small base weigh little against its activations, so memory bounds batches more often than bits."""
 PROFILES: dict[str, tuple[Kind, ...]] = {
     "jetson": KINDS,
     "jetson-roomy": tuple(replace(kind, holds=32, room=96, whole=True, bits=(4, 8, 16, 32)) for kind in KINDS),

@@ -3,8 +3,8 @@
 The rivals that are ways to aggregate (`fedlora`, `hetlora`, `flora`, ...) are planned by it as well, under their names;
 with unequal ranks where their papers have them (`ranks`). So is `full`, which trains all parameters of an fp32 base: no
 ranks, and 32 bits or no part in the round. As in their papers every device gets the same batch (`one_batch`): that of
-the job, at the most bits that hold it, less only where no bits do. `uniform` with their aggregator shows what a batch by
-speed would give them.
+the job, at the most bits that hold it, less only where no bits do. `uniform` with their aggregator shows what a batch
+by speed would give them.
 
 The device of median speed gets `strategy.batch`; the time it needs for the local steps with nothing else running, plus
 `SLACK`, is the round target. Every other device gets the largest batch that meets the target at what is free on it now.

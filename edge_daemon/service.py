@@ -24,6 +24,7 @@ from edge_daemon.adapters.telemetry.sampler import Sampler
 from edge_daemon.adapters.trainer import SubprocessTrainer
 from edge_daemon.core import policy
 from edge_daemon.core.state import Machine
+from edge_daemon.placing import Placed
 from edge_daemon.runtime import Asked, Examined, Ports, Runtime, Sampled
 from edge_daemon.settings import EdgeSettings
 from shared import logs, settings, topics
@@ -71,6 +72,7 @@ class Service:
             wall=time.time,
             minute=_minute,
             sample_every=self._sampler.set_period,
+            offload=self._offload,
         )
         self._runtime = runtime(config, ports, boot_id=boot_id, version=VERSION)
 
@@ -104,6 +106,10 @@ class Service:
         self._notify("STOPPING=1")
         log.info("left")
         return 0
+
+    def _offload(self, work: Callable[[], Placed]) -> None:
+        """Files of a release are read and written where it costs the loop nothing."""
+        threading.Thread(target=lambda: self._queue.put(work()), name="releases", daemon=True).start()
 
     def _guarded(self, run: Callable[[], None]) -> None:
         """One turn of the loop: what goes wrong in it is logged, and the daemon lives on."""

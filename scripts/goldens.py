@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shared import adapter, messages
+from shared import adapter, messages, release_messages
 from shared.codec import pack
 from shared.jobs import BaseSpec, TaskSpec, TrainingSpec
 from shared.tensors import Array
@@ -44,6 +44,10 @@ def samples() -> dict[str, Any]:
         training=TrainingSpec(), rounds=3, seed=7, adapter=messages.BlobRef(sha=SHA, size=3_000_000),
     )  # fmt: skip
     load = messages.GpuLoad(uuid="GPU-1", utilization=0.5, memory_free=2**33, memory_total=2**34, temperature_c=61.0)
+    release = release_messages.ReleaseSpec(
+        id="demo-1.r2-1", number=1, job="demo-1", round=2, kind="lora", blob=messages.BlobRef(sha=SHA, size=900_000),
+        base=assignment.base, base_digest=SHA, bits=8, task=assignment.task, seed=7, worse_by=0.25,
+    )  # fmt: skip
     every = (
         messages.DeviceState(s="ready", epoch=3, boot_id="b1", version="0.1.0", ts=1.5),
         messages.DeviceInfo(
@@ -66,6 +70,12 @@ def samples() -> dict[str, Any]:
         messages.Command(kind="rebirth", reason="no birth seen"),
         messages.RoundInfo(job="demo-1", round=2, phase="training", base_digest=SHA, adapter=SHA),
         messages.CoordState(online=True, term=1, ts=1.5),
+        release_messages.Release(term=1, seq=4, release=release, commit=True, reason="the canaries took it"),
+        release_messages.ReleaseState(
+            epoch=3, seq=2, release=release.id, stage="active", active=release.id,
+            before=release_messages.Score(loss=1.5, rows=64, accuracy=0.5),
+            after=release_messages.Score(loss=0.75, rows=64, accuracy=0.75),
+        ),
     )  # fmt: skip
     return {type(message).__name__: message for message in every}
 

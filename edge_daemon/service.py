@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from edge_daemon import asking
 from edge_daemon.adapters import sources
 from edge_daemon.adapters.store import Store
 from edge_daemon.adapters.systemd import notifier
@@ -148,15 +149,21 @@ def _load(path: Path, *, strict: bool) -> EdgeSettings:
 
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
     """Run the daemon. Exit code 2: bad configuration, said in one line; 1: start it again."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words and words[0] in asking.COMMANDS:
+        return asking.main(words)
     parser = argparse.ArgumentParser(
-        prog="muster-edge", description="Trains on this device what a coordinator assigns."
+        prog="muster-edge",
+        description="Trains on this device what a coordinator assigns.",
+        epilog="muster-edge classify TEXT... and muster-edge generate PROMPT... ask the released model that is in use; "
+        "--help after them says how.",
     )
     parser.add_argument("--config", default="/etc/muster/edge.toml", help="settings file (%(default)s)")
     parser.add_argument(
         "--check", action="store_true", help="only check the settings file, and that what it names can be read"
     )
     parser.add_argument("--version", action="version", version=VERSION)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(words)
     try:
         config = _load(Path(arguments.config), strict=arguments.check)
         if arguments.check:

@@ -71,6 +71,10 @@ class Release(Message, frozen=True, kw_only=True):
     reason: Text = ""
 
 
+MOST = 1e15
+"""A loss above is no number that a message may hold."""
+
+
 class Score(msgspec.Struct, frozen=True, kw_only=True):
     """A model on the device's own held-out rows: mean loss per row (classification) or completion token (causal)."""
 

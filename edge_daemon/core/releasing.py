@@ -110,7 +110,7 @@ def _try(state: State, wanted: ReleaseSpec) -> Result:
     )
     agent = replace(state.agent, status="evaluating", heard_at=state.now, identity=None)
     note = cmd.Note("info", f"release {wanted.id} is tried at {order.bits} bits")
-    return replace(state, agent=agent, release_paused=""), [order, note]
+    return replace(_with(state, bits=order.bits), agent=agent, release_paused=""), [order, note]
 
 
 def _bits(rollout: Rollout, wanted: ReleaseSpec, capability: Capability) -> Bits:

@@ -39,7 +39,7 @@ class Rollout(msgspec.Struct, frozen=True, kw_only=True):
     before: Score | None = None
     after: Score | None = None
     bits: int = 0
-    """Precision to evaluate at, lowered after memory ran out; 0: as wanted."""
+    """Precision that it is tried at, lowered after memory ran out; 0: not yet tried."""
     deaths: int = 0
     """Times an agent died over its evaluation."""
     active: str = ""

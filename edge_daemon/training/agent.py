@@ -18,7 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edge_daemon.protocol import Beat, Failed, Merge, Merged, Probe, Probed, Shutdown, ToAgent, Train, Trained
+from edge_daemon.protocol import (
+    Beat,
+    Evaluate,
+    Evaluated,
+    Failed,
+    Merge,
+    Merged,
+    Probe,
+    Probed,
+    Shutdown,
+    ToAgent,
+    Train,
+    Trained,
+    Unfit,
+)
 from edge_daemon.training.control import Control, PipeClosed, Stopped
 from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, resident_bytes
 from shared import logs
@@ -82,6 +96,9 @@ class Agent:
                     give_back()
                 case Merge() as order:
                     self._control.send(self.merge(order))
+                case Evaluate() as release:
+                    self._control.send(self.evaluate(release))
+                    give_back()
                 case Shutdown() | None:
                     return 0
                 case other:
@@ -149,6 +166,15 @@ class Agent:
             return merging.merge(order)
         except (DecodeError, OSError, ValueError, MemoryError) as error:
             return merging.failure(order, error)
+
+    def evaluate(self, order: Evaluate) -> Evaluated | Unfit:
+        """Measure a release. The base of the last work is let go: there may be no room for two."""
+        from edge_daemon.training.evaluating import Trial
+
+        assert self._store is not None
+        self._loaded = None
+        gc.collect()
+        return Trial(order, self._control, self._device, self._store).run()
 
     def _work(self, request: Train) -> Trained:
         from edge_daemon.training import loop

@@ -23,7 +23,7 @@ from typing import Literal
 
 from edge_daemon import protocol
 from edge_daemon.training import merging
-from muster.testbed import least_squares
+from muster.testbed import least_squares, least_squares_release
 from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
 from shared.errors import DecodeError, MusterError, UserError
@@ -121,6 +121,8 @@ class Agent:
                         self._train(train)
                     case protocol.Merge() as order:
                         self._merge(order)
+                    case protocol.Evaluate() as release:
+                        self._writer.write(self._evaluate(release))
         except (Leave, BrokenPipeError):
             return
 
@@ -165,6 +167,14 @@ class Agent:
             self._writer.write(merging.merge(order))
         except (DecodeError, OSError) as error:
             self._writer.write(merging.failure(order, error))
+
+    def _evaluate(self, order: protocol.Evaluate) -> protocol.Evaluated | protocol.Unfit:
+        try:
+            path = Path(order.data_path)
+            rows = least_squares.read_rows(path, order.base.model) if order.data_path else None
+        except UserError as error:
+            return protocol.Unfit(release=order.release, kind="data", reason=str(error))
+        return least_squares_release.evaluate(order, rows)
 
     def _fail(self, order: protocol.Train, kind: FailureKind, reason: str) -> None:
         work = order.assignment

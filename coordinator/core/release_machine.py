@@ -24,6 +24,8 @@ LOOK_EVERY_S = 1.0
 """Between two looks at the devices of a release, where nothing came from them."""
 REMIND_EVERY_S = 30.0
 """A desired release that shows no effect is published again: a broker may drop what it acknowledged."""
+PATIENCE = 5.0
+"""Times `gather_s` after which a restless fleet counts as heard all the same."""
 GRACE_S = 30.0
 """A phase lasts at least so long after we began to hear the devices again."""
 
@@ -183,7 +185,7 @@ def _tell(turn: Turn, device: str, now: float) -> None:
 def _begin_if_heard(turn: Turn, release: Release, event: ev.Tick) -> None:
     """Choose the canaries, once the fleet is heard: after a restart the devices tell us anew that they are there."""
     state, now = turn.state, event.now
-    if release.blob is None or state.cut_off or now - state.settled_at < state.waits.gather_s:
+    if release.blob is None or not _hears(state, now):
         return
     able, left_out = takers(state, now)
     dataset = state.jobs[release.job].spec.task.dataset
@@ -248,6 +250,8 @@ def _judge(turn: Turn, release: Release, over: bool, event: ev.Tick) -> None:
         why = "; ".join(f"{device}: {part.reason}" for device, part in parts.items())
         _withdraw(turn, release, f"no canary could try it: {why[:500]}", event)
         return
+    if not _hears(turn.state, event.now):
+        return
     able, _ = takers(turn.state, event.now)
     rest = sorted({*able, *took} - {d for d, part in parts.items() if part.state == "skipped"})
     turn.record_release(
@@ -289,7 +293,7 @@ def _settle(turn: Turn, release: Release, over: bool, event: ev.Tick) -> None:
 def _return(turn: Turn, release: Release, over: bool, event: ev.Tick) -> None:
     """Whether every device that had it has what it had before."""
     waiting = [device for device in release.awaited if release.parts[device].state != "returned"]
-    if waiting and not over:
+    if any(not _is_gone(turn.state, device, event.now) for device in waiting) and not over:
         return
     reason = release.reason
     if waiting:
@@ -299,11 +303,9 @@ def _return(turn: Turn, release: Release, over: bool, event: ev.Tick) -> None:
 
 def _withdraw(turn: Turn, release: Release, reason: str, event: ev.AnyEvent) -> None:
     """Back to what was before. Devices that never put it in place need not confirm that it is gone."""
-    present = {device for device, known in turn.state.fleet.items() if known.present}
     parts = turn.state.releases[release.id].parts
     had = [device for device, part in sorted(parts.items()) if part.state not in ("failed", "skipped")]
-    awaited = [device for device in had if device in present]
-    turn.record_release(rec.ReleaseWithdrawn(release=release.id, devices=awaited, reason=reason, ts=event.ts))
+    turn.record_release(rec.ReleaseWithdrawn(release=release.id, devices=had, reason=reason, ts=event.ts))
     _entered(turn, event)
 
 
@@ -315,6 +317,21 @@ def _entered(turn: Turn, event: ev.AnyEvent) -> None:
     """A phase begins in which devices have to hear something."""
     turn.update(release_since=event.now)
     sync_all(turn, event.now)
+
+
+def _hears(state: State, now: float) -> bool:
+    """Whether the fleet is known as it is: after a start or an outage the devices tell us anew that they are there."""
+    gather = state.waits.gather_s
+    quiet = now - max(state.settled_at, state.restarted_at) >= gather
+    return not state.cut_off and (quiet or now - state.restarted_at >= PATIENCE * gather)
+
+
+def _is_gone(state: State, device: str, now: float) -> bool:
+    """Whether nothing is to be expected of a device; it will hear what it is to have once it is back."""
+    known = state.fleet.get(device)
+    if known is None or known.state is None:
+        return now - state.restarted_at >= GRACE_S
+    return not known.present or now - known.heard_at > state.waits.absent_s
 
 
 def _is_over(state: State, release: Release, now: float) -> bool:

@@ -44,6 +44,8 @@ def check(before: Rollout, event: str, after: Rollout) -> None:
 def advance(state: State) -> Result:
     """Go on with the wanted release as far as the state allows. Called again at once, it does nothing."""
     rollout = state.journal.rollout
+    if state.now < state.release_retry_at:
+        return state, []
     target, wanted = due(rollout), rollout.wanted
     # It may point there already, and the process have died before it was written down.
     unsaid = wanted is not None and target == wanted.id and rollout.stage not in ("active", "committed")
@@ -54,7 +56,7 @@ def advance(state: State) -> Result:
     reason = _unable(state, wanted)
     if reason:
         return _end(state, "skipped", reason)
-    if waits(state) or state.now < state.release_retry_at:
+    if waits(state):
         return state, []
     match rollout.stage:
         case "wanted":

@@ -48,7 +48,7 @@ FIRST, SECOND = "job-1.r3-1", "job-1.r3-2"
 
 def fleet_of(before: Path, root: Path, members: list[Member] | None = None) -> MemoryFleet:
     """A fleet that goes on from a copy of `before`."""
-    shutil.copytree(before, root)
+    shutil.copytree(before, root, symlinks=True)
     return MemoryFleet(root, members or rig.members(DEVICES))
 
 
@@ -74,7 +74,7 @@ def _members(stage: str) -> list[Member]:
             release=order.release, kind="load", reason="no such tensor"
         )
     if stage == "skipped":
-        members[0].settings["release"] = ReleaseSettings(accept=False)
+        members[0].settings = {"release": ReleaseSettings(accept=False)}
     return members
 
 

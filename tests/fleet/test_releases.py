@@ -125,7 +125,7 @@ def test_a_canary_kept_from_it_by_its_owner_is_no_sign_of_a_fault(tmp_path: Path
 
 def test_where_no_canary_can_try_it_nobody_gets_it(tmp_path: Path) -> None:
     members = rig.members(3)
-    members[0].settings["release"] = _release_settings(accept=False)
+    members[0].settings = {"release": _release_settings(accept=False)}
     with MemoryFleet(tmp_path, members) as fleet:
         job = rel.trained(fleet, 3)
         release = rel.start(fleet, job, canaries=Canaries(devices=["dev-000"]))

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any, TypeVar
-
-import msgspec
-from msgspec import Meta
+from typing import Any
 
 from coordinator.core import events as ev
 from coordinator.core import records as rec
@@ -17,25 +14,10 @@ from coordinator.core.releases import Part, Release
 from coordinator.core.turn import State
 from coordinator.runtime import Runtime
 from coordinator.web.refusals import Conflict, NotFound
+from coordinator.web.release_asks import ReleaseAsk
 from coordinator.web.views import ReleasedDevice, ReleaseView
 from shared.jobs import Bits
 from shared.messages import BlobRef
-
-T = TypeVar("T")
-WORSE_BY = 0.1
-
-
-class ReleaseAsk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/releases`."""
-
-    job: str
-    round: Annotated[int, Meta(ge=0)] = 0
-    """0: the last one that was accepted."""
-    canaries: Canaries = Canaries()
-    worse_by: Annotated[float, Meta(ge=0.0)] = WORSE_BY
-    """Share by which a device's loss may be above that of what it has now."""
-    deadline_s: Annotated[float, Meta(ge=0.0)] = 0.0
-    """Seconds for the canaries, and again for the rest; 0: as the coordinator's settings say."""
 
 
 class ReleaseDesk:

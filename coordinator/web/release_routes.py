@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI, Request, Response
 
 from coordinator.web.answers import answer
-from coordinator.web.release_desk import ReleaseAsk
+from coordinator.web.release_asks import ReleaseAsk
 from coordinator.web.views import Problem
 
 if TYPE_CHECKING:

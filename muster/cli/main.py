@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from muster.cli import emulate, simulate
+from muster.cli import emulate, releases, simulate
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -122,6 +122,7 @@ def devices(context: typer.Context, json: Json = False) -> None:
     jobs.devices(where(context), as_json=json)
 
 
+app.command(epilog=releases.EPILOG)(releases.release)
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
 

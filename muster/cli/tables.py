@@ -48,7 +48,7 @@ def outcome(job: JobView) -> str:
 
 def jobs(found: Sequence[JobView]) -> Table:
     """All jobs."""
-    table = _table("job", "state", "round", "strategy", "before", "best", "reason")
+    table = new_table("job", "state", "round", "strategy", "before", "best", "reason")
     for job in found:
         table.add_row(
             job.id, job.state, f"{job.round}/{job.rounds_total}", job.strategy, quality(job.baseline),
@@ -59,13 +59,13 @@ def jobs(found: Sequence[JobView]) -> Table:
 
 def rounds(job: JobView) -> Table:
     """The rounds of a job."""
-    table = _table("round", "phase", "quality", "gate", "devices", "updates", "seconds", "overhead", "adapter")
+    table = new_table("round", "phase", "quality", "gate", "devices", "updates", "seconds", "overhead", "adapter")
     for view in job.rounds:
         counted = sum(part.status == "done" for part in view.participants)
         gate = "-" if view.accepted is None else "accepted" if view.accepted else f"refused: {view.gate_reason}"
         table.add_row(
             str(view.round), view.phase, quality(view.metrics), gate, str(len(view.participants)), str(counted),
-            f"{view.seconds:.1f}", f"{view.overhead_s:.1f}", _size(view.adapter_bytes),
+            f"{view.seconds:.1f}", f"{view.overhead_s:.1f}", size(view.adapter_bytes),
         )  # fmt: skip
     return table
 
@@ -73,7 +73,7 @@ def rounds(job: JobView) -> Table:
 def round_in_full(view: RoundView) -> Iterator[Table | Text]:
     """One round: the plan against reality, then the reason of each number."""
     yield Text(f"\nround {view.round}: {view.plan_reason}", style="bold")
-    table = _table(
+    table = new_table(
         "device", "status", "rank", "batch", "bits", "steps", "predicted", "trained", "loss", "sent", "reason"
     )
     for part in view.participants:
@@ -90,7 +90,7 @@ def round_in_full(view: RoundView) -> Iterator[Table | Text]:
 
 def devices(found: Sequence[DeviceView]) -> Table:
     """The devices and their load."""
-    table = _table(
+    table = new_table(
         "device", "state", "seen", "cores", "own", "foreign", "throttled", "memory free", "heat", "GPUs", "work"
     )
     for device in found:
@@ -99,7 +99,7 @@ def devices(found: Sequence[DeviceView]) -> Table:
         if load is not None:
             cells = [
                 f"{load.cores:.2f}", f"{load.own_cores:.2f}", f"{load.foreign_cores:.2f}", f"{load.throttled:.0%}",
-                f"{_size(load.memory_available)} of {_size(load.memory_limit)}",
+                f"{size(load.memory_available)} of {size(load.memory_limit)}",
                 "-" if load.temperature_c is None else f"{load.temperature_c:.0f} °C",
             ]  # fmt: skip
         gpus = len(device.info.gpus) if device.info else 0
@@ -117,22 +117,23 @@ def _plan_and_reality(part: ParticipantView) -> list[str]:
         f"{part.predicted_s:.1f} s" if part.predicted_s else "-",
         f"{facts.train_s:.1f} s" if facts else "-",
         f"{facts.loss_first:.3f} -> {facts.loss_last:.3f}" if facts else "-",
-        _size(part.update_bytes) if part.update_bytes else "-",
+        size(part.update_bytes) if part.update_bytes else "-",
         part.reason,
     ]  # fmt: skip
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
     """Bytes in the largest unit that leaves a whole number before the point."""
-    size = float(count)
+    left = float(count)
     for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
+        if left < 1000:
+            return f"{left:.0f} {unit}" if unit == "B" or left >= 100 else f"{left:.1f} {unit}"
+        left /= 1000
+    return f"{left:.2f} GB"
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
+    """A table as all of them look."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
         table.add_column(name, overflow="fold")

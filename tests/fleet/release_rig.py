@@ -13,7 +13,7 @@ from coordinator.core import events as ev
 from coordinator.core.release_records import Canaries, DeviceReleased, ReleaseRecord
 from coordinator.core.releases import ENDED, Release
 from coordinator.web.desk import Desk
-from coordinator.web.release_desk import ReleaseAsk
+from coordinator.web.release_asks import ReleaseAsk
 from muster.testbed import least_squares, least_squares_release
 from muster.testbed.least_squares import MODULE
 from muster.testbed.memory_fleet import MemoryFleet

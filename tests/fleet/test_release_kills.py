@@ -1,4 +1,4 @@
-"""Devices and coordinator killed at every stage of a release, and at every single write: it ends as if nothing had been.
+"""Devices and coordinator killed at every stage of a release, and at every write: it ends as if nothing had been.
 
 The stages and phases come from the tables: a new one without a scenario here fails.
 """
@@ -256,7 +256,8 @@ def test_the_coordinator_killed_around_every_write_goes_on(before: Path, tmp_pat
     number, struck = 0, True
     while struck:
         for when in ("before", "after"):
-            with fleet_of(before, tmp_path / f"{number}-{when}", _one_fails() if scenario is _rolled_back else None) as fleet:  # fmt: skip
+            members = _one_fails() if scenario is _rolled_back else None
+            with fleet_of(before, tmp_path / f"{number}-{when}", members) as fleet:
                 settled(fleet)
                 struck = _coordinator_struck(fleet, number, when, scenario)
         number += 1

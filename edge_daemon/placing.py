@@ -61,8 +61,8 @@ class Placer:
         runtime, release = self._runtime, command.release
         content = runtime.ports.store.blobs.path(command.sha)
 
-        def problem(kind: Literal["broken", "gone", "disk"], reason: str) -> Placed:
-            return Placed(ev.ReleaseProblem(now=runtime.ports.clock(), release=release, reason=reason, kind=kind))
+        def problem(fault: Literal["broken", "gone", "disk"], reason: str) -> Placed:
+            return Placed(ev.ReleaseProblem(now=runtime.ports.clock(), release=release, reason=reason, fault=fault))
 
         def place() -> Placed:
             if content is None:
@@ -83,7 +83,7 @@ class Placer:
             runtime.ports.store.releases.activate(release)
         except (Broken, Full) as error:
             now = runtime.ports.clock()
-            runtime.step(ev.ReleaseProblem(now=now, release=release, reason=str(error), kind="disk"))
+            runtime.step(ev.ReleaseProblem(now=now, release=release, reason=str(error), fault="disk"))
             return
         runtime.step(ev.ReleaseActivated(now=runtime.ports.clock(), release=release))
 

@@ -19,7 +19,7 @@ from shared.errors import DecodeError
 from shared.files import sync_folder
 from shared.releases import CURRENT, FOLDER, in_use
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Broken(Exception):

@@ -182,7 +182,7 @@ class ReleaseProblem(Event):
 
     release: str
     reason: str
-    kind: Literal["broken", "gone", "disk"]
+    fault: Literal["broken", "gone", "disk"]
 
 
 # ---- agent

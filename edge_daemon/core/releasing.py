@@ -229,12 +229,12 @@ def staged(state: State, event: ev.ReleaseStaged) -> Result:
 def problem(state: State, event: ev.ReleaseProblem) -> Result:
     """What was asked for can't be done."""
     rollout = state.journal.rollout
-    if event.kind == "disk":
+    if event.fault == "disk":
         return _later(state, event.reason)
     wanted = rollout.wanted
     if wanted is None or event.release != wanted.id or rollout.stage not in ("received", "verified"):
         return state, []
-    if event.kind == "gone":
+    if event.fault == "gone":
         return replace(_with(state, stage="wanted"), release_task=""), []
     return _end(state, "failed", event.reason)
 

@@ -59,8 +59,8 @@ def on_event(turn: Turn, event: ev.ReleaseEvent) -> None:
         case ev.RollbackRequested():
             if release.phase == "packing":
                 _end(turn, release, "failed", "withdrawn by an operator", event)
-            elif releases.standing(turn.state.releases) is not release:
-                turn.count("rollbacks of what a newer release has replaced")
+            elif releases.last(turn.state.releases) is not release:
+                turn.count("rollbacks below another release")
             else:
                 _withdraw(turn, release, "withdrawn by an operator", event)
         case _:
@@ -153,6 +153,8 @@ def sync(turn: Turn, device: str, now: float) -> None:
     if known is None or known.info is None or not known.info.releases:
         return
     found = releases.wanted(state.releases, device)
+    if found is None and not any(one.widened or device in one.parts for one in state.releases.values()):
+        return  # it never was to have any
     key = (found[0].id, found[1]) if found else ("", False)
     told = state.release_told.get(device)
     if told is not None and told[0] == key:
@@ -315,7 +317,7 @@ def _end(turn: Turn, release: Release, state: rec.Ending, reason: str, event: ev
 
 def _entered(turn: Turn, event: ev.AnyEvent) -> None:
     """A phase begins in which devices have to hear something."""
-    turn.update(release_since=event.now)
+    turn.update(release_since=event.now, release_looked_at=-1e9)
     sync_all(turn, event.now)
 
 

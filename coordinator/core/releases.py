@@ -60,6 +60,8 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     """The canaries."""
     awaited: tuple[str, ...] = ()
     """The devices that the phase waits for."""
+    widened: bool = False
+    """It was to be on every device."""
     left_out: dict[str, str] = {}
     reason: str = ""
 
@@ -92,7 +94,7 @@ def apply(release: Release | None, record: rec.AnyReleaseRecord) -> Release:
             part = Part(state=record.state, reason=record.reason, before=record.before, after=record.after)
             return replace(release, parts={**release.parts, record.device: part})
         case rec.ReleaseWidened():
-            return replace(_entered(release, "rest", record.devices, record.ts), reason=record.reason)
+            return replace(_entered(release, "rest", record.devices, record.ts), widened=True, reason=record.reason)
         case rec.ReleaseWithdrawn():
             awaited = tuple(record.devices)
             return replace(release, phase="rolling_back", phase_ts=record.ts, awaited=awaited, reason=record.reason)
@@ -129,6 +131,11 @@ def under_way(releases: Releases) -> Release | None:
 def standing(releases: Releases) -> Release | None:
     """The newest that some device is to have: the one that a rollback is of."""
     return next((release for release in reversed(releases.values()) if release.phase in STANDS), None)
+
+
+def last(releases: Releases) -> Release | None:
+    """The only one that may be rolled back now: the one under way, else the newest that stands."""
+    return under_way(releases) or standing(releases)
 
 
 def kept_blobs(releases: Releases, keep: int) -> set[str]:

@@ -75,14 +75,15 @@ class ReleaseDesk:
 
         def act() -> ReleaseView:
             runtime = self._runtime
-            standing = releases.standing(runtime.state.releases) or releases.under_way(runtime.state.releases)
-            release = standing if name == "last" else _find(runtime.state, name)
+            newest = releases.last(runtime.state.releases)
+            release = newest if name == "last" else _find(runtime.state, name)
             if release is None:
                 raise Conflict("no release stands: there is nothing to roll back")
             if release.phase not in (*releases.STANDS, "packing"):
                 raise Conflict(f"release {release.id} does not stand any more: it is {release.phase}")
-            if standing is not None and standing.id != release.id:
-                raise Conflict(f"release {standing.id} stands above {release.id}: roll that one back first")
+            if newest is not None and newest.id != release.id:
+                word = "stands" if newest.phase == "finished" else f"is {newest.phase}"
+                raise Conflict(f"release {newest.id} {word} above {release.id}: roll that one back first")
             runtime.step(ev.RollbackRequested(release=release.id, **runtime.now()))
             return _view(runtime.state, runtime.state.releases[release.id], whole=True)
 

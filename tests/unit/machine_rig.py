@@ -57,7 +57,7 @@ class Rig:
         self.state = State(waits=Waits(gather_s=0.0))
         self.last: list[cmd.Command] = []
 
-    def feed(self, kind: type[ev.Event], **values: Any) -> list[cmd.Command]:
+    def feed(self, kind: type[ev.Event], /, **values: Any) -> list[cmd.Command]:
         """One event; returns the commands. A tick follows, as in the runtime."""
         commands = self._step(kind(now=self.now, ts=self.now, **values))
         written = -1

@@ -24,21 +24,25 @@ def pack_release(release: Release, job: Job, adapter: Path, base: str, work: Pat
     `base`: folder or hub id of the base model here. Raises `UserError` or `OSError` where it can't be written,
     `DecodeError` where the adapter can't be read, `ValueError` where it is too large.
     """
-    folder = work / release.id
+    folder, target = work / release.id, work / f"{release.id}.pack"
     if release.round != job.committed:
         # The metrics of the job are those of its last round.
         job = msgspec.structs.replace(job, metrics=None)
-    exporting.export_job(job, adapter, base, folder)
-    kind = kind_of(folder)
     assert job.facts is not None
-    about = release_pack.About(
-        release=release.id, job=release.job, round=release.round, kind=kind, base=job.spec.base,
-        base_digest=job.facts.base_digest, task=job.spec.task,
-    )  # fmt: skip
-    (folder / release_pack.ABOUT).write_bytes(as_json(msgspec.to_builtins(about)))
-    target = work / f"{release.id}.pack"
-    release_pack.write(folder, target)
-    shutil.rmtree(folder)
+    try:
+        exporting.export_job(job, adapter, base, folder)
+        kind = kind_of(folder)
+        about = release_pack.About(
+            release=release.id, job=release.job, round=release.round, kind=kind, base=job.spec.base,
+            base_digest=job.facts.base_digest, task=job.spec.task,
+        )  # fmt: skip
+        (folder / release_pack.ABOUT).write_bytes(as_json(msgspec.to_builtins(about)))
+        release_pack.write(folder, target)
+    except BaseException:
+        target.unlink(missing_ok=True)
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return target, kind
 
 

@@ -48,7 +48,7 @@ def advance(state: State) -> Result:
         return state, []
     target, wanted = due(rollout), rollout.wanted
     # It may point there already, and the process have died before it was written down.
-    unsaid = wanted is not None and target == wanted.id and rollout.stage not in ("active", "committed")
+    unsaid = wanted is not None and target == wanted.id and rollout.stage in ("wanted", "staged")
     if target != rollout.active or unsaid:
         return _once(state, f"activate {target}", cmd.ActivateRelease(target))
     if wanted is None or rollout.stage in OVER or rollout.stage == "active":

@@ -1,5 +1,5 @@
-"""A release on a fleet of real processes: MiniLM trained, tried on the canary, in use everywhere, asked there; and a
-bad one, which the canary stops."""
+"""A release on a fleet of real processes over TLS and the access list: MiniLM trained, tried on the canary, in use
+everywhere, asked there; and a bad one, which the canary stops."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         )
         for number, name in enumerate(NAMES)
     ]  # fmt: skip
-    with Fleet(folder / "fleet", devices, {"minilm": minilm_folder()}) as fleet:
+    with Fleet(folder / "fleet", devices, {"minilm": minilm_folder()}, secure=True) as fleet:
         wait_until_heard(fleet)
         yield Place(fleet, trained(fleet, "good", 2, 12, 0.01), trained(fleet, "bad", 1, 3, 2.0))
 
@@ -173,7 +173,7 @@ def test_a_bad_release_is_rolled_back_on_the_canary(place: Place) -> None:
 
 def test_an_operator_goes_back(place: Place) -> None:
     first = place.fleet.client.release_status(place.good).id
-    done = command(place, "release", f"{place.good}@1", "--canary", "1", "--worse-by", "9")
+    done = command(place, "release", f"{place.good}@2", "--canary", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     second = place.fleet.client.release_status(place.good).id
     assert second != first and in_use(place) == dict.fromkeys(NAMES, second)

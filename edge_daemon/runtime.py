@@ -97,6 +97,7 @@ class Runtime:
 
     def handle(self, event: object) -> None:
         """Take one event of any edge, then let time pass and send what is due."""
+        self._begin()
         now = self.ports.clock()
         match event:
             case base.Received():
@@ -134,14 +135,7 @@ class Runtime:
     def tick(self) -> None:
         """Let time pass: announcements, re-requests, queued messages."""
         now = self.ports.clock()
-        if not self._begun:
-            self._begun = True
-            folder = self.ports.store.releases
-            started = ev.Started(
-                now=now, boot_id=self._boot_id, minute=self.ports.minute(), wall=self.ports.wall(),
-                releases=folder.there(), active=folder.active(),
-            )  # fmt: skip
-            self.step(started)
+        self._begin()
         if now - self._ticked_at >= 0.25:
             self._ticked_at = now
             if self._unsaved:
@@ -151,6 +145,18 @@ class Runtime:
         for _, want in self.receiver.due(now):
             self._send(topics.UP_BLOB, want)
         self._flush()
+
+    def _begin(self) -> None:
+        """The first step of all: what is under way is worked out from what the disk really holds."""
+        if self._begun:
+            return
+        self._begun = True
+        folder = self.ports.store.releases
+        started = ev.Started(
+            now=self.ports.clock(), boot_id=self._boot_id, minute=self.ports.minute(), wall=self.ports.wall(),
+            releases=folder.there(), active=folder.active(),
+        )  # fmt: skip
+        self.step(started)
 
     def step(self, event: ev.AnyEvent) -> None:
         """One decision; a changed journal is on disk before anything that follows from it is done."""

@@ -30,24 +30,15 @@ def samples() -> dict[str, Any]:
         importance={LAYER: 1.0},
     )  # fmt: skip
     work = messages.Work(
-        ranks={LAYER: 8},
-        batch=16,
-        bits=8,
-        steps=10,
-        train_for_s=60.0,
-        score=True,
+        ranks={LAYER: 8}, batch=16, bits=8, steps=10, train_for_s=60.0, score=True,
         reasons={"batch": "0.75 cores free"},
-    )
+    )  # fmt: skip
     assignment = messages.Assignment(
         job="demo-1", round=2, attempt=1, work=work, base=BaseSpec(model="minilm", targets=["query"]),
         base_digest=SHA, task=TaskSpec(kind="classification", dataset="notes", labels=["a", "b"]),
         training=TrainingSpec(), rounds=3, seed=7, adapter=messages.BlobRef(sha=SHA, size=3_000_000),
     )  # fmt: skip
     load = messages.GpuLoad(uuid="GPU-1", utilization=0.5, memory_free=2**33, memory_total=2**34, temperature_c=61.0)
-    release = release_messages.ReleaseSpec(
-        id="demo-1.r2-1", number=1, job="demo-1", round=2, kind="lora", blob=messages.BlobRef(sha=SHA, size=900_000),
-        base=assignment.base, base_digest=SHA, bits=8, task=assignment.task, seed=7, worse_by=0.25,
-    )  # fmt: skip
     every = (
         messages.DeviceState(s="ready", epoch=3, boot_id="b1", version="0.1.0", ts=1.5),
         messages.DeviceInfo(
@@ -70,6 +61,18 @@ def samples() -> dict[str, Any]:
         messages.Command(kind="rebirth", reason="no birth seen"),
         messages.RoundInfo(job="demo-1", round=2, phase="training", base_digest=SHA, adapter=SHA),
         messages.CoordState(online=True, term=1, ts=1.5),
+        *_releases(assignment),
+    )  # fmt: skip
+    return {type(message).__name__: message for message in every}
+
+
+def _releases(assignment: messages.Assignment) -> tuple[messages.Message, ...]:
+    """The messages of a release of the assignment's job."""
+    release = release_messages.ReleaseSpec(
+        id="demo-1.r2-1", number=1, job="demo-1", round=2, kind="lora", blob=messages.BlobRef(sha=SHA, size=900_000),
+        base=assignment.base, base_digest=SHA, bits=8, task=assignment.task, seed=7, worse_by=0.25,
+    )  # fmt: skip
+    return (
         release_messages.Release(term=1, seq=4, release=release, commit=True, reason="the canaries took it"),
         release_messages.ReleaseState(
             epoch=3, seq=2, release=release.id, stage="active", active=release.id,
@@ -77,7 +80,6 @@ def samples() -> dict[str, Any]:
             after=release_messages.Score(loss=0.75, rows=64, accuracy=0.75),
         ),
     )  # fmt: skip
-    return {type(message).__name__: message for message in every}
 
 
 def adapter_sample() -> adapter.Adapter:

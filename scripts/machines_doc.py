@@ -33,13 +33,13 @@ def page() -> str:
     job = "A job on the coordinator (`coordinator/core/transitions.py`). Planning and closing happen on `Tick` alone."
     session = "A device's session (`edge_daemon/core/transitions.py`). Being connected is no phase."
     released = (
-        "A release on the coordinator (`coordinator/core/release_transitions.py`). What is decided over several devices is "
-        "decided on `Tick` alone."
+        "A release on the coordinator (`coordinator/core/release_transitions.py`). What is decided over several "
+        "devices is decided on `Tick` alone."
     )
     placed = (
-        "A release on a device (`edge_daemon/core/release_transitions.py`): Mender's states. Another desired release leads "
-        "from any stage to `wanted`, none at all to `none`; a device that can't take it at all goes to `skipped`, and tries "
-        "it once more when its daemon starts anew."
+        "A release on a device (`edge_daemon/core/release_transitions.py`): Mender's states. Another desired release "
+        "leads from any stage to `wanted`, none at all to `none`; a device that can't take it at all goes to "
+        "`skipped`, and tries it once more when its daemon starts anew."
     )
     return "\n".join(
         (

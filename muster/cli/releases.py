@@ -56,19 +56,26 @@ def release(
     from muster.cli import releasing
 
     place = where(context)
-    if sum((status, rollback, list_all)) > 1:
+    match _asked(what, status=status, rollback=rollback, list_all=list_all):
+        case "list":
+            releasing.show_all(place, json)
+        case "status":
+            releasing.show(place, what or "last", json)
+        case "rollback":
+            releasing.roll_back(place, what or "last", wait=wait, json=json)
+        case _:
+            ask = _ask(what, canary, device or [], seed, worse_by, deadline)
+            releasing.start(place, ask, wait=wait, json=json)
+
+
+def _asked(what: str, **chosen: bool) -> str:
+    """Which of the command's ways is meant."""
+    ways = [name.removesuffix("_all") for name, on in chosen.items() if on]
+    if len(ways) > 1:
         raise UserError("--status, --rollback and --list exclude each other")
-    if list_all:
-        releasing.show_all(place, json)
-    elif status:
-        releasing.show(place, what or "last", json)
-    elif rollback:
-        releasing.roll_back(place, what or "last", wait=wait, json=json)
-    elif not what:
+    if not ways and not what:
         raise UserError("say which job: muster release JOB; or --status, --rollback, --list")
-    else:
-        ask = _ask(what, canary, device or [], seed, worse_by, deadline)
-        releasing.start(place, ask, wait=wait, json=json)
+    return ways[0] if ways else "start"
 
 
 def _ask(what: str, canary: str, devices: list[str], seed: int, worse_by: float, deadline: float) -> ReleaseAsk:

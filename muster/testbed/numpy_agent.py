@@ -3,7 +3,8 @@
     python -m muster.testbed.numpy_agent --read-fd R --write-fd W
 
 Faults are asked for by environment variables, so that the daemon under test is the ordinary one:
-MUSTER_TEST_STEP_S: seconds to sleep per step. MUSTER_TEST_ECHO=1: return the initial factors at once.
+MUSTER_TEST_STEP_S: seconds to sleep per step, and before a release is measured.
+MUSTER_TEST_ECHO=1: return the initial factors at once.
 MUSTER_TEST_CRASH_AT=N and MUSTER_TEST_HANG=N: exit with 70, or say nothing for ever, before step N (from 0): once per
 work, or every time with "N!". MUSTER_TEST_SAMPLE_BYTES: memory to hold per sample of the batch.
 """
@@ -169,6 +170,7 @@ class Agent:
             self._writer.write(merging.failure(order, error))
 
     def _evaluate(self, order: protocol.Evaluate) -> protocol.Evaluated | protocol.Unfit:
+        time.sleep(self._hooks.step_s)
         try:
             path = Path(order.data_path)
             rows = least_squares.read_rows(path, order.base.model) if order.data_path else None

@@ -64,7 +64,7 @@ def test_device_killed(tmp_path: Path, stage: str, point: str) -> None:
 
 def test_agent_killed_in_its_trial(tmp_path: Path) -> None:
     """It is started again, and tries it once more."""
-    scene = Scene(tmp_path, commands={FIRST: trap("edge", RELEASE + "staged", "done", "agent")})
+    scene = Scene(tmp_path, commands={FIRST: trap("edge", RELEASE + "staged", "done", "agent")}, step_s=0.5)
     _released(scene)
     assert scene.met() == f"{RELEASE}staged done"
     assert "the agent is gone: killed by signal 9" in scene.log(FIRST)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from muster.cli import emulate, simulate
+from muster.cli import emulate, presence, simulate
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -124,6 +124,7 @@ def devices(context: typer.Context, json: Json = False) -> None:
 
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
+app.command(epilog=presence.EPILOG)(presence.presence)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

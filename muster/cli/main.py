@@ -122,6 +122,14 @@ def devices(context: typer.Context, json: Json = False) -> None:
     jobs.devices(where(context), as_json=json)
 
 
+@app.command(epilog="Example: [bold]muster forget edge-07[/bold]")
+def forget(context: typer.Context, device: Annotated[str, typer.Argument(help="Id of the device.")]) -> None:
+    """Take a device out of the fleet. Stop it and revoke its certificate first: otherwise it comes back."""
+    from muster.cli import jobs
+
+    jobs.forget(where(context), device)
+
+
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
 app.command(epilog=presence.EPILOG)(presence.presence)

@@ -1,12 +1,13 @@
 """The hosts' network: a bridge in a network namespace of its own, with no way out.
 
 The controller (`CONTROLLER`) sits on it too: `on_controller` runs Ansible and `muster` there. So whatever the tests
-install, they install without a network. Names are fixed: one set of hosts at a time (`lock`), and what a killed run left
-behind is found by its names.
+install, they install without a network. Names are fixed: there is one set of hosts at a time, and what a killed run left
+is found by its names.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -82,10 +83,8 @@ def _pids(name: str) -> list[int]:
 
 
 def _kill(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it ended while we looked
         os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # it ended while we looked
 
 
 def _mounts(folder: Path) -> list[str]:

@@ -40,7 +40,9 @@ class Keys:
 class Host:
     """One host. Start it from a thread that lives as long as it shall: it dies with that thread."""
 
-    def __init__(self, number: int, name: str, folder: Path, tree: Tree, keys: Keys, wheels: Path | None = None) -> None:
+    def __init__(
+        self, number: int, name: str, folder: Path, tree: Tree, keys: Keys, wheels: Path | None = None
+    ) -> None:
         self.number, self.name, self.folder = number, name, folder
         self.address = lan.address(number)
         self.boots = 0

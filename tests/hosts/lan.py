@@ -1,8 +1,8 @@
 """The hosts' network: a bridge in a network namespace of its own, with no way out.
 
 The controller (`CONTROLLER`) sits on it too: `on_controller` runs Ansible and `muster` there. So whatever the tests
-install, they install without a network. Names are fixed: there is one set of hosts at a time, and what a killed run left
-is found by its names.
+install, they install without a network. Names are fixed: there is one set of hosts at a time, and what a killed run
+left is found by its names.
 """
 
 from __future__ import annotations

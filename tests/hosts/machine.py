@@ -142,8 +142,9 @@ class Host:
         if self._wheels is not None:
             mounts.append(f"--bind-ro={self._wheels}:{WHEELS}")
         where = f"--network-namespace-path=/run/netns/{lan.namespace(self.number)}"
-        return ["systemd-nspawn", "--quiet", "--directory", str(self.root), "--register=no", "--keep-unit", "--boot",
-                "--machine", self.name, where, "--console=pipe", "--resolv-conf=off", "--timezone=off", *mounts]  # fmt: skip
+        options = ["--quiet", "--register=no", "--keep-unit", "--console=pipe", "--resolv-conf=off", "--timezone=off"]
+        place = [f"--directory={self.root}", f"--machine={self.name}", where]
+        return ["systemd-nspawn", *options, "--boot", *place, *mounts]
 
 
 def _quoted(command: str) -> str:

@@ -94,6 +94,7 @@ def _download(root: Path, debs: Path) -> None:
     """Fetch `OFFERED` and what it needs beyond the tree, with the tree's own apt."""
     with _mounted(root):
         shutil.copy("/etc/resolv.conf", root / "etc/resolv.conf")
+        _chroot(root, "apt-get", "clean")
         _chroot(root, "apt-get", "-qq", "update")
         _chroot(root, "apt-get", "-qq", "--no-install-recommends", "--download-only", "install", "-y", *OFFERED)
     for path in (root / "var/cache/apt/archives").glob("*.deb"):

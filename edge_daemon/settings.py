@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.settings import BrokerSettings, Section
+from shared.settings import BrokerSettings, FilePath, HealthSettings, Section
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}\Z")]
 
@@ -50,6 +50,8 @@ class AgentSettings(Section, frozen=True, kw_only=True):
     """An agent that says nothing for so long is killed and started again."""
     tries: Annotated[int, Meta(ge=1)] = 3
     """Starts of an agent for the same work before the work is reported as failed."""
+    drain_s: Annotated[float, Meta(gt=0)] = 30.0
+    """How long a daemon that was told to end waits for the agent to write the work that is done."""
 
 
 class TelemetrySettings(Section, frozen=True, kw_only=True):
@@ -63,6 +65,13 @@ class TelemetrySettings(Section, frozen=True, kw_only=True):
     """A change of a reading by this share is sent at once (read every second while training)."""
 
 
+class EdgeHealthSettings(HealthSettings, frozen=True, kw_only=True):
+    """When the daemon tells systemd that it is well. Past a bound it says nothing, and is killed and started again."""
+
+    agent_s: Annotated[float, Meta(gt=0)] = 120.0
+    """Seconds beyond `agent.silence_s` after which an agent that was killed for its silence should be gone."""
+
+
 class EdgeSettings(Section, frozen=True, kw_only=True):
     """All of `edge.toml`."""
 
@@ -70,17 +79,18 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     """The fleet this device belongs to."""
     device: Name
     """Id of this device, unique in its fleet."""
-    state_dir: str = "/var/lib/muster"
+    state_dir: FilePath = "/var/lib/muster"
     """Folder for models, adapters, checkpoints and updates not yet taken."""
     broker: BrokerSettings = BrokerSettings()
-    data: dict[str, str] = {}
+    data: dict[str, FilePath] = {}
     """Name of a data set -> JSONL(.gz) file, or with `policy.hub` a hub id ("id" or "id:split")."""
-    models: dict[str, str] = {}
+    models: dict[str, FilePath] = {}
     """Name of a base model -> folder, or with `policy.hub` a hub id. Only these are ever loaded, with
     `policy.base_hosts` those that the coordinator serves, and with `policy.hub` any hub id that a job names."""
     policy: PolicySettings = PolicySettings()
     agent: AgentSettings = AgentSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    health: EdgeHealthSettings = EdgeHealthSettings()
     credit_bytes: Annotated[int, Meta(ge=1024)] = 1024 * 1024
     """Bytes of chunks that may be under way to this device at once."""
     reannounce_s: Annotated[float, Meta(gt=0)] = 5.0

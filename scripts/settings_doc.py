@@ -64,7 +64,15 @@ FILES: tuple[tuple[str, str, type[msgspec.Struct]], ...] = (
 
 
 def field_docs(struct: type) -> dict[str, str]:
-    """Field name -> the docstring below it, of the class alone (bases have none)."""
+    """Field name -> the docstring below it, inherited ones too."""
+    docs: dict[str, str] = {}
+    for owner in reversed(struct.__mro__):
+        if issubclass(owner, msgspec.Struct) and owner is not msgspec.Struct:
+            docs |= _own_docs(owner)
+    return docs
+
+
+def _own_docs(struct: type) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(struct)).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -84,6 +92,8 @@ def _bounds(low: float | None, above: float | None, high: float | None) -> str:
 def type_text(kind: types.Type) -> str:
     """A type as a person would say it."""
     match kind:
+        case types.Metadata():
+            return "path" if (kind.extra or {}).get("path") else type_text(kind.type)
         case types.BoolType():
             return "true or false"
         case types.IntType():
@@ -97,7 +107,7 @@ def type_text(kind: types.Type) -> str:
         case types.ListType():
             return f"list of {type_text(kind.item_type)}"
         case types.DictType():
-            return "table of names and texts"
+            return f"table of names and {type_text(kind.value_type)}s"
         case types.UnionType():
             return " or ".join(type_text(one) for one in kind.types)
         case _:

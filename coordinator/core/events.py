@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.core.facts import Metrics, ModelFacts
+from coordinator.core.turn import Waits
 from shared.jobs import JobSpec
 from shared.messages import Ack, BlobRef, DeviceInfo, DeviceState, Load, Manifest, Progress
 
@@ -25,6 +26,13 @@ class Started(Event):
 @dataclass(frozen=True, kw_only=True)
 class Tick(Event):
     """Time passed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconfigured(Event):
+    """The operator changed his settings (SIGHUP)."""
+
+    waits: Waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,4 +170,4 @@ class WorkFailed(Event):
 
 JobEvent = JobRequested | CancelRequested | ResumeRequested | BasePrepared | Evaluated | Folded | Exported | WorkFailed
 DeviceEvent = FromDevice | Heard | Decommissioned | UpdateStored | UpdateLost | UpdateChecked
-AnyEvent = Started | Tick | BrokerFound | BrokerLost | DeviceEvent | JobEvent
+AnyEvent = Started | Tick | Reconfigured | BrokerFound | BrokerLost | DeviceEvent | JobEvent

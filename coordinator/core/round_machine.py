@@ -51,6 +51,8 @@ def step(state: State, event: ev.AnyEvent) -> Step:
             _on_started(turn, event)
         case ev.Tick():
             _on_tick(turn, event)
+        case ev.Reconfigured():
+            turn.update(waits=event.waits)
         case ev.BrokerFound():
             turn.update(cut_off=False, restarted_at=event.now, chunk=event.chunk)
         case ev.BrokerLost():

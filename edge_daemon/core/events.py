@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from edge_daemon import protocol
 from edge_daemon.core.state import Machine
+from edge_daemon.settings import EdgeSettings
 from shared.messages import Assign, Command, CoordState, DeviceState, Done, Load
 
 
@@ -37,6 +38,13 @@ class Tick(Event):
 @dataclass(frozen=True, kw_only=True)
 class Drain(Event):
     """Asked to leave (SIGTERM)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconfigured(Event):
+    """The owner changed his settings (SIGHUP)."""
+
+    settings: EdgeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +188,7 @@ AnyEvent = (
     Started
     | Tick
     | Drain
+    | Reconfigured
     | MachineRead
     | LoadRead
     | Linked

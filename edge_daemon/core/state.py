@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from edge_daemon import protocol
 from edge_daemon.settings import EdgeSettings
 from shared.jobs import Bits
 from shared.messages import (
@@ -145,6 +146,8 @@ class Agent:
     """Deaths in a row without an answer to a probe."""
     identity: Identity | None = None
     """Of the work it was last told to do."""
+    killed_at: float = -1e9
+    """When it was last told to die for its silence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +169,8 @@ class State:
     """None: not yet read; the agent waits for it for some seconds."""
     capability: Capability | None = None
     agent: Agent = Agent()
+    agent_outdated: bool = False
+    """The agent knows settings that are no longer those."""
     now: float = 0.0
     """Of the last event; no event goes back in time."""
     started_at: float = 0.0
@@ -186,6 +191,8 @@ class State:
     fetch_since: float = 0.0
     paused: str = ""
     """Reason of the pause under way."""
+    progressed: protocol.Progressed | None = None
+    """How far the work under way is; None: not yet told."""
     connected: bool = False
     no_broker: str = ""
     """Why there is no session, as last noted."""

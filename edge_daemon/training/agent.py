@@ -7,6 +7,7 @@ imported once the pipe is open.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import hashlib
 import logging
@@ -336,6 +337,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--read-fd", type=int, required=True)
     parser.add_argument("--write-fd", type=int, required=True)
     arguments = parser.parse_args(argv)
+    faulthandler.enable()
     logs.set_up("muster-agent", os.environ.get("MUSTER_LOG_LEVEL", "INFO"))
     # It warns at each start that an optional kernel for inference is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -247,13 +247,23 @@ def _token(config: CoordinatorSettings) -> str:
 
 
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
-    """Run the coordinator. Exit code 78: bad configuration, said in one line; 75, 1: start it again."""
+    """Run the coordinator. Exit code 78: bad configuration, said in one line; 75, 1: start it again.
+
+    `muster-coordinator enroll ...` is another command: it makes this machine's key and request.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["enroll"]:
+        from shared import enrolment  # a service that runs needs no X.509
+
+        return enrolment.main("muster-coordinator", given[1:])
     parser = argparse.ArgumentParser(
-        prog="muster-coordinator", description="Plans rounds and aggregates their updates."
+        prog="muster-coordinator",
+        description="Plans rounds and aggregates their updates.",
+        epilog="muster-coordinator enroll --help: make this machine's key and request, install its certificate.",
     )
     parser.add_argument("--config", default="/etc/muster/coordinator.toml", help="settings file (%(default)s)")
     parser.add_argument("--check", action="store_true", help="only check the settings file")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(given)
     return daemon.guarded("muster-coordinator", lambda: _run(Path(arguments.config), arguments.check, runtime))
 
 

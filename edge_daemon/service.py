@@ -208,10 +208,15 @@ def load(path: Path, *, strict: bool) -> EdgeSettings:
 
 
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
-    """Run the daemon. Exit code 78: bad configuration, said in one line; 75, 1: start it again."""
+    """Run the daemon. Exit code 78: bad configuration, said in one line; 75, 1: start it again.
+
+    `muster-edge doctor` and `muster-edge enroll` are other commands: they examine this device, and make its key and
+    request.
+    """
     parser = argparse.ArgumentParser(
         prog="muster-edge", description="Trains on this device what a coordinator assigns.",
-        epilog="`muster-edge doctor` examines this device: keys, broker, clock, disk, GPU, a real 4-bit kernel.",
+        epilog="`muster-edge doctor` examines this device: keys, broker, clock, disk, GPU, a real 4-bit kernel. "
+        "`muster-edge enroll` makes its key and request, and installs its certificate.",
     )  # fmt: skip
     parser.add_argument("--config", default=CONFIG, help="settings file (%(default)s)")
     parser.add_argument(
@@ -223,6 +228,10 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
         from edge_daemon import doctor
 
         return doctor.main(words[1:])
+    if words[:1] == ["enroll"]:
+        from shared import enrolment  # a daemon that runs needs no X.509
+
+        return enrolment.main("muster-edge", words[1:])
     arguments = parser.parse_args(words)
     return daemon.guarded("muster-edge", lambda: _run(Path(arguments.config), arguments.check, runtime))
 

@@ -10,7 +10,11 @@ from typing import Annotated
 
 import typer
 
+<<<<<<< HEAD
 from muster.cli import emulate, presence, simulate
+=======
+from muster.cli import broker, emulate, pki, simulate
+>>>>>>> h-pki
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -132,7 +136,12 @@ def forget(context: typer.Context, device: Annotated[str, typer.Argument(help="I
 
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
+<<<<<<< HEAD
 app.command(epilog=presence.EPILOG)(presence.presence)
+=======
+app.add_typer(pki.app)
+app.add_typer(broker.app)
+>>>>>>> h-pki
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,11 +10,7 @@ from typing import Annotated
 
 import typer
 
-<<<<<<< HEAD
-from muster.cli import emulate, presence, simulate
-=======
-from muster.cli import broker, emulate, pki, simulate
->>>>>>> h-pki
+from muster.cli import broker, emulate, pki, presence, simulate
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -136,12 +132,9 @@ def forget(context: typer.Context, device: Annotated[str, typer.Argument(help="I
 
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
-<<<<<<< HEAD
 app.command(epilog=presence.EPILOG)(presence.presence)
-=======
 app.add_typer(pki.app)
 app.add_typer(broker.app)
->>>>>>> h-pki
 
 
 def main(argv: Sequence[str] | None = None) -> int:

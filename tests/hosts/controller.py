@@ -66,9 +66,9 @@ class Controller:
         """Build and install the collection; make the authority; put its passphrase into a vault."""
         for name in ("inventory/group_vars/all", "logs", "home"):
             (self.folder / name).mkdir(parents=True)
-        self._run(
-            "ansible-galaxy", "collection", "install", str(ROOT / "ansible"), "--offline", "-p", self._collections
-        )
+        self._run("ansible-galaxy", "collection", "build", str(ROOT / "ansible"), "--output-path", str(self.folder))
+        (archive,) = self.folder.glob("muster-fleet-*.tar.gz")
+        self._run("ansible-galaxy", "collection", "install", str(archive), "--offline", "-p", self._collections)
         (self.folder / "vault-password").write_text("the vault's\n", encoding="utf-8")
         vault = self.inventory / "group_vars/all/vault.yml"
         vault.write_text(yaml.safe_dump({"vault_muster_pki_passphrase": PASSPHRASE}), encoding="utf-8")
@@ -78,7 +78,7 @@ class Controller:
     def describe(self, groups: Mapping[str, Mapping[str, Mapping[str, Any]]], everywhere: Mapping[str, Any]) -> None:
         """Write the inventory: group -> host -> its variables, and the variables of all."""
         children = {
-            name: {"hosts": {host: dict(values) for host, values in hosts.items()}} for name, hosts in groups.items()
+            name: {"hosts": {host: {**facts} for host, facts in hosts.items()}} for name, hosts in groups.items()
         }
         (self.inventory / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": children}}), encoding="utf-8")
         path = self.inventory / "group_vars/all/vars.yml"
@@ -128,9 +128,8 @@ class Controller:
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if check and done.returncode:
-            raise AssertionError(
-                f"muster {' '.join(arguments)}: exit code {done.returncode}: {done.stderr}{done.stdout}"
-            )
+            words = f"exit code {done.returncode}: {done.stderr}{done.stdout}"
+            raise AssertionError(f"muster {' '.join(arguments)}: {words}")
         return done.stdout
 
     def presence(self, hosts: Sequence[Host]) -> dict[str, dict[str, Any]]:

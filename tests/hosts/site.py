@@ -14,7 +14,7 @@ from typing import Any
 
 from muster.testbed import least_squares
 from tests.hosts import lan, machine, tree, wheels
-from tests.hosts.controller import Controller, Ran
+from tests.hosts.controller import PROGRAMS, Controller, Ran
 from tests.hosts.machine import WHEELS, Host, HostFailed
 from tests.hosts.tree import CACHE, TreeFailed
 
@@ -187,7 +187,7 @@ def _check_machine() -> None:
     if os.geteuid():
         raise NotPossible("not root")
     for program in ("debootstrap", "systemd-nspawn", "ip", "ssh", "ssh-keygen", "ansible-playbook"):
-        if not shutil.which(program, path=f"{wheels.PROGRAMS}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"):
+        if not shutil.which(program, path=f"{PROGRAMS}:{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"):
             raise NotPossible(f"{program} is missing: run make setup")
     if wheels.HERE != tree.PYTHON:
         raise NotPossible("the hosts' wheels are made with Python {}.{}, and this is another".format(*tree.PYTHON))

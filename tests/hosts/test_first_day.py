@@ -28,12 +28,8 @@ def test_a_site_from_bare_machines(machines: Site) -> None:
     assert machines.release_of(SERVER) == machines.releases["coordinator"]
     for name in DEVICES:
         assert machines.release_of(name) == machines.releases["edge-numpy"]
-    words = machines.presence()
-    assert {name: word["state"] for name, word in words.items()} == {
-        "coord-1": "online",
-        TORCH: "ready",
-        SMALL: "ready",
-    }
+    states = {name: word["state"] for name, word in machines.presence().items()}
+    assert states == {"coord-1": "online", TORCH: "ready", SMALL: "ready"}
     keys = [machines.hosts[name].ssh(f"stat -c '%a %U' /etc/muster/pki/{name}.key").stdout.split() for name in DEVICES]
     assert keys == [["400", "root"]] * 2
 

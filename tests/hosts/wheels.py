@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from tests.hosts.controller import PROGRAMS, ROOT
+from tests.hosts.controller import ROOT
 from tests.hosts.tree import CACHE
 
 PROFILES = {

@@ -23,8 +23,6 @@ SERVER, TORCH, SMALL = "host-1", "host-2", "host-3"
 """Broker and coordinator; the device that gets torch later on, from a shared wheelhouse; the one that never does."""
 DEVICES = (TORCH, SMALL)
 MODEL = "12x6"
-NUMPY = ["/opt/muster/current/bin/python", "-m", "muster.testbed.numpy_agent"]
-WORKER = ["/opt/muster/current/bin/python", "-m", "muster.testbed.numpy_worker"]
 DATA = "/srv/data"
 TURN_WITHIN_S = 3600.0
 JOB = """
@@ -55,7 +53,7 @@ class NotPossible(Exception):
 
 @dataclass
 class Site:
-    """The hosts, booted; and what the inventory says of them. `timings` are printed at the end."""
+    """The hosts, booted; and what the inventory says of them. `wheels`, `releases`: what is to be installed next."""
 
     hosts: dict[str, Host]
     controller: Controller
@@ -69,7 +67,7 @@ class Site:
         """In the order of their numbers."""
         return list(self.hosts.values())
 
-    def describe(self, *, wheelhouse: Path | None = None, devices: tuple[str, ...] = DEVICES) -> None:
+    def describe(self, *, devices: tuple[str, ...] = DEVICES) -> None:
         """Write the inventory as the site is meant to be now."""
         reach = {host.name: {"ansible_host": host.address} for host in self.all}
         edge = {name: {**reach[name], **self._edge(name), **self.device_settings.get(name, {})} for name in devices}
@@ -77,11 +75,14 @@ class Site:
             **reach[SERVER],
             "muster_coordinator_profile": "coordinator",
             "muster_host_wheel_folders": [WHEELS],
-            "muster_coordinator_settings": {"worker": WORKER, "waits": {"period_s": 3.0}},
+            "muster_coordinator_settings": {
+                "worker": self._program("coordinator", "numpy_worker"),
+                "waits": {"period_s": 3.0},
+            },
             **self.server,
         }
         groups = {"broker": {SERVER: server}, "coordinator": {SERVER: server}, "edge": edge}
-        self.controller.describe(groups, self.controller.common(self.all, wheelhouse or self.wheels))
+        self.controller.describe(groups, self.controller.common(self.all, self.wheels))
 
     def play(self, name: str, *options: str, **more: Any) -> Ran:
         """Run a playbook that has to succeed."""
@@ -109,14 +110,20 @@ class Site:
         """The release in use on a host."""
         return self.hosts[name].ssh("basename $(readlink /opt/muster/current)").stdout.strip()
 
+    def _program(self, profile: str, module: str) -> list[str]:
+        """Of a release that may not be in use yet: the doctor runs before the switch."""
+        return [f"/opt/muster/releases/{self.releases[profile]}/bin/python", "-m", f"muster.testbed.{module}"]
+
     def _edge(self, name: str) -> dict[str, Any]:
         shared = {"muster_host_wheel_folders": [WHEELS]} if name == TORCH else {}
         return {
             **shared,
             "muster_edge_profile": "edge-numpy",
+            # The test agent has no 4-bit kernel.
+            "muster_edge_doctor_tolerates": ["kernel cpu"],
             "muster_edge_data": {"points": f"{DATA}/points.jsonl"},
             "muster_edge_settings": {
-                "agent": {"command": NUMPY, "gpus": ["cpu"]},
+                "agent": {"command": self._program("edge-numpy", "numpy_agent"), "gpus": ["cpu"]},
                 "models": {MODEL: MODEL},
                 "telemetry": {"idle_s": 2.0, "busy_s": 1.0},
                 "broker": {"reconnect_max_s": 3.0},

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ SERVER, TORCH, SMALL = "host-1", "host-2", "host-3"
 DEVICES = (TORCH, SMALL)
 MODEL = "12x6"
 DATA = "/srv/data"
+STEP_S = 0.25
 TURN_WITHIN_S = 3600.0
 JOB = """
 name = "{name}"
@@ -61,6 +63,7 @@ class Site:
     releases: dict[str, str]
     device_settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     server: dict[str, Any] = field(default_factory=dict)
+    installed: bool = False
 
     @property
     def all(self) -> list[Host]:
@@ -90,17 +93,58 @@ class Site:
         assert ran.code == 0, f"{name}: exit code {ran.code}\n{ran.tail}"
         return ran
 
-    def submit(self, name: str, *, rounds: int = 1, steps: int = 4, wait: bool = True) -> str:
-        """Submit a small job on the coordinator's host as its operator does; what `muster submit` printed."""
-        path = f"/srv/data/{name}.toml"
+    def submit(self, name: str, *, rounds: int = 1, steps: int = 4) -> str:
+        """Submit a small job on the coordinator's host, as its operator does; its id."""
+        path = f"{DATA}/{name}.toml"
         text = JOB.format(name=name, rounds=rounds, steps=steps)
-        server = self.hosts[SERVER]
-        server.ssh(f"cat > {path} <<'END'\n{text}\nEND", root=True)
-        return server.ssh(f"/opt/muster/current/bin/muster submit {path}{' --wait' * wait}", root=True).stdout
+        self.hosts[SERVER].ssh(f"cat > {path} <<'END'\n{text}\nEND", root=True)
+        return self.muster("submit", path).strip()
 
     def muster(self, *arguments: str) -> str:
         """A `muster` command on the coordinator's host."""
         return self.hosts[SERVER].ssh(f"/opt/muster/current/bin/muster {' '.join(arguments)}", root=True).stdout
+
+    def view(self, job: str) -> dict[str, Any]:
+        """A job as the coordinator shows it; empty while it does not answer."""
+        show = f"/opt/muster/current/bin/muster show {job} --json"
+        done = self.hosts[SERVER].ssh(show, root=True, check=False)
+        found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+        return found
+
+    def until(self, job: str, met: Callable[[dict[str, Any]], bool], within_s: float = 240.0) -> dict[str, Any]:
+        """Wait until `met` holds of the job's view. Raises `AssertionError` where it ends otherwise."""
+        end = time.monotonic() + within_s
+        view: dict[str, Any] = {}
+        while time.monotonic() < end:
+            view = self.view(job) or view
+            if view and met(view):
+                return view
+            assert view.get("state") not in ("finished", "failed", "paused", "cancelled"), json.dumps(view)[-3000:]
+            time.sleep(0.3)
+        raise AssertionError(f"{job} is not as it should after {within_s:.0f} s: {json.dumps(view)[-3000:]}")
+
+    def at_work(self, job: str) -> None:
+        """Wait until both devices train."""
+        self.until(job, lambda view: any(
+            {part["status"] for part in round["participants"]} == {"training"} for round in view["rounds"]
+        ))  # fmt: skip
+
+    def ended_well(self, job: str) -> None:
+        """Wait for the job's end: every round at its first attempt, with the updates of both devices."""
+        view = self.until(job, lambda view: bool(view["state"] == "finished"))
+        for round in view["rounds"]:
+            told = {part["device"]: (part["status"], part["attempt"]) for part in round["participants"]}
+            assert told == dict.fromkeys(DEVICES, ("done", 1)), json.dumps(round)[-3000:]
+
+    def install(self) -> None:
+        """Make a fleet of the bare hosts, unless that was done."""
+        if not self.installed:
+            self.installed = True
+            self.play("site", label="site on bare hosts")
+
+    def pid(self, name: str, unit: str) -> str:
+        """Main process of a service on a host; "0": it does not run."""
+        return self.hosts[name].ssh(f"systemctl show --value -p MainPID {unit}").stdout.strip()
 
     def presence(self) -> dict[str, dict[str, Any]]:
         """What the fleet says of itself, heard from the controller."""
@@ -129,7 +173,10 @@ class Site:
                 "broker": {"reconnect_max_s": 3.0},
                 # All hosts share one machine: each is foreign load to the others.
                 "policy": {"foreign_limit": 1000.0},
+                "health": {"ready_s": 5.0},
             },
+            # A step of the test agent would be over at once.
+            "muster_edge_dropin": f"[Service]\nEnvironment=MUSTER_TEST_STEP_S={STEP_S}\n",
         }
 
 

@@ -1,4 +1,4 @@
-"""`muster-edge doctor`: is this device fit, and if not, what is to be done? Needs no running daemon and changes nothing.
+"""`muster-edge doctor`: is this device fit, and if not, what is to be done? Needs no running daemon, changes nothing.
 
 Each check is an adapter that reads and a pure judgement (`core.diagnosis`). It ends with 0 where nothing fails.
 """
@@ -17,7 +17,7 @@ from edge_daemon.adapters import sources
 from edge_daemon.adapters.inspection import broker, kernel, keys, machine, sandboxed
 from edge_daemon.core import diagnosis, policy
 from edge_daemon.core.diagnosis import Finding
-from edge_daemon.settings import AgentSettings, EdgeSettings
+from edge_daemon.settings import AgentSettings, EdgeSettings, TelemetrySettings
 from shared import daemon, settings
 from shared.errors import SettingsError, UserError
 from shared.messages import Gpu
@@ -39,7 +39,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 def examine(source: Path, *, cuda: bool, wait_s: float, say: Say) -> Iterator[Finding]:
     """Every check in turn. `say` is told what begins; `wait_s` bounds each answer of broker and drivers."""
-    yield diagnosis.sandbox(machine.status())
+    yield diagnosis.sandbox(machine.sandbox())
     say("configuration")
     config, findings = _configuration(source)
     yield from findings
@@ -50,7 +50,7 @@ def examine(source: Path, *, cuda: bool, wait_s: float, say: Say) -> Iterator[Fi
         yield from _sources(config)
     agent = config.agent if config is not None else AgentSettings()
     say("GPUs")
-    found = machine.gpus(wait_s)
+    found = machine.gpus(config.telemetry if config is not None else TelemetrySettings(), wait_s)
     yield diagnosis.gpus(found, agent.gpus, machine.has_driver())
     for gpu in _kernels(agent, found):
         say(f"kernels on {gpu}: an agent starts, which takes a while")

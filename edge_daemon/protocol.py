@@ -16,6 +16,9 @@ import msgspec
 from shared.jobs import Bits
 from shared.messages import Assignment, DatasetFacts, UpdateFacts
 
+INTEGRATED = "integrated"
+"""In the place of a GPU's UUID: the one that shares the machine's memory (Jetson). CUDA knows it by its number, 0."""
+
 
 class PipeMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A message on the agent's pipe."""
@@ -35,7 +38,7 @@ class Probe(PipeMessage, frozen=True, kw_only=True):
     """Whether the owner lets label counts leave the device."""
     threads: int = 1
     gpu: str = ""
-    """UUID of the GPU to use; empty: the CPU."""
+    """UUID of the GPU to use, or `INTEGRATED`; empty: the CPU."""
     beat_s: float = 5.0
 
 
@@ -151,6 +154,8 @@ class Trained(PipeMessage, frozen=True, kw_only=True):
     sha: str
     size: int
     facts: UpdateFacts
+    held_bytes: int = 0
+    """Bytes of the machine's memory that the agent goes on holding through a GPU which shares it."""
 
 
 class Merged(PipeMessage, frozen=True, kw_only=True):
@@ -171,6 +176,8 @@ class Failed(PipeMessage, frozen=True, kw_only=True):
     kind: Literal["memory", "data", "model", "bits", "adapter", "stopped", "internal"]
     reason: str
     batch_limit: int = 0
+    held_bytes: int = 0
+    """As in `Trained`."""
 
 
 FromAgent = Probed | Beat | Progressed | Trained | Merged | Failed

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_daemon.adapters import sources
+from edge_daemon.adapters.inspection.machine import sandbox
 from edge_daemon.adapters.store import Store
 from edge_daemon.adapters.team import TeamTrainer
+from edge_daemon.adapters.telemetry import gpus
 from edge_daemon.adapters.telemetry.facts import static_facts
 from edge_daemon.adapters.telemetry.host import HostReader
-from edge_daemon.adapters.telemetry.nvidia import NvidiaReader
 from edge_daemon.adapters.telemetry.sampler import Sampler
 from edge_daemon.adapters.trainer import SubprocessTrainer
 from edge_daemon.core import policy, vitals
@@ -29,7 +30,7 @@ from edge_daemon.settings import EdgeSettings
 from shared import daemon, logs, reload, settings, topics
 from shared.codec import pack
 from shared.errors import MusterError, SettingsError
-from shared.messages import DeviceState
+from shared.messages import DeviceState, Load
 from shared.transport.base import Outgoing
 from shared.transport.credentials import read_credentials
 from shared.transport.mqtt import MqttTransport
@@ -40,7 +41,10 @@ from shared.vitals import complaint, ready
 log = logging.getLogger("edge_daemon")
 CONFIG = "/etc/muster/edge.toml"
 TICK_S = 0.5
-FIXED = {"fleet", "device", "state_dir", "broker", "agent.command", "agent.gpus", "credit_bytes"}
+FIXED = {
+    "fleet", "device", "state_dir", "broker", "agent.command", "agent.gpus", "credit_bytes",
+    "telemetry.budget_s", "telemetry.retry_s", "telemetry.power_mode_s",
+}  # fmt: skip
 """Settings that only a restart changes."""
 
 
@@ -62,16 +66,18 @@ class Service:
         read_credentials(config.broker)  # before anything is written
         self._store = Store(Path(config.state_dir))
         self._store.check_writable()
-        self._host = HostReader()
-        self._gpus = NvidiaReader(config.agent.gpus)
+        self._host = HostReader(disk=Path(config.state_dir))
+        self._gpus = gpus.source(config.agent.gpus, config.telemetry)
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         self._transport = MqttTransport(
             config.broker, config.device, next_epoch=self._store.next_epoch, will=self._will, rng=random.Random()
         )
         self._transport.subscribe(topics.device_filters(config.fleet, config.device))
+        self._known: frozenset[str] | None = None
+        """UUIDs of the GPUs whose facts are known; None: they are being asked for."""
         self._sampler = Sampler(
-            lambda load: self._queue.put(Sampled(load)),
-            host=self._host, gpus=self._gpus, period_s=config.telemetry.idle_s,
+            self._sampled,
+            host=self._host, gpus=self._gpus, period_s=config.telemetry.idle_s, budget_s=config.telemetry.budget_s,
         )  # fmt: skip
         trainer = TeamTrainer(
             lambda post: SubprocessTrainer(config.agent.command, post, self._host.oom_kills), self._queue.put
@@ -175,6 +181,13 @@ class Service:
         except (MusterError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AssertionError):
             log.exception("a turn of the loop failed")
 
+    def _sampled(self, load: Load) -> None:
+        """On the telemetry thread. GPUs that were not there when the facts were read make them be read again."""
+        self._queue.put(Sampled(load))
+        if self._known is not None and not self._known.issuperset(gpu.uuid for gpu in load.gpus):
+            self._known = None
+            threading.Thread(target=self._examine, name="facts", daemon=True).start()
+
     def _examine(self) -> None:
         """Read the machine's facts where a hung driver costs only this thread."""
         try:
@@ -183,9 +196,11 @@ class Service:
             log.exception("the facts of this machine can't be read: its GPUs and cores stay unknown")
             return
         machine = Machine(
-            hardware=facts.hardware, cores=facts.cores, memory_bytes=facts.memory_bytes, gpus=tuple(facts.gpus)
-        )
+            hardware=facts.hardware, cores=facts.cores, memory_bytes=facts.memory_bytes, gpus=tuple(facts.gpus),
+            driver=facts.driver, jetpack=facts.jetpack, sandbox=sandbox(),
+        )  # fmt: skip
         self._queue.put(Examined(machine))
+        self._known = frozenset(gpu.uuid for gpu in machine.gpus)
 
     def _will(self, epoch: int) -> Outgoing:
         name = topics.STATE.name(self._config.fleet, device=self._config.device)
@@ -210,29 +225,29 @@ def load(path: Path, *, strict: bool) -> EdgeSettings:
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
     """Run the daemon. Exit code 78: bad configuration, said in one line; 75, 1: start it again.
 
-    `muster-edge doctor` and `muster-edge enroll` are other commands: they examine this device, and make its key and
-    request.
+    `muster-edge enroll ...` (this machine's key and request) and `muster-edge doctor ...` are other commands.
     """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["enroll"]:
+        from shared import enrolment  # a daemon that runs needs no X.509
+
+        return enrolment.main("muster-edge", given[1:])
+    if given[:1] == ["doctor"]:
+        from edge_daemon import doctor  # nor what only examines
+
+        return doctor.main(given[1:])
     parser = argparse.ArgumentParser(
-        prog="muster-edge", description="Trains on this device what a coordinator assigns.",
-        epilog="`muster-edge doctor` examines this device: keys, broker, clock, disk, GPU, a real 4-bit kernel. "
-        "`muster-edge enroll` makes its key and request, and installs its certificate.",
-    )  # fmt: skip
+        prog="muster-edge",
+        description="Trains on this device what a coordinator assigns.",
+        epilog="muster-edge doctor: examine this device (keys, broker, clock, disk, GPU, a real 4-bit kernel). "
+        "muster-edge enroll --help: make this machine's key and request, install its certificate.",
+    )
     parser.add_argument("--config", default=CONFIG, help="settings file (%(default)s)")
     parser.add_argument(
         "--check", action="store_true", help="only check the settings file, and that what it names can be read"
     )
     parser.add_argument("--version", action="version", version=VERSION)
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["doctor"]:
-        from edge_daemon import doctor
-
-        return doctor.main(words[1:])
-    if words[:1] == ["enroll"]:
-        from shared import enrolment  # a daemon that runs needs no X.509
-
-        return enrolment.main("muster-edge", words[1:])
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args(given)
     return daemon.guarded("muster-edge", lambda: _run(Path(arguments.config), arguments.check, runtime))
 
 

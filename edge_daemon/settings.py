@@ -23,11 +23,20 @@ class PolicySettings(Section, frozen=True, kw_only=True):
     temperature_limit_c: float = 95.0
     """Training pauses while the hottest sensor is above this."""
     memory_reserve_bytes: Annotated[int, Meta(ge=0)] = 0
-    """Refuse work while less memory than this is available."""
+    """Refuse work while less memory than this is available; with an integrated GPU while it is less than 1 GiB or 10 %
+    of the memory, too."""
     disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 512 * 1024 * 1024
     """Refuse work while less than this is free where `state_dir` lies."""
     on_battery: bool = False
     """Whether this device may train while it runs on battery."""
+    throttled: bool = True
+    """Whether this device may train while a GPU is slowed down by heat or to protect itself; a power cap, which a busy
+    GPU always meets, never counts."""
+    gpu_silence_s: Annotated[float, Meta(gt=0)] = 30.0
+    """Take no work while the GPU driver has not answered for this long."""
+    xids: list[Annotated[int, Meta(ge=1)]] = msgspec.field(default_factory=lambda: [48, 63, 64, 79, 94, 95])
+    """Take no work after a GPU reported one of these errors (NVIDIA's XID numbers), until the daemon is started anew;
+    work under way goes on. Empty: none."""
     share_labels: bool = False
     """Whether the label counts of the data sets may leave the device."""
     base_hosts: list[str] = []
@@ -42,8 +51,8 @@ class AgentSettings(Section, frozen=True, kw_only=True):
     command: list[str] = msgspec.field(default_factory=lambda: [sys.executable, "-m", "edge_daemon.training.agent"])
     """The program; the daemon adds the numbers of the pipe's ends."""
     gpus: list[str] = []
-    """UUIDs of the GPUs that train, one agent each; "cpu" (alone or repeated) is an agent on the CPU. Empty: all GPUs
-    found, or one agent on the CPU where there is none."""
+    """UUIDs of the GPUs that train, one agent each, "integrated" for a Jetson's own; "cpu" (alone or repeated) is an
+    agent on the CPU. Empty: all GPUs found, or one agent on the CPU where there is none."""
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads of all agents together; 0: the cores of the quota. Each agent gets its share, at least one."""
     silence_s: Annotated[float, Meta(gt=0)] = 180.0
@@ -63,6 +72,12 @@ class TelemetrySettings(Section, frozen=True, kw_only=True):
     """Seconds between two readings while there is work; the coordinator gives up a device after 12 s of silence."""
     change: Annotated[float, Meta(gt=0)] = 0.2
     """A change of a reading by this share is sent at once (read every second while training)."""
+    budget_s: Annotated[float, Meta(gt=0)] = 2.0
+    """Seconds that a reading may take, of the host and of the GPUs each; then the load is sent without it."""
+    retry_s: Annotated[float, Meta(gt=0)] = 30.0
+    """Seconds for which a GPU driver that is not there, or a GPU that was lost, is left alone."""
+    power_mode_s: Annotated[float, Meta(gt=0)] = 60.0
+    """Seconds between two questions for a Jetson's power mode (`nvpmodel -q`)."""
 
 
 class EdgeHealthSettings(HealthSettings, frozen=True, kw_only=True):

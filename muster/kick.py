@@ -1,4 +1,4 @@
-"""Ending a client's connection. mosquitto has no command for it, but one name has one connection: a new one ends the old.
+"""Ending a client's connection. mosquitto has no command for it, but a name has one connection: a new one ends the old.
 
 The new one has a certificate of ten minutes, whose key lies in the authority's folder for as long as the connection
 stands; the next revocation list withdraws it.

@@ -1,4 +1,4 @@
-"""The configuration of a fleet's mosquitto, 2.0.11 or newer. `deploy/mosquitto/mosquitto.conf` is this with its defaults."""
+"""The configuration of a fleet's mosquitto, 2.0.11 or newer. `deploy/mosquitto/mosquitto.conf` has its defaults."""
 
 from __future__ import annotations
 

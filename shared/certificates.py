@@ -72,7 +72,7 @@ def read_request(data: bytes, source: str) -> x509.CertificateSigningRequest:
 
 
 def make_request(name: str, key: ec.EllipticCurvePrivateKey) -> bytes:
-    """A signing request in PEM for `name`. What the certificate is for is the operator's to say, so it holds no more."""
+    """A signing request in PEM for `name`, with no more in it: what the certificate is for is the operator's to say."""
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, check_name(name, "name"))])
     request = x509.CertificateSigningRequestBuilder().subject_name(subject).sign(key, hashes.SHA256())
     return request.public_bytes(serialization.Encoding.PEM)
@@ -112,9 +112,7 @@ def serial_of(certificate: x509.Certificate) -> str:
     return f"{certificate.serial_number:x}"
 
 
-def fault(
-    certificate: x509.Certificate, name: str, authorities: list[x509.Certificate], now: datetime.datetime
-) -> str:
+def fault(certificate: x509.Certificate, name: str, authorities: list[x509.Certificate], now: datetime.datetime) -> str:
     """Why `certificate` is not a good one of `name` from one of `authorities` at `now`; "": it is.
 
     Whether it was revoked is not seen here.

@@ -142,7 +142,9 @@ class Enrolment:
                 key = certificates.read_key(_read(path), str(path))
                 if certificates.digest_of_key(key.public_key()) == wanted:
                     return path
-        raise UserError(f"the new certificate of {self.name}: not of a key in {self.folder}; was it made from this request?")
+        raise UserError(
+            f"the new certificate of {self.name}: not of a key in {self.folder}; was it made from this request?"
+        )
 
 
 def _read(path: Path) -> bytes:

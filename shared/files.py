@@ -43,9 +43,7 @@ def write_owned(path: Path, data: bytes, *, mode: int) -> None:
     _write_out(file, temporary, path, (data,), fsync=True)
 
 
-def _write_out(
-    file: BinaryIO, temporary: Path, path: Path, pieces: Iterable[bytes | memoryview], fsync: bool
-) -> None:
+def _write_out(file: BinaryIO, temporary: Path, path: Path, pieces: Iterable[bytes | memoryview], fsync: bool) -> None:
     with file:
         for piece in pieces:
             file.write(piece)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from shared.errors import UserError
 
+_SYSTEMD = {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}
 Notify = Callable[[str], None]
 """Takes lines such as "READY=1"."""
 
@@ -25,6 +26,11 @@ def notifier(environment: Mapping[str, str] = os.environ) -> Notify:
             "systemd wants to be told (Type=notify), but systemd-python is missing: pip install 'muster[systemd]'"
         ) from None
     return lambda text: notify(text)
+
+
+def unwatched(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment for a subprocess: systemd is told by the service alone."""
+    return {name: value for name, value in environment.items() if name not in _SYSTEMD}
 
 
 def watchdog_s(environment: Mapping[str, str] = os.environ) -> float | None:

@@ -47,7 +47,7 @@ class BrokerSettings(Section, frozen=True, kw_only=True):
     """PEM file of this side's certificate, for brokers that ask for one."""
     keyfile: FilePath = ""
     """PEM file of the key of `certfile`."""
-    crlfile: str = ""
+    crlfile: FilePath = ""
     """PEM file of the authority's revocation list; with it a broker whose certificate was revoked is refused, and every
     broker once the list has expired."""
     username: str = ""

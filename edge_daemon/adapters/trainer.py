@@ -18,6 +18,8 @@ from shared.frames import FrameWriter
 from shared.subprocess_pipe import start_piped
 
 log = logging.getLogger(__name__)
+FIRST_TO_DIE = 1000
+"""`oom_score_adj` of an agent; the unit gives the daemon less."""
 _GRACE_S = 0.2
 _LAST_WORDS_S = 2.0
 """How long a hanging agent may take to write where it hangs."""
@@ -102,6 +104,7 @@ class SubprocessTrainer:
         if hung:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGABRT)
+                self._process.send_signal(signal.SIGCONT)
             _let_end(self._process, _LAST_WORDS_S)
         _kill_group(self._process)
 
@@ -140,7 +143,7 @@ class SubprocessTrainer:
         )
         # When memory runs out the agent dies, not the daemon.
         with contextlib.suppress(OSError):
-            Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000", encoding="ascii")
+            Path(f"/proc/{self._process.pid}/oom_score_adj").write_text(str(FIRST_TO_DIE), encoding="ascii")
 
 
 def _let_end(process: subprocess.Popen[bytes], seconds: float = _GRACE_S) -> None:

@@ -27,20 +27,23 @@ _NO_TIME_S = 1e-6
 
 def ensure(state: State) -> Result:
     """Start the agent, one a GPU, where it is absent and its time has come; end it where it knows old settings."""
-    agent = state.agent
+    agent, settings = state.agent, state.settings
+    gpus = tuple(settings.agent.gpus or [gpu.uuid for gpu in (state.machine.gpus if state.machine else ())])
     if agent.status == "ready" and state.agent_outdated:
         # Its end is no failure; it comes back at once, with the new ones.
         agent = replace(agent, status="stopping", heard_at=state.now, identity=None)
         note = cmd.Note("info", "the agent is started anew, for the new settings")
         return replace(state, agent=agent), [cmd.Tell(protocol.Shutdown()), note]
+    if agent.status == "ready" and agent.gpus != gpus:
+        # A driver that answers late: until then there were no GPUs.
+        again = cmd.KillAgent(f"it is to be started for {', '.join(gpus) or 'the CPU'}")
+        return replace(state, agent=replace(agent, status="starting", heard_at=state.now, gpus=gpus)), [again]
     if agent.status != "absent" or state.now < agent.start_at:
         return state, []
     if state.machine is None and state.now - state.started_at < MACHINE_WAIT_S:
         return state, []
-    gpus = state.settings.agent.gpus or [gpu.uuid for gpu in (state.machine.gpus if state.machine else ())]
-    agent = replace(agent, status="starting", heard_at=state.now)
-    start = cmd.StartAgent(probe_of(state), tuple(gpus))
-    return replace(state, agent=agent, agent_outdated=False), [start]
+    agent = replace(agent, status="starting", heard_at=state.now, gpus=gpus)
+    return replace(state, agent=agent, agent_outdated=False), [cmd.StartAgent(probe_of(state), gpus)]
 
 
 def probe_of(state: State) -> protocol.Probe:
@@ -77,7 +80,7 @@ def probed(state: State, event: ev.AgentProbed) -> Result:
         cmd.Note("info", f"probe: {name}: {note}") for name, note in sorted(found.notes.items())
     ]
     notes.append(cmd.Note("info", f"the agent proved {', '.join(map(str, found.bits)) or 'no'} bits"))
-    agent = Agent(status="ready", heard_at=state.now, failures=state.agent.failures)
+    agent = Agent(status="ready", heard_at=state.now, failures=state.agent.failures, gpus=state.agent.gpus)
     return replace(state, capability=capability, agent=agent), notes
 
 
@@ -153,7 +156,7 @@ def trained(state: State, done: protocol.Trained) -> Result:
     """An update is on disk: into the outbox, if it is still wanted."""
     identity = Identity(done.job, done.round, done.attempt)
     stopping, work = state.agent.status == "stopping", state.work
-    state = replace(state, agent=_free(state), paused="")
+    state = replace(state, agent=_free(state, done.held_bytes), paused="")
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
     journal = state.journal
@@ -175,7 +178,7 @@ def failed(state: State, failure: protocol.Failed) -> Result:
     """The agent could not do the work, or forgot it as told."""
     identity = Identity(failure.job, failure.round, failure.attempt)
     stopping, work = state.agent.status == "stopping", state.work
-    state = replace(state, agent=_free(state), paused="")
+    state = replace(state, agent=_free(state, failure.held_bytes), paused="")
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
     if state.journal.given_up:
@@ -248,5 +251,5 @@ def _end_given_up(state: State, identity: Identity) -> Result:
     return outbox.fail(state, identity, journal.given_up, out_of_memory=journal.given_up_memory)
 
 
-def _free(state: State) -> Agent:
-    return Agent(status="ready", heard_at=state.now)
+def _free(state: State, held_bytes: int) -> Agent:
+    return Agent(status="ready", heard_at=state.now, gpus=state.agent.gpus, held_bytes=held_bytes)

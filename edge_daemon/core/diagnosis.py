@@ -206,7 +206,8 @@ class Kernel:
 
 
 def kernel(found: Kernel) -> Finding:
-    """Whether 4 bits are proven: quantized, dequantized, multiplied, within the bound."""
+    """Whether 4 bits are proven: quantized, dequantized, multiplied, within the bound. A GPU without them is a fault of
+    the installation; a CPU may well do without."""
     where = found.gpu or "cpu"
     check = f"kernel {where}"
     if found.problem:
@@ -219,7 +220,10 @@ def kernel(found: Kernel) -> Finding:
     if not found.bits:
         return fail(check, f"nothing is proven: {lacking}", _kernel_advice(lacking))
     if 4 not in found.bits:
-        return fail(check, f"{proven} bits proven, not 4: {lacking}", _kernel_advice(lacking))
+        verdict = warn if where == "cpu" else fail
+        return verdict(
+            check, f"{proven} bits proven, not 4: {lacking or 'the agent does not offer them'}", _kernel_advice(lacking)
+        )
     if lacking:
         return warn(check, f"{proven} bits proven; {lacking}", _kernel_advice(lacking))
     return ok(check, f"{proven} bits proven by a product within its bound")
@@ -262,11 +266,20 @@ def cuda(step: str, good: bool, text: str, code: str = "") -> Finding:
     return fail(f"cuda {step}", text, _CUDA_ADVICE.get(code) or advice.get(step) or _kernel_advice(text))
 
 
-def sandbox(status: Mapping[str, str]) -> Finding:
-    """`status`: of /proc/self/status. Whether this ran as the service does."""
+def confined(status: Mapping[str, str], degraded: bool) -> Literal["", "full", "degraded"]:
+    """What confines this process. `status`: of /proc/self/status; `degraded`: its unit says so."""
     filtered, privileged = status.get("Seccomp", "0") == "2", status.get("NoNewPrivs", "0") != "1"
-    capable = int(status.get("CapEff", "0"), 16) != 0
-    if filtered and not privileged and not capable:
+    if not filtered or privileged or int(status.get("CapEff", "0"), 16) != 0:
+        return ""
+    return "degraded" if degraded else "full"
+
+
+def sandbox(found: Literal["", "full", "degraded"]) -> Finding:
+    """Whether this ran as the service does."""
+    if found == "degraded":
+        text = "as the service, without its device filter (jetson/degraded.conf)"
+        return warn("sandbox", text, "try without that drop-in after an upgrade of JetPack")
+    if found:
         return ok("sandbox", "as the service: system calls filtered, no privileges, no capabilities")
     return skip("sandbox", "none here: `muster-edge doctor --sandbox` (as root) examines as the service would run")
 

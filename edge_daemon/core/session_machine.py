@@ -74,8 +74,9 @@ def _advance(state: State) -> Result:
 
 def _decide(state: State, capability: Capability, work: Assignment) -> Result:
     reason = policy.refusal(
-        state.settings, capability, work, state.load, minute=state.minute, disk_free=state.disk_free
-    )
+        state.settings, capability, work, state.load, minute=state.minute, disk_free=state.disk_free,
+        unified=state.machine is not None and state.machine.unified,
+    )  # fmt: skip
     identity = identity_of(work)
     if reason:
         state, commands = outbox.finish(state, Finished(**identity._asdict(), verdict="rejected", reason=reason))

@@ -118,6 +118,14 @@ class Machine:
     cores: float = 1.0
     memory_bytes: int = 0
     gpus: tuple[Gpu, ...] = ()
+    driver: str = ""
+    jetpack: str = ""
+    sandbox: Literal["", "full", "degraded"] = ""
+
+    @property
+    def unified(self) -> bool:
+        """Whether a GPU that trains shares the machine's memory."""
+        return any(gpu.integrated for gpu in self.gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +156,10 @@ class Agent:
     """Of the work it was last told to do."""
     killed_at: float = -1e9
     """When it was last told to die for its silence."""
+    gpus: tuple[str, ...] = ()
+    """The GPUs it was started for; none: the CPU."""
+    held_bytes: int = 0
+    """Of the machine's memory, through a GPU which shares it, as it last told."""
 
 
 @dataclass(frozen=True, kw_only=True)

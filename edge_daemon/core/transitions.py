@@ -64,8 +64,8 @@ MOVES: tuple[Transition, ...] = (
 
 _NAMES = (
     "Started", "Tick", "Drain", "Reconfigured", "MachineRead", "LoadRead", "Linked", "Unlinked", "OwnStateSeen",
-    "CoordinatorSeen", "AssignReceived", "CommandReceived", "Wanted", "Settled", "AdapterStored", "AdapterLost", "OfferLost",
-    "AgentProbed", "AgentBeat", "AgentTrained", "AgentFailed", "AgentGone",
+    "CoordinatorSeen", "AssignReceived", "CommandReceived", "Wanted", "Settled", "AdapterStored", "AdapterLost",
+    "OfferLost", "AgentProbed", "AgentBeat", "AgentTrained", "AgentFailed", "AgentGone",
 )  # fmt: skip
 _MOVING = {(row.source, row.on) for row in MOVES}
 STAYS: tuple[Transition, ...] = tuple(

@@ -19,9 +19,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from edge_daemon.protocol import Beat, Failed, Merge, Merged, Probe, Probed, Shutdown, ToAgent, Train, Trained
+import msgspec
+
+from edge_daemon.protocol import (
+    INTEGRATED,
+    Beat,
+    Failed,
+    Merge,
+    Merged,
+    Probe,
+    Probed,
+    Shutdown,
+    ToAgent,
+    Train,
+    Trained,
+)
 from edge_daemon.training.control import Control, PipeClosed, Stopped
-from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, resident_bytes
+from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, let_go, resident_bytes, shares_memory
 from shared import logs
 from shared.allocator import give_back
 from shared.errors import DecodeError, UserError
@@ -78,15 +92,23 @@ class Agent:
                 case Probe() as probe:
                     self._control.send(self.probe(probe))
                 case Train() as train:
-                    self._control.send(self.train(train))
-                    # Its factors and moments are held by cycles alone: the next work would find them still there.
-                    give_back()
+                    self._serve(train)
                 case Merge() as order:
                     self._control.send(self.merge(order))
                 case Shutdown() | None:
                     return 0
                 case other:
                     log.debug("nothing under way for %s", type(other).__name__)
+
+    def _serve(self, train: Train) -> None:
+        answer = self.train(train)
+        # Its factors and moments are held by cycles alone: the next work would find them still there.
+        if shares_memory(self._device):
+            give_back()
+            self._control.send(msgspec.structs.replace(answer, held_bytes=let_go(self._device)))
+        else:
+            self._control.send(answer)
+            give_back()
 
     def probe(self, probe: Probe) -> Probed:
         """Find out what this device can do, with real kernels and the real files."""
@@ -306,7 +328,8 @@ def _stop_reason(stop: Stopped) -> str:
 
 def _set_environment(probe: Probe) -> None:
     """What libraries read when they are first imported."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = probe.gpu
+    # CUDA's UUID of a Jetson is not one that it takes here.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0" if probe.gpu == INTEGRATED else probe.gpu
     os.environ["OMP_NUM_THREADS"] = str(max(1, probe.threads))
     # Nothing here is compiled, and bitsandbytes would load the compiler: 40 MB.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"

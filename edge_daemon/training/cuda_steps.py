@@ -1,7 +1,7 @@
 """CUDA step by step, from the driver's library to a 4-bit product; a line of JSON for each step, up to one that fails.
 
-`muster-edge doctor --cuda` runs it as a process of its own: a kernel that hangs or crashes costs nothing else. Not run on
-hardware yet: the steps after the driver's are tested with `--device cpu`.
+`muster-edge doctor --cuda` runs it as a process of its own: a kernel that hangs or crashes costs nothing else. Not run
+on hardware yet: the steps after the driver's are tested with `--device cpu`.
 """
 
 from __future__ import annotations

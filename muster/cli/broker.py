@@ -11,6 +11,7 @@ import typer
 from muster import mosquitto
 from muster.cli.pki import Passphrase, open_authority
 from muster.pki import register as rules
+from muster.pki.register import Role
 from shared import topics
 from shared.errors import UserError
 from shared.ids import check_name
@@ -55,15 +56,10 @@ def acl(
             raise UserError("name the fleet, too: muster broker acl FLEET --coordinator NAME")
         register = open_authority(folder).register
         fleet = register.fleet
-        named = {
-            "coordinator": rules.names(register, "coordinator"),
-            "reader": rules.names(register, "reader"),
-            "gate": rules.names(register, "gate"),
-        }
-        if not named["coordinator"]:
-            raise UserError(f"{folder}: no coordinator was enrolled: muster pki sign coord-1 --as coordinator --request ...")
-    elif not named["coordinator"]:
-        raise UserError("a fleet without a coordinator does nothing: --coordinator NAME")
+        parts: tuple[Role, ...] = ("coordinator", "reader", "gate")
+        named = {part: rules.names(register, part) for part in parts}
+    if not named["coordinator"]:
+        raise UserError("a fleet without a coordinator does nothing: enrol one, or name it with --coordinator")
     for what, names in (("fleet", [fleet]), *named.items()):
         for name in names:
             check_name(name, what)

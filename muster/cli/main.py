@@ -114,12 +114,16 @@ def export(
     jobs.export(where(context), job, folder, merged=merged, base=base)
 
 
-@app.command(epilog="Example: [bold]muster devices[/bold]")
-def devices(context: typer.Context, json: Json = False) -> None:
-    """List the devices with their load, as the coordinator sees them now."""
+@app.command(epilog="Example: [bold]muster devices edge-01[/bold]")
+def devices(
+    context: typer.Context,
+    device: Annotated[str, typer.Argument(help="Id of a device to show in full, its GPUs one by one.")] = "",
+    json: Json = False,
+) -> None:
+    """List the devices with their load, as the coordinator sees them now; or show one in full."""
     from muster.cli import jobs
 
-    jobs.devices(where(context), as_json=json)
+    jobs.devices(where(context), device, as_json=json)
 
 
 @app.command(epilog="Example: [bold]muster forget edge-07[/bold]")

@@ -126,13 +126,19 @@ def rotate(
     passphrase_file: Passphrase = "",
     json: Json = False,
 ) -> None:
-    """Renew every certificate that is due, and the revocation list. Nodes without a request keep their key."""
+    """Renew every certificate that is due or has a request, and the revocation list. Without a request a node's key
+    stays. Exit code 1: some could not be renewed."""
     authority = open_authority(folder, passphrase_file)
     try:
         given = {path.stem: path.read_bytes() for path in sorted(requests.glob("*.csr"))} if requests else {}
     except OSError as error:
         raise UserError(f"--requests {requests}: {error.strerror}") from error
-    _tell(authority.rotate(_now(), only=names or (), requests=given), as_json=json)
+    done = authority.rotate(_now(), only=names or (), requests=given)
+    _tell(done.renewed, as_json=json)
+    for reason in done.refused.values():
+        print(f"not renewed: {reason}", file=sys.stderr)
+    if done.refused:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: [bold]muster pki revoke edge-07 --reason key_compromise[/bold]")
@@ -179,7 +185,13 @@ def show(name: Name, folder: Folder = _HERE, json: Json = False) -> None:
 def _tell(issued: Sequence[Issued], *, as_json: bool) -> None:
     if as_json:
         views = [
-            {**_view(one.entry), "certificate": str(one.certificate), "key_file": str(one.key or "")} for one in issued
+            {
+                **_view(one.entry),
+                "certificate": str(one.certificate),
+                "key_file": str(one.key or ""),
+                "changed": one.changed,
+            }
+            for one in issued
         ]
         print(msgspec.json.encode(views).decode())
         return
@@ -187,7 +199,7 @@ def _tell(issued: Sequence[Issued], *, as_json: bool) -> None:
         key = f" and {one.key}" if one.key else ""
         print(f"{one.entry.name}: {one.certificate}{key}, {one.entry.role}, until {one.entry.not_after:%Y-%m-%d}")
     if not issued:
-        print("nothing is due")
+        print("nothing was renewed")
 
 
 def _view(entry: Entry) -> dict[str, Any]:

@@ -42,6 +42,16 @@ class Issued:
     entry: Entry
     certificate: Path
     key: Path | None = None
+    changed: bool = True
+    """False: it was issued before, to the same request."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What was renewed; and of what was not, by name, the reason."""
+
+    renewed: list[Issued]
+    refused: dict[str, str]
 
 
 class Authority:
@@ -113,14 +123,20 @@ class Authority:
     ) -> Issued:  # fmt: skip
         """Answer a node's request. Only its key is taken: name, role and hosts are the operator's word.
 
-        Raises `UserError` where the request is not of `name`, its key is weak or another's, or the name is taken.
+        A request that was answered before gets the same certificate while that is good. Raises `UserError` where the
+        request is not of `name`, its key is weak or another's, or the name is taken.
         """
         key = self._requested(name, request)
         wanted = Wanted(
             name=name, role=role, hosts=rules.checked_hosts(hosts), key=certificates.digest_of_key(key), renew=renew
         )
         with self._turn() as signer:
-            return self._issue(signer, wanted, key, now)
+            answered = rules.answered(self.register, wanted, now)
+            if answered is None:
+                return self._issue(signer, wanted, key, now)
+            if not self._holds(answered):
+                self._write(self.certificate(name), signer.certificate(answered, key))
+            return Issued(answered, self.certificate(name), changed=False)
 
     def issue(
         self, name: str, role: Role, now: datetime.datetime, *, hosts: Sequence[str] = (), renew: bool = False
@@ -135,21 +151,23 @@ class Authority:
 
     def rotate(
         self, now: datetime.datetime, *, only: Sequence[str] = (), requests: Mapping[str, bytes] | None = None
-    ) -> list[Issued]:
-        """Renew what is due, or `only` these names, due or not; then the revocation list.
+    ) -> Rotation:
+        """Renew what is due or sent a request, or `only` these names, due or not; then the revocation list.
 
         A key made here is made anew. A node's new key comes by `requests`; without one its certificate alone is new.
+        What one node sent does not stop the others.
         """
-        found = self.register
-        entries = rules.due(found, now)
-        if only:
-            entries = [entry for name in only if (entry := rules.current(found, name)) is not None]
-            if missing := sorted(set(only) - {entry.name for entry in entries}):
-                raise UserError(f"{missing[0]}: nothing to renew: it has no certificate that was not revoked")
         given = requests or {}
-        renewed = [self._renewed(entry, given.get(entry.name), now) for entry in entries]
-        self.refresh(now)
-        return renewed
+        names = only or sorted({entry.name for entry in rules.due(self.register, now)} | given.keys())
+        renewed: list[Issued] = []
+        refused: dict[str, str] = {}
+        self.refresh(now)  # first: it needs the authority's key, and without that nothing can be renewed
+        for name in names:
+            try:
+                renewed.append(self._renewed(name, given.get(name), now))
+            except UserError as error:
+                refused[name] = str(error)
+        return Rotation(renewed, refused)
 
     def revoke(
         self, name: str, now: datetime.datetime, *, reason: Reason = "unspecified", only_old: bool = False
@@ -194,7 +212,17 @@ class Authority:
         certificates.check_strength(key, f"request of {name}")
         return key
 
-    def _renewed(self, entry: Entry, request: bytes | None, now: datetime.datetime) -> Issued:
+    def _holds(self, entry: Entry) -> bool:
+        """Whether its certificate lies there: whoever was killed after writing the register has not written it."""
+        path = self.certificate(entry.name)
+        if not path.exists():
+            return False
+        return certificates.serial_of(certificates.read_certificate(self._read(path), str(path))) == entry.serial
+
+    def _renewed(self, name: str, request: bytes | None, now: datetime.datetime) -> Issued:
+        entry = rules.current(self.register, name)
+        if entry is None:
+            raise UserError(f"{name}: nothing to renew: it has no certificate that was not revoked")
         if request is not None:
             return self.sign(entry.name, request, entry.role, now, hosts=entry.hosts, renew=True)
         if entry.kept:
@@ -209,7 +237,12 @@ class Authority:
             return self._issue(signer, wanted, key, now)
 
     def _issue(
-        self, signer: forms.Signer, wanted: Wanted, key: CertificatePublicKeyTypes, now: datetime.datetime, key_pem: bytes = b""
+        self,
+        signer: forms.Signer,
+        wanted: Wanted,
+        key: CertificatePublicKeyTypes,
+        now: datetime.datetime,
+        key_pem: bytes = b"",
     ) -> Issued:
         if wanted.key == signer.key_digest:
             raise UserError(f"{wanted.name}: its key is the authority's: make a new one on the node")
@@ -233,7 +266,11 @@ class Authority:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[forms.Signer]:
         """Alone with the folder, and its key open."""
-        with (self.folder / "lock").open("ab") as lock:
+        try:
+            lock = (self.folder / "lock").open("ab")
+        except OSError as error:
+            raise UserError(f"{self.folder}: can't be written: {error.strerror}") from error
+        with lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             path = self.folder / "ca.key"
             if path.exists() and path.stat().st_mode & 0o077:

@@ -101,7 +101,9 @@ def checked_hosts(hosts: Iterable[str]) -> tuple[str, ...]:
             found.append(str(ipaddress.ip_address(host)))
         except ValueError:
             if not _HOST.match(host.lower()):
-                raise UserError(f"host {host!r}: neither a host name nor an address (wildcards are not issued)") from None
+                raise UserError(
+                    f"host {host!r}: neither a host name nor an address (wildcards are not issued)"
+                ) from None
             found.append(host.lower())
     return tuple(dict.fromkeys(found))
 
@@ -125,6 +127,15 @@ def admit(register: Register, wanted: Wanted, now: datetime.datetime) -> None:
         raise UserError(f"{name}: nothing to renew: it has no certificate that was not revoked")
     if not wanted.renew and last is not None and now < last.not_after:
         raise UserError(f"{name}: it has a certificate until {last.not_after:%Y-%m-%d}: revoke that, or renew it")
+
+
+def answered(register: Register, wanted: Wanted, now: datetime.datetime) -> Entry | None:
+    """The certificate that is good and just as `wanted`, where no other is asked for."""
+    last = current(register, wanted.name)
+    if last is None or wanted.renew or now >= last.not_after:
+        return None
+    same = (last.role, last.hosts, last.key, last.kept) == (wanted.role, wanted.hosts, wanted.key, wanted.kept)
+    return last if same else None
 
 
 def add(
@@ -158,7 +169,8 @@ def revoke(
 ) -> tuple[Register, list[Entry]]:
     """The register with every certificate of `name` revoked, and which were not so before.
 
-    Expired ones too, else they would be renewed. `only_old`: all but the newest. Raises `UserError` for a name that was never given.
+    Expired ones too, else they would be renewed. `only_old`: all but the newest. Raises `UserError` for a name that was
+    never given.
     """
     if not any(entry.name == name for entry in register.entries):
         raise UserError(f"{name}: no certificate of this name was issued here")
@@ -189,7 +201,10 @@ def next_list(register: Register, now: datetime.datetime) -> Register:
     if register.crl_from is not None:
         begin = max(begin, register.crl_from + _SECOND)
     if begin > now:
-        raise UserError(f"the last revocation list is of {register.crl_from}, here it is {now}: set this machine's clock")
+        raise UserError(
+            f"the last revocation list is of {register.crl_from:%Y-%m-%d %H:%M}, here it is {now:%Y-%m-%d %H:%M} UTC: "
+            "set this machine's clock"
+        )
     end = _whole(now) + datetime.timedelta(days=register.terms.crl_days)
     return structs.replace(register, crl_number=register.crl_number + 1, crl_from=begin, crl_until=end)
 

@@ -63,7 +63,7 @@ def free_port() -> int:
 class Broker:
     """A mosquitto on a free port of 127.0.0.1; a context manager.
 
-    It has the configuration of a fleet's broker, but for what is said here. `folder`: configuration, log and persistence
+    It has the configuration of a fleet's broker, but for what is said here. `folder`: configuration, log, persistence
     (a temporary one, removed at the end, where None). `tls`: folder with `ca.crt`, `server.crt`, `server.key` and
     `crl.pem` (see `muster.testbed.machines`); without it, it is open to all. `passwords`: user -> password. `acl`: text
     of the ACL. `overrides`: option -> value, None to leave one out.

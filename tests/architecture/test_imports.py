@@ -81,7 +81,10 @@ def test_cores_call_nothing_impure(core: str) -> None:
 @pytest.mark.parametrize(
     ("service", "never"),
     [
-        ("edge_daemon.service", ("torch", "transformers", "peft", "numpy", "scipy", "coordinator", "muster")),
+        (
+            "edge_daemon.service",
+            ("torch", "transformers", "peft", "numpy", "scipy", "cryptography", "coordinator", "muster"),
+        ),
         ("coordinator.service", ("torch", "transformers", "peft", "bitsandbytes", "edge_daemon", "muster")),
     ],
 )

@@ -48,7 +48,9 @@ class Secure:
         self.broker.reload()
 
 
-def issued_at(authority: Authority, name: str, age_days: int, role: Role = "device", hosts: tuple[str, ...] = ()) -> Issued:
+def issued_at(
+    authority: Authority, name: str, age_days: int, role: Role = "device", hosts: tuple[str, ...] = ()
+) -> Issued:
     """A certificate that was issued so long ago."""
     return authority.issue(name, role, now() - datetime.timedelta(days=age_days), hosts=hosts)
 

@@ -62,7 +62,7 @@ def secure_fleet(place: Path) -> Fleet:
 
 def leaked(fleet: Fleet) -> Iterator[str]:
     """Where a key or the API's token can be seen that should not be: files, arguments and environments."""
-    keys = [path for path in (fleet.folder / "pki").rglob("*.key")]
+    keys = list((fleet.folder / "pki").rglob("*.key"))
     assert {path.name for path in keys} == {f"{name}.key" for name in ("ca", "server", "coord-1", *DEVICES)}
     secrets = {path: path.read_text("utf-8").splitlines()[1].encode() for path in keys}
     token = fleet.folder / "coordinator" / "token"

@@ -5,13 +5,16 @@ from __future__ import annotations
 import shutil
 import ssl
 import subprocess
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 
 from muster import mosquitto
+from muster.cli.main import main
 from muster.kick import kick
 from muster.testbed.broker import Broker, find_mosquitto, free_port
 from muster.testbed.machines import LOCAL, Machines, now
@@ -42,7 +45,7 @@ def publish(owner: Owner, topic: topics.Topic, **parts: object) -> str:
 
 
 def test_30_the_acl_lets_each_side_do_its_part_and_surfaces_what_it_denies(secure: Secure, own: Own) -> None:
-    """And case 9: denied once, named, not tried again."""
+    """Cases 9 and 30: denied once, named, not tried again."""
     coordinator = own(secure.settings("coord-1", "coordinator"), "coord-1", topics.coordinator_filters(FLEET))
     coordinator.wait(Connected)
     device = own(secure.settings("dev-1"), "dev-1", DEVICE)
@@ -70,7 +73,7 @@ def test_30_the_acl_lets_each_side_do_its_part_and_surfaces_what_it_denies(secur
 
 @pytest.mark.parametrize(("name", "role"), [("coord-1", "coordinator"), ("board", "reader"), ("gate-1", "gate")])
 def test_30_who_is_no_device_is_none_of_its_own_name_either(secure: Secure, own: Own, name: str, role: str) -> None:
-    """The patterns of the access list hold for every user: without the deny lines a dashboard could play a device."""
+    """Case 30: patterns of an access list hold for every user; without deny lines a dashboard could play a device."""
     other = own(secure.settings(name, role), name)
     other.wait(Connected)
     assert publish(other, topics.STATE, device=name) == "Not authorized"
@@ -82,6 +85,7 @@ def test_30_who_is_no_device_is_none_of_its_own_name_either(secure: Secure, own:
 
 
 def test_30_a_gate_sees_presence_and_nothing_else(secure: Secure, own: Own) -> None:
+    """Case 30."""
     everything = [(f"{topics.PREFIX}/{FLEET}/#", 1)]
     gate = own(secure.settings("gate-1", "gate"), "gate-1", everything)
     board = own(secure.settings("board", "reader"), "board", everything)
@@ -90,7 +94,10 @@ def test_30_a_gate_sees_presence_and_nothing_else(secure: Secure, own: Own) -> N
         owner.wait(Connected)
     assert publish(device, topics.ACK, device="dev-1") == ""
     assert publish(device, topics.STATE, device="dev-1") == ""
-    seen = {owner: [event.name.split("/", 3)[3] for event in owner.wait(Received, n)] for owner, n in ((board, 2), (gate, 1))}
+    seen = {
+        owner: [event.name.split("/", 3)[3] for event in owner.wait(Received, n)]
+        for owner, n in ((board, 2), (gate, 1))
+    }
     assert seen == {board: ["device/dev-1/up/ack", "device/dev-1/state"], gate: ["device/dev-1/state"]}
 
 
@@ -104,7 +111,7 @@ def test_the_certificate_names_the_client(secure: Secure, own: Own) -> None:
 
 
 def test_33_a_revoked_certificate_is_refused_after_a_reload(secure: Secure, own: Own) -> None:
-    """The connection that stands ends at the latest when it is kicked, or by itself; then there is no way back."""
+    """Case 33: the connection that stands ends when it is kicked or by itself; then there is no way back."""
     device = own(secure.settings("dev-1", reconnect_max_s=0.2), "dev-1", DEVICE)
     other = own(secure.settings("dev-2"), "dev-2")
     for owner in (device, other):
@@ -112,7 +119,8 @@ def test_33_a_revoked_certificate_is_refused_after_a_reload(secure: Secure, own:
     secure.authority.revoke("dev-1", now(), reason="key_compromise")
     secure.reload()
     assert publish(device, topics.STATE, device="dev-1") == ""  # mosquitto looks when a connection begins
-    kick(secure.authority, "dev-1", "127.0.0.1", secure.broker.port, now=now())
+    where = ["--host", "127.0.0.1", "--port", str(secure.broker.port), "--folder", str(secure.authority.folder)]
+    assert main(["broker", "kick", "dev-1", *where]) == 0
     device.wait(Disconnected)
     assert "revoked" in device.wait(TransportFailed)[0].reason.lower()
     device.rest(1.0)
@@ -122,6 +130,7 @@ def test_33_a_revoked_certificate_is_refused_after_a_reload(secure: Secure, own:
 
 
 def test_33_what_a_kick_used_is_worth_nothing_after_the_next_list(secure: Secure, own: Own) -> None:
+    """Case 33."""
     device = own(secure.settings("dev-1"), "dev-1", DEVICE)
     device.wait(Connected)
     certificate, key = secure.authority.brief("dev-1", now())
@@ -137,6 +146,7 @@ def test_33_what_a_kick_used_is_worth_nothing_after_the_next_list(secure: Secure
 
 
 def test_33_a_second_revocation_within_the_same_second_counts(secure: Secure, own: Own) -> None:
+    """Case 33."""
     for name in ("dev-1", "dev-2"):
         secure.settings(name)
     moment = now()
@@ -159,7 +169,7 @@ def test_a_kick_needs_a_broker_and_a_name(secure: Secure) -> None:
 
 
 def test_34_a_client_without_a_good_certificate_is_refused(secure: Secure, own: Own) -> None:
-    """Of another authority, none, expired, not yet valid, a broker's, a broken signature."""
+    """Case 34: of another authority, none, expired, not yet valid, a broker's."""
     stranger = Machines(secure.place / "stranger", FLEET).authority
     good = str(secure.authority.cafile)
     offered = {
@@ -177,6 +187,7 @@ def test_34_a_client_without_a_good_certificate_is_refused(secure: Secure, own: 
 
 
 def test_34_nothing_below_tls_1_3_is_spoken(secure: Secure) -> None:
+    """Case 34."""
     settings = secure.settings("dev-1")
     context = ssl.create_default_context(cafile=settings.cafile)
     context.load_cert_chain(settings.certfile, settings.keyfile)
@@ -205,6 +216,7 @@ def impostor(place: Path, authority_of: Machines, certificate: Path, **overrides
     ],
 )
 def test_34_our_client_refuses_a_broker_that_is_not_its_own(secure: Secure, own: Own, what: str, told: str) -> None:
+    """Case 34, the other way round."""
     machines = secure.machines
     if what == "another authority":
         machines = Machines(secure.place / "stranger", FLEET)
@@ -225,7 +237,7 @@ def test_34_our_client_refuses_a_broker_that_is_not_its_own(secure: Secure, own:
 
 
 def test_34_our_client_speaks_nothing_below_tls_1_3(secure: Secure, own: Own) -> None:
-    """To a broker that knows TLS 1.2 alone: `openssl s_server`, since mosquitto would offer 1.3 beside it."""
+    """Case 34: to a broker that knows TLS 1.2 alone: `openssl s_server`, since mosquitto would offer 1.3 beside it."""
     folder, port = secure.machines.folder / "server", free_port()
     server = subprocess.Popen(
         ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-tls1_2", "-quiet",
@@ -243,6 +255,7 @@ def test_34_our_client_speaks_nothing_below_tls_1_3(secure: Secure, own: Own) ->
 
 
 def test_34_a_revoked_broker_is_refused_by_clients_that_have_the_list(secure: Secure, own: Own) -> None:
+    """Cases 33 and 34."""
     secure.authority.revoke("server", now(), reason="key_compromise")
     crl = str(secure.authority.crlfile)
     owner = own(secure.settings("dev-1", crlfile=crl), "dev-1", DEVICE)
@@ -267,9 +280,7 @@ def test_a_renewed_certificate_keeps_the_session(secure: Secure, own: Own) -> No
     before = serial_of(x509.load_pem_x509_certificate(machine.certfile.read_bytes()))
     request = machine.request(renew=True)
     assert device.of(Disconnected) == []
-    (renewed,) = secure.authority.rotate(
-        now(), only=["dev-1"], requests={"dev-1": Path(request.request).read_bytes()}
-    )
+    (renewed,) = secure.authority.rotate(now(), requests={"dev-1": Path(request.request).read_bytes()}).renewed
     machine.install(renewed.certificate.read_bytes(), None, now())
     secure.authority.revoke("dev-1", now(), reason="superseded", only_old=True)
     secure.reload()
@@ -289,9 +300,7 @@ def test_a_broker_takes_its_renewed_certificate_at_a_reload(secure: Secure, own:
     device.wait(Connected)
     server = Enrolment(secure.machines.folder / "server", "server")
     request = server.request(renew=True)
-    (renewed,) = secure.authority.rotate(
-        now(), only=["server"], requests={"server": Path(request.request).read_bytes()}
-    )
+    (renewed,) = secure.authority.rotate(now(), requests={"server": Path(request.request).read_bytes()}).renewed
     server.install(renewed.certificate.read_bytes(), None, now())
     secure.broker.reload()
     settings = secure.settings("dev-2")
@@ -325,3 +334,34 @@ def test_the_printed_configuration_loads(tmp_path: Path, own: Own) -> None:
     finally:
         process.terminate()
         process.wait(5)
+
+
+def test_while_one_authority_follows_another_both_are_believed(secure: Secure, own: Own) -> None:
+    """Certificates and revocation lists of both lie in one file each."""
+    following = Machines(secure.place / "following", FLEET)
+    folder = secure.machines.folder / "server"
+    files = [following.authority.issue(name, "device", now()).certificate for name in ("dev-2", "dev-3")]
+    following.authority.revoke("dev-3", now())
+    both = secure.authority.cafile.read_bytes() + following.authority.cafile.read_bytes()
+    (folder / "ca.crt").write_bytes(both)
+    (secure.place / "both.crt").write_bytes(both)
+    lists = [one.crlfile.read_bytes() for one in (secure.authority, following.authority)]
+    (folder / "crl.pem").write_bytes(b"".join(lists))
+    secure.broker.reload()
+    for name, certificate in (("dev-1", None), ("dev-2", files[0])):
+        found = secure.of(certificate) if certificate else secure.settings(name)
+        own(found, name).wait(Connected)
+    own(secure.of(files[0], cafile=str(secure.place / "both.crt")), "dev-2").wait(Connected)
+    assert "revoked" in own(secure.of(files[1]), "dev-3").wait(TransportFailed)[0].reason.lower()
+
+
+def test_a_broker_does_not_start_with_a_damaged_list(secure: Secure) -> None:
+    secure.broker.stop()
+    (secure.machines.folder / "server" / "crl.pem").write_text("junk")
+    with suppress(UserError):  # it may listen for a moment before it reads the list
+        secure.broker.start()
+    until = time.monotonic() + 20.0
+    while secure.broker.pid:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    assert "Unable to load certificate revocation file" in secure.broker.log

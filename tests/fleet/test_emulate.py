@@ -103,7 +103,7 @@ def test_a_secure_fleet_works_on_a_job_under_mutual_tls(place: Path) -> None:
     broker = (fleet / "broker" / "mosquitto.log").read_text()
     for name in ("coord-1", "edge-01", "edge-02"):
         assert f"as {name} (" in broker, broker
-        assert f'keyfile = "{fleet}/pki/{name}/{name}.key"' in "".join(
+        assert f'"keyfile" = "{fleet}/pki/{name}/{name}.key"' in "".join(
             path.read_text() for path in fleet.glob("*.toml")
         )
     assert (fleet / "broker" / "mosquitto.conf").read_text().count("tls_version tlsv1.3") == 1

@@ -121,7 +121,7 @@ def test_a_certificate_alone_can_be_renewed_beside_a_request(authority: Authorit
     enrolled(authority, machine)
     key = machine.keyfile.read_bytes()
     machine.request(renew=True)
-    (rotated,) = authority.rotate(day(60))
+    (rotated,) = authority.rotate(day(60)).renewed
     machine.install(rotated.certificate.read_bytes(), None, day(60))
     assert machine.keyfile.read_bytes() == key
     assert machine.request_file.exists()

@@ -44,29 +44,32 @@ class Met:
 def visit(settings: EdgeSettings, wait_s: float) -> Met:
     """Go as far as it goes; each step waits `wait_s` at most."""
     findings, windows = _reach(settings.broker, wait_s)
-    if any(finding.verdict == "fail" for finding in findings):
+    if any(finding.verdict == "fail" for finding in findings) or (
+        settings.broker.cafile and findings[-1].verdict != "ok"
+    ):
         rest = [skip("broker login", "not reached"), skip("broker access", "not reached")]
         return Met([*findings, *rest], windows)
-    if running(Path(settings.state_dir)):
-        why = "the daemon runs and holds this device's only session: see `systemctl status muster-edge`"
+    if why := occupied(Path(settings.state_dir)):
         return Met([*findings, skip("broker login", why), skip("broker access", why)], windows)
     more, seen = _login(settings, wait_s)
     return Met([*findings, *more], windows, seen)
 
 
-def running(state_dir: Path) -> bool:
-    """Whether a daemon holds `state_dir`."""
+def occupied(state_dir: Path) -> str:
+    """Why the device's session must be left alone, or ""."""
     try:
         descriptor = os.open(state_dir / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        return f"whether the daemon runs can't be told ({error.strerror}): run this as root or as the service's user"
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        return True
+        return "the daemon runs and holds this device's only session: see `systemctl status muster-edge`"
     finally:
         os.close(descriptor)
-    return False
+    return ""
 
 
 def _reach(settings: BrokerSettings, wait_s: float) -> tuple[list[Finding], tuple[Window, ...]]:

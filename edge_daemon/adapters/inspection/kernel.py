@@ -58,7 +58,9 @@ class _Step(msgspec.Struct):
 
 def cuda_steps(gpu: str, wait_s: float, program: Sequence[str] = CUDA_PROGRAM) -> list[Finding]:
     """CUDA from the driver to a 4-bit product on `gpu` ("": the first), each step a finding."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else dict(os.environ)
+    # As the agent does: CUDA's UUID of a Jetson is not one that it takes here.
+    visible = {"CUDA_VISIBLE_DEVICES": "0" if gpu == protocol.INTEGRATED else gpu} if gpu else {}
+    environment = {**os.environ, **visible}
     began = time.monotonic()
     try:
         done = subprocess.run(

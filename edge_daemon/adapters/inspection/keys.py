@@ -37,7 +37,9 @@ def read(settings: BrokerSettings) -> Keys:
         name=_name(own) if own else "",
         matches=_matches(own, content.get("keyfile"), files, faults),
         issued=own is None or not authorities or any(_issued(own, authority) for authority in authorities),
-        windows=(*_windows(chain[:1], "this device's certificate"), *_windows(authorities, "the authority's")),
+        windows=(
+            *_windows(chain[:1], "this device's certificate"), *_windows(authorities, "the authority's certificate"),
+        ),
     )  # fmt: skip
 
 

@@ -8,8 +8,11 @@ import subprocess
 import tempfile
 import threading
 from pathlib import Path
+from typing import Literal
 
-from edge_daemon.adapters.telemetry.nvidia import NvidiaReader
+from edge_daemon.adapters.telemetry import gpus as telemetry_gpus
+from edge_daemon.core.diagnosis import confined
+from edge_daemon.settings import TelemetrySettings
 from shared.messages import Gpu
 
 
@@ -37,11 +40,16 @@ def disk(state_dir: Path) -> tuple[int | None, str]:
         return None, f"can't be written: {error.strerror}"
 
 
-def gpus(wait_s: float) -> list[Gpu] | None:
+def gpus(settings: TelemetrySettings, wait_s: float) -> list[Gpu] | None:
     """All GPUs by the driver; None: it does not answer within `wait_s`."""
     found: list[list[Gpu]] = []
+
+    def ask() -> None:
+        reader = telemetry_gpus.source((), settings)
+        found.append(reader.facts() if reader is not None else [])
+
     # A call into a hung driver never returns: its thread is left behind.
-    thread = threading.Thread(target=lambda: found.append(NvidiaReader().facts()), name="nvml", daemon=True)
+    thread = threading.Thread(target=ask, name="gpus", daemon=True)
     thread.start()
     thread.join(wait_s)
     if found:
@@ -54,7 +62,8 @@ def has_driver(root: Path = Path("/")) -> bool:
     return any((root / name).exists() for name in ("proc/driver/nvidia/version", "etc/nv_tegra_release"))
 
 
-def status(root: Path = Path("/")) -> dict[str, str]:
-    """/proc/self/status as a table."""
+def sandbox(root: Path = Path("/")) -> Literal["", "full", "degraded"]:
+    """What confines this process."""
     lines = (root / "proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    status = {key: value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    return confined(status, os.environ.get("MUSTER_SANDBOX") == "degraded")

@@ -26,7 +26,7 @@ def properties(unit: str) -> tuple[list[str], list[str]]:
     Raises `UserError` where it starts nothing.
     """
     section, command, found = "", list[str](), list[str]()
-    for line in re.sub(r"\\\n", " ", unit).splitlines():
+    for line in re.sub(r"\s*\\\n\s*", " ", unit).splitlines():
         line = line.strip()
         if line.startswith("["):
             section = line

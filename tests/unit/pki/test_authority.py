@@ -1,4 +1,4 @@
-"""An authority on disk: what it issues and lists, what it refuses, who may read its files; openssl's opinion of it all."""
+"""An authority on disk: what it issues and lists, what it refuses, who may read its files; openssl's opinion."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from muster.pki.authority import Authority, Issued, read_passphrase
+from muster.pki.authority import Authority, Issued, Rotation, read_passphrase
 from muster.pki.register import REASONS, Role, Terms
 from shared import certificates
 from shared.errors import UserError
@@ -231,6 +231,25 @@ def test_rules_of_the_register_hold_on_disk(authority: Authority) -> None:
     assert f"{load(renewed).serial_number:x}" == authority.register.entries[1].serial
 
 
+def test_a_request_that_was_answered_gets_the_same_certificate(authority: Authority) -> None:
+    """Whoever was cut off on the way asks again."""
+    data = request("edge-01")
+    first = authority.sign("edge-01", data, "device", NOW)
+    before = first.certificate.read_bytes()
+    again = authority.sign("edge-01", data, "device", day(1))
+    assert (again.entry, again.changed, first.changed) == (first.entry, False, True)
+    assert first.certificate.read_bytes() == before
+    first.certificate.unlink()  # killed between register and certificate
+    authority.sign("edge-01", data, "device", day(1))
+    assert f"{load(first).serial_number:x}" == first.entry.serial
+    assert len(authority.register.entries) == 1
+    with pytest.raises(UserError, match="given to a device"):
+        authority.sign("edge-01", data, "gate", day(1))
+    authority.revoke("edge-01", day(2))
+    with pytest.raises(UserError, match="its key was revoked"):
+        authority.sign("edge-01", data, "device", day(2))
+
+
 def test_40_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0)  # the worst that a shell can have
     try:
@@ -314,6 +333,13 @@ def test_a_damaged_folder_is_told_in_one_line(authority: Authority) -> None:
         authority.issue("edge-01", "device", NOW)
 
 
+def test_a_folder_that_can_not_be_written_is_one_line(authority: Authority) -> None:
+    (authority.folder / "lock").unlink()
+    (authority.folder / "lock").mkdir()
+    with pytest.raises(UserError, match="pki: can't be written: Is a directory"):
+        authority.revoke("edge-01", NOW)
+
+
 def crl_of(authority: Authority) -> x509.CertificateRevocationList:
     return x509.load_pem_x509_crl(authority.crlfile.read_bytes())
 
@@ -357,8 +383,10 @@ def test_rotation_renews_what_is_due_each_in_its_way(authority: Authority) -> No
     authority.issue("broker-1", "server", NOW, hosts=("broker.example",))
     authority.sign("edge-03", request("edge-03", fresh), "device", day(30))
     before = authority.certificate("broker-1").with_suffix(".key").read_bytes()
-    assert authority.rotate(day(59)) == []
-    renewed = {one.entry.name: one for one in authority.rotate(day(60), requests={"edge-02": request("edge-02", new)})}
+    assert authority.rotate(day(59)) == Rotation([], {})
+    done = authority.rotate(day(60), requests={"edge-02": request("edge-02", new)})
+    renewed = {one.entry.name: one for one in done.renewed}
+    assert done.refused == {}
     assert set(renewed) == {"edge-01", "edge-02", "broker-1"}
     assert load(renewed["edge-01"]).public_key() == own.public_key()
     assert load(renewed["edge-02"]).public_key() == new.public_key()
@@ -370,22 +398,28 @@ def test_rotation_renews_what_is_due_each_in_its_way(authority: Authority) -> No
         assert load(one).not_valid_after_utc == day(150)
     assert crl_of(authority).next_update_utc == day(150)
     assert list(crl_of(authority)) == []  # what was replaced stays good until it is everywhere
-    assert authority.rotate(day(61)) == []
-    assert [one.entry.name for one in authority.rotate(day(61), only=["edge-03"])] == ["edge-03"]
+    assert authority.rotate(day(61)) == Rotation([], {})
+    early = authority.rotate(day(61), requests={"edge-03": request("edge-03")})  # it asked, so it is due
+    assert [one.entry.name for one in early.renewed] == ["edge-03"]
+    assert [one.entry.name for one in authority.rotate(day(62), only=["edge-03"]).renewed] == ["edge-03"]
 
 
-def test_rotation_refuses_what_it_can_not_renew(authority: Authority) -> None:
-    authority.sign("edge-01", request("edge-01"), "device", NOW)
-    with pytest.raises(UserError, match="edge-09: nothing to renew"):
-        authority.rotate(NOW, only=["edge-01", "edge-09"])
-    assert len(authority.register.entries) == 1
-    authority.revoke("edge-01", NOW)
-    assert authority.rotate(day(70)) == []
-    authority.sign("edge-01", request("edge-01"), "device", day(70))
-    other = authority.sign("edge-02", request("edge-02"), "device", day(70)).certificate
-    authority.certificate("edge-01").write_bytes(other.read_bytes())
-    with pytest.raises(UserError, match="not the newest that was issued: sign a new request of edge-01"):
-        authority.rotate(day(71), only=["edge-01"])
+def test_what_can_not_be_renewed_does_not_stop_the_others(authority: Authority) -> None:
+    for name in ("edge-01", "edge-02", "edge-03", "edge-04"):
+        authority.sign(name, request(name), "device", NOW)
+    authority.revoke("edge-02", NOW)
+    other = authority.certificate("edge-04").read_bytes()
+    authority.certificate("edge-03").write_bytes(other)
+    done = authority.rotate(day(60), requests={"edge-01": b"junk", "edge-09": request("edge-09")})
+    assert [one.entry.name for one in done.renewed] == ["edge-04"]
+    assert done.refused == {
+        "edge-01": "request of edge-01: no certificate signing request in PEM",
+        "edge-03": f"{authority.certificate('edge-03')}: not the newest that was issued: "
+        "sign a new request of edge-03 with --renew",
+        "edge-09": "edge-09: nothing to renew: it has no certificate that was not revoked",
+    }
+    assert authority.rotate(day(60), only=["edge-02"]).refused.keys() == {"edge-02"}
+    assert crl_of(authority).next_update_utc == day(150)
 
 
 def test_a_node_that_makes_its_own_key_takes_the_place_of_one_made_here(authority: Authority) -> None:
@@ -435,9 +469,8 @@ def test_shorter_terms_hold(tmp_path: Path) -> None:
     role: Role = "device"
     assert load(authority.sign("edge-01", request("edge-01"), role, NOW)).not_valid_after_utc == day(10)
     assert crl_of(authority).next_update_utc == day(3)
-    (renewed,) = authority.rotate(day(5))
+    (renewed,) = authority.rotate(day(5)).renewed
     assert load(renewed).not_valid_after_utc == day(12)  # its authority's own end
-    with pytest.raises(UserError, match="the authority itself expires"):
-        authority.rotate(day(11.5))
+    assert "the authority itself expires" in authority.rotate(day(11.5)).refused["edge-01"]
     with pytest.raises(UserError, match="days: rotation"):
         Authority.create(tmp_path / "other", "fleet1", NOW, terms=Terms(rotate_days=90))

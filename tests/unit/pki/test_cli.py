@@ -56,11 +56,15 @@ def test_from_an_authority_to_a_revoked_device(run: Run, fleet: Path) -> None:
     assert output.startswith("edge-01: pki/issued/edge-01.crt, device, until ")
     code, output, _ = run("pki", "issue", "broker-1", "--as", "server", "--host", "localhost", "--json")
     (issued,) = json.loads(output)
-    assert (issued["name"], issued["hosts"], issued["key_file"]) == ("broker-1", ["localhost"], "pki/issued/broker-1.key")
+    assert (issued["name"], issued["hosts"], issued["key_file"]) == (
+        "broker-1",
+        ["localhost"],
+        "pki/issued/broker-1.key",
+    )
     assert stat.S_IMODE(Path(issued["key_file"]).stat().st_mode) == 0o400
     assert run("pki", "issue", "coord-1", "--as", "coordinator")[0] == 0
     assert listed(run) == {"broker-1": "good", "coord-1": "good", "edge-01": "good"}
-    assert run("pki", "rotate")[1] == "nothing is due\n"
+    assert run("pki", "rotate") == (0, "nothing was renewed\n", "")
     code, output, _ = run("pki", "rotate", "edge-01", "--json")
     assert [one["name"] for one in json.loads(output)] == ["edge-01"]
     assert run("pki", "revoke", "edge-01", "--old")[1].startswith("edge-01: 1 revoked; copy pki/crl.pem to the broker")
@@ -79,9 +83,12 @@ def test_a_collected_folder_of_requests_renews_keys(run: Run, fleet: Path) -> No
     assert run("pki", "sign", "edge-01", "--request", str(machine.request_file))[0] == 0
     (fleet / "collected").mkdir()
     machine.request_file.rename(fleet / "collected" / "edge-01.csr")
-    code, output, _ = run("pki", "rotate", "edge-01", "--requests", "collected", "--json")
-    assert code == 0
-    assert json.loads(output)[0]["key"] == json.loads(run("pki", "show", "edge-01", "--json")[1])["certificates"][0]["key"]
+    (fleet / "collected" / "edge-02.csr").write_text("junk")
+    code, output, errors = run("pki", "rotate", "--requests", "collected", "--json")
+    assert (code, errors) == (1, "not renewed: edge-02: nothing to renew: it has no certificate that was not revoked\n")
+    assert (
+        json.loads(output)[0]["key"] == json.loads(run("pki", "show", "edge-01", "--json")[1])["certificates"][0]["key"]
+    )
 
 
 def test_40_a_passphrase_comes_from_a_file_or_the_environment_alone(
@@ -109,7 +116,10 @@ def test_40_a_passphrase_comes_from_a_file_or_the_environment_alone(
         ("pki list --folder none", "none: no authority here: make one with muster pki init"),
         ("pki init fleet1", "pki: there is something already"),
         ("pki init F --folder other", "fleet 'F': use 2 to 63"),
-        ("pki init f1 --folder other --days 10", "days: rotation at 60 must come before the end of a certificate at 10"),
+        (
+            "pki init f1 --folder other --days 10",
+            "days: rotation at 60 must come before the end of a certificate at 10",
+        ),
         ("pki init f1 --folder other --days 0", "days: expected `int` >= 1 - at `$.certificate_days`"),
         ("pki sign edge-01 --request none.csr", "--request none.csr: No such file"),
         ("pki sign edge-02 --request edge/edge-01.csr", "request of edge-02: it asks to be edge-01"),
@@ -120,11 +130,10 @@ def test_40_a_passphrase_comes_from_a_file_or_the_environment_alone(
         ("pki issue broker-1 --as server --host *.x", "neither a host name nor an address"),
         ("pki revoke edge-09", "edge-09: no certificate of this name was issued here"),
         ("pki revoke edge-09 --reason whim", "--reason whim: there are unspecified, key_compromise"),
-        ("pki rotate edge-09", "edge-09: nothing to renew"),
         ("pki show edge-09", "edge-09: no certificate of this name"),
         ("pki issue edge-01 --passphrase-file none", "--passphrase-file none: No such file"),
-        ("broker acl", "pki: no coordinator was enrolled"),
-        ("broker acl fleet1", "a fleet without a coordinator does nothing: --coordinator NAME"),
+        ("broker acl", "a fleet without a coordinator does nothing: enrol one"),
+        ("broker acl fleet1", "or name it with --coordinator"),
         ("broker acl --reader board", "name the fleet, too"),
         ("broker acl fleet1 --coordinator c1 --gate c1", "c1: give each name one part alone"),
         ("broker acl fleet1 --coordinator C1", "coordinator 'C1': use 2 to 63"),
@@ -147,7 +156,12 @@ def test_the_access_list_is_printed_from_names_or_from_the_authority(run: Run, f
     wanted = topics.acl("fleet1", ["coord-1", "coord-1-top"], readers=["board"], gates=["gate-1"])
     names = ("--coordinator", "coord-1", "--coordinator", "coord-1-top", "--reader", "board", "--gate", "gate-1")
     assert run("broker", "acl", "fleet1", *names) == (0, wanted, "")
-    for name, role in (("coord-1", "coordinator"), ("coord-1-top", "coordinator"), ("board", "reader"), ("gate-1", "gate")):
+    for name, role in (
+        ("coord-1", "coordinator"),
+        ("coord-1-top", "coordinator"),
+        ("board", "reader"),
+        ("gate-1", "gate"),
+    ):
         assert run("pki", "issue", name, "--as", role)[0] == 0
     assert run("broker", "acl") == (0, wanted, "")
     assert run("pki", "revoke", "board")[0] == 0

@@ -21,7 +21,9 @@ def day(number: float) -> datetime.datetime:
     return NOW + datetime.timedelta(days=number)
 
 
-def issued(register: Register, name: str, at: float, *, key: str = "", role: Role = "device", renew: bool = False) -> Register:
+def issued(
+    register: Register, name: str, at: float, *, key: str = "", role: Role = "device", renew: bool = False
+) -> Register:
     """With one certificate more, as the authority would do it."""
     hosts = ("broker",) if role == "server" else ()
     wanted = Wanted(name=name, role=role, hosts=hosts, key=key or f"key of {name}", renew=renew)
@@ -41,13 +43,13 @@ ONE = issued(EMPTY, "edge-01", 0)
     [
         (EMPTY, Wanted(name="Edge 1", role="device", key="k"), "name 'Edge 1': use 2 to 63 of"),
         (EMPTY, Wanted(name="broker-1", role="server", key="k"), "a server needs the names that clients reach it by"),
-        (EMPTY, Wanted(name="edge-01", role="device", hosts=("x",), key="k"), "--host is for servers; this is a device"),
+        (EMPTY, Wanted(name="edge-01", role="device", hosts=("x",), key="k"), "--host is for servers"),
         (ONE, Wanted(name="edge-01", role="coordinator", key="k"), "given to a device; a coordinator needs another"),
         (revoked(ONE, "edge-01", 1), Wanted(name="edge-01", role="reader", key="k"), "given to a device"),
         (ONE, Wanted(name="edge-02", role="device", key="key of edge-01"), "its key is edge-01's too"),
-        (revoked(ONE, "edge-01", 1), Wanted(name="edge-01", role="device", key="key of edge-01"), "its key was revoked"),
+        (revoked(ONE, "edge-01", 1), Wanted(name="edge-01", role="device", key="key of edge-01"), "key was revoked"),
         (revoked(ONE, "edge-01", 1), Wanted(name="edge-02", role="device", key="key of edge-01"), "edge-01's too"),
-        (ONE, Wanted(name="edge-01", role="device", key="other"), "has a certificate until 2030-04-01: revoke that, or renew"),
+        (ONE, Wanted(name="edge-01", role="device", key="other"), "a certificate until 2030-04-01: revoke that"),
         (ONE, Wanted(name="edge-02", role="device", key="k", renew=True), "edge-02: nothing to renew"),
         (revoked(ONE, "edge-01", 1), Wanted(name="edge-01", role="device", key="k", renew=True), "nothing to renew"),
     ],
@@ -79,7 +81,9 @@ def test_hosts_have_one_form(hosts: list[str], wanted: tuple[str, ...]) -> None:
     assert rules.checked_hosts(hosts) == wanted
 
 
-@pytest.mark.parametrize("host", ["", "*.example", "a b", "-a", "a..b", "a" * 64, "a_b", "x/y", "a.", "1.2.3.4/8", "a\n"])
+@pytest.mark.parametrize(
+    "host", ["", "*.example", "a b", "-a", "a..b", "a" * 64, "a_b", "x/y", "a.", "1.2.3.4/8", "a\n"]
+)
 def test_what_is_no_host_is_refused(host: str) -> None:
     with pytest.raises(UserError, match="neither a host name nor an address"):
         rules.checked_hosts([host])

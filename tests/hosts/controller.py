@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tests.hosts import lan
 from tests.hosts.machine import Host, Keys
 from tests.hosts.tree import USER
@@ -71,18 +69,20 @@ class Controller:
         self._run("ansible-galaxy", "collection", "install", str(archive), "--offline", "-p", self._collections)
         (self.folder / "vault-password").write_text("the vault's\n", encoding="utf-8")
         vault = self.inventory / "group_vars/all/vault.yml"
-        vault.write_text(yaml.safe_dump({"vault_muster_pki_passphrase": PASSPHRASE}), encoding="utf-8")
+        vault.write_text(json.dumps({"vault_muster_pki_passphrase": PASSPHRASE}), encoding="utf-8")
         self._run("ansible-vault", "encrypt", str(vault))
         self.muster("pki", "init", FLEET, "--folder", str(self.pki), env={"MUSTER_PKI_PASSPHRASE": PASSPHRASE})
 
     def describe(self, groups: Mapping[str, Mapping[str, Mapping[str, Any]]], everywhere: Mapping[str, Any]) -> None:
-        """Write the inventory: group -> host -> its variables, and the variables of all."""
+        """Write the inventory (JSON, which YAML includes): group -> host -> its variables, and the variables of all."""
         children = {
             name: {"hosts": {host: {**facts} for host, facts in hosts.items()}} for name, hosts in groups.items()
         }
-        (self.inventory / "hosts.yml").write_text(yaml.safe_dump({"all": {"children": children}}), encoding="utf-8")
+        (self.inventory / "hosts.yml").write_text(
+            json.dumps({"all": {"children": children}}, indent=1), encoding="utf-8"
+        )
         path = self.inventory / "group_vars/all/vars.yml"
-        path.write_text(yaml.safe_dump(dict(everywhere)), encoding="utf-8")
+        path.write_text(json.dumps(dict(everywhere), indent=1), encoding="utf-8")
 
     def common(self, hosts: Sequence[Host], wheels: Path) -> dict[str, Any]:
         """Variables of all hosts. Waits are a tenth of what they are on a real fleet."""

@@ -176,3 +176,7 @@ class Controller:
             "ANSIBLE_NOCOLOR": "true",
             **more,
         }
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1), encoding="utf-8")

@@ -12,8 +12,11 @@ import pytest
 from tests.hosts.site import DEVICES, SERVER, SMALL, TORCH, Site
 
 pytestmark = pytest.mark.timeout(2400)
+LATER = pytest.mark.slow
+"""Not part of the smoke test in `make test`."""
 
 
+@LATER
 def test_case_42_check_mode_works_on_a_clean_host(machines: Site) -> None:
     ran = machines.play("site", "--check", label="site --check on clean hosts")
     assert all(ran.changed[host.name] > 0 for host in machines.all), "it names what it would do"
@@ -44,7 +47,10 @@ def test_a_round_through_the_services(machines: Site) -> None:
     machines.controller.timings.append(("a round of 4 steps", time.monotonic() - began))
 
 
-@pytest.mark.parametrize("unit", ["muster-edge", "muster-coordinator", "mosquitto"])
+@pytest.mark.parametrize(
+    "unit",
+    ["muster-edge", pytest.param("muster-coordinator", marks=LATER), pytest.param("mosquitto", marks=LATER)],
+)
 def test_a_killed_service_comes_back(machines: Site, unit: str) -> None:
     """kill -9 in the middle of a round: systemd starts it again, and the round ends with both devices."""
     name = SMALL if unit == "muster-edge" else SERVER

@@ -34,10 +34,11 @@ bench-planning: setup ## Strategies on a virtual fleet; resumable, writes docs/r
 soak: setup ## Many rounds on a small fleet; fails when memory or file descriptors grow
 	$(PYTHON) bench/run.py --soak
 
-docs: setup ## Write the generated pages anew: jobs, state-machines, wire-format, benchmarks
+docs: setup ## Write the generated files anew: jobs, state-machines, wire-format, benchmarks, mosquitto.conf
 	$(PYTHON) scripts/settings_doc.py
 	$(PYTHON) scripts/machines_doc.py
 	$(PYTHON) scripts/wire_doc.py
+	$(MUSTER) broker config > deploy/mosquitto/mosquitto.conf
 	$(PYTHON) bench/run.py --render
 
 clean: ## Remove .venv, caches, builds and runs

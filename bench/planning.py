@@ -207,7 +207,7 @@ def simulation(run: Run, scratch: Path) -> Simulation:
             "deadline_s": 600,
             "target": abs(task.target) if run.stop else 0.0,
         },
-        "strategy": {"rank": 8, "batch": BATCH, "batch_min": BATCH // 4, "batch_max": 2 * BATCH},
+        "strategy": {"rank": 8, "batch": BATCH, "batch_min": BATCH // 4, "batch_max": 4 * BATCH},
         "training": {"lr": run.lr},
         # Strong skew makes single rounds much worse; the gate is for operators, a comparison must not pause.
         "evaluation": {"rows": EVALUATED, "worse_by": 1000.0},

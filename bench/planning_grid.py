@@ -107,7 +107,7 @@ GRIDS = {
 }
 FEW = ("fedpipe", "legend", "fedlora", "hetlora")
 SAME_RUNS = {
-    "fedlora+fsr": "uniform", "ffa+fsr": "uniform", "fedex+fsr": "uniform",
+    "ffa+fsr": "fedlora+fsr", "fedex+fsr": "fedlora+fsr",
     "flexlora+fsr": "hetlora+fsr", "flora+fsr": "hetlora+fsr",
 }  # fmt: skip
 """Rivals are planned by one planner, with equal or with unequal ranks: given the exact aggregator they are the same."""

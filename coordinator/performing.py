@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from coordinator.core import records as rec
 from coordinator.core import release_records as release_rec
 from coordinator.core.job import Job
 from coordinator.workers import protocol as wire
-from shared import bases, topics
+from shared import bases, logs, topics
 from shared.blob_folder import NoRoom
 from shared.errors import MusterError, RemoteError
 from shared.messages import BaseSource, BlobRef, Command, Done
@@ -268,3 +269,10 @@ def _job_line(record: rec.JobRecord) -> str:
             return f"{head} {record.state}: {record.reason}"
         case _:
             return f"{head}: {type(record).__name__}"
+
+
+def fields(record: rec.AnyRecord) -> dict[str, str]:
+    """What the record's line in the log is about: its class, job, round, attempt, device."""
+    about = {name: getattr(record, name, None) for name in ("job", "round", "attempt", "device")}
+    word = re.sub(r"(?<=[a-z])(?=[A-Z])", "-", type(record).__name__).lower()
+    return logs.event(word, **about)

@@ -77,7 +77,6 @@ class Runtime:
     """One coordinator. `handle` and `tick` run on the owner's thread only."""
 
     def __init__(self, settings: CoordinatorSettings, ports: Ports) -> None:
-        waits = settings.waits
         self.settings = settings
         self.ports = ports
         self.term = ports.log.next_term()
@@ -85,18 +84,12 @@ class Runtime:
         """Blobs of the latest committed rounds."""
         jobs, released = _replay(ports.log, self._recent)
         self.state = State(
-            waits=Waits(
-                silent_s=waits.silent_s,
-                absent_s=waits.absent_s,
-                fresh_s=waits.cautious_periods * waits.period_s,
-                gather_s=waits.gather_s,
-                repeat_s=waits.repeat_s,
-            ),
+            waits=_waits(settings),
             term=self.term,
             jobs=jobs,
             releases=released,
         )
-        self.receiver = BlobReceiver(ports.blobs, credit_bytes=settings.credit_bytes, retry_s=waits.retry_s)
+        self.receiver = BlobReceiver(ports.blobs, credit_bytes=settings.credit_bytes, retry_s=settings.waits.retry_s)
         self.sender = BlobSender(ports.blobs, messages.MAX_CHUNK_BYTES)
         self.connected = False
         self.problem = ""
@@ -164,6 +157,12 @@ class Runtime:
             self.send(topics.DOWN_BLOB, want, device=device)
         self._flush()
 
+    def reconfigure(self, settings: CoordinatorSettings) -> None:
+        """Take over new settings; what they change of identity, broker and folders is for a new process."""
+        self.settings = settings
+        self.ports.worker.limit_silence(settings.waits.worker_silence_s)
+        self.step(ev.Reconfigured(waits=_waits(settings), **self.now()))
+
     def step(self, event: ev.AnyEvent) -> bool:
         """One decision: durable records first, then commands. Whether anything was written down."""
         result = step(self.state, event)
@@ -175,7 +174,7 @@ class Runtime:
                 return False
             self.problem = ""
             for record in result.records:
-                log.info("%s", performing.line(record))
+                log.info("%s", performing.line(record), extra=performing.fields(record))
         before, self.state = self.state, result.state
         for command in result.commands:
             self._performer.perform(command)
@@ -323,6 +322,14 @@ class Runtime:
             keep |= performing.referenced(job)
         for sha in self.ports.blobs.digests() - keep:
             self.ports.blobs.remove(sha)
+
+
+def _waits(settings: CoordinatorSettings) -> Waits:
+    waits = settings.waits
+    return Waits(
+        silent_s=waits.silent_s, absent_s=waits.absent_s, fresh_s=waits.cautious_periods * waits.period_s,
+        gather_s=waits.gather_s, repeat_s=waits.repeat_s,
+    )  # fmt: skip
 
 
 def _replay(event_log: EventLog, recent: deque[set[str]]) -> tuple[dict[str, Job], dict[str, Release]]:

@@ -9,6 +9,7 @@ for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
 import argparse  # noqa: E402 - numpy reads the above when it is first imported
+import errno  # noqa: E402
 import json  # noqa: E402
 import logging  # noqa: E402
 import queue  # noqa: E402
@@ -21,6 +22,7 @@ import threading  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Sequence  # noqa: E402
 from concurrent.futures import ThreadPoolExecutor  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -28,17 +30,18 @@ import uvicorn  # noqa: E402
 
 from coordinator.adapters.event_log import SqliteEventLog  # noqa: E402
 from coordinator.adapters.worker import SubprocessWorker  # noqa: E402
+from coordinator.core import vitals  # noqa: E402
 from coordinator.core.events import AnyEvent  # noqa: E402
 from coordinator.runtime import Finished, Ports, Runtime  # noqa: E402
 from coordinator.settings import CoordinatorSettings  # noqa: E402
 from coordinator.web import api  # noqa: E402
 from coordinator.web.desk import Desk  # noqa: E402
 from coordinator.web.shelf import Shelf  # noqa: E402
-from shared import bases, logs, settings, topics  # noqa: E402
+from shared import bases, logs, reload, service, settings, topics  # noqa: E402
 from shared.allocator import keep_small  # noqa: E402
 from shared.blob_folder import BlobFolder  # noqa: E402
 from shared.codec import pack  # noqa: E402
-from shared.errors import MusterError, UserError  # noqa: E402
+from shared.errors import MusterError, Occupied, UserError  # noqa: E402
 from shared.files import write_whole  # noqa: E402
 from shared.messages import CoordState  # noqa: E402
 from shared.processes import lock_folder  # noqa: E402
@@ -46,16 +49,41 @@ from shared.transport.base import Outgoing  # noqa: E402
 from shared.transport.credentials import read_credentials  # noqa: E402
 from shared.transport.mqtt import MqttTransport  # noqa: E402
 from shared.transport.watch import Watch  # noqa: E402
+from shared.vitals import complaint, ready  # noqa: E402
 
 log = logging.getLogger("coordinator")
 TICK_S = 0.25
+FIXED = {
+    "fleet",
+    "name",
+    "state_dir",
+    "broker",
+    "api",
+    "worker",
+    "credit_bytes",
+    "fsync",
+    "keep_rounds",
+    "waits.retry_s",
+}
+"""Settings that only a restart changes."""
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Someone wants the settings read again."""
 
 
 class Service:
-    """The coordinator as a process."""
+    """The coordinator as a process. `source`: its settings file, read again on SIGHUP."""
 
-    def __init__(self, config: CoordinatorSettings, runtime: type[Runtime] = Runtime) -> None:
+    def __init__(
+        self, config: CoordinatorSettings, process: service.Process, source: Path, runtime: type[Runtime] = Runtime
+    ) -> None:
         self._config = config
+        self._process = process
+        self._source = source
+        self._began = self._turned = 0.0
+        self._started = False
         self._queue: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fold")
@@ -90,29 +118,69 @@ class Service:
         self._transport = transport
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT. Returns the exit code; 1: the network thread is lost."""
+        """Serve until SIGTERM or SIGINT; SIGHUP reads the settings again. Returns the exit code.
+
+        1: something is beyond repair.
+        """
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: self._stopping.set())
+        signal.signal(signal.SIGHUP, lambda *_: self._queue.put(Reload()))
+        self._began = self._turned = time.monotonic()
+        self._process.examine = self._complaint
         self._transport.start(self._queue.put)
         server = self._start_api()
-        log.info("coordinator %s of fleet %s runs", self._config.name, self._config.fleet)
+        log.info("coordinator %s of fleet %s runs", self._config.name, self._config.fleet, extra=logs.event("started"))
         self._guarded(self._runtime.tick)
         watch = Watch(self._transport, time.monotonic)
         while not self._stopping.is_set():
-            if watch.lost():
-                log.error("the network thread is dead or hangs: leaving, to be started again")
+            if reason := "the network thread is dead or hangs" if watch.lost() else self._process.fatal:
+                log.error("%s: leaving, to be started again", reason, extra=logs.event("lost"))
                 self._leave(server)
-                return 1
-            try:
-                event = self._queue.get(timeout=TICK_S)
-            except queue.Empty:
-                self._guarded(self._runtime.tick)
-                continue
-            self._guarded(lambda event=event: self._runtime.handle(event))  # type: ignore[misc]  # bound now
-        log.info("stopping")
+                return service.EX_LOST
+            self._turn()
+        self._process.stopping()
+        log.info("stopping", extra=logs.event("left"))
         self._runtime.stop()
         self._leave(server)
+        self._process.end()
         return 0
+
+    def _turn(self) -> None:
+        """One turn of the main loop."""
+        try:
+            event = self._queue.get(timeout=TICK_S)
+        except queue.Empty:
+            self._guarded(self._runtime.tick)
+        else:
+            if isinstance(event, Reload):
+                self._process.reload(time.monotonic(), self._reload)
+            else:
+                self._guarded(lambda: self._runtime.handle(event))
+        self._turned = time.monotonic()
+        runtime, waited = self._runtime, self._turned - self._began
+        if not self._started and ready(runtime.connected, waited, self._config.health.ready_s):
+            self._started = True
+            self._process.running()
+        self._process.status(vitals.status(runtime.state, connected=runtime.connected, problem=runtime.problem))
+
+    def _complaint(self) -> str:
+        """What is wrong with us; called from the lifeline's thread."""
+        health = self._config.health
+        return complaint(
+            vitals.signs(
+                now=time.monotonic(), turned_at=self._turned, network_late_s=self._transport.late_s,
+                network_s=health.network_s, tick_s=health.tick_s,
+            )
+        )  # fmt: skip
+
+    def _reload(self) -> str:
+        """Take over the settings file as it is now; what was done, in words."""
+        taken = reload.take_over(self._config, settings.load(self._source, CoordinatorSettings), FIXED)
+        self._config = taken.settings
+        logs.set_level(taken.settings.log_level)
+        self._process.new_health(taken.settings.health)
+        self._guarded(lambda: self._runtime.reconfigure(taken.settings))
+        return reload.told(taken)
 
     def _leave(self, server: uvicorn.Server) -> None:
         server.should_exit = True
@@ -153,7 +221,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.bind((host, port))
     except OSError as error:
         hint = "choose another with [api] port, or 0 for a free one"
-        raise UserError(f"API address {host}:{port}: {error.strerror}; {hint}") from error
+        kind = Occupied if error.errno == errno.EADDRINUSE else UserError
+        raise kind(f"API address {host}:{port}: {error.strerror}; {hint}") from error
     listener.listen(128)
     return listener
 
@@ -178,24 +247,36 @@ def _token(config: CoordinatorSettings) -> str:
 
 
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
-    """Run the coordinator. Exit code 2: bad configuration, said in one line; 1: start it again."""
+    """Run the coordinator. Exit code 78: bad configuration, said in one line; 75, 1: start it again.
+
+    `muster-coordinator enroll ...` is another command: it makes this machine's key and request.
+    """
+    given = sys.argv[1:] if argv is None else list(argv)
+    if given[:1] == ["enroll"]:
+        from shared import enrolment  # a service that runs needs no X.509
+
+        return enrolment.main("muster-coordinator", given[1:])
     parser = argparse.ArgumentParser(
-        prog="muster-coordinator", description="Plans rounds and aggregates their updates."
+        prog="muster-coordinator",
+        description="Plans rounds and aggregates their updates.",
+        epilog="muster-coordinator enroll --help: make this machine's key and request, install its certificate.",
     )
     parser.add_argument("--config", default="/etc/muster/coordinator.toml", help="settings file (%(default)s)")
     parser.add_argument("--check", action="store_true", help="only check the settings file")
-    arguments = parser.parse_args(argv)
-    try:
-        config = settings.load(Path(arguments.config), CoordinatorSettings)
-        if arguments.check:
-            return 0
-        logs.set_up("muster-coordinator", config.log_level)
-        # Updates come and go by the megabyte, in several threads.
-        keep_small()
-        return Service(config, runtime).run()
-    except UserError as error:
-        print(f"muster-coordinator: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
-        return 2
+    arguments = parser.parse_args(given)
+    return service.guarded("muster-coordinator", lambda: _run(Path(arguments.config), arguments.check, runtime))
+
+
+def _run(source: Path, check: bool, runtime: type[Runtime]) -> int:
+    config = settings.load(source, CoordinatorSettings)
+    if check:
+        return 0
+    logs.set_up("muster-coordinator", config.log_level, fleet=config.fleet)
+    # Updates come and go by the megabyte, in several threads.
+    keep_small()
+    process = service.Process("muster-coordinator")
+    process.begin(config.health)
+    return Service(config, process, source, runtime).run()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.settings import BrokerSettings, Section
+from shared.settings import BrokerSettings, FilePath, HealthSettings, Section
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}\Z")]
 Seconds = Annotated[float, Meta(gt=0)]
@@ -21,7 +21,7 @@ class ApiSettings(Section, frozen=True, kw_only=True):
     """Address to listen on."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8470
     """0: a free port, written to `<state_dir>/api.json`."""
-    token_file: str = ""
+    token_file: FilePath = ""
     """Empty: `<state_dir>/token`, made at the first start with mode 0600."""
     public_url: str = ""
     """Where devices reach this API, such as "https://muster.example:8470". With it base models are quantized once per
@@ -60,12 +60,13 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
     """The fleet this coordinator works for."""
     name: Name = "coord-1"
     """Id of this coordinator on the broker."""
-    state_dir: str = "/var/lib/muster-coordinator"
+    state_dir: FilePath = "/var/lib/muster-coordinator"
     """Folder of the event log, the blobs, the token and the exports."""
     broker: BrokerSettings = BrokerSettings(window=32, queue=4096)
     api: ApiSettings = ApiSettings()
     waits: WaitSettings = WaitSettings()
-    models: dict[str, str] = {}
+    health: HealthSettings = HealthSettings()
+    models: dict[str, FilePath] = {}
     """Name of a base model -> folder or hub id: the same model, under the same name, as on the devices."""
     worker: list[str] = msgspec.field(
         default_factory=lambda: [sys.executable, "-m", "coordinator.workers.model_worker"]

@@ -17,6 +17,9 @@ from shared.jobs import BaseSpec, Bits, TaskSpec
 from shared.messages import Assignment, BaseSource, DatasetFacts, UpdateFacts
 from shared.release_messages import ReleaseKind, Score
 
+INTEGRATED = "integrated"
+"""In the place of a GPU's UUID: the one that shares the machine's memory (Jetson). CUDA knows it by its number, 0."""
+
 
 class PipeMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A message on the agent's pipe."""
@@ -36,7 +39,7 @@ class Probe(PipeMessage, frozen=True, kw_only=True):
     """Whether the owner lets label counts leave the device."""
     threads: int = 1
     gpu: str = ""
-    """UUID of the GPU to use; empty: the CPU."""
+    """UUID of the GPU to use, or `INTEGRATED`; empty: the CPU."""
     beat_s: float = 5.0
 
 
@@ -185,6 +188,8 @@ class Trained(PipeMessage, frozen=True, kw_only=True):
     sha: str
     size: int
     facts: UpdateFacts
+    held_bytes: int = 0
+    """Bytes of the machine's memory that the agent goes on holding through a GPU which shares it."""
 
 
 class Merged(PipeMessage, frozen=True, kw_only=True):
@@ -222,6 +227,8 @@ class Failed(PipeMessage, frozen=True, kw_only=True):
     kind: Literal["memory", "data", "model", "bits", "adapter", "stopped", "internal"]
     reason: str
     batch_limit: int = 0
+    held_bytes: int = 0
+    """As in `Trained`."""
 
 
 FromAgent = Probed | Beat | Progressed | Trained | Merged | Failed | Evaluated | Unfit

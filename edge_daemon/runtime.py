@@ -23,7 +23,7 @@ from edge_daemon.core.session_machine import initial, step
 from edge_daemon.core.state import Machine, identity_of
 from edge_daemon.placing import Placed, Placer
 from edge_daemon.settings import EdgeSettings
-from shared import messages, release_messages, topics
+from shared import logs, messages, release_messages, topics
 from shared.blob_folder import NoRoom
 from shared.blob_sender import BlobSender
 from shared.blobs import BlobReceiver
@@ -158,6 +158,11 @@ class Runtime:
         )  # fmt: skip
         self.step(started)
 
+    def reconfigure(self, settings: EdgeSettings) -> None:
+        """Take over new settings; what they change of identity, broker and folders is for a new process."""
+        self.settings = settings
+        self.step(ev.Reconfigured(now=self.ports.clock(), settings=settings))
+
     def step(self, event: ev.AnyEvent) -> None:
         """One decision; a changed journal is on disk before anything that follows from it is done."""
         state, commands = step(self.state, event)
@@ -170,7 +175,8 @@ class Runtime:
                     self._unsaved.append(event)
                 return
         if state.phase != self.state.phase:
-            log.info("%s -> %s on %s", self.state.phase, state.phase, type(event).__name__)
+            words = (self.state.phase, state.phase, type(event).__name__)
+            log.info("%s -> %s on %s", *words, extra=logs.event("phase"))
         self.state = state
         for command in commands:
             self._perform(command)
@@ -185,7 +191,7 @@ class Runtime:
             case cmd.StartAgent():
                 ports.trainer.start(command.probe, command.gpus)
             case cmd.KillAgent():
-                ports.trainer.kill(command.reason)
+                ports.trainer.kill(command.reason, hung=command.hung)
             case cmd.Tell():
                 ports.trainer.tell(command.message)
             case cmd.Train():

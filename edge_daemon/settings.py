@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from shared.settings import BrokerSettings, Section
+from shared.settings import BrokerSettings, FilePath, HealthSettings, Section
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}\Z")]
 
@@ -23,11 +23,20 @@ class PolicySettings(Section, frozen=True, kw_only=True):
     temperature_limit_c: float = 95.0
     """Training pauses while the hottest sensor is above this."""
     memory_reserve_bytes: Annotated[int, Meta(ge=0)] = 0
-    """Refuse work while less memory than this is available."""
+    """Refuse work while less memory than this is available; with an integrated GPU while it is less than 1 GiB or 10 %
+    of the memory, too."""
     disk_reserve_bytes: Annotated[int, Meta(ge=0)] = 512 * 1024 * 1024
     """Refuse work while less than this is free where `state_dir` lies."""
     on_battery: bool = False
     """Whether this device may train while it runs on battery."""
+    throttled: bool = True
+    """Whether this device may train while a GPU is slowed down by heat or to protect itself; a power cap, which a busy
+    GPU always meets, never counts."""
+    gpu_silence_s: Annotated[float, Meta(gt=0)] = 30.0
+    """Take no work while the GPU driver has not answered for this long."""
+    xids: list[Annotated[int, Meta(ge=1)]] = msgspec.field(default_factory=lambda: [48, 63, 64, 79, 94, 95])
+    """Take no work after a GPU reported one of these errors (NVIDIA's XID numbers), until the daemon is started anew;
+    work under way goes on. Empty: none."""
     share_labels: bool = False
     """Whether the label counts of the data sets may leave the device."""
     base_hosts: list[str] = []
@@ -42,14 +51,16 @@ class AgentSettings(Section, frozen=True, kw_only=True):
     command: list[str] = msgspec.field(default_factory=lambda: [sys.executable, "-m", "edge_daemon.training.agent"])
     """The program; the daemon adds the numbers of the pipe's ends."""
     gpus: list[str] = []
-    """UUIDs of the GPUs that train, one agent each; "cpu" (alone or repeated) is an agent on the CPU. Empty: all GPUs
-    found, or one agent on the CPU where there is none."""
+    """UUIDs of the GPUs that train, one agent each, "integrated" for a Jetson's own; "cpu" (alone or repeated) is an
+    agent on the CPU. Empty: all GPUs found, or one agent on the CPU where there is none."""
     threads: Annotated[int, Meta(ge=0)] = 0
     """CPU threads of all agents together; 0: the cores of the quota. Each agent gets its share, at least one."""
     silence_s: Annotated[float, Meta(gt=0)] = 180.0
     """An agent that says nothing for so long is killed and started again."""
     tries: Annotated[int, Meta(ge=1)] = 3
     """Starts of an agent for the same work before the work is reported as failed."""
+    drain_s: Annotated[float, Meta(gt=0)] = 30.0
+    """How long a daemon that was told to end waits for the agent to write the work that is done."""
 
 
 class TelemetrySettings(Section, frozen=True, kw_only=True):
@@ -61,6 +72,19 @@ class TelemetrySettings(Section, frozen=True, kw_only=True):
     """Seconds between two readings while there is work; the coordinator gives up a device after 12 s of silence."""
     change: Annotated[float, Meta(gt=0)] = 0.2
     """A change of a reading by this share is sent at once (read every second while training)."""
+    budget_s: Annotated[float, Meta(gt=0)] = 2.0
+    """Seconds that a reading may take, of the host and of the GPUs each; then the load is sent without it."""
+    retry_s: Annotated[float, Meta(gt=0)] = 30.0
+    """Seconds for which a GPU driver that is not there, or a GPU that was lost, is left alone."""
+    power_mode_s: Annotated[float, Meta(gt=0)] = 60.0
+    """Seconds between two questions for a Jetson's power mode (`nvpmodel -q`)."""
+
+
+class EdgeHealthSettings(HealthSettings, frozen=True, kw_only=True):
+    """When the daemon tells systemd that it is well. Past a bound it says nothing, and is killed and started again."""
+
+    agent_s: Annotated[float, Meta(gt=0)] = 120.0
+    """Seconds beyond `agent.silence_s` after which an agent that was killed for its silence should be gone."""
 
 
 class ReleaseSettings(Section, frozen=True, kw_only=True):
@@ -86,18 +110,19 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     """The fleet this device belongs to."""
     device: Name
     """Id of this device, unique in its fleet."""
-    state_dir: str = "/var/lib/muster"
+    state_dir: FilePath = "/var/lib/muster"
     """Folder for models, adapters, checkpoints and updates not yet taken."""
     broker: BrokerSettings = BrokerSettings()
-    data: dict[str, str] = {}
+    data: dict[str, FilePath] = {}
     """Name of a data set -> JSONL(.gz) file, or with `policy.hub` a hub id ("id" or "id:split")."""
-    models: dict[str, str] = {}
+    models: dict[str, FilePath] = {}
     """Name of a base model -> folder, or with `policy.hub` a hub id. Only these are ever loaded, with
     `policy.base_hosts` those that the coordinator serves, and with `policy.hub` any hub id that a job names."""
     policy: PolicySettings = PolicySettings()
     agent: AgentSettings = AgentSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
     release: ReleaseSettings = ReleaseSettings()
+    health: EdgeHealthSettings = EdgeHealthSettings()
     credit_bytes: Annotated[int, Meta(ge=1024)] = 1024 * 1024
     """Bytes of chunks that may be under way to this device at once."""
     reannounce_s: Annotated[float, Meta(gt=0)] = 5.0

@@ -38,15 +38,8 @@ def samples() -> dict[str, Any]:
         base_digest=SHA, task=TaskSpec(kind="classification", dataset="notes", labels=["a", "b"]),
         training=TrainingSpec(), rounds=3, seed=7, adapter=messages.BlobRef(sha=SHA, size=3_000_000),
     )  # fmt: skip
-    load = messages.GpuLoad(uuid="GPU-1", utilization=0.5, memory_free=2**33, memory_total=2**34, temperature_c=61.0)
     every = (
-        messages.DeviceState(s="ready", epoch=3, boot_id="b1", version="0.1.0", ts=1.5),
-        messages.DeviceInfo(
-            epoch=3, version="0.1.0", hardware="Jetson Orin NX", cores=4.0, memory_bytes=2**33, bits=[4, 8, 32],
-            gpus=[messages.Gpu(uuid="GPU-1", name="Orin", memory_bytes=2**33, compute="8.7")],
-            datasets={"notes": messages.DatasetFacts(rows=100, labels={"0": 60, "1": 40})},
-        ),
-        messages.Load(epoch=3, seq=17, phase="training", job="demo-1", round=2, attempt=1, cores=4.0, gpus=[load]),
+        *_telemetry(),
         messages.Assign(term=1, assignment=assignment, reason="round 2"),
         messages.Ack(epoch=3, job="demo-1", round=2, attempt=1, verdict="reject", reason="22:00-06:00 only"),
         messages.Progress(
@@ -78,6 +71,26 @@ def _releases(assignment: messages.Assignment) -> tuple[messages.Message, ...]:
             epoch=3, seq=2, release=release.id, stage="active", active=release.id,
             before=release_messages.Score(loss=1.5, rows=64, accuracy=0.5),
             after=release_messages.Score(loss=0.75, rows=64, accuracy=0.75),
+        ),
+    )  # fmt: skip
+
+
+def _telemetry() -> tuple[messages.Message, ...]:
+    """What a device says of itself."""
+    gpu = messages.GpuLoad(
+        uuid="GPU-1", utilization=0.5, memory_free=2**33, memory_total=2**34, temperature_c=61.0, power_w=41.5,
+        throttled=True, throttle=["heat"], xids=[94],
+    )  # fmt: skip
+    return (
+        messages.DeviceState(s="ready", epoch=3, boot_id="b1", version="0.1.0", ts=1.5),
+        messages.DeviceInfo(
+            epoch=3, version="0.1.0", hardware="Jetson Orin NX", cores=4.0, memory_bytes=2**33, bits=[4, 8, 32],
+            gpus=[messages.Gpu(uuid="integrated", name="Orin", compute="8.7", integrated=True)],
+            datasets={"notes": messages.DatasetFacts(rows=100, labels={"0": 60, "1": 40})}, jetpack="7.2 (L4T 39.2.0)",
+        ),
+        messages.Load(
+            epoch=3, seq=17, phase="training", job="demo-1", round=2, attempt=1, cores=4.0, gpus=[gpu],
+            host=messages.HostLoad(disk_free=2**34, memory_stalled=0.25), hung={"host": 2.5},
         ),
     )  # fmt: skip
 

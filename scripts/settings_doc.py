@@ -28,12 +28,17 @@ INTRO = """\
 edge_daemon/settings.py and coordinator/settings.py: change those, then run `make docs`. -->
 
 All three are TOML and are checked whole: an unknown key, a missing one, a wrong type or a number out of its range is
-reported with its key and the reason, every fault of the file at once, and the command ends with exit code 2.
+reported with its key and the reason, every fault of the file at once, and the command ends with exit code 2 (a service
+with 78, so that systemd does not start it again).
 
 `muster-edge --check --config edge.toml` looks further: every file of `[data]` must hold a row and every folder of
-`[models]` a `config.json` and safetensors, or the command names each that does not and ends with exit code 2. The
+`[models]` a `config.json` and safetensors, or the command names each that does not and ends with exit code 78. The
 daemon itself starts all the same and logs an error for each, since a disk may be mounted later. It offers the data
-sets that could be read when its agent started: restart it after mounting one.
+sets that could be read when its agent started: restart it after mounting one. `systemctl reload` (SIGHUP) reads the
+file again: what a running service can't take over is named, and a file that does not hold changes nothing.
+
+A key that is a *path* may hold `${NAME}`, which stands for that variable of the environment; one that is not set is a
+fault. `"${CREDENTIALS_DIRECTORY}/mqtt.key"` is the file that the unit's `LoadCredential=mqtt.key:...` hands over.
 
 A job file that leaves everything to the defaults:
 
@@ -64,7 +69,15 @@ FILES: tuple[tuple[str, str, type[msgspec.Struct]], ...] = (
 
 
 def field_docs(struct: type) -> dict[str, str]:
-    """Field name -> the docstring below it, of the class alone (bases have none)."""
+    """Field name -> the docstring below it, inherited ones too."""
+    docs: dict[str, str] = {}
+    for owner in reversed(struct.__mro__):
+        if issubclass(owner, msgspec.Struct) and owner is not msgspec.Struct:
+            docs |= _own_docs(owner)
+    return docs
+
+
+def _own_docs(struct: type) -> dict[str, str]:
     tree = ast.parse(inspect.getsource(struct)).body[0]
     assert isinstance(tree, ast.ClassDef)
     docs: dict[str, str] = {}
@@ -84,6 +97,8 @@ def _bounds(low: float | None, above: float | None, high: float | None) -> str:
 def type_text(kind: types.Type) -> str:
     """A type as a person would say it."""
     match kind:
+        case types.Metadata():
+            return "path" if (kind.extra or {}).get("path") else type_text(kind.type)
         case types.BoolType():
             return "true or false"
         case types.IntType():
@@ -97,7 +112,7 @@ def type_text(kind: types.Type) -> str:
         case types.ListType():
             return f"list of {type_text(kind.item_type)}"
         case types.DictType():
-            return "table of names and texts"
+            return f"table of names and {type_text(kind.value_type)}s"
         case types.UnionType():
             return " or ".join(type_text(one) for one in kind.types)
         case _:

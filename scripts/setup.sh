@@ -43,6 +43,8 @@ missing_packages() {
             || echo "python$version-dev"
     fi
     PATH=$PATH:/usr/sbin:/sbin command -v mosquitto >/dev/null || echo mosquitto
+    command -v systemd-analyze >/dev/null || echo systemd
+    command -v systemd-nspawn >/dev/null || echo systemd-container
     command -v gcc >/dev/null || { echo gcc; echo libc6-dev; }
     command -v pkg-config >/dev/null || echo pkg-config
     [ -e /usr/include/systemd/sd-daemon.h ] || echo libsystemd-dev

@@ -1,6 +1,7 @@
 """Errors of Muster, by whose fault they are.
 
-`UserError` is the operator's or a file's fault: one line that says what to do, exit code 2.
+`UserError` is the operator's or a file's fault: one line that says what to do, exit code 2 (78 of a service, which
+systemd then does not start again).
 `RemoteError` is the other side's fault: a message or blob that must be refused, with the reason that is sent back.
 Anything else is ours.
 """
@@ -11,7 +12,11 @@ class MusterError(Exception):
 
 
 class UserError(MusterError):
-    """Bad configuration or input. The text is one line, shown as is; commands exit with 2."""
+    """Bad configuration or input. The text is one line, shown as is; commands exit with 2, services with 78."""
+
+
+class Occupied(UserError):
+    """Another process has what this one needs (folder, port); later it may be free. Services exit with 75."""
 
 
 class SettingsError(UserError):

@@ -7,6 +7,7 @@ import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import BinaryIO
 
 UNREADABLE = (OSError, EOFError, zlib.error)
 """What reading a plain or gzipped file raises where it is missing, cut off or damaged."""
@@ -25,7 +26,25 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], *, fsync: boo
     """`write_whole` for what need not lie in memory as one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
+    _write_out(temporary.open("wb"), temporary, path, pieces, fsync)
+
+
+def write_owned(path: Path, data: bytes, *, mode: int) -> None:
+    """`write_whole` with a mode from the first byte on; a file that root writes belongs to whom its folder belongs."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o750)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a write that was killed; its mode may not allow another
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, mode)
+    file = os.fdopen(descriptor, "wb")
+    os.fchmod(descriptor, mode)  # whatever the umask is
+    if os.geteuid() == 0:
+        owner = path.parent.stat()
+        os.fchown(descriptor, owner.st_uid, owner.st_gid)
+    _write_out(file, temporary, path, (data,), fsync=True)
+
+
+def _write_out(file: BinaryIO, temporary: Path, path: Path, pieces: Iterable[bytes | memoryview], fsync: bool) -> None:
+    with file:
         for piece in pieces:
             file.write(piece)
         file.flush()

@@ -51,13 +51,20 @@ class DeviceState(Message, frozen=True, kw_only=True):
     """Unix seconds of the device's clock; for people, never for decisions."""
 
 
-class Gpu(msgspec.Struct, frozen=True, kw_only=True):
-    """One GPU or MIG instance that the owner listed."""
+class Gpu(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One GPU or MIG instance that the owner listed. Fields at their default are not sent."""
 
     uuid: Text
+    """Of a Jetson's own GPU "integrated": it has none that CUDA knows."""
     name: Text = ""
     memory_bytes: Natural = 0
+    """Of its own; 0 where it shares the machine's."""
     compute: Text = ""
+    integrated: bool = False
+    """It shares the machine's memory: what it takes is missing there."""
+    power_limit_w: Amount | None = None
+    clock_max_mhz: Natural | None = None
+    memory_clock_max_mhz: Natural | None = None
 
 
 class DatasetFacts(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,13 +95,19 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     datasets: dict[str, DatasetFacts] = {}
     max_chunk: Natural = MAX_CHUNK_BYTES
     problem: Text = ""
-    """Why this device cannot train now, if it can't (agent does not start, no data, ...)."""
+    """Why this device cannot train now, if it can't (agent does not start, a broken GPU, ...)."""
+    driver: Text = ""
+    """Version of the GPU driver, and of CUDA that it serves."""
+    jetpack: Text = ""
+    """Of a Jetson: JetPack and L4T."""
+    sandbox: Literal["", "full", "degraded"] = ""
+    """What confines the daemon: its unit as shipped, the unit without its device filter, or nothing that is known."""
     releases: bool = False
     """Whether this daemon knows `down/release`."""
 
 
-class GpuLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """Reading of one GPU; None: the field is not supported there."""
+class GpuLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Reading of one GPU; None: the field is not supported there. Fields at their default are not sent."""
 
     uuid: Text
     utilization: Finite | None = None
@@ -102,11 +115,39 @@ class GpuLoad(msgspec.Struct, frozen=True, kw_only=True):
     memory_total: Natural | None = None
     temperature_c: Finite | None = None
     power_w: Finite | None = None
+    """Of a Jetson: of the whole module, or of the board where it has a sensor for that."""
+    energy_j: Amount | None = None
+    """Since the driver was loaded."""
+    clock_mhz: Natural | None = None
+    memory_clock_mhz: Natural | None = None
     throttled: bool | None = None
+    throttle: Annotated[list[Text], Meta(max_length=16)] = []
+    """Why it is throttled: "power cap", "heat", "hardware", "hardware heat", "power brake", "over-current"."""
+    power_mode: Text = ""
+    """Of a Jetson, as `nvpmodel` names it."""
+    xids: Annotated[list[Natural], Meta(max_length=32)] = []
+    """Numbers of the driver's errors (XID) since the daemon began. A lost GPU counts as 79, failed row remapping
+    as 64."""
+    fault: Text = ""
+    """What is broken, in words."""
     foreign_memory: Natural | None = None
     """Bytes held by processes other than the agents."""
     foreign_utilization: Finite | None = None
     """Share of the GPU's time that processes other than the agents used since the last reading."""
+
+
+class HostLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What people want to see of a machine and no planner reads; None: not told there. Defaults are not sent."""
+
+    disk_free: Natural | None = None
+    """Bytes, where the daemon keeps its state."""
+    received_per_s: Amount | None = None
+    """Bytes per second over all network cards since the last reading."""
+    sent_per_s: Amount | None = None
+    cpu_stalled: Share | None = None
+    """Share of the last 10 s in which some task waited for a CPU (pressure stall information)."""
+    memory_stalled: Share | None = None
+    disk_stalled: Share | None = None
 
 
 class Load(Message, frozen=True, kw_only=True):
@@ -129,12 +170,17 @@ class Load(Message, frozen=True, kw_only=True):
     memory_available: Natural = 0
     memory_limit: Natural = 0
     own_memory: Natural = 0
-    """Resident memory of the daemon and its agents together, shared pages left out; 0: not told."""
+    """Resident memory of the daemon and its agents together, shared pages left out; with an integrated GPU also what
+    they hold through it, as far as they told. 0: not told."""
     temperature_c: Finite | None = None
     on_battery: bool | None = None
     gpus: list[GpuLoad] = []
     paused: Text = ""
     """Reason of a pause under way."""
+    host: HostLoad = HostLoad()
+    hung: Annotated[dict[str, Amount], Meta(max_length=8)] = {}
+    """Readers ("gpu", "host") that do not answer -> for how many seconds. There are no readings of the GPUs then; those
+    of the host are the last ones."""
 
 
 # ---- work --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import os
 import signal
 from pathlib import Path
 
-from shared.errors import UserError
+from shared.errors import Occupied
 
 _PR_SET_PDEATHSIG = 1
 # Loaded once, before any fork: loading it in the child could deadlock.
@@ -23,12 +23,12 @@ def die_with_parent() -> None:
 def lock_folder(folder: Path, program: str) -> int:
     """Hold `folder` for this process; the lock ends with it. Returns the descriptor to keep open.
 
-    Raises `UserError` if another process holds it: two with one state would undo each other's work.
+    Raises `Occupied` if another process holds it: two with one state would undo each other's work.
     """
     descriptor = os.open(folder / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        raise UserError(f"{folder}: another {program} runs with this state_dir; stop it or choose another") from error
+        raise Occupied(f"{folder}: another {program} runs with this state_dir; stop it or choose another") from error
     return descriptor

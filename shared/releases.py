@@ -6,6 +6,8 @@ from pathlib import Path
 
 FOLDER = "releases"
 CURRENT = "current"
+FILE_MODE = 0o644
+"""Of every file in a release."""
 
 
 def in_use(releases: Path) -> Path | None:

@@ -1,9 +1,14 @@
-"""Settings and job files: TOML, checked whole. Every fault is reported at once, with its key and the reason."""
+"""Settings and job files: TOML, checked whole. Every fault is reported at once, with its key and the reason.
+
+In a path `${NAME}` stands for an environment variable, such as `"${CREDENTIALS_DIRECTORY}/mqtt.key"` for a file that
+systemd handed over by `LoadCredential=`.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -20,6 +25,9 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T", bound=msgspec.Struct)
+FilePath = Annotated[str, Meta(extra={"path": True})]
+"""A file or folder; `${NAME}` in it is replaced by that environment variable when the settings are read."""
+_VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,15 +41,18 @@ class BrokerSettings(Section, frozen=True, kw_only=True):
     """Name or address of the broker."""
     port: Annotated[int, Meta(ge=1, le=65535)] = 1883
     """TCP port of the broker; 8883 by custom with TLS."""
-    cafile: str = ""
+    cafile: FilePath = ""
     """PEM file of the authority that signed the broker's certificate; turns TLS on."""
-    certfile: str = ""
+    certfile: FilePath = ""
     """PEM file of this side's certificate, for brokers that ask for one."""
-    keyfile: str = ""
+    keyfile: FilePath = ""
     """PEM file of the key of `certfile`."""
+    crlfile: FilePath = ""
+    """PEM file of the authority's revocation list; with it a broker whose certificate was revoked is refused, and every
+    broker once the list has expired."""
     username: str = ""
     """Empty: log in without a name."""
-    password_file: str = ""
+    password_file: FilePath = ""
     """File that holds the password of `username`, alone."""
     keepalive_s: Annotated[int, Meta(ge=2, le=120)] = 30
     """The broker takes a connection for lost after one and a half times this silence."""
@@ -57,6 +68,21 @@ class BrokerSettings(Section, frozen=True, kw_only=True):
     """QoS 1 messages that may be unacknowledged at once."""
     queue: Annotated[int, Meta(ge=1)] = 256
     """QoS 1 messages that may wait for the window."""
+
+
+class HealthSettings(Section, frozen=True, kw_only=True):
+    """When the service tells systemd that it is well. Past a bound it says nothing, and is killed and started again."""
+
+    ready_s: Annotated[float, Meta(ge=0)] = 30.0
+    """Without a broker the service counts as started after so many seconds, and goes on trying."""
+    network_s: Annotated[float, Meta(gt=0)] = 30.0
+    """Seconds that the network thread may be late."""
+    tick_s: Annotated[float, Meta(gt=0)] = 30.0
+    """Seconds that one turn of the main loop may take."""
+    start_s: Annotated[float, Meta(gt=0)] = 1800.0
+    """Seconds for which a service that starts asks systemd for more time than its unit gives."""
+    extend_s: Annotated[float, Meta(gt=0)] = 30.0
+    """While it starts or stops it asks so often for more time, each time for twice as much."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -120,6 +146,8 @@ def _shown(key: object) -> str:
 
 def _value(wanted: Any, data: object, key: str, faults: list[str]) -> Any:
     inner = get_args(wanted)[0] if get_origin(wanted) is Annotated else wanted
+    if wanted == FilePath and isinstance(data, str):
+        return _expanded(data, key, faults)
     if isinstance(inner, type) and issubclass(inner, msgspec.Struct):
         return _struct(inner, data, f"{key}.", faults)
     if get_origin(inner) is dict and isinstance(data, dict):
@@ -132,3 +160,14 @@ def _value(wanted: Any, data: object, key: str, faults: list[str]) -> Any:
     except msgspec.ValidationError as error:
         faults.append(f"{key}: {str(error)[0].lower()}{str(error)[1:]}, got {data!r:.60}")
         return None
+
+
+def _expanded(path: str, key: str, faults: list[str]) -> str:
+    def value(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], "")
+        if not found:
+            hint = ": systemd sets it for the service alone" if match[1] == "CREDENTIALS_DIRECTORY" else ""
+            faults.append(f"{key}: ${{{match[1]}}} is not set in the environment{hint}")
+        return found
+
+    return _VARIABLE.sub(value, path)

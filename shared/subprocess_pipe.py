@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from shared.errors import DecodeError
 from shared.frames import FrameReader, FrameWriter
+from shared.notify import unwatched
 from shared.processes import die_with_parent
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ def start_piped(
         process = subprocess.Popen(
             arguments, pass_fds=(to_child[0], from_child[1]), stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL if quiet else 2, stderr=subprocess.DEVNULL if quiet else None,
-            start_new_session=own_group, preexec_fn=die_with_parent, env=env,
+            start_new_session=own_group, preexec_fn=die_with_parent,
+            env=unwatched(os.environ if env is None else env),
         )  # fmt: skip
     except OSError:
         os.close(to_child[1])

@@ -6,6 +6,7 @@ four do not overlap, because mosquitto delivers one copy per overlapping subscri
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -104,20 +105,30 @@ def coordinator_filters(fleet: str) -> list[tuple[str, int]]:
     return [(f"{root}/state", 1), (f"{root}/info", 1), (f"{root}/up/#", 1)]
 
 
-def acl(fleet: str, coordinator: str, dashboard: str = "") -> str:
+GATE_READS = (STATE, INFO, LOAD)
+"""What a health gate looks at: presence, and that telemetry flows."""
+
+
+def acl(fleet: str, coordinators: Sequence[str], *, readers: Sequence[str] = (), gates: Sequence[str] = ()) -> str:
     """The text of mosquitto's `acl_file` for a fleet: nobody may do more than the declarations above need.
 
-    `pattern` lines hold for every user, `%u` is the certificate's CN. The coordinator may also write `state` and
-    `info`: an empty retained payload there takes a device out of the fleet. `dashboard`: a user that only reads.
+    `pattern` lines hold for every user, `%u` is the certificate's CN. A coordinator may also write `state` and `info`:
+    an empty retained payload there takes a device out of the fleet. `readers` (dashboards) only read, `gates` only
+    presence. By the `deny` lines none of these is also a device of its own name, which the patterns alone would allow.
     """
+    root = f"{PREFIX}/{fleet}"
     lines = [f"# Fleet {fleet}. Made from shared/topics.py; don't edit.", ""]
     lines += [f"pattern write {_filter(fleet, topic, '%u')}" for topic in ALL if topic.publisher == "device"]
     lines += [f"pattern read {name}" for name, _ in device_filters(fleet, "%u")]
-    lines += ["", f"user {coordinator}", f"topic read {PREFIX}/{fleet}/#", "topic read $SYS/#"]
     written = [topic for topic in ALL if topic.publisher == "coordinator" or topic in (STATE, INFO)]
-    lines += [f"topic write {_filter(fleet, topic, '+', coordinator)}" for topic in written]
-    if dashboard:
-        lines += ["", f"user {dashboard}", f"topic read {PREFIX}/{fleet}/#"]
+    for name in coordinators:
+        lines += ["", f"user {name}", f"topic deny {root}/device/{name}/#", f"topic read {root}/#", "topic read $SYS/#"]
+        lines += [f"topic write {_filter(fleet, topic, '+', name)}" for topic in written]
+    for name in readers:
+        lines += ["", f"user {name}", f"topic deny {root}/device/{name}/#", f"topic read {root}/#"]
+    for name in gates:
+        lines += ["", f"user {name}", f"topic deny {root}/device/{name}/#"]
+        lines += [f"topic read {_filter(fleet, topic, '+')}" for topic in GATE_READS]
     return "\n".join(lines) + "\n"
 
 

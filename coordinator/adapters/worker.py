@@ -41,6 +41,9 @@ class Worker(Protocol):
     def tick(self, now: float) -> None:
         """Let time pass."""
 
+    def limit_silence(self, silence_s: float) -> None:
+        """From now on it may be silent for so long."""
+
     def stop(self) -> None:
         """End the subprocess."""
 
@@ -100,6 +103,10 @@ class SubprocessWorker:
             log.error("the worker said nothing for %.0f s: killed", self._silence_s)
             self._heard_at = now
             self._process.kill()
+
+    def limit_silence(self, silence_s: float) -> None:
+        """From now on it may be silent for so long."""
+        self._silence_s = silence_s
 
     def stop(self) -> None:
         """End the subprocess."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from coordinator.core.facts import Metrics, ModelFacts
 from coordinator.core.release_records import Canaries
+from coordinator.core.turn import Waits
 from shared.jobs import Bits, JobSpec
 from shared.messages import Ack, BlobRef, DeviceInfo, DeviceState, Load, Manifest, Progress
 from shared.release_messages import ReleaseKind, ReleaseState
@@ -27,6 +28,13 @@ class Started(Event):
 @dataclass(frozen=True, kw_only=True)
 class Tick(Event):
     """Time passed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconfigured(Event):
+    """The operator changed his settings (SIGHUP)."""
+
+    waits: Waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,4 +212,4 @@ class PackingFailed(Event):
 ReleaseEvent = ReleaseRequested | RollbackRequested | Packed | PackingFailed
 JobEvent = JobRequested | CancelRequested | ResumeRequested | BasePrepared | Evaluated | Folded | Exported | WorkFailed
 DeviceEvent = FromDevice | Heard | Decommissioned | UpdateStored | UpdateLost | UpdateChecked
-AnyEvent = Started | Tick | BrokerFound | BrokerLost | DeviceEvent | JobEvent | ReleaseEvent
+AnyEvent = Started | Tick | Reconfigured | BrokerFound | BrokerLost | DeviceEvent | JobEvent | ReleaseEvent

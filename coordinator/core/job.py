@@ -15,7 +15,7 @@ from coordinator.core.planning import registry
 from coordinator.core.planning.base import Plan, Planner, RoundReport
 from shared.errors import MusterError
 from shared.jobs import JobSpec
-from shared.messages import BlobRef, Load, UpdateFacts
+from shared.messages import BlobRef, DeviceInfo, Load, UpdateFacts
 
 Phase = Literal[
     "queued", "preparing", "baseline", "waiting", "open", "folding", "evaluating", "exporting",
@@ -84,6 +84,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     settled: frozenset[tuple[int, str, str]] = frozenset()
     """(round, device, sha) of the updates that the last committed round counted; asked again, they are stored."""
     export_path: str = ""
+    told: dict[str, DeviceInfo] = {}
+    """What the records of its plans tell of each device, as last told."""
 
 
 class BrokenLog(MusterError):
@@ -108,7 +110,8 @@ def apply(job: Job | None, record: rec.JobRecord) -> Job:
         case rec.BaselineEvaluated():
             return replace(job, phase="waiting", judged=(record.metrics,), metrics=record.metrics)
         case rec.RoundPlanned():
-            return replace(job, phase="open", attempt=record.attempt, round=_planned(record))
+            told = {**job.told, **record.infos}
+            return replace(job, phase="open", attempt=record.attempt, round=_planned(record), told=told)
         case rec.DeviceAnswered() | rec.UpdateAdmitted() | rec.UpdateRefused():
             return replace(job, round=_answered(_current(job, record.round), record))
         case rec.RoundClosed():

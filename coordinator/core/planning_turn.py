@@ -65,7 +65,8 @@ def _planned(job: Job, plan: Plan, view: FleetView, ts: float) -> rec.RoundPlann
     return rec.RoundPlanned(
         job=job.id, round=view.round, attempt=job.attempt + 1, plan=plan, digest=plan_digest(plan),
         loads=loads, load_ages={one.device: one.load_age_s for one in view.candidates if one.device in loads},
-        infos={one.device: one.info for one in view.candidates}, fresh_s=view.fresh_s, ts=ts,
+        infos={one.device: one.info for one in view.candidates if job.told.get(one.device) != one.info},
+        fresh_s=view.fresh_s, ts=ts,
     )  # fmt: skip
 
 

@@ -64,7 +64,8 @@ class RoundPlanned(Record, frozen=True, kw_only=True):
     load_ages: dict[str, float] = {}
     """Seconds since that load arrived."""
     infos: dict[str, DeviceInfo] = {}
-    """Each candidate that the plan was made over, those it leaves out included."""
+    """Of the candidates (the plan's participants and those it leaves out, but for those not drawn) each whose
+    capabilities are not as the job's plans before told them: all of 10,000 devices would be megabytes a round."""
     fresh_s: float = 0.0
     """A load older than this was stale."""
     ts: float

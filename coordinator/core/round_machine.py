@@ -53,6 +53,8 @@ def step(state: State, event: ev.AnyEvent) -> Step:
             _on_started(turn, event)
         case ev.Tick():
             _on_tick(turn, event)
+        case ev.Reconfigured():
+            turn.update(waits=event.waits)
         case ev.BrokerFound():
             # The broker may have lost what it kept for us.
             turn.update(cut_off=False, restarted_at=event.now, chunk=event.chunk, release_told={})

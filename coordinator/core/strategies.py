@@ -27,6 +27,8 @@ def faults(strategy: StrategySpec) -> list[str]:
         )
     if strategy.server_lr != 1.0 and aggregator not in aggregators.MOVES_FURTHER:
         found.append(f"strategy.server_lr: {aggregator} has none, only {', '.join(sorted(aggregators.MOVES_FURTHER))}")
+    if strategy.max_share != 1.0 and aggregator == "hetlora":
+        found.append("strategy.max_share: hetlora weighs by norm, not by sample counts, and caps no share")
     if strategy.directions != "largest" and aggregator not in aggregators.TRAINS_DIRECTIONS:
         known = ", ".join(sorted(aggregators.TRAINS_DIRECTIONS))
         found.append(f"strategy.directions: devices of {aggregator} train none, only those of {known}")

@@ -17,9 +17,10 @@ from pathlib import Path
 from shared import release_pack
 from shared.errors import DecodeError
 from shared.files import sync_folder
-from shared.releases import CURRENT, FOLDER, in_use
+from shared.releases import CURRENT, FILE_MODE, FOLDER, in_use
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+_FOLDER_MODE = 0o755
 
 
 class Broken(Exception):
@@ -69,12 +70,13 @@ class ReleaseFolder:
             return
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self.root.chmod(_FOLDER_MODE)
             made = Path(tempfile.mkdtemp(prefix=".", dir=self.root))
             try:
                 release_pack.unpack_into(content, made, fsync=self._fsync)
                 if release_pack.about(made).release != release:
                     raise DecodeError(f"it says to be {release_pack.about(made).release}")
-                made.chmod(0o755)
+                _open_to_readers(made)
                 made.replace(self.folder(release))
             finally:
                 shutil.rmtree(made, ignore_errors=True)
@@ -122,6 +124,13 @@ class ReleaseFolder:
     def _sync(self) -> None:
         if self._fsync:
             sync_folder(self.root)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Inference servers run as other users, and the service writes under a umask that shuts them out."""
+    folder.chmod(_FOLDER_MODE)
+    for path in folder.iterdir():
+        path.chmod(FILE_MODE)
 
 
 def _fault(error: OSError) -> Exception:

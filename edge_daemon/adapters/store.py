@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -42,6 +43,16 @@ class Store:
         """Let another process have the folder."""
         self.blobs.close()
         os.close(self._lock)
+
+    def check_writable(self) -> None:
+        """Raises `UserError` where nothing can ever be written here. A full disk is no such case: it may get room."""
+        path = self.root / "writable"
+        try:
+            self._replace(path, b"")
+            path.unlink()
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise UserError(f"state_dir {self.root}: can't be written: {error.strerror}") from error
 
     def load(self) -> Journal:
         """The journal; a damaged one is moved aside and an empty one taken: the retained assignment tells the rest."""

@@ -45,10 +45,10 @@ class TeamTrainer:
         if self._alive and self._end is None:
             self._perform(crew.tell(self._team, message))
 
-    def kill(self, reason: str) -> None:
-        """End them all at once; their end is reported like any other."""
+    def kill(self, reason: str, *, hung: bool = False) -> None:
+        """End them all at once; their end is reported like any other. `hung`: have them say where they hang."""
         for index in self._alive:
-            self.trainers[index].kill(reason)
+            self.trainers[index].kill(reason, hung=hung)
 
     def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
         """What the report of one agent means for the team; None: nothing (yet), or it comes from a former process."""

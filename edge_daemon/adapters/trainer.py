@@ -18,7 +18,11 @@ from shared.frames import FrameWriter
 from shared.subprocess_pipe import start_piped
 
 log = logging.getLogger(__name__)
+FIRST_TO_DIE = 1000
+"""`oom_score_adj` of an agent; the unit gives the daemon less."""
 _GRACE_S = 0.2
+_LAST_WORDS_S = 2.0
+"""How long a hanging agent may take to write where it hangs."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ class Trainer(Protocol):
     def tell(self, message: protocol.ToAgent) -> None:
         """Send it a message."""
 
-    def kill(self, reason: str) -> None:
-        """End it at once; its end is reported like any other."""
+    def kill(self, reason: str, *, hung: bool = False) -> None:
+        """End it at once; its end is reported like any other. `hung`: have it say where it hangs, if it still can."""
 
     def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
         """What a report means; None: it comes from a process before the present one."""
@@ -92,11 +96,17 @@ class SubprocessTrainer:
         except OSError as error:
             log.warning("the agent can't be reached: %s", error)
 
-    def kill(self, reason: str) -> None:
-        """End the agent and all it started."""
+    def kill(self, reason: str, *, hung: bool = False) -> None:
+        """End the agent and all it started. `hung`: its faulthandler writes to the log where every thread is."""
         self._why = reason
-        if self._process is not None:
-            _kill_group(self._process)
+        if self._process is None:
+            return
+        if hung:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGABRT)
+                self._process.send_signal(signal.SIGCONT)
+            _let_end(self._process, _LAST_WORDS_S)
+        _kill_group(self._process)
 
     def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
         """What a report means; None: it comes from a process before the present one."""
@@ -133,16 +143,16 @@ class SubprocessTrainer:
         )
         # When memory runs out the agent dies, not the daemon.
         with contextlib.suppress(OSError):
-            Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000", encoding="ascii")
+            Path(f"/proc/{self._process.pid}/oom_score_adj").write_text(str(FIRST_TO_DIE), encoding="ascii")
 
 
-def _let_end(process: subprocess.Popen[bytes]) -> None:
+def _let_end(process: subprocess.Popen[bytes], seconds: float = _GRACE_S) -> None:
     """Wait a moment for a process that closed its pipe: killed on its way out it would lose its own exit status."""
     with contextlib.suppress(OSError):
         ended = os.pidfd_open(process.pid)
         try:
             # Not reaped here, so that its number still names its group.
-            select.select([ended], [], [], _GRACE_S)
+            select.select([ended], [], [], seconds)
         finally:
             os.close(ended)
 

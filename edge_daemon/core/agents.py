@@ -26,33 +26,47 @@ _NO_TIME_S = 1e-6
 
 
 def ensure(state: State) -> Result:
-    """Start the agent, one a GPU, where it is absent and its time has come."""
-    agent = state.agent
+    """Start the agent, one a GPU, where it is absent and its time has come; end it where it knows old settings."""
+    agent, settings = state.agent, state.settings
+    gpus = tuple(settings.agent.gpus or [gpu.uuid for gpu in (state.machine.gpus if state.machine else ())])
+    if agent.status == "ready" and state.agent_outdated:
+        # Its end is no failure; it comes back at once, with the new ones.
+        agent = replace(agent, status="stopping", heard_at=state.now, identity=None)
+        note = cmd.Note("info", "the agent is started anew, for the new settings")
+        return replace(state, agent=agent), [cmd.Tell(protocol.Shutdown()), note]
+    if agent.status == "ready" and agent.gpus != gpus:
+        # A driver that answers late: until then there were no GPUs.
+        again = cmd.KillAgent(f"it is to be started for {', '.join(gpus) or 'the CPU'}")
+        return replace(state, agent=replace(agent, status="starting", heard_at=state.now, gpus=gpus)), [again]
     if agent.status != "absent" or state.now < agent.start_at:
         return state, []
     if state.machine is None and state.now - state.started_at < MACHINE_WAIT_S:
         return state, []
+    agent = replace(agent, status="starting", heard_at=state.now, gpus=gpus)
+    return replace(state, agent=agent, agent_outdated=False), [cmd.StartAgent(probe_of(state), gpus)]
+
+
+def probe_of(state: State) -> protocol.Probe:
+    """What an agent is told first, as the settings are now."""
     settings = state.settings
-    gpus = settings.agent.gpus or [gpu.uuid for gpu in (state.machine.gpus if state.machine else ())]
     cores = state.machine.cores if state.machine else 1.0
-    probe = protocol.Probe(
+    return protocol.Probe(
         datasets=settings.data, share_labels=settings.policy.share_labels,
         hub=settings.policy.hub,
         threads=settings.agent.threads or max(1, int(cores)), beat_s=min(BEAT_S, settings.agent.silence_s / 4),
     )  # fmt: skip
-    start = cmd.StartAgent(probe, tuple(gpus))
-    return replace(state, agent=replace(agent, status="starting", heard_at=state.now)), [start]
 
 
 def watch(state: State) -> Result:
-    """Kill an agent that should speak and does not."""
+    """Kill an agent that should speak and does not; again and again, until it is gone."""
     agent, limit = state.agent, state.settings.agent.silence_s
+    since = max(agent.heard_at, agent.killed_at)
     if agent.status == "ready" and agent.failures and state.now - agent.heard_at > RETRY_CAP_S:
         return replace(state, agent=replace(agent, failures=0)), []
-    if agent.status not in ("starting", "busy", "stopping", "evaluating") or state.now - agent.heard_at <= limit:
+    if agent.status not in ("starting", "busy", "stopping", "evaluating") or state.now - since <= limit:
         return state, []
     reason = f"the agent said nothing for {limit:.0f} s"
-    return replace(state, agent=replace(agent, heard_at=state.now)), [cmd.KillAgent(reason)]
+    return replace(state, agent=replace(agent, killed_at=state.now)), [cmd.KillAgent(reason, hung=True)]
 
 
 def probed(state: State, event: ev.AgentProbed) -> Result:
@@ -66,7 +80,7 @@ def probed(state: State, event: ev.AgentProbed) -> Result:
         cmd.Note("info", f"probe: {name}: {note}") for name, note in sorted(found.notes.items())
     ]
     notes.append(cmd.Note("info", f"the agent proved {', '.join(map(str, found.bits)) or 'no'} bits"))
-    agent = Agent(status="ready", heard_at=state.now, failures=state.agent.failures)
+    agent = Agent(status="ready", heard_at=state.now, failures=state.agent.failures, gpus=state.agent.gpus)
     return replace(state, capability=capability, agent=agent), notes
 
 
@@ -76,6 +90,7 @@ def beat(state: State, event: ev.AgentBeat) -> Result:
     done, work = event.progressed, state.work
     if done is None or work is None or state.agent.identity != identity_of(work):
         return state, []
+    state = replace(state, progressed=done)
     if done.step >= work.training.checkpoint_every and not state.journal.checkpointed:
         state = replace(state, journal=msgspec.structs.replace(state.journal, checkpointed=True))
     if not state.connected:
@@ -104,7 +119,7 @@ def train(state: State, work: Assignment) -> Result:
         batch_limit=state.journal.batch_limit,
     )
     agent = replace(state.agent, status="busy", heard_at=state.now, identity=identity_of(work))
-    state, pause = rest(replace(state, phase="training", paused="", agent=agent))
+    state, pause = rest(replace(state, phase="training", paused="", agent=agent, progressed=None))
     return state, [order, *pause]
 
 
@@ -141,7 +156,7 @@ def trained(state: State, done: protocol.Trained) -> Result:
     """An update is on disk: into the outbox, if it is still wanted."""
     identity = Identity(done.job, done.round, done.attempt)
     stopping, work = state.agent.status == "stopping", state.work
-    state = replace(state, agent=_free(state), paused="")
+    state = replace(state, agent=_free(state, done.held_bytes), paused="")
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
     journal = state.journal
@@ -163,7 +178,7 @@ def failed(state: State, failure: protocol.Failed) -> Result:
     """The agent could not do the work, or forgot it as told."""
     identity = Identity(failure.job, failure.round, failure.attempt)
     stopping, work = state.agent.status == "stopping", state.work
-    state = replace(state, agent=_free(state), paused="")
+    state = replace(state, agent=_free(state, failure.held_bytes), paused="")
     if work is None or identity != identity_of(work) or stopping:
         return state, [cmd.DropWork(identity)]
     if state.journal.given_up:
@@ -185,7 +200,8 @@ def gone(state: State, event: ev.AgentGone) -> Result:
         agent=Agent(start_at=state.now + (RETRY_CAP_S if exhausted else wait), failures=0 if exhausted else failures),
         paused="",
     )
-    commands: list[cmd.Command] = [cmd.Note("warning", f"the agent is gone: {event.reason}")]
+    asked = status == "stopping" and agent.identity is None
+    commands: list[cmd.Command] = [] if asked else [cmd.Note("warning", f"the agent is gone: {event.reason}")]
     if status == "stopping" and agent.identity is not None:
         commands.append(cmd.DropWork(agent.identity))
     if exhausted:
@@ -238,5 +254,5 @@ def _end_given_up(state: State, identity: Identity) -> Result:
     return outbox.fail(state, identity, journal.given_up, out_of_memory=journal.given_up_memory)
 
 
-def _free(state: State) -> Agent:
-    return Agent(status="ready", heard_at=state.now)
+def _free(state: State, held_bytes: int) -> Agent:
+    return Agent(status="ready", heard_at=state.now, gpus=state.agent.gpus, held_bytes=held_bytes)

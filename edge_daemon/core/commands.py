@@ -33,6 +33,8 @@ class KillAgent:
     """End the subprocess at once; answers with `AgentGone`."""
 
     reason: str
+    hung: bool = False
+    """It hangs: have it say where, if it still can."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from edge_daemon import protocol
 from edge_daemon.core.state import Machine
+from edge_daemon.settings import EdgeSettings
 from shared.messages import Assign, Command, CoordState, DeviceState, Done, Load
 from shared.release_messages import Release
 
@@ -43,6 +44,13 @@ class Tick(Event):
 @dataclass(frozen=True, kw_only=True)
 class Drain(Event):
     """Asked to leave (SIGTERM)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconfigured(Event):
+    """The owner changed his settings (SIGHUP)."""
+
+    settings: EdgeSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +250,7 @@ AnyEvent = (
     Started
     | Tick
     | Drain
+    | Reconfigured
     | MachineRead
     | LoadRead
     | Linked

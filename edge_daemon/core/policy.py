@@ -9,6 +9,7 @@ from edge_daemon.core.state import Capability
 from edge_daemon.core.team import CPU
 from edge_daemon.settings import EdgeSettings, PolicySettings
 from shared.messages import Assignment, BaseSource, Load
+from shared.unified_memory import reserve
 
 _RESUME_SHARE = 0.8
 """A pause for foreign load ends below this share of its limit, so that it does not flap."""
@@ -28,10 +29,12 @@ def refusal(
     *,
     minute: int,
     disk_free: int,
+    unified: bool = False,
 ) -> str:
     """Why this device does not take `assignment`, or "".
 
     `minute`: local minute of the day; `disk_free`: bytes. Without a reading (None) no reading can meet its limit.
+    `unified`: the GPU shares the machine's memory.
     """
     reason = _unable(settings, capability, assignment) or _outside_hours(settings.policy, minute)
     needed = settings.policy.disk_reserve_bytes + assignment.adapter.size
@@ -39,11 +42,26 @@ def refusal(
         reason = f"disk: {_mib(disk_free)} free, {_mib(needed)} needed (reserve and global adapter)"
     if reason or load is None:
         return reason
-    reserve = settings.policy.memory_reserve_bytes
-    if load.memory_available < reserve:
-        return f"memory: {_mib(load.memory_available)} available, the owner's reserve is {_mib(reserve)}"
     # Foreign load passes in seconds: work is taken and rests until then.
-    return _strained(settings.policy, load, resuming=False)
+    return (
+        ailing(settings.policy, load)
+        or _short_of_memory(settings.policy, load, unified)
+        or _strained(settings.policy, load, resuming=False)
+    )
+
+
+def ailing(policy: PolicySettings, load: Load | None) -> str:
+    """What is broken, so that this device takes no work at all, or "". The words don't change while it lasts."""
+    if load is None:
+        return ""
+    for gpu in load.gpus:
+        if found := [str(xid) for xid in gpu.xids if xid in policy.xids]:
+            fault = f" ({gpu.fault})" if gpu.fault else ""
+            which = f"{gpu.uuid} reported XID {', '.join(found)}{fault}"
+            return f"broken GPU: {which}; no work before a reset of it and a restart of the daemon (policy.xids)"
+    if load.hung.get("gpu", 0.0) > policy.gpu_silence_s:
+        return f"GPU driver: no answer for more than {policy.gpu_silence_s:g} s (policy.gpu_silence_s)"
+    return ""
 
 
 def pause(settings: EdgeSettings, load: Load | None, *, minute: int, paused: bool) -> str:
@@ -75,12 +93,15 @@ def faults(settings: EdgeSettings) -> list[str]:
     return wrong
 
 
-def hold(settings: EdgeSettings, load: Load | None, *, minute: int) -> str:
+def hold(settings: EdgeSettings, load: Load | None, *, minute: int, unified: bool) -> str:
     """Why a release is not tried now, or "": it waits for the owner's hours, for memory, for other programs."""
-    reserve = settings.policy.memory_reserve_bytes
-    if load is not None and load.memory_available < reserve:
-        return f"memory: {_mib(load.memory_available)} available, the owner's reserve is {_mib(reserve)}"
-    return pause(settings, load, minute=minute, paused=False)
+    if load is None:
+        return _outside_hours(settings.policy, minute)
+    return (
+        ailing(settings.policy, load)
+        or _short_of_memory(settings.policy, load, unified)
+        or pause(settings, load, minute=minute, paused=False)
+    )
 
 
 def base_path(settings: EdgeSettings, model: str, source: BaseSource | None) -> str:
@@ -155,11 +176,27 @@ def _too_busy(policy: PolicySettings, load: Load, *, resuming: bool) -> str:
     return _strained(policy, load, resuming=resuming)
 
 
+def _short_of_memory(policy: PolicySettings, load: Load, unified: bool) -> str:
+    """Where the GPU shares the memory, running out of it kills whatever the system chooses: a reserve stays."""
+    if not load.memory_limit:
+        return ""  # not told
+    available = f"memory: {_mib(load.memory_available)} available"
+    if unified and load.memory_available < reserve(load.memory_limit):
+        return f"{available}, {_mib(reserve(load.memory_limit))} stay free where the GPU shares it"
+    if load.memory_available < policy.memory_reserve_bytes:
+        return f"{available}, the owner's reserve is {_mib(policy.memory_reserve_bytes)}"
+    return ""
+
+
 def _strained(policy: PolicySettings, load: Load, *, resuming: bool) -> str:
     heat_limit = policy.temperature_limit_c - (_RESUME_COOLER_C if resuming else 0.0)
     heat = hottest(load)
     if heat is not None and heat > heat_limit:
         return f"heat: {heat:.0f} °C, the limit is {heat_limit:.0f} °C"
+    if not policy.throttled:
+        for gpu in load.gpus:
+            if reasons := [reason for reason in gpu.throttle if reason != "power cap"]:
+                return f"throttled: {gpu.uuid} by {', '.join(reasons)}, and policy.throttled is off"
     if load.on_battery and not policy.on_battery:
         return "battery: running on battery, and policy.on_battery is off"
     return ""

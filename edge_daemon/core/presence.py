@@ -7,6 +7,7 @@ from dataclasses import replace
 import msgspec
 
 from edge_daemon.core import commands as cmd
+from edge_daemon.core import policy
 from edge_daemon.core.release_waits import waits
 from edge_daemon.core.state import WORKING, Announcing, Finished, Identity, Offer, State
 from shared.messages import Ack, DeviceInfo, DeviceState, Lifecycle, Load, Manifest
@@ -42,13 +43,15 @@ def device_info(state: State) -> DeviceInfo:
     if machine is not None:
         info = msgspec.structs.replace(
             info, hardware=machine.hardware, cores=machine.cores, memory_bytes=machine.memory_bytes,
-            gpus=list(machine.gpus),
+            gpus=list(machine.gpus), driver=machine.driver, jetpack=machine.jetpack, sandbox=machine.sandbox,
         )  # fmt: skip
+    problem = policy.ailing(state.settings.policy, state.load)
     if capability is None:
-        return info
+        return msgspec.structs.replace(info, problem=problem)
     return msgspec.structs.replace(
         info, bits=list(capability.bits), agents=capability.agents, agent_bytes=capability.agent_bytes,
-        datasets=capability.datasets, hardware=info.hardware or capability.hardware, problem=capability.problem[:1000],
+        datasets=capability.datasets, hardware=info.hardware or capability.hardware,
+        problem=(capability.problem or problem)[:1000],
     )  # fmt: skip
 
 
@@ -177,6 +180,9 @@ def _sampling(state: State) -> float:
 
 def _labelled(state: State, reading: Load) -> Load:
     wanted = state.journal.assignment if state.assigned else None
+    if state.machine is not None and state.machine.unified:
+        # What it holds through the GPU is in no process's resident memory, and yet missing for the others.
+        reading = msgspec.structs.replace(reading, own_memory=reading.own_memory + state.agent.held_bytes)
     return msgspec.structs.replace(
         reading, epoch=state.epoch, seq=state.load_seq + 1, phase=state.phase, paused=state.paused,
         job=wanted.job if wanted else "", round=wanted.round if wanted else 0,
@@ -190,7 +196,9 @@ def _differs(old: Load, new: Load, share: float) -> bool:
         new.phase, new.job, new.round, new.attempt, new.paused
     ):  # fmt: skip
         return True
-    if old.on_battery != new.on_battery or len(old.gpus) != len(new.gpus):
+    if old.on_battery != new.on_battery or old.hung.keys() != new.hung.keys():
+        return True
+    if [(gpu.uuid, gpu.xids, gpu.fault) for gpu in old.gpus] != [(gpu.uuid, gpu.xids, gpu.fault) for gpu in new.gpus]:
         return True
     cores = max(old.cores, new.cores, 1e-9)
     memory = max(old.memory_limit, new.memory_limit, 1)

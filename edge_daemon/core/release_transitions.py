@@ -40,6 +40,6 @@ def allowed(source: str, on: str, target: str) -> bool:
         return True
     if on == "ReleaseReceived":
         return target in ("none", "wanted", "skipped") or (source, target) == ("active", "committed")
-    if on == "Started":
+    if on in ("Started", "Reconfigured"):
         return target == "wanted"  # its files are gone from the disk, or it was skipped: once more
     return any(row.source == source and row.on == on and target in row.targets for row in MOVES)

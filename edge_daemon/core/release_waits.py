@@ -21,4 +21,5 @@ def waits(state: State) -> str:
         return "work of a round is under way"
     if state.agent.status != "ready":
         return "the agent is not ready"
-    return policy.hold(settings, state.load, minute=state.minute)
+    unified = state.machine is not None and state.machine.unified
+    return policy.hold(settings, state.load, minute=state.minute, unified=unified)

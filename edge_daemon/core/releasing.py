@@ -191,6 +191,12 @@ def started(state: State, event: ev.Started) -> Result:
     return state, [cmd.TidyReleases(tuple(sorted(names - {""})))]
 
 
+def reconfigured(state: State) -> State:
+    """The owner's settings are others now: what was skipped is looked at once more."""
+    skipped = state.journal.rollout.stage == "skipped"
+    return _with(state, stage="wanted", reason="", bits=0, deaths=0) if skipped else state
+
+
 def blobs(state: State) -> tuple[str, ...]:
     """Contents that the wanted release still needs."""
     rollout = state.journal.rollout

@@ -23,9 +23,6 @@ from edge_daemon.settings import EdgeSettings
 from shared.machines import check
 from shared.messages import Assign, Assignment
 
-DRAIN_S = 5.0
-"""How long a leaving daemon waits for the agent to write the work that is done."""
-
 
 def initial(settings: EdgeSettings, journal: Journal, *, version: str = "", now: float = 0.0) -> State:
     """The state of a process that begins with `journal`; `Started` must be its first event."""
@@ -84,8 +81,9 @@ def _advance_work(state: State) -> Result:
 
 def _decide(state: State, capability: Capability, work: Assignment) -> Result:
     reason = policy.refusal(
-        state.settings, capability, work, state.load, minute=state.minute, disk_free=state.disk_free
-    )
+        state.settings, capability, work, state.load, minute=state.minute, disk_free=state.disk_free,
+        unified=state.machine is not None and state.machine.unified,
+    )  # fmt: skip
     identity = identity_of(work)
     if reason:
         state, commands = outbox.finish(state, Finished(**identity._asdict(), verdict="rejected", reason=reason))
@@ -128,13 +126,24 @@ def _drain(state: State, _event: ev.Drain) -> Result:
     if state.agent.status != "busy":
         state, word = presence.say(replace(state, phase="draining"))
         return _leave(state, word)
-    state = replace(state, phase="draining", paused="", drain_until=state.now + DRAIN_S)
+    state = replace(state, phase="draining", paused="", drain_until=state.now + state.settings.agent.drain_s)
     return state, [cmd.Tell(protocol.Stop())]
 
 
 def _leave(state: State, commands: list[cmd.Command]) -> Result:
     kill: list[cmd.Command] = [] if state.agent.status == "absent" else [cmd.KillAgent("the daemon leaves")]
     return replace(state, phase="stopped"), [*commands, *kill]
+
+
+def _reconfigured(state: State, event: ev.Reconfigured) -> Result:
+    """New limits hold at once; what only a new agent can know waits until the present one has no work."""
+    before = agents.probe_of(state)
+    state = replace(state, settings=event.settings)
+    if state.agent.status != "absent" and agents.probe_of(state) != before:
+        state = replace(state, agent_outdated=True)
+    state, commands = agents.rest(releasing.reconfigured(state))
+    state, more = releasing.rest(state)
+    return state, commands + more
 
 
 def _machine_read(state: State, event: ev.MachineRead) -> Result:
@@ -298,6 +307,7 @@ _HANDLERS: dict[type[ev.AnyEvent], Callable[[State, Any], Result]] = {
     ev.Started: _started,
     ev.Tick: _tick,
     ev.Drain: _drain,
+    ev.Reconfigured: _reconfigured,
     ev.MachineRead: _machine_read,
     ev.LoadRead: _load_read,
     ev.Linked: _linked,

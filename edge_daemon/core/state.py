@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from edge_daemon import protocol
 from edge_daemon.core.rollout import Rollout
 from edge_daemon.settings import EdgeSettings
 from shared.jobs import Bits
@@ -120,6 +121,14 @@ class Machine:
     cores: float = 1.0
     memory_bytes: int = 0
     gpus: tuple[Gpu, ...] = ()
+    driver: str = ""
+    jetpack: str = ""
+    sandbox: Literal["", "full", "degraded"] = ""
+
+    @property
+    def unified(self) -> bool:
+        """Whether a GPU that trains shares the machine's memory."""
+        return any(gpu.integrated for gpu in self.gpus)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +157,12 @@ class Agent:
     """Deaths in a row without an answer to a probe."""
     identity: Identity | None = None
     """Of the work it was last told to do."""
+    killed_at: float = -1e9
+    """When it was last told to die for its silence."""
+    gpus: tuple[str, ...] = ()
+    """The GPUs it was started for; none: the CPU."""
+    held_bytes: int = 0
+    """Of the machine's memory, through a GPU which shares it, as it last told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +184,8 @@ class State:
     """None: not yet read; the agent waits for it for some seconds."""
     capability: Capability | None = None
     agent: Agent = Agent()
+    agent_outdated: bool = False
+    """The agent knows settings that are no longer those."""
     now: float = 0.0
     """Of the last event; no event goes back in time."""
     started_at: float = 0.0
@@ -189,6 +206,8 @@ class State:
     fetch_since: float = 0.0
     paused: str = ""
     """Reason of the pause under way."""
+    progressed: protocol.Progressed | None = None
+    """How far the work under way is; None: not yet told."""
     connected: bool = False
     no_broker: str = ""
     """Why there is no session, as last noted."""

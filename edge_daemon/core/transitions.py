@@ -42,6 +42,8 @@ MOVES: tuple[Transition, ...] = (
     _row("fetching", "AgentGone", ("fetching", *_REST), "start the agent again; after too many tries report failure"),
     _row("training", "LoadRead", ("training", "paused"), "rest while the owner needs the device"),
     _row("paused", "LoadRead", ("paused", "training"), "go on once the reading is well below its limit"),
+    _row("training", "Reconfigured", ("training", "paused"), "the owner's new limits hold at once"),
+    _row("paused", "Reconfigured", ("paused", "training"), "the owner's new limits hold at once"),
     *(
         row
         for source in ("training", "paused")
@@ -63,10 +65,10 @@ MOVES: tuple[Transition, ...] = (
 """Every row that may change the phase."""
 
 _NAMES = (
-    "Started", "Tick", "Drain", "MachineRead", "LoadRead", "Linked", "Unlinked", "OwnStateSeen", "CoordinatorSeen",
-    "AssignReceived", "CommandReceived", "Wanted", "Settled", "AdapterStored", "AdapterLost", "OfferLost",
-    "AgentProbed", "AgentBeat", "AgentTrained", "AgentFailed", "AgentGone", "ReleaseReceived", "ReleaseChecked",
-    "ReleaseStaged", "ReleaseActivated", "ReleaseProblem", "AgentEvaluated", "AgentUnfit",
+    "Started", "Tick", "Drain", "Reconfigured", "MachineRead", "LoadRead", "Linked", "Unlinked", "OwnStateSeen",
+    "CoordinatorSeen", "AssignReceived", "CommandReceived", "Wanted", "Settled", "AdapterStored", "AdapterLost",
+    "OfferLost", "AgentProbed", "AgentBeat", "AgentTrained", "AgentFailed", "AgentGone", "ReleaseReceived",
+    "ReleaseChecked", "ReleaseStaged", "ReleaseActivated", "ReleaseProblem", "AgentEvaluated", "AgentUnfit",
 )  # fmt: skip
 _MOVING = {(row.source, row.on) for row in MOVES}
 STAYS: tuple[Transition, ...] = tuple(

@@ -7,6 +7,7 @@ imported once the pipe is open.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import hashlib
 import logging
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from edge_daemon.protocol import (
+    INTEGRATED,
     Beat,
     Evaluate,
     Evaluated,
@@ -34,7 +38,7 @@ from edge_daemon.protocol import (
     Unfit,
 )
 from edge_daemon.training.control import Control, PipeClosed, Stopped
-from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, resident_bytes
+from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, let_go, resident_bytes, shares_memory
 from shared import logs
 from shared.allocator import give_back
 from shared.errors import DecodeError, UserError
@@ -91,18 +95,28 @@ class Agent:
                 case Probe() as probe:
                     self._control.send(self.probe(probe))
                 case Train() as train:
-                    self._control.send(self.train(train))
-                    # Its factors and moments are held by cycles alone: the next work would find them still there.
-                    give_back()
+                    self._serve(train)
                 case Merge() as order:
                     self._control.send(self.merge(order))
                 case Evaluate() as release:
-                    self._control.send(self.evaluate(release))
+                    answer = self.evaluate(release)
                     give_back()
+                    let_go(self._device)
+                    self._control.send(answer)
                 case Shutdown() | None:
                     return 0
                 case other:
                     log.debug("nothing under way for %s", type(other).__name__)
+
+    def _serve(self, train: Train) -> None:
+        answer = self.train(train)
+        # Its factors and moments are held by cycles alone: the next work would find them still there.
+        if shares_memory(self._device):
+            give_back()
+            self._control.send(msgspec.structs.replace(answer, held_bytes=let_go(self._device)))
+        else:
+            self._control.send(answer)
+            give_back()
 
     def probe(self, probe: Probe) -> Probed:
         """Find out what this device can do, with real kernels and the real files."""
@@ -137,6 +151,9 @@ class Agent:
     def train(self, request: Train) -> Trained | Failed:
         """Do one piece of work."""
         assignment = request.assignment
+        where = logs.trace(assignment.job, assignment.round, assignment.attempt)
+        about = {"job": assignment.job, "round": assignment.round, "attempt": assignment.attempt, "trace": where}
+        logs.about(device=request.device, **about)
         try:
             return self._work(request)
         except Refused as refused:
@@ -331,7 +348,8 @@ def _stop_reason(stop: Stopped) -> str:
 
 def _set_environment(probe: Probe) -> None:
     """What libraries read when they are first imported."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = probe.gpu
+    # CUDA's UUID of a Jetson is not one that it takes here.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0" if probe.gpu == INTEGRATED else probe.gpu
     os.environ["OMP_NUM_THREADS"] = str(max(1, probe.threads))
     # Nothing here is compiled, and bitsandbytes would load the compiler: 40 MB.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -362,6 +380,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--read-fd", type=int, required=True)
     parser.add_argument("--write-fd", type=int, required=True)
     arguments = parser.parse_args(argv)
+    faulthandler.enable()
     logs.set_up("muster-agent", os.environ.get("MUSTER_LOG_LEVEL", "INFO"))
     # It warns at each start that an optional kernel for inference is not installed.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

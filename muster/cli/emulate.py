@@ -39,6 +39,9 @@ def emulate(
         Path | None, typer.Option(help="Texts that the base gpt2-small is trained on; without it MUSTER_DATA/lm.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; without it runs/<job>-<time>.")] = None,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="As a real fleet: a certificate for each program, mutual TLS, access list.")
+    ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Keep the devices' and the coordinator's folders.")] = False,
     agent: Annotated[str, typer.Option(help="torch, or numpy: the small agent for least squares.")] = "torch",
     rounds: Annotated[int, typer.Option(min=0, help="Rounds, in place of the job file's; 0: as it says.")] = 0,
@@ -50,6 +53,6 @@ def emulate(
     asked = Emulation(
         devices=devices, profile=profile, data=data, job=job, strategy=strategy, aggregator=aggregator,
         alpha=alpha, by_field=by_field, models=tuple(model or ()), out=out, keep=keep,
-        agent=agent, rounds=rounds, seed=seed, lm=lm,
+        agent=agent, rounds=rounds, seed=seed, lm=lm, secure=secure,
     )  # fmt: skip
     raise typer.Exit(run(asked, command=shlex.join(["muster", *sys.argv[1:]])))

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from coordinator.web.views import JobView
-from muster.cli import tables
+from muster.cli import device_tables, tables
 from muster.cli.options import Place
 from muster.cli.options import as_json as _json
 from muster.client import ENDED, Client
@@ -113,14 +113,20 @@ def export(place: Place, job_id: str, folder: Path, *, merged: bool = False, bas
             print(merge(adapter, folder, base))
 
 
-def devices(place: Place, *, as_json: bool) -> None:
-    """Print the devices."""
+def devices(place: Place, device: str, *, as_json: bool) -> None:
+    """Print the devices, or one in full."""
     with place.client() as client:
         found = client.devices()
+    if device:
+        found = [known for known in found if known.device == device]
+        if not found:
+            raise UserError(f"no device {device!r} has reported yet; `muster devices` shows all that have")
     if as_json:
         print(_json(found))
+    elif device:
+        _console().print(*device_tables.in_full(found[0]), sep="\n")
     elif found:
-        _console().print(tables.devices(found))
+        _console().print(device_tables.devices(found))
     else:
         print("no device has reported yet")
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from muster.cli import emulate, releases, simulate
+from muster.cli import broker, emulate, pki, releases, simulate
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -114,17 +114,23 @@ def export(
     jobs.export(where(context), job, folder, merged=merged, base=base)
 
 
-@app.command(epilog="Example: [bold]muster devices[/bold]")
-def devices(context: typer.Context, json: Json = False) -> None:
-    """List the devices with their load, as the coordinator sees them now."""
+@app.command(epilog="Example: [bold]muster devices edge-01[/bold]")
+def devices(
+    context: typer.Context,
+    device: Annotated[str, typer.Argument(help="Id of a device to show in full, its GPUs one by one.")] = "",
+    json: Json = False,
+) -> None:
+    """List the devices with their load, as the coordinator sees them now; or show one in full."""
     from muster.cli import jobs
 
-    jobs.devices(where(context), as_json=json)
+    jobs.devices(where(context), device, as_json=json)
 
 
 app.command(epilog=releases.EPILOG)(releases.release)
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
+app.add_typer(pki.app)
+app.add_typer(broker.app)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from coordinator.web.views import ReleasedDevice, ReleaseView
-from muster.cli.tables import new_table, size
+from muster.cli import tables
 from shared.release_messages import Score
 
 
@@ -37,11 +37,11 @@ def progress(view: ReleaseView) -> str:
 
 def releases(found: Sequence[ReleaseView]) -> Table:
     """All releases."""
-    table = new_table("release", "state", "in force", "kind", "size", "committed", "failed", "skipped", "reason")
+    table = tables.table("release", "state", "in force", "kind", "size", "committed", "failed", "skipped", "reason")
     for view in found:
         table.add_row(
             view.id, view.state.replace("_", " "), "yes" if view.stands else "", view.kind,
-            size(view.bytes) if view.bytes else "-", str(view.committed), str(view.failed), str(view.skipped),
+            tables.size(view.bytes) if view.bytes else "-", str(view.committed), str(view.failed), str(view.skipped),
             view.reason,
         )  # fmt: skip
     return table
@@ -49,7 +49,7 @@ def releases(found: Sequence[ReleaseView]) -> Table:
 
 def devices(view: ReleaseView) -> Table:
     """The devices of one release."""
-    table = new_table("device", "canary", "state", "before", "after", "rows", "in use", "reason")
+    table = tables.table("device", "canary", "state", "before", "after", "rows", "in use", "reason")
     for device in view.devices:
         rows = device.after.rows if device.after is not None else 0
         table.add_row(

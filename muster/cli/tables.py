@@ -1,4 +1,4 @@
-"""What the commands print about jobs, rounds and devices."""
+"""What the commands print about jobs and rounds; of devices: `device_tables`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from coordinator.core.facts import Metrics
-from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
+from coordinator.web.views import JobView, ParticipantView, RoundView
 from shared.messages import Work
 
 
@@ -48,37 +48,35 @@ def outcome(job: JobView) -> str:
 
 def jobs(found: Sequence[JobView]) -> Table:
     """All jobs."""
-    table = new_table("job", "state", "round", "strategy", "before", "best", "reason")
+    made = table("job", "state", "round", "strategy", "before", "best", "reason")
     for job in found:
-        table.add_row(
+        made.add_row(
             job.id, job.state, f"{job.round}/{job.rounds_total}", job.strategy, quality(job.baseline),
             quality(job.best), job.reason,
         )  # fmt: skip
-    return table
+    return made
 
 
 def rounds(job: JobView) -> Table:
     """The rounds of a job."""
-    table = new_table("round", "phase", "quality", "gate", "devices", "updates", "seconds", "overhead", "adapter")
+    made = table("round", "phase", "quality", "gate", "devices", "updates", "seconds", "overhead", "adapter")
     for view in job.rounds:
         counted = sum(part.status == "done" for part in view.participants)
         gate = "-" if view.accepted is None else "accepted" if view.accepted else f"refused: {view.gate_reason}"
-        table.add_row(
+        made.add_row(
             str(view.round), view.phase, quality(view.metrics), gate, str(len(view.participants)), str(counted),
             f"{view.seconds:.1f}", f"{view.overhead_s:.1f}", size(view.adapter_bytes),
         )  # fmt: skip
-    return table
+    return made
 
 
 def round_in_full(view: RoundView) -> Iterator[Table | Text]:
     """One round: the plan against reality, then the reason of each number."""
     yield Text(f"\nround {view.round}: {view.plan_reason}", style="bold")
-    table = new_table(
-        "device", "status", "rank", "batch", "bits", "steps", "predicted", "trained", "loss", "sent", "reason"
-    )
+    made = table("device", "status", "rank", "batch", "bits", "steps", "predicted", "trained", "loss", "sent", "reason")
     for part in view.participants:
-        table.add_row(*_plan_and_reality(part))
-    yield table
+        made.add_row(*_plan_and_reality(part))
+    yield made
     for part in view.participants:
         for name, reason in part.work.reasons.items():
             yield Text(f"{part.device} {name}: {reason}")
@@ -86,26 +84,6 @@ def round_in_full(view: RoundView) -> Iterator[Table | Text]:
         yield Text(f"refused update: {refused}")
     if view.closed_reason:
         yield Text(f"closed: {view.closed_reason}")
-
-
-def devices(found: Sequence[DeviceView]) -> Table:
-    """The devices and their load."""
-    table = new_table(
-        "device", "state", "seen", "cores", "own", "foreign", "throttled", "memory free", "heat", "GPUs", "work"
-    )
-    for device in found:
-        load = device.load
-        cells = ["-"] * 6
-        if load is not None:
-            cells = [
-                f"{load.cores:.2f}", f"{load.own_cores:.2f}", f"{load.foreign_cores:.2f}", f"{load.throttled:.0%}",
-                f"{size(load.memory_available)} of {size(load.memory_limit)}",
-                "-" if load.temperature_c is None else f"{load.temperature_c:.0f} °C",
-            ]  # fmt: skip
-        gpus = len(device.info.gpus) if device.info else 0
-        problem = device.info.problem if device.info else ""
-        table.add_row(device.device, device.state, f"{device.age_s:.0f} s", *cells, str(gpus), problem or device.work)
-    return table
 
 
 def _plan_and_reality(part: ParticipantView) -> list[str]:
@@ -122,19 +100,21 @@ def _plan_and_reality(part: ParticipantView) -> list[str]:
     ]  # fmt: skip
 
 
-def size(count: int) -> str:
-    """Bytes in the largest unit that leaves a whole number before the point."""
-    left = float(count)
+def size(count: int | None) -> str:
+    """Bytes in the largest unit that leaves a whole number before the point; "-" where they are not known."""
+    if count is None:
+        return "-"
+    amount = float(count)
     for unit in ("B", "kB", "MB"):
-        if left < 1000:
-            return f"{left:.0f} {unit}" if unit == "B" or left >= 100 else f"{left:.1f} {unit}"
-        left /= 1000
-    return f"{left:.2f} GB"
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"
 
 
-def new_table(*columns: str) -> Table:
-    """A table as all of them look."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+def table(*columns: str) -> Table:
+    """An empty table of these columns."""
+    made = Table(box=None, pad_edge=False, header_style="bold")
     for name in columns:
-        table.add_column(name, overflow="fold")
-    return table
+        made.add_column(name, overflow="fold")
+    return made

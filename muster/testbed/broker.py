@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -15,27 +16,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from muster import mosquitto
+from muster.testbed.machines import BROKER
 from shared.errors import UserError
 from shared.processes import die_with_parent
 from shared.settings import BrokerSettings
 
 _START_S = 10.0
+_RELOADS = "Reloading config."
 _LOWEST_PORT, _PORT_TRIES = 20_000, 100
-_DEFAULTS = {
-    "persistence": "true",
+_OURS = {
     # A broker that is killed keeps sessions and retained messages only if it writes after every change.
     "autosave_interval": "1",
     "autosave_on_changes": "true",
-    "max_packet_size": "1048576",
-    "max_inflight_messages": "32",
-    "max_queued_messages": "2000",
-    "max_queued_bytes": "67108864",
-    "max_keepalive": "120",
-    "queue_qos0_messages": "false",
-    "set_tcp_nodelay": "true",
     "sys_interval": "1",
-    "connection_messages": "true",
-    "log_type": "error\nlog_type warning\nlog_type notice",
+    "log_type": "error\nlog_type warning\nlog_type notice\nlog_type information",  # by which it says that it reloads
 }
 
 
@@ -68,9 +63,10 @@ def free_port() -> int:
 class Broker:
     """A mosquitto on a free port of 127.0.0.1; a context manager.
 
-    `folder`: configuration, log and persistence (a temporary one, removed at the end, where None). `tls`: folder with
-    `ca.crt`, `server.crt`, `server.key` (see `muster.testbed.certs`), then the certificate's CN is user name and client
-    id. `passwords`: user -> password. `acl`: text of the ACL. `overrides`: option -> value, None to leave one out.
+    It has the configuration of a fleet's broker, but for what is said here. `folder`: configuration, log, persistence
+    (a temporary one, removed at the end, where None). `tls`: folder with `ca.crt`, `server.crt`, `server.key` and
+    `crl.pem` (see `muster.testbed.machines`); without it, it is open to all. `passwords`: user -> password. `acl`: text
+    of the ACL. `overrides`: option -> value, None to leave one out.
     """
 
     def __init__(
@@ -158,6 +154,16 @@ class Broker:
             except subprocess.TimeoutExpired:
                 self.kill()
 
+    def reload(self) -> None:
+        """SIGHUP: it reads certificates, revocation list and ACL anew; returns when it says that it began to."""
+        before = self.log.count(_RELOADS)
+        os.kill(self.pid, signal.SIGHUP)
+        until = time.monotonic() + _START_S
+        while self.log.count(_RELOADS) == before:
+            if not self.pid or time.monotonic() > until:
+                raise UserError("mosquitto does not reload")
+            time.sleep(0.01)
+
     def restart(self) -> None:
         """Start it again on the same port and persistence, after `kill` or `stop` (else it is stopped first)."""
         self.stop()
@@ -171,30 +177,23 @@ class Broker:
             return False
 
     def _configuration(self) -> str:
-        lines = [f"listener {self.port} 127.0.0.1", f"persistence_location {self.folder}/"]
+        acl = self.folder / "acl"
+        places = mosquitto.Places(self.port, str(self._tls), BROKER, str(acl), str(self.folder))
+        options: dict[str, str | None] = {**mosquitto.options(places), **_OURS}
+        options["listener"] = f"{self.port} 127.0.0.1"
         if os.geteuid() == 0:
-            lines.append("user root")  # else it drops its rights and can't read a private folder
-        options: dict[str, str | None] = {**_DEFAULTS, "allow_anonymous": "true"}
-        if self._tls:
-            options |= {
-                "cafile": f"{self._tls}/ca.crt",
-                "certfile": f"{self._tls}/server.crt",
-                "keyfile": f"{self._tls}/server.key",
-                "tls_version": "tlsv1.3",
-                "require_certificate": "true",
-                "use_identity_as_username": "true",
-                "use_username_as_clientid": "true",
-                "allow_anonymous": "false",
-            }
+            options["user"] = "root"  # else it drops its rights and can't read a private folder
+        if not self._tls:
+            options |= {**dict.fromkeys(mosquitto.OF_TLS), "allow_anonymous": "true"}
         if self._passwords:
             options |= {"password_file": str(self._password_file()), "allow_anonymous": "false"}
         if self._acl:
-            path = self.folder / "acl"
-            path.write_text(self._acl, "utf-8")
-            path.chmod(0o600)
-            options["acl_file"] = str(path)
+            acl.write_text(self._acl, "utf-8")
+            acl.chmod(0o600)
+        else:
+            options["acl_file"] = None
         options |= self._overrides
-        lines += [f"{name} {value}" for name, value in options.items() if value is not None]
+        lines = [f"{name} {value}" for name, value in options.items() if value is not None]
         return "\n".join(lines) + "\n"
 
     def _password_file(self) -> Path:

@@ -21,7 +21,7 @@ class ClockedProcess:
         self._alive = False
         self._end = AgentEnded("", out_of_memory=False)
 
-    def kill(self, reason: str) -> None:
+    def kill(self, reason: str, *, hung: bool = False) -> None:  # noqa: ARG002 - no thread to say where it hangs
         """End it at once."""
         if self._alive:
             self._die(AgentEnded(reason, out_of_memory=False))

@@ -27,7 +27,7 @@ import msgspec
 
 from shared.jobs import Bits
 
-VERSION = 2
+VERSION = 3
 """Raised by whoever changes what this model charges: results of another version are of another world."""
 _NORMAL = NormalDist()
 MIB = 2**20
@@ -116,27 +116,33 @@ class Kind:
     """Bytes per second of its link; 0: drawn anew each round."""
     heats: bool = True
     """Whether work makes it hot, and heat slow."""
+    charge: float = 1.0
+    """Steps whose time each step takes."""
 
 
+EPOCH = 10.0
+"""In the papers a round is a local epoch, of a hundred steps and more, which outweigh its transfers. Here some eight
+are computed, and each is charged as so many: what is compared is planning of training, on links that are no faster."""
 KINDS = (
-    Kind("tx2", 0.30, 0.05, 6.0, 12.0, 4, 12),
-    Kind("nx", 0.40, 0.1, 6.0, 20.0, 8, 20),
-    Kind("agx", 0.10, 0.2, 8.0, 32.0, 16, 40),
-    Kind("gpu", 0.20, 0.5, 16.0, 96.0, 16, 96),
+    Kind("tx2", 0.30, 0.05, 6.0, 12.0, 4, 12, charge=EPOCH),
+    Kind("nx", 0.40, 0.1, 6.0, 20.0, 8, 20, charge=EPOCH),
+    Kind("agx", 0.10, 0.2, 8.0, 32.0, 16, 40, charge=EPOCH),
+    Kind("gpu", 0.20, 0.5, 16.0, 96.0, 16, 96, charge=EPOCH),
 )
-"""Speeds 1 : 2 : 4 (: 10), so slow that a round's training outweighs its transfers, as with a base of hundreds of
-millions of parameters. TX2 and NX have 8 GB each, the AGX 32 GB: scaled to the small bases simulated here that is room
-for so many samples beside the base at the bits that one of billions of parameters would get there. The weights of a
-small base weigh little against its activations, so memory bounds batches more often than bits."""
+"""Speeds 1 : 2 : 4 (: 10). TX2 and NX have 8 GB each, the AGX 32 GB: scaled to the small bases simulated here that is
+room for so many samples beside the base at the bits that one of billions of parameters would get there. The weights of
+a small base weigh little against its activations, so memory bounds batches more often than bits."""
 PROFILES: dict[str, tuple[Kind, ...]] = {
     "jetson": KINDS,
     "jetson-roomy": tuple(replace(kind, holds=32, room=96, whole=True, bits=(4, 8, 16, 32)) for kind in KINDS),
-    "equal": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 16, 40),),
+    "jetson-short": tuple(replace(kind, charge=1.0) for kind in KINDS),
+    "equal": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 16, 40, charge=EPOCH),),
     "pair": (Kind("small", 0.5, 0.1, 6.0, 20.0, 4, 4), Kind("large", 0.5, 0.1, 6.0, 20.0, 16, 40)),
 }
 """Name -> the classes of a fleet. `equal` has one class; `pair` two of equal speed and unequal memory; neither has
 power modes or other programs. `jetson-roomy` is `jetson` with memory enough to tune the base itself, as no Jetson has:
-what full fine-tuning is granted, so that it can be compared at all."""
+what full fine-tuning is granted, so that it can be compared at all. `jetson-short` charges each step as one: there
+transfers outweigh training."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +275,7 @@ class Device:
     ) -> float:
         """Seconds of a step in `round` on a device of `heat` (0 to 1), disturbed by `noise` and by other programs that
         use the share `foreign` of its cores."""
-        plain = table.seconds(work, shape, self.kind.quota)
+        plain = table.seconds(work, shape, self.kind.quota) * self.kind.charge
         saturated = math.pow(1.0 + (work.batch / self.kind.knee) ** 4, 0.1)
         mine = 1.0 / (1.0 + CONTENTION * foreign)
         return plain * saturated * noise / (self.power(round) * mine * (1.0 - throttled(heat)))

@@ -53,6 +53,8 @@ class Emulation:
     """0: as the job says."""
     seed: int | None = None
     """Of the shares and the job; None: the job's."""
+    secure: bool = False
+    """Mutual TLS with an authority of its own, and the access list, as a real fleet has them."""
     lm: Path | None = None
     """Folder of the texts for the small GPT-2; None: `MUSTER_DATA/lm`."""
 
@@ -105,8 +107,9 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
             DeviceSpec(s.name, s.cores, s.memory_bytes, {ready.spec.task.dataset: ready.shares[s.name]})
             for s in ready.shapes
         ]
-        shown.say(f"starting mosquitto, the coordinator and {len(specs)} devices")
-        fleet = Fleet(out / "fleet", specs, ready.models, agent=ready.agent)
+        guarded = " (mutual TLS 1.3, access list)" if emulation.secure else ""
+        shown.say(f"starting mosquitto{guarded}, the coordinator and {len(specs)} devices")
+        fleet = Fleet(out / "fleet", specs, ready.models, agent=ready.agent, secure=emulation.secure)
         try:
             with fleet:
                 late = fleet.wait_until_able()

@@ -30,7 +30,7 @@ from edge_daemon.settings import EdgeSettings
 from muster.client import Client
 from muster.testbed import cgroups, toml
 from muster.testbed.broker import Broker, free_port
-from muster.testbed.certs import Authority
+from muster.testbed.machines import Machines, files
 from muster.testbed.relay import Relay
 from shared import settings, topics
 from shared.errors import UserError
@@ -209,7 +209,7 @@ class Fleet:
         cgroups.clean_leftovers()
         self._claim()
         groups = self._groups()
-        self._authority = Authority(self.folder / "pki") if self._secure else None
+        self._machines = Machines(self.folder / "pki", FLEET) if self._secure else None
         self.broker = self._stack.enter_context(self._broker())
         self.coordinator = self._program("coordinator", "coordinator.service", self._coordinator_settings(), None)
         for spec in self.devices:
@@ -246,18 +246,17 @@ class Fleet:
         return groups.create(spec.name, cores=spec.cores, memory_bytes=spec.memory_bytes, nice=nice)
 
     def _broker(self) -> Broker:
-        if self._authority is None:
+        if self._machines is None:
             return Broker(self.folder / "broker", overrides=self._broker_overrides)
-        acl = topics.acl(FLEET, COORDINATOR)
-        return Broker(self.folder / "broker", tls=self._authority.folder, acl=acl, overrides=self._broker_overrides)
+        acl, tls = topics.acl(FLEET, [COORDINATOR]), self._machines.broker()
+        return Broker(self.folder / "broker", tls=tls, acl=acl, overrides=self._broker_overrides)
 
     def _broker_settings(self, name: str, **more: object) -> dict[str, Any]:
-        files: dict[str, object] = {}
-        if self._authority is not None:
-            certificate, key = self._authority.client(name)
-            files = {"cafile": str(self._authority.cafile), "certfile": str(certificate), "keyfile": str(key)}
+        identity: dict[str, object] = {}
+        if self._machines is not None:
+            identity = files(self._machines.enrol(name, "coordinator" if name == COORDINATOR else "device"))
         # All is on one machine, so no wait need be long.
-        values = self.broker.settings(reconnect_min_s=0.1, reconnect_max_s=2.0, **files, **more)
+        values = self.broker.settings(reconnect_min_s=0.1, reconnect_max_s=2.0, **identity, **more)
         plain: dict[str, Any] = msgspec.to_builtins(values)
         return plain
 

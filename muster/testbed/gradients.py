@@ -23,6 +23,7 @@ from edge_daemon.training.agent import Agent
 from edge_daemon.training.control import Control, Stopped
 from muster.testbed.runs import RunFailed
 from shared.jobs import Bits
+from shared.processes import die_with_parent
 
 _NEVER = 10**9
 _DATA_SETS = 1000
@@ -96,8 +97,9 @@ _agents: Agents | None = None
 
 
 def _open() -> None:
-    """Begin a process; Ctrl-C is for the one that started it."""
+    """Begin a process; Ctrl-C is for the one that started it, and its end is this one's end, however it comes."""
     global _agents  # noqa: PLW0603 - a process of the pool has one
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _agents = Agents()
 

@@ -124,6 +124,9 @@ class _Worker:
     def tick(self, now: float) -> None:
         """It never hangs."""
 
+    def limit_silence(self, silence_s: float) -> None:
+        """It is never silent."""
+
     def stop(self) -> None:
         """Nothing to end."""
 

@@ -12,6 +12,7 @@ work, or every time with "N!". MUSTER_TEST_SAMPLE_BYTES: memory to hold per samp
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import queue
 import statistics
@@ -313,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--read-fd", type=int, required=True)
     parser.add_argument("--write-fd", type=int, required=True)
     options = parser.parse_args(argv)
+    faulthandler.enable()
     with os.fdopen(options.read_fd, "rb") as incoming, os.fdopen(options.write_fd, "wb") as outgoing:
         wanted: type[protocol.ToAgent] = protocol.ToAgent  # type: ignore[assignment]  # a union is a type to msgspec
         Agent(FrameReader(incoming, wanted), FrameWriter(outgoing)).run()

@@ -21,6 +21,7 @@ from shared.modeling.base_model import Base
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import AdapterFault, ModelFault, one_line
 from shared.release_messages import ReleaseKind
+from shared.releases import FILE_MODE
 
 _BASE_KEY = "base_model_name_or_path"
 _CONFIGS = ("adapter_config.json", "bottleneck_config.json")
@@ -97,6 +98,7 @@ def name_base(folder: Path, base: Path) -> None:
         if config.get(_BASE_KEY) != str(base):
             content = json.dumps({**config, _BASE_KEY: str(base), "revision": None}, indent=2) + "\n"
             write_whole(path, content.encode())
+            path.chmod(FILE_MODE)
 
 
 def base_of(folder: Path) -> Path | None:

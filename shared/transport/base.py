@@ -123,6 +123,10 @@ class Transport(Protocol):
     def alive(self) -> bool:
         """Whether its loop still turns, connected or not; False calls for a restart of the process."""
 
+    @property
+    def late_s(self) -> float:
+        """Seconds by which its loop is behind the time it meant to turn again; 0: on time."""
+
     def start(self, sink: Sink) -> None:
         """Begin to connect; events go to `sink` from any thread. Returns at once."""
 

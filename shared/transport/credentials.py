@@ -20,10 +20,13 @@ def read_credentials(settings: BrokerSettings) -> tuple[ssl.SSLContext | None, s
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.load_verify_locations(settings.cafile)
+            if settings.crlfile:
+                context.load_verify_locations(settings.crlfile)
+                context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
             if settings.certfile:
                 context.load_cert_chain(settings.certfile, settings.keyfile or None)
         password = Path(settings.password_file).read_text("utf-8").rstrip("\n") if settings.password_file else None
     except (OSError, ValueError) as error:
-        files = f"{settings.cafile} {settings.certfile} {settings.keyfile} {settings.password_file}"
-        raise UserError(f"broker credentials ({' '.join(files.split())}): {error}") from error
+        files = (settings.cafile, settings.crlfile, settings.certfile, settings.keyfile, settings.password_file)
+        raise UserError(f"broker credentials ({' '.join(filter(None, files))}): {error}") from error
     return context, password

@@ -59,6 +59,10 @@ class MemoryTransport:
     def alive(self) -> bool:
         return not self._stopped
 
+    @property
+    def late_s(self) -> float:
+        return 0.0
+
     def subscribe(self, filters: list[tuple[str, int]]) -> None:
         self.filters = list(filters)
 

@@ -109,7 +109,7 @@ class MqttTransport:
         self._sessions = 0
         self._stood = False
         self._max_packet = UNLIMITED
-        self._due = math.inf
+        self._due = self._meant = math.inf
         self._end = math.inf
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"mqtt-{client_id}", daemon=True)
@@ -122,6 +122,12 @@ class MqttTransport:
     def alive(self) -> bool:
         """Whether the network thread turns: it promises when its next sign of life is due."""
         return self._thread.is_alive() and time.monotonic() < self._due
+
+    @property
+    def late_s(self) -> float:
+        if self._stopping.is_set() or self._meant == math.inf:
+            return 0.0
+        return max(0.0, time.monotonic() - self._meant) if self._thread.is_alive() else math.inf
 
     def subscribe(self, filters: list[tuple[str, int]]) -> None:
         self._filters = list(filters)
@@ -220,7 +226,8 @@ class MqttTransport:
 
     def _promise(self, seconds: float) -> None:
         """The thread is back in `seconds`; what it may be late is bounded, for its owner must know within a minute."""
-        self._due = time.monotonic() + seconds + min(max(1.5 * self._settings.keepalive_s, 20.0), 45.0)
+        self._meant = time.monotonic() + seconds
+        self._due = self._meant + min(max(1.5 * self._settings.keepalive_s, 20.0), 45.0)
 
     # ---- the network thread --------------------------------------------------------------------------------------
 

@@ -67,7 +67,9 @@ def test_make_help_lists_every_target() -> None:
     assert set(re.findall(r"^  make (\S+)", shown, re.MULTILINE)) == set(phony.group(1).split())
 
 
-@pytest.mark.parametrize("paper", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "bench/README.md"])
+@pytest.mark.parametrize(
+    "paper", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/operations.md", "bench/README.md"]
+)
 def test_links_and_make_targets_of_papers_exist(paper: str) -> None:
     page = ROOT / paper
     text = page.read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ IMPURE = {
     "psutil", "random", "secrets", "select", "shutil", "signal", "socket", "sqlite3", "subprocess", "sys", "tempfile",
     "threading", "time", "torch", "uuid",
     "shared.transport", "shared.modeling", "shared.blob_folder", "shared.settings", "shared.logs", "shared.files",
-    "shared.processes", "shared.subprocess_pipe", "numpy.random",
+    "shared.processes", "shared.subprocess_pipe", "shared.notify", "shared.lifeline", "shared.service", "numpy.random",
 }  # fmt: skip
 IMPURE_CALLS = {"open", "print", "input", "exec", "eval", "__import__"}
 TORCH = {"torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "shared.modeling"}
@@ -81,7 +81,10 @@ def test_cores_call_nothing_impure(core: str) -> None:
 @pytest.mark.parametrize(
     ("service", "never"),
     [
-        ("edge_daemon.service", ("torch", "transformers", "peft", "numpy", "scipy", "coordinator", "muster")),
+        (
+            "edge_daemon.service",
+            ("torch", "transformers", "peft", "numpy", "scipy", "cryptography", "coordinator", "muster"),
+        ),
         ("coordinator.service", ("torch", "transformers", "peft", "bitsandbytes", "edge_daemon", "muster")),
     ],
 )

@@ -93,6 +93,25 @@ def test_three_devices_work_on_a_job_to_its_report(place: Path) -> None:
     assert (out / "fleet" / "edge-01.toml").is_file()
 
 
+def test_a_secure_fleet_works_on_a_job_under_mutual_tls(place: Path) -> None:
+    options = ("--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run", "--secure", "--keep")
+    code, output, errors = _run(place, *options)
+    assert (code, errors) == (0, "")
+    assert "starting mosquitto (mutual TLS 1.3, access list)" in output
+    assert "squares: finished" in (place / "run" / "report.md").read_text()
+    fleet = place / "run" / "fleet"
+    broker = (fleet / "broker" / "mosquitto.log").read_text()
+    for name in ("coord-1", "edge-01", "edge-02"):
+        assert f"as {name} (" in broker, broker
+        assert f'"keyfile" = "{fleet}/pki/{name}/{name}.key"' in "".join(
+            path.read_text() for path in fleet.glob("*.toml")
+        )
+    assert (fleet / "broker" / "mosquitto.conf").read_text().count("tls_version tlsv1.3") == 1
+    code, output, _ = _run(place, *options[:-1], "--rounds", "1")
+    assert code == 0
+    assert not fleet.exists()  # the keys have gone with it
+
+
 @pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_of_it(place: Path, name: signal.Signals) -> None:
     (place / "job.toml").write_text(JOB.format(rounds=100000))

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from shared.jobs import JobSpec
 from tests.unit.reason_grammar import parse
-from tests.unit.reason_scene import Said, Spot, close, close_mib, close_s, equal
+from tests.unit.reason_scene import ONE_BATCH, Said, Spot, close, close_mib, close_s, equal
 from tests.unit.second import fedpipe
 from tests.unit.second.costs import MIB, Free, Need, need_of, tuned
 from tests.unit.second.seats import Seat, has_run, sizes_of
@@ -219,9 +219,11 @@ def bits_memory(spot: Spot, said: Said) -> None:
 
 
 def judged(spot: Spot) -> set[int]:
-    """The batches that bits may be judged at: the smallest, and of `legend` the job's."""
+    """The batches that bits may be judged at: the smallest, of `legend` the job's, and of rivals all up to that."""
     sizes = sizes_of(spot.job)
     found = {min(sizes[0], spot.seat.rows)}
+    if spot.round.name in ONE_BATCH:
+        return found | {min(size, spot.seat.rows) for size in sizes if size <= spot.job.strategy.batch}
     if spot.round.name == "legend":
         found.add(min(max([size for size in sizes if size <= spot.job.strategy.batch] or sizes[:1]), spot.seat.rows))
     return found

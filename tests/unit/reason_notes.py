@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from tests.unit.reason_checks import judged
 from tests.unit.reason_plans import LEFT_OUT, check_refused, matched
-from tests.unit.reason_scene import Said, Spot, close, close_mib, close_s, equal
+from tests.unit.reason_scene import ONE_BATCH, Said, Spot, close, close_mib, close_s, equal
 from tests.unit.second import fedpipe
 from tests.unit.second.costs import MIB, Need, need_of, tuned
 from tests.unit.second.seats import fits, held, limit_of, moved, sizes_of, transfer
@@ -85,7 +85,12 @@ def _trial_fits(spot: Spot, said: Said, bits: int) -> bool:
     assert depth * width > len(spot.work.ranks) * spot.reason.value
     modules = sorted(spot.scene.facts.modules, key=lambda one: one.block)[-depth:]
     need = need_of(spot.scene.facts, spot.job, dict.fromkeys((one.name for one in modules), width))
-    return fits(spot.scene, spot.seat, need, bits, min(sizes_of(spot.job)[0], spot.seat.rows))
+    return fits(spot.scene, spot.seat, need, bits, _least(spot))
+
+
+def _least(spot: Spot) -> int:
+    """The batch that bits are chosen for: the smallest, of rivals the one that they train with."""
+    return spot.work.batch if spot.round.name in ONE_BATCH else min(sizes_of(spot.job)[0], spot.seat.rows)
 
 
 def trial_too_large(spot: Spot, said: Said) -> None:
@@ -93,8 +98,8 @@ def trial_too_large(spot: Spot, said: Said) -> None:
 
 
 def _allowed(spot: Spot) -> list[int]:
-    """The bits that the device could take for the smallest batch, as far as memory did not run out."""
-    asked, least = spot.job.strategy.bits, min(sizes_of(spot.job)[0], spot.seat.rows)
+    """The bits that the device could take for that batch, as far as memory did not run out."""
+    asked, least = spot.job.strategy.bits, _least(spot)
     return [
         bits for bits in spot.seat.info.bits
         if asked in ("auto", bits) and limit_of(spot.scene, spot.seat, bits) >= least
@@ -143,6 +148,11 @@ def largest_batch(spot: Spot, said: Said) -> None:
 def jobs_batch(spot: Spot, said: Said) -> None:
     equal(said["size"], spot.job.strategy.batch)
     assert spot.work.batch == spot.job.strategy.batch
+
+
+def alike(spot: Spot, said: Said) -> None:
+    jobs_batch(spot, said)
+    assert spot.round.name in ONE_BATCH
 
 
 def rows(spot: Spot, said: Said) -> None:
@@ -364,7 +374,8 @@ NOTES: dict[str, Callable[[Spot, Said], None]] = {
     "nothing measured": nothing_measured, "not measured itself": not_measured_itself,
     "trial too large": trial_too_large, "trial by bits": trial_by_bits, "rising": rising, "worth": worth,
     "least ranks": least_ranks,
-    "largest batch": largest_batch, "the job's batch": jobs_batch, "rows": rows, "ran out": ran_out,
+    "largest batch": largest_batch, "the job's batch": jobs_batch, "alike": alike, "rows": rows,
+    "ran out": ran_out,
     "batch by memory": batch_by_memory, "batch by time": batch_by_time, "no room": no_room,
     "no room in time": no_room_in_time, "bounded J": bounded_j, "greedy J": greedy_j, "J": objective,
     "least batch": least_batch,

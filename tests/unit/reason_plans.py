@@ -8,7 +8,7 @@ from collections.abc import Callable
 from coordinator.core.planning.base import Plan
 from tests.unit.reason_checks import budget_of
 from tests.unit.reason_grammar import BUDGET, f, m, n, parse, parts, s
-from tests.unit.reason_scene import Round, Said, close, close_mib, close_s, equal
+from tests.unit.reason_scene import ONE_BATCH, Round, Said, close, close_mib, close_s, equal
 from tests.unit.second.costs import Need
 from tests.unit.second.seats import Seat, limit_of, median_s, seats, sizes_of
 
@@ -17,6 +17,7 @@ SHAPE = r"depth \d+, width \d+"
 PARTS: dict[str, str] = {
     "target": rf"round target {s('target')}: {n('steps')} steps? at batch {n('batch')} take the median of "
     rf"{n('devices')} devices? {s('median')} undisturbed, \+ {n('slack')}%",
+    "alike": rf"batch {n('batch')} for every device that holds it",
     "lowered": rf"lowered to {s('bound')}, {n('share')}% of the deadline",
     "taking": rf"{n('taking')} of {n('candidates')} candidates? take part",
     "head": rf"only the head is trained, {s('longest')} at most expected",
@@ -70,6 +71,13 @@ def _target(round: Round, said: Said) -> None:
     assert (int(said["steps"]), int(said["slack"])) == (round.job.rounds.local_steps, 20)
     assert int(said["batch"]) == min(max(strategy.batch, strategy.batch_min), strategy.batch_max)
     equal(said["devices"], len(round.works))
+
+
+def _alike(round: Round, said: Said) -> None:
+    strategy = round.job.strategy
+    assert round.name in ONE_BATCH
+    equal(said["batch"], min(max(strategy.batch, strategy.batch_min), strategy.batch_max))
+    assert max(work.batch for work in round.works.values()) == int(said["batch"])
 
 
 def _lowered(round: Round, said: Said) -> None:
@@ -144,8 +152,8 @@ def _trial(round: Round, said: Said) -> None:
 
 
 CHECKS: dict[str, Callable[[Round, Said], None]] = {
-    "target": _target, "lowered": _lowered, "taking": _taking, "head": _head, "exactly": _exactly, "depths": _depths,
-    "waiting": _waiting, "coverage": _coverage, "seen": _seen, "trial": _trial,
+    "target": _target, "alike": _alike, "lowered": _lowered, "taking": _taking, "head": _head, "exactly": _exactly,
+    "depths": _depths, "waiting": _waiting, "coverage": _coverage, "seen": _seen, "trial": _trial,
 }  # fmt: skip
 
 

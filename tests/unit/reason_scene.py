@@ -18,6 +18,10 @@ from tests.unit.second.seats import Scene, Seat, lefts, seats
 Said = Mapping[str, str]
 
 
+ONE_BATCH = {"fedlora", "ffa", "fedex", "hetlora", "flexlora", "flora", "full", "fedadapter"}
+"""Strategies that give every device the job's batch."""
+
+
 def close(told: str, value: float) -> None:
     """`told` is `value`, rounded to the digits that are told."""
     digits = len(told.partition(".")[2]) if "e" not in told else 0

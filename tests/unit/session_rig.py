@@ -99,11 +99,11 @@ class Rig:
 
     # ---- what others say
 
-    def up(self) -> Rig:
+    def up(self, machine: Machine | None = None) -> Rig:
         """Connected, a coordinator there, the agent probed."""
         self.link()
         self.feed(ev.CoordinatorSeen, coordinator="coord-1", state=CoordState(online=True, term=1))
-        self.feed(ev.MachineRead, machine=Machine(cores=4.0, memory_bytes=2 * GIB))
+        self.feed(ev.MachineRead, machine=machine or Machine(cores=4.0, memory_bytes=2 * GIB))
         return self.probe()
 
     def link(self) -> None:

@@ -231,6 +231,10 @@ def test_commands_print_what_was_asked(
         assert part in shown
     assert msgspec.json.decode(said("show", "demo-0", "--round", "1", "--json"), type=RoundView) == finished_round()
     assert "edge-02" in said("devices")
+    assert "edge-02" not in said("devices", "edge-01")
+    assert [d["device"] for d in json.loads(said("devices", "edge-02", "--json"))] == ["edge-02"]
+    assert cli.main([*place, "devices", "edge-99"]) == 2
+    assert "no device 'edge-99' has reported yet" in capsys.readouterr().err
     assert said("export", "demo-0", str(tmp_path / "adapter")).strip() == str(tmp_path / "adapter")
     assert "cancelled" in said("cancel", "demo-0")
 

@@ -245,6 +245,19 @@ def test_golden_bytes(name: str) -> None:
     assert unpack(read_golden(f"message-{name}"), type(message)) == message
 
 
+def test_a_load_of_a_former_device_is_read() -> None:
+    """It told what it did not know as nothing; newer ones leave it out."""
+    gpu = {"uuid": "GPU-1", "utilization": 0.5, "memory_free": None, "power_w": None, "throttled": None}
+    found = unpack(pack({"schema": 1, "epoch": 1, "seq": 2, "cores": 4.0, "gpus": [gpu]}), messages.Load)
+    assert found == messages.Load(epoch=1, seq=2, cores=4.0, gpus=[messages.GpuLoad(uuid="GPU-1", utilization=0.5)])
+
+
+def test_what_a_gpu_does_not_tell_costs_no_bytes() -> None:
+    assert pack(messages.GpuLoad(uuid="GPU-1")) == pack({"uuid": "GPU-1"})
+    assert pack(messages.HostLoad()) == pack({})
+    assert "schema" in msgspec.to_builtins(messages.Load(epoch=1, seq=1)), "a message always says its version"
+
+
 @pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
 def test_golden_adapter(codec: Any) -> None:
     data = read_golden(f"adapter-{codec}")

@@ -13,6 +13,7 @@ import pytest
 
 from edge_daemon import service
 from muster.testbed.broker import free_port
+from shared.service import EX_CONFIG, EX_TEMPFAIL
 from shared.version import VERSION
 
 GOOD = """
@@ -44,10 +45,10 @@ def written(folder: Path, more: str = "") -> Path:
         ("[telemetry\n", "not TOML"),
     ],
 )
-def test_bad_settings_are_one_line_and_exit_code_2(
+def test_bad_settings_are_one_line_and_exit_code_78(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: str, fault: str
 ) -> None:
-    assert service.main(["--config", str(written(tmp_path, more))]) == 2
+    assert service.main(["--config", str(written(tmp_path, more))]) == EX_CONFIG
     line = capsys.readouterr().err
     assert fault in line
     assert line.count("\n") == 1
@@ -55,7 +56,7 @@ def test_bad_settings_are_one_line_and_exit_code_2(
 
 
 def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert service.main(["--config", str(tmp_path / "none.toml")]) == 2
+    assert service.main(["--config", str(tmp_path / "none.toml")]) == EX_CONFIG
     assert capsys.readouterr().err == f"muster-edge: {tmp_path}/none.toml: no such file\n"
 
 
@@ -104,7 +105,7 @@ def with_faults(folder: Path) -> Path:
 def test_check_names_every_file_and_folder_that_is_not_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert service.main(["--config", str(with_faults(tmp_path)), "--check"]) == 2
+    assert service.main(["--config", str(with_faults(tmp_path)), "--check"]) == EX_CONFIG
     line = capsys.readouterr().err
     assert line.count("\n") == 1
     faults = line.split(f"{tmp_path}/edge.toml: ")[1].split("; ")
@@ -113,7 +114,7 @@ def test_check_names_every_file_and_folder_that_is_not_there(
     assert not (tmp_path / "state").exists()
 
 
-@pytest.mark.parametrize(("hub", "code"), [("false", 2), ("true", 0)])
+@pytest.mark.parametrize(("hub", "code"), [("false", EX_CONFIG), ("true", 0)])
 def test_a_hub_id_holds_where_the_owner_allows_the_hub(tmp_path: Path, hub: str, code: int) -> None:
     file = written(tmp_path, f'[models]\nsmall = "someone/small"\n[policy]\nhub = {hub}\n')
     text = file.read_text(encoding="utf-8").replace(f"{tmp_path}/points.jsonl", "someone/points:train")
@@ -160,6 +161,6 @@ def test_it_works_without_a_broker_and_leaves_on_a_signal(tmp_path: Path, name: 
         daemon.send_signal(name)
         log += daemon.stderr.readlines()
         assert daemon.wait(60) == 0
-    assert second.returncode == 2
+    assert second.returncode == EX_TEMPFAIL
     assert "another muster-edge runs" in second.stderr.splitlines()[-1]
     assert "left" in log[-1]

@@ -13,7 +13,7 @@ from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core.job import BrokenLog, apply
 from shared.errors import UserError
-from tests.unit.machine_rig import Rig
+from tests.unit.machine_rig import Rig, spec
 
 
 def story() -> Rig:
@@ -41,6 +41,20 @@ def test_a_reopened_log_gives_the_same_jobs(tmp_path: Path) -> None:
     assert again.of_job("another") == []
 
 
+def test_a_plan_tells_only_what_changed_of_its_devices() -> None:
+    rig = Rig()
+    rig.open(spec(rounds={"count": 4}))
+    for number in range(3):
+        if number == 2:
+            rig.birth("dev-b", epoch=2)
+        rig.deliver("dev-a", f"{number:x}" * 64)
+        rig.deliver("dev-b", f"{number + 8:x}" * 64)
+        rig.folded()
+    plans = [record for record in rig.log if isinstance(record, rec.RoundPlanned)]
+    assert [sorted(plan.infos) for plan in plans] == [["dev-a", "dev-b"], [], [], ["dev-b"]]
+    assert plans[-1].infos["dev-b"].epoch == 2
+
+
 def test_a_plan_is_read_that_was_logged_without_what_its_devices_can(tmp_path: Path) -> None:
     rig = story()
     log = SqliteEventLog(tmp_path / "log")
@@ -52,7 +66,7 @@ def test_a_plan_is_read_that_was_logged_without_what_its_devices_can(tmp_path: P
     job = None
     for record in log.replay():
         job = apply(job, record)
-    assert job == rig.job
+    assert job == msgspec.structs.replace(rig.job, told={})
 
 
 def test_terms_rise_over_restarts(tmp_path: Path) -> None:

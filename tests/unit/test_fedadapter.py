@@ -141,7 +141,7 @@ def test_the_first_rounds_tune_the_top_two_blocks_everywhere() -> None:
     assert all(work.ranks == {"layer.4": 8, "layer.5": 8} for work in plan.participants.values())
     told = plan.participants["a"].reasons["rank"]
     assert told == "rank 8: width 8 in the top 2 blocks, all devices alike meets width 64 and 6 blocks at most"
-    assert [plan.participants[name].batch for name in "abcdef"] == [32, 32, 16, 16, 8, 8]
+    assert [plan.participants[name].batch for name in "abcdef"] == [16] * 6
 
 
 def test_a_stall_leads_to_a_trial_whose_fastest_group_is_followed() -> None:
@@ -192,7 +192,7 @@ def test_progress_keeps_the_configuration() -> None:
 
 def test_a_device_that_can_not_hold_the_trial_stays_with_the_present_one() -> None:
     small = tuple(device(name, cores=1.0, memory=465) for name in "abc")
-    wide = replace(spec(), strategy=replace(spec().strategy, rank=300, global_rank=4096))
+    wide = replace(spec(), strategy=replace(spec().strategy, rank=300, global_rank=4096, batch=1))
     view = FleetView(round=1, candidates=small, facts=blocks())
     planner = FedAdapterPlanner(progress=Progress(losses=[1.0] * 4))
     plan = planner.plan(view, wide)

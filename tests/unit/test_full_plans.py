@@ -40,12 +40,12 @@ def planned(*fleet: Candidate, planner: Planner | None = None) -> Plan:
     return planner.plan(FleetView(round=1, candidates=fleet, facts=whole()), spec())
 
 
-def test_every_participant_trains_all_parameters_in_fp32_and_batches_follow_speed() -> None:
+def test_every_participant_trains_all_parameters_in_fp32_with_one_batch() -> None:
     plan = planned(*FLEET)
     assert sorted(plan.participants) == ["a", "b", "c"]
     assert all(work.bits == 32 and work.ranks == {} for work in plan.participants.values())
     batches = [plan.participants[name].batch for name in "abc"]
-    assert batches == [32, 16, 8]
+    assert batches == [16, 16, 16]
 
 
 def test_a_device_that_cannot_is_left_out_with_the_reason() -> None:

@@ -51,7 +51,6 @@ def test_a_release_is_staged_and_put_in_place(releases: ReleaseFolder) -> None:
     current = releases.root / "current"
     assert (str(current.readlink()), releases.active(), in_use(releases.root)) == (FIRST, FIRST, releases.folder(FIRST))
     assert sorted(path.name for path in current.iterdir()) == ["adapter_model.safetensors", "muster.json"]
-    assert oct(releases.folder(FIRST).stat().st_mode & 0o777) == "0o755", "others may read it"
     staged(releases, SECOND)
     releases.activate(SECOND)
     releases.drop(SECOND)
@@ -60,6 +59,17 @@ def test_a_release_is_staged_and_put_in_place(releases: ReleaseFolder) -> None:
     assert (releases.active(), current.is_symlink()) == ("", False)
     releases.drop(FIRST)
     assert releases.there() == {SECOND}
+
+
+def test_others_may_read_it_whatever_the_umask_of_the_service(releases: ReleaseFolder) -> None:
+    former = os.umask(0o077)
+    try:
+        staged(releases, FIRST)
+    finally:
+        os.umask(former)
+    folder = releases.folder(FIRST)
+    assert [oct(path.stat().st_mode & 0o777) for path in (releases.root, folder)] == ["0o755", "0o755"]
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o644"}
 
 
 def test_what_is_not_the_release_is_refused(releases: ReleaseFolder, tmp_path: Path) -> None:

@@ -253,6 +253,26 @@ def test_what_a_device_can_not_have_is_skipped_before_a_byte_is_fetched(settings
     assert again.rollout.stage == "skipped", "looked at once more, with the same end"
 
 
+def test_what_was_skipped_is_tried_once_its_owner_allows_it() -> None:
+    device = Device(settings=msgspec.structs.replace(SETTINGS, release=ReleaseSettings(accept=False)))
+    device.up()
+    device.want(spec(1))
+    assert device.rollout.stage == "skipped"
+    assert kinds(device.feed(ev.Reconfigured, settings=SETTINGS)) == ["Fetch"]
+    assert device.rollout.stage == "wanted"
+
+
+def test_a_broken_gpu_is_waited_for(device: Device) -> None:
+    device.want(spec(1))
+    device.fetched()
+    device.checked()
+    device.feed(ev.LoadRead, reading=load(hung={"gpu": 99.0}))
+    assert kinds(device.staged()) == ["DropBlob"]
+    assert device.said(ReleaseState)[0].waits.startswith("GPU driver: no answer")
+    device.feed(ev.LoadRead, reading=load())
+    assert kinds(device.last) == ["Evaluate"]
+
+
 def test_a_whole_model_needs_no_base() -> None:
     device = Device(settings=EdgeSettings(fleet="f1", device="dev-1"))
     device.up()

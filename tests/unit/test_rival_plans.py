@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from coordinator.core import strategies
 from coordinator.core.aggregation import registry as aggregators
+from coordinator.core.facts import ModuleSpec
 from coordinator.core.planning import ranks, registry
 from coordinator.core.planning.base import Candidate, Plan, Planner, RoundReport
 from coordinator.core.planning.demand import traffic
@@ -72,10 +73,43 @@ def test_directions_are_drawn_only_where_devices_train_any() -> None:
     assert fault == "strategy.directions: devices of fresh train none, only those of fsr, legend"
 
 
+def test_a_cap_of_shares_is_refused_where_sample_counts_weigh_nothing() -> None:
+    (fault,) = strategies.faults(StrategySpec(aggregator="hetlora", max_share=0.5))
+    assert fault == "strategy.max_share: hetlora weighs by norm, not by sample counts, and caps no share"
+
+
 @pytest.mark.parametrize("name", ["fedlora", "ffa", "fedex"])
-def test_strategies_of_one_rank_plan_as_uniform_does(name: str) -> None:
+def test_strategies_of_one_rank_plan_as_uniform_does_but_for_the_batch(name: str) -> None:
     planned = registry.create(StrategySpec(name=name)).plan(view(*FLEET), named(name))
-    assert planned == UniformPlanner().plan(view(*FLEET), job(rank=16))
+    ours = UniformPlanner().plan(view(*FLEET), job(rank=16))
+    assert {one.batch for one in planned.participants.values()} == {job().strategy.batch}
+    assert len({one.batch for one in ours.participants.values()}) > 1
+    for device_id, work in planned.participants.items():
+        own = ours.participants[device_id]
+        reasons = {**work.reasons, "rank": own.reasons["rank"]}
+        assert work == replace(own, batch=work.batch, reasons=reasons)
+    assert planned.reason == "batch 16 for every device that holds it; 4 of 4 candidates take part"
+
+
+@pytest.mark.parametrize("name", ["fedlora", "ffa", "fedex", "hetlora", "flexlora", "flora", "full", "fedadapter"])
+def test_rivals_have_one_batch_and_only_memory_makes_it_smaller(name: str) -> None:
+    blocks = [ModuleSpec(name=f"encoder.layer.{n}", out=384, inp=384, block=n) for n in range(6)]
+    facts = replace(minilm(), modules=blocks) if name == "fedadapter" else minilm()
+    fleet = [
+        device("small", memory={"full": 440, "fedadapter": 500}.get(name, 700), cores=4.0),
+        device("slow", cores=0.2),
+        device("quick", cores=4.0),
+    ]
+    spec = named(name, job(rank=4, batch=32, bits=32))
+    plan = registry.create(spec.strategy).plan(replace(view(*fleet), facts=facts), spec)
+    found = {one: work.batch for one, work in plan.participants.items()}
+    assert found["slow"] == found["quick"] == 32 and found.get("small", 0) < 32
+    for one, work in plan.participants.items():
+        assert ("32 is the batch of the job, as every device has it" in work.reasons["batch"]) == (found[one] == 32)
+        # What a slow device takes is told, and not what it would take at a batch of its own.
+        said = PATTERN.fullmatch(work.reasons["batch"])
+        assert said is not None and int(said["value"]) == work.batch
+    assert plan.predicted_s["slow"] > 4 * plan.predicted_s["quick"]
 
 
 # ---- ranks
@@ -134,7 +168,7 @@ def test_live_load_moves_no_rank() -> None:
 
 
 def test_memory_lowers_a_rank_before_it_costs_bits() -> None:
-    spec = named("hetlora", job(rank=1024))
+    spec = named("hetlora", job(rank=1024, batch=1))
     fleet = [device(f"d{memory}", memory=memory) for memory in (440, 480, 520, 4096)]
     plan = registry.create(spec.strategy).plan(view(*fleet), spec)
     found = {name: (work.bits, max(work.ranks.values())) for name, work in plan.participants.items()}

@@ -209,10 +209,15 @@ def test_a_memory_failure_of_the_agent_tells_the_planner_its_limit() -> None:
 
 def test_a_silent_agent_is_killed() -> None:
     rig = Rig().training()
+    heard_at = rig.state.agent.heard_at
     rig.tick(SETTINGS.agent.silence_s + 1)
-    assert len(rig.did(cmd.KillAgent)) == 1
+    assert [kill.hung for kill in rig.did(cmd.KillAgent)] == [True], "it should say where it hangs"
     rig.tick(1.0)
     assert rig.did(cmd.KillAgent) == []
+    # One that the kernel can't end is told again and again, and never counts as heard.
+    rig.tick(SETTINGS.agent.silence_s)
+    assert len(rig.did(cmd.KillAgent)) == 1
+    assert rig.state.agent.heard_at == heard_at
 
 
 def test_an_agent_that_never_starts_is_a_problem_the_fleet_hears_of() -> None:
@@ -335,7 +340,9 @@ def test_leaving_keeps_partial_work() -> None:
 def test_leaving_waits_no_longer_than_it_must() -> None:
     rig = Rig().training()
     rig.feed(ev.Drain)
-    rig.tick(6.0)
+    rig.tick(rig.state.settings.agent.drain_s - 1.0)
+    assert rig.state.phase == "draining"
+    rig.tick(1.0)
     assert rig.state.phase == "stopped"
     assert rig.state.work is not None  # its checkpoint stays
 

@@ -60,22 +60,22 @@ def test_the_coordinator_is_subscribed_to_each_topic_of_a_device_exactly_once() 
 
 def allowed(text: str, user: str, access: str, name: str) -> bool:
     """What mosquitto makes of an ACL file, by its manual."""
-    section = ""
+    section, found = "", False
     for line in text.splitlines():
         words = line.split()
         if not words or words[0] == "#":
             continue
         if words[0] == "user":
             section = words[1]
-        elif words[1] in (access, "readwrite"):
-            applies = words[0] == "pattern" or section == user
-            if applies and matches(words[2].replace("%u", user), name):
-                return True
-    return False
+        elif (words[0] == "pattern" or section == user) and matches(words[2].replace("%u", user), name):
+            if words[1] == "deny":
+                return False  # wherever it stands
+            found = found or words[1] in (access, "readwrite")
+    return found
 
 
 def test_acl_gives_a_device_its_own_topics_and_nobody_elses() -> None:
-    text = topics.acl("f1", "coord-1", "board")
+    text = topics.acl("f1", ["coord-1"], readers=["board"], gates=["gate-1"])
     for topic in topics.ALL:
         own = topic.name("f1", **PARTS)
         other = topic.name("f1", **{**PARTS, "device": "dev-2"})
@@ -88,20 +88,39 @@ def test_acl_gives_a_device_its_own_topics_and_nobody_elses() -> None:
 
 
 def test_acl_lets_the_coordinator_read_all_and_write_its_part() -> None:
-    text = topics.acl("f1", "coord-1")
-    for topic in topics.ALL:
-        name = topic.name("f1", **PARTS)
-        writes = topic.publisher == "coordinator" or topic in (topics.STATE, topics.INFO)
-        assert allowed(text, "coord-1", "read", name)
-        assert allowed(text, "coord-1", "write", name) == writes, topic.pattern
-    assert not allowed(text, "coord-1", "write", topics.COORD_STATE.name("f1", coordinator="coord-2"))
+    text = topics.acl("f1", ["coord-1", "coord-2"])
+    for user, other in (("coord-1", "coord-2"), ("coord-2", "coord-1")):
+        for topic in topics.ALL:
+            name = topic.name("f1", **{**PARTS, "coordinator": user})
+            writes = topic.publisher == "coordinator" or topic in (topics.STATE, topics.INFO)
+            assert allowed(text, user, "read", name)
+            assert allowed(text, user, "write", name) == writes, topic.pattern
+        assert not allowed(text, user, "write", topics.COORD_STATE.name("f1", coordinator=other))
 
 
 def test_acl_of_a_dashboard_only_reads_its_fleet() -> None:
-    text = topics.acl("f1", "coord-1", "board")
+    text = topics.acl("f1", ["coord-1"], readers=["board"])
     for topic in topics.ALL:
         assert allowed(text, "board", "read", topic.name("f1", **PARTS))
         assert not allowed(text, "board", "read", topic.name("f2", **PARTS))
-        if "{device}" not in topic.pattern:
-            assert not allowed(text, "board", "write", topic.name("f1", **PARTS))
-    assert "board" not in topics.acl("f1", "coord-1")
+        assert not allowed(text, "board", "write", topic.name("f1", **PARTS))
+    assert "board" not in topics.acl("f1", ["coord-1"])
+
+
+def test_acl_of_a_health_gate_reads_presence_alone() -> None:
+    text = topics.acl("f1", ["coord-1"], gates=["gate-1"])
+    for topic in topics.ALL:
+        name = topic.name("f1", **PARTS)
+        of_all = topic.publisher == "coordinator" and "{device}" not in topic.pattern
+        assert allowed(text, "gate-1", "read", name) == (of_all or topic in topics.GATE_READS), topic.pattern
+        assert not allowed(text, "gate-1", "write", name)
+
+
+@pytest.mark.parametrize("user", ["coord-1", "board", "gate-1"])
+def test_acl_makes_no_device_of_who_is_something_else(user: str) -> None:
+    text = topics.acl("f1", ["coord-1"], readers=["board"], gates=["gate-1"])
+    for topic in topics.ALL:
+        if "{device}" in topic.pattern:
+            own = topic.name("f1", **{**PARTS, "device": user})
+            assert not allowed(text, user, "write", own), topic.pattern
+            assert not allowed(text, user, "read", own), topic.pattern

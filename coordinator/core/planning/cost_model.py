@@ -28,7 +28,7 @@ from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit
 from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
-from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory
+from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, shares_memory
 from coordinator.core.planning.reasons import mebibytes, plural, seconds
 from shared.jobs import Bits, JobSpec
 from shared.messages import DeviceInfo, Load, UpdateFacts, Work
@@ -115,7 +115,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         """What `memory` says, for any batch."""
         known = self.devices.get(device) or _UNKNOWN
         per_sample = need.activation_bytes(bits) * (known.activation_scale or self.activation_scale)
-        context = CUDA_BYTES if info.gpus else 0
+        # Of memory that the GPU shares the context is taken since the probe: the device counts it as used.
+        context = CUDA_BYTES if info.gpus and not shares_memory(info) else 0
         # What the agent holds in RAM takes nothing of a GPU's own memory.
         agent = known.agent_bytes or (0 if has_gpu_memory(info) else info.agent_bytes or _agent_bytes(need))
         agent += context

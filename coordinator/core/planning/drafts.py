@@ -41,7 +41,9 @@ class Link(NamedTuple):
 def drafts_of(
     view: FleetView, job: JobSpec, need: Demand, sizes: tuple[int, ...], model: CostModel
 ) -> tuple[list[Draft], dict[str, str]]:
-    """(who can do `need` with the smallest batch, who can't and why), by device id.
+    """(who can do `need` with one of the batches `sizes`, who can't and why), by device id.
+
+    Bits are the largest that hold the first of them; where none do, the next is tried.
 
     Raises `UserError` where nobody can, with the reason per device.
     """
@@ -112,6 +114,11 @@ def links_of(
 
 
 def _draft(place: Seat, need: Demand, job: JobSpec, sizes: tuple[int, ...], model: CostModel) -> Draft | str:
-    least = min(sizes[0], place.rows)
-    chosen = choose_bits(place, need, job, model, least)
-    return chosen if isinstance(chosen, str) else Draft(place, *chosen, least)
+    refused = ""
+    for size in sizes:
+        least = min(size, place.rows)
+        chosen = choose_bits(place, need, job, model, least)
+        if not isinstance(chosen, str):
+            return Draft(place, *chosen, least)
+        refused = chosen
+    return refused

@@ -2,9 +2,9 @@
 arXiv 2205.10162).
 
 The paper's, by its abstract: configurations grow from small and shallow to large and deep, and participants in trial
-groups tell which one is worth going on with. Our reading: the rule (`progressive`), and all around it. Bits, batch and
-steps are as `uniform` has them for each device's own configuration. The cache of activations of the paper's frozen
-layers is not built.
+groups tell which one is worth going on with. Our reading: the rule (`progressive`), and all around it. Bits and steps
+are as `uniform` has them for each device's own configuration; every device gets the same batch, as with the other
+rivals. The cache of activations of the paper's frozen layers is not built.
 
 `Work.ranks` carries the configuration: path of a block -> width of its adapter, for the top blocks alone. Whether a
 round was a trial is seen from the works of its plan, so a restart learns from the log what it had learned before.
@@ -32,8 +32,8 @@ from coordinator.core.planning.drafts import Draft, drafts_of, job_batch
 from coordinator.core.planning.progressive import WINDOW, Limits, Progress, Shape, candidates, fastest
 from coordinator.core.planning.ranks import Ranked
 from coordinator.core.planning.reasons import plural, word
-from coordinator.core.planning.sizing import batch_sizes, choose_bits
-from coordinator.core.planning.uniform import Seated, plan_of
+from coordinator.core.planning.sizing import choose_bits
+from coordinator.core.planning.uniform import Seated, plan_of, wanted_sizes
 from shared.jobs import JobSpec
 from shared.messages import UpdateFacts
 
@@ -67,12 +67,11 @@ class FedAdapterPlanner(msgspec.Struct, frozen=True, kw_only=True):
         limits = limits_of(view.facts, job)
         shape = self.progress.at(limits, job.strategy.rank)
         choices = [ranked_of(one, view.facts, job) for one in candidates(shape, limits)]
-        sizes = batch_sizes(job.strategy, job.training.accumulation)
-        drafts, left_out = drafts_of(view, job, choices[0].need, sizes, self.model)
+        drafts, left_out = drafts_of(view, job, choices[0].need, wanted_sizes(job), self.model)
         trial = self.progress.stalled and len(drafts) >= len(choices) > 1
         seated = self._seated(drafts, choices if trial else choices[:1], job, limits)
         bound = max(ranked.rank for ranked in choices)
-        plan = plan_of(view, job, self.model, seated, left_out, bound)
+        plan = plan_of(view, job, self.model, seated, left_out, bound, one_batch=True)
         return replace(plan, reason=f"{plan.reason}; {self._told(shape, choices, trial=trial)}")
 
     def _seated(self, drafts: list[Draft], choices: list[Ranked], job: JobSpec, limits: Limits) -> list[Seated]:

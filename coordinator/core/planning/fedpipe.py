@@ -185,7 +185,7 @@ def searched(
     """The second stage over the modules `chosen`. Raises `UserError` where no candidate can take part."""
     task, levels, most = _task(view, job, chosen, scores)
     sizes = batch_sizes(job.strategy, job.training.accumulation)
-    drafts, left_out = drafts_of(view, job, task.need, sizes, model)
+    drafts, left_out = drafts_of(view, job, task.need, sizes[:1], model)
     bound = global_rank(view, job, job.strategy.rank)
     target, reason = round_target(drafts, [demand(view.facts, job, most, bound)] * len(drafts), job, model)
     links = links_of(view, job, drafts, [most] * len(drafts), bound, target, model)

@@ -171,7 +171,8 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(chosen, str):
             return chosen
         bits, bits_reason = chosen
-        batch, batch_reason = batch_by_memory(place, ladder.needs[0], bits, self.model, sizes)
+        told = "speed is met by other means"
+        batch, batch_reason = batch_by_memory(place, ladder.needs[0], bits, self.model, sizes, told)
         most, stopped = self._deepest(place, ladder, bits, batch)
         return _Draft(
             place, bits, bits_reason, batch, batch_reason, most, stopped, *self._capacity(place, ladder, bits, batch)

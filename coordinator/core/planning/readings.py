@@ -9,6 +9,10 @@ the plan does not depend on the moment of the reading. On a GPU, the share not u
 64 MiB, stays free. What is used beyond the agent's own last measured size, and beyond what our processes held when it
 was read, is foreign: below the reserve it is absorbed by it (so that a jitter of page cache moves nothing), above it is
 subtracted.
+
+**Memory that a GPU shares** (Jetson). Its GPU's memory is the machine's and is counted there alone. Whoever runs out of
+it runs out for the whole system, so the reserve is 10 %, at least 1 GiB, and absorbs nothing: the budget is what is
+available and what the agent holds now, less the reserve. Only the device knows the latter; untold it counts as foreign.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ import math
 from typing import NamedTuple
 
 from coordinator.core.planning.reasons import mebibytes
-from shared.messages import DeviceInfo, Load
+from shared.messages import DeviceInfo, Gpu, Load
+from shared.unified_memory import reserve as unified_reserve
 
 MIB = 2**20
 DAEMON_BYTES = 48 * MIB
@@ -87,8 +92,13 @@ def capacity(info: DeviceInfo | None, load: Load | None, agents: int = 1) -> Cap
 
 
 def has_gpu_memory(info: DeviceInfo) -> bool:
-    """Whether training fills a GPU's own memory. A Jetson's GPU has none: it shares the machine's."""
-    return any(gpu.memory_bytes for gpu in info.gpus)
+    """Whether training fills a GPU's own memory, and no other."""
+    return any(_own_memory(gpu) for gpu in info.gpus) and not shares_memory(info)
+
+
+def shares_memory(info: DeviceInfo) -> bool:
+    """Whether training on a GPU fills the machine's memory."""
+    return any(gpu.integrated for gpu in info.gpus)
 
 
 def budget(info: DeviceInfo, load: Load | None, own_bytes: int, agents: int = 1) -> Budget:
@@ -96,15 +106,36 @@ def budget(info: DeviceInfo, load: Load | None, own_bytes: int, agents: int = 1)
 
     Of each agent, where the device has several: they share its memory, but each has a GPU's.
     """
+    if shares_memory(info):
+        return _shared_budget(info, load, agents)
     if has_gpu_memory(info):
-        (limit, foreign), agents = _gpu_memory(info, load), 1
-    else:
-        limit, foreign = _host_memory(info, load, own_bytes * agents)
+        return _budget(*_gpu_memory(info, load), 1)
+    # An agent at its worst moment holds more than it was last measured with, and none of it is foreign.
+    own = max(own_bytes * agents + DAEMON_BYTES, load.own_memory if load is not None else 0)
+    return _budget(*_host_memory(info, load, own), agents)
+
+
+def _shared_budget(info: DeviceInfo, load: Load | None, agents: int) -> Budget:
+    """Of each agent of a device with an integrated GPU. Where it has cards beside it the tighter of both bounds all,
+    for all its agents do the same work."""
+    limit, taken = _host_memory(info, load, max(0, load.own_memory - DAEMON_BYTES) if load is not None else 0)
+    reserve = unified_reserve(limit) if limit else 0
+    shared = Budget(max(0, limit - reserve - taken) // agents, limit // agents, reserve // agents, taken // agents)
+    if not any(_own_memory(gpu) for gpu in info.gpus):
+        return shared
+    return min(shared, _budget(*_gpu_memory(info, load), 1))
+
+
+def _budget(limit: int, foreign: int, agents: int) -> Budget:
     reserve = max(limit // 20, 64 * MIB) if limit else 0
     if foreign <= reserve:
         foreign = 0
     free = max(0, limit - reserve - foreign)
     return Budget(free // agents, limit // agents, reserve // agents, foreign // agents)
+
+
+def _own_memory(gpu: Gpu) -> int:
+    return 0 if gpu.integrated else gpu.memory_bytes
 
 
 def _quiet(foreign: float, cores: float) -> float:
@@ -125,18 +156,17 @@ def _foreign_gpu(load: Load | None) -> float:
 
 def _gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int]:
     """(limit, foreign): of the smallest listed GPU, and of the one that others fill most. One agent serves each GPU."""
-    limit = min(gpu.memory_bytes for gpu in info.gpus if gpu.memory_bytes)
+    limit = min(_own_memory(gpu) for gpu in info.gpus if _own_memory(gpu))
     return limit, max((gpu.foreign_memory or 0 for gpu in load.gpus), default=0) if load is not None else 0
 
 
-def _host_memory(info: DeviceInfo, load: Load | None, own_bytes: int) -> tuple[int, int]:
-    """(limit, foreign). An owner's limit below the machine's bounds us, not the others."""
+def _host_memory(info: DeviceInfo, load: Load | None, own: int) -> tuple[int, int]:
+    """(limit, foreign): what is used beyond the `own` bytes. An owner's limit below the machine's bounds us, not the
+    others."""
     if load is None or not load.memory_limit:
         return info.memory_bytes, 0
     limit = min(load.memory_limit, info.memory_bytes or load.memory_limit)
     if not load.memory_available:
         return limit, 0
-    # An agent at its worst moment holds more than it was last measured with, and none of it is foreign.
-    own = max(own_bytes + DAEMON_BYTES, load.own_memory)
     foreign = max(0, load.memory_limit - load.memory_available - own)
     return limit, max(0, foreign - (load.memory_limit - limit))

@@ -15,13 +15,14 @@ from coordinator.core.planning.uniform import UniformPlanner
 from shared.errors import UserError
 from shared.jobs import StrategySpec
 
-EQUAL = ("uniform", "fedlora", "ffa", "fedex")
+EQUAL = ("fedlora", "ffa", "fedex")
 UNEQUAL = ("hetlora", "flexlora", "flora")
 """Strategies that are ways to aggregate; their planner differs by its ranks alone."""
 PLANNERS: Mapping[str, Callable[[], Planner]] = {
-    **{name: partial(UniformPlanner, name=name) for name in EQUAL},
-    **{name: partial(UniformPlanner, name=name, ranks="capability") for name in UNEQUAL},
-    "full": partial(UniformPlanner, name="full", ranks="none"),
+    "uniform": UniformPlanner,
+    **{name: partial(UniformPlanner, name=name, one_batch=True) for name in EQUAL},
+    **{name: partial(UniformPlanner, name=name, ranks="capability", one_batch=True) for name in UNEQUAL},
+    "full": partial(UniformPlanner, name="full", ranks="none", one_batch=True),
     "fedadapter": FedAdapterPlanner,
     "fedpipe": FedPipePlanner,
     "legend": LegendPlanner,

@@ -183,15 +183,17 @@ def choose_batch(
     return batch, step_s, word("batch", batch, reading, bound, *notes, verb="meets" if met else "exceeds")
 
 
-def batch_by_memory(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...]) -> tuple[int, str]:
+def batch_by_memory(
+    place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...], told: str
+) -> tuple[int, str]:
     """(batch, reason): the largest of `sizes` that data and memory hold, for planners whose knob of speed is another.
 
-    `bits` must hold the smallest size (`choose_bits`).
+    `bits` must hold the smallest size (`choose_bits`). `told`: why no larger one than the job's.
     """
     held, note = _held(place, need, bits, model, sizes)
     batch = held[-1]
     if batch == sizes[-1]:
-        note = f"{batch} is the batch of the job, speed is met by other means"
+        note = f"{batch} is the batch of the job, {told}"
     size, why = model.memory(place.device, need, bits, batch, place.info)
     bound = str(place.budget)
     if not place.budget.holds(size):

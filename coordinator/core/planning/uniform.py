@@ -1,8 +1,10 @@
 """`uniform`: one rank for all, bits by memory, batch by speed and live load. What others are measured against.
 
 The rivals that are ways to aggregate (`fedlora`, `hetlora`, `flora`, ...) are planned by it as well, under their names;
-with unequal ranks where their papers have them (`ranks`), and all else equal, so that aggregators are compared and not
-planners. So is `full`, which trains all parameters of an fp32 base: no ranks, and 32 bits or no part in the round.
+with unequal ranks where their papers have them (`ranks`). So is `full`, which trains all parameters of an fp32 base: no
+ranks, and 32 bits or no part in the round. As in their papers every device gets the same batch (`one_batch`): that of
+the job, at the most bits that hold it, less only where no bits do. `uniform` with their aggregator shows what a batch
+by speed would give them.
 
 The device of median speed gets `strategy.batch`; the time it needs for the local steps with nothing else running, plus
 `SLACK`, is the round target. Every other device gets the largest batch that meets the target at what is free on it now.
@@ -23,7 +25,14 @@ from coordinator.core.planning.demand import demand, tuned_modules
 from coordinator.core.planning.drafts import Draft, drafts_of, job_batch, links_of, round_target
 from coordinator.core.planning.ranks import Ranked, RankPolicy, Timed
 from coordinator.core.planning.reasons import plural, seconds
-from coordinator.core.planning.sizing import agents_reason, batch_sizes, choose_batch, choose_bits
+from coordinator.core.planning.sizing import (
+    Target,
+    agents_reason,
+    batch_by_memory,
+    batch_sizes,
+    choose_batch,
+    choose_bits,
+)
 from shared.jobs import JobSpec
 from shared.messages import Work
 
@@ -41,6 +50,7 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str = "uniform"
     ranks: RankPolicy = "equal"
+    one_batch: bool = False
     model: CostModel = CostModel()
 
     def learn(self, report: RoundReport) -> UniformPlanner:
@@ -51,12 +61,12 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
         if self.ranks == "none":
             job = replace(job, strategy=replace(job.strategy, bits=32))
-        sizes = batch_sizes(job.strategy, job.training.accumulation)
         bound = global_rank(view, job, job.strategy.rank)
         choices = _choices(view, job, self.ranks, bound)
+        sizes = wanted_sizes(job) if self.one_batch else batch_sizes(job.strategy, job.training.accumulation)[:1]
         drafts, left_out = drafts_of(view, job, choices[0].need, sizes, self.model)
         seated = self._seated(drafts, choices, view, job)
-        return plan_of(view, job, self.model, seated, left_out, bound)
+        return plan_of(view, job, self.model, seated, left_out, bound, one_batch=self.one_batch)
 
     def _seated(self, drafts: list[Draft], choices: list[Ranked], view: FleetView, job: JobSpec) -> list[Seated]:
         """Each participant with the rank that the policy gives it."""
@@ -90,21 +100,23 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_of(
-    view: FleetView, job: JobSpec, model: CostModel, seated: list[Seated], left_out: dict[str, str], bound: int
-) -> Plan:
+    view: FleetView, job: JobSpec, model: CostModel, seated: list[Seated], left_out: dict[str, str], bound: int, *,
+    one_batch: bool = False,
+) -> Plan:  # fmt: skip
     """The plan for participants whose ranks are chosen: batch by speed and live load, and what all of it takes.
 
-    `bound`: of the global adapter's rank.
+    `bound`: of the global adapter's rank. `one_batch`: the job's for all, where memory holds it.
     """
-    sizes = batch_sizes(job.strategy, job.training.accumulation)
     drafts = [one.draft for one in seated]
     target, reason = round_target(drafts, [one.ranked.need for one in seated], job, model)
+    if one_batch:
+        reason = f"batch {job_batch(job)} for every device that holds it"
     links = links_of(view, job, drafts, [one.ranked.ranks for one in seated], bound, target, model)
     works: dict[str, Work] = {}
     predicted: dict[str, float] = {}
     for (draft, ranked, rank_reason), link in zip(seated, links, strict=True):
         device = draft.place.device
-        batch, step_s, why = choose_batch(draft.place, ranked.need, draft.bits, model, sizes, link.left)
+        batch, step_s, why = _batch(draft, ranked, job, model, None if one_batch else link.left)
         transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
         predicted[device], steps_why = steps_reason(job, step_s, transfer)
         reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
@@ -118,6 +130,24 @@ def plan_of(
         participants=works, deadline_s=job.rounds.deadline_s, predicted_s=predicted, left_out=left_out,
         reason=f"{reason}; {len(works)} of {plural(len(view.candidates), 'candidate')} take part",
     )  # fmt: skip
+
+
+def wanted_sizes(job: JobSpec) -> tuple[int, ...]:
+    """The batches of a device that should have the job's: that one first, then the smaller ones."""
+    sizes = batch_sizes(job.strategy, job.training.accumulation)
+    return tuple(size for size in reversed(sizes) if size <= job_batch(job)) or sizes[:1]
+
+
+def _batch(
+    draft: Draft, ranked: Ranked, job: JobSpec, model: CostModel, target: Target | None
+) -> tuple[int, float, str]:
+    """(batch, seconds per step, reason): by `target`; None: the job's batch, or the largest below that memory holds."""
+    place, need, bits = draft.place, ranked.need, draft.bits
+    if target is not None:
+        sizes = batch_sizes(job.strategy, job.training.accumulation)
+        return choose_batch(place, need, bits, model, sizes, target)
+    batch, why = batch_by_memory(place, need, bits, model, wanted_sizes(job)[::-1], "as every device has it")
+    return batch, model.pace(place.device, need, bits, place.free).step_s(batch), why
 
 
 def _choices(view: FleetView, job: JobSpec, policy: RankPolicy, bound: int) -> list[Ranked]:

@@ -1,4 +1,5 @@
-"""Readers of the device's load: host, cgroup, NVIDIA.
+"""Readers of the device's load: host, cgroup, NVIDIA, Jetson.
 
-`sampler.Sampler` is the thread that reads them; `facts.static_facts` says what changes by the boot only.
+`sampler.Sampler` is the thread that reads them, `gpus.source` chooses the reader of GPUs; `facts.static_facts` says
+what changes by the boot only. What is read where: `docs/operations.md`.
 """

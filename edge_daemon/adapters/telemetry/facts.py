@@ -6,8 +6,10 @@ import platform
 from dataclasses import dataclass
 from pathlib import Path
 
+from edge_daemon.adapters.telemetry import jetson
+from edge_daemon.adapters.telemetry.gpus import GpuSource
 from edge_daemon.adapters.telemetry.host import HostReader
-from edge_daemon.adapters.telemetry.nvidia import NvidiaReader
+from edge_daemon.adapters.telemetry.sysfs import line
 from shared.messages import Gpu
 
 
@@ -20,36 +22,34 @@ class StaticFacts:
     memory_bytes: int
     gpus: list[Gpu]
     boot_id: str
+    driver: str = ""
+    jetpack: str = ""
 
 
-def static_facts(host: HostReader, gpus: NvidiaReader | None = None, *, root: Path = Path("/")) -> StaticFacts:
+def static_facts(host: HostReader, gpus: GpuSource | None = None, *, root: Path = Path("/")) -> StaticFacts:
     """The facts now; asks the GPU driver, so call it where a hang may cost only this thread."""
+    board = jetson.find(root)
     return StaticFacts(
         hardware=hardware(root),
         cores=host.cores(),
         memory_bytes=host.memory()[0],
         gpus=gpus.facts() if gpus is not None else [],
-        boot_id=_text(root / "proc/sys/kernel/random/boot_id"),
+        boot_id=line(root / "proc/sys/kernel/random/boot_id"),
+        driver=gpus.driver() if gpus is not None else "",
+        jetpack=board.jetpack if board is not None else "",
     )
 
 
 def hardware(root: Path = Path("/")) -> str:
     """The board's name where the firmware tells it (Jetson, other ARM boards), else the processor's; and the system."""
-    board = _text(root / "proc/device-tree/model") or _processor(root) or platform.machine()
-    tegra = _text(root / "etc/nv_tegra_release").split("\n")[0].lstrip("# ")
+    board = line(root / "proc/device-tree/model") or _processor(root) or platform.machine()
+    tegra = line(root / "etc/nv_tegra_release").split("\n")[0].lstrip("# ")
     return ", ".join(filter(None, [board, f"L4T {tegra}" if tegra else platform.machine()]))[:200]
 
 
 def _processor(root: Path) -> str:
-    for line in _text(root / "proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
+    for row in line(root / "proc/cpuinfo").splitlines():
+        key, _, value = row.partition(":")
         if key.strip() == "model name":
             return value.strip()
     return ""
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip().strip("\0")
-    except OSError:
-        return ""

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from edge_daemon.adapters.telemetry import cgroup
+from edge_daemon.adapters.telemetry import own as own_processes
+from edge_daemon.adapters.telemetry.resources import ResourceReader
+from edge_daemon.adapters.telemetry.sysfs import degrees, field, line, zones
+from shared.messages import HostLoad
 
-_ZONES = ("tj-thermal", "x86_pkg_temp", "cpu-thermal", "cpu_thermal", "soc_thermal")
-"""Names of the thermal zone that stands for the chip, in order of preference."""
+_ZONES = ("tj", "x86-pkg-temp", "cpu", "soc")
+"""Names of the thermal zone that stands for the chip (`sysfs.zones`), in order of preference."""
+_NO_SENSOR = "pmic"
+"""A Jetson's power chip says 100 degrees, always."""
 _CHIPS = ("coretemp", "k10temp", "zenpower", "cpu_thermal")
 _SHORTEST_S = 0.5
 
@@ -34,6 +40,9 @@ class HostReading:
     """Of our cgroup since it was made; a rise after an agent died of SIGKILL means: out of memory."""
     temperature_c: float | None = None
     on_battery: bool | None = None
+    host: HostLoad = HostLoad()
+    own_pids: frozenset[int] = frozenset()
+    """The daemon and its descendants."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,18 @@ class _Counters:
 class HostReader:
     """Reads the load of the machine as far as process `pid` and its descendants may use it.
 
-    `root`: where `/proc` and `/sys` lie (a recorded tree in tests). `clock`: seconds, monotonic.
+    `root`: where `/proc` and `/sys` lie (a recorded tree in tests). `clock`: seconds, monotonic. `disk`: a path on the
+    disk whose room is told.
     Not safe from several threads: rates are differences to the reading before.
     """
 
     def __init__(
-        self, *, root: Path = Path("/"), pid: int | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        root: Path = Path("/"),
+        pid: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        disk: Path = Path("/"),
     ) -> None:
         self._root = root
         self._pid = os.getpid() if pid is None else pid
@@ -61,6 +76,7 @@ class HostReader:
         if root != Path("/"):
             psutil.PROCFS_PATH = str(root / "proc")
         self._group = cgroup.find(root, str(self._pid))
+        self._resources = ResourceReader(disk, root=root, clock=clock)
         self._before: _Counters | None = None
         self._rates = (0.0, 0.0, 0.0)
         """Own cores, foreign cores, share throttled."""
@@ -68,13 +84,15 @@ class HostReader:
     def read(self) -> HostReading:
         """The load now."""
         cores = self.cores()
-        tree = self.tree()
-        own, foreign, throttled = self._rated(self._counters(tree), cores)
+        pids = own_processes.tree(self._root, self._pid)
+        used = own_processes.used(self._root, pids)
+        own, foreign, throttled = self._rated(self._counters(used.cpu_s), cores)
         limit, available = self.memory()
         return HostReading(
             cores=cores, own_cores=own, foreign_cores=foreign, throttled=throttled,
-            memory_available=available, memory_limit=limit, own_memory=self._own_memory(tree),
+            memory_available=available, memory_limit=limit, own_memory=used.memory,
             oom_kills=self.oom_kills(), temperature_c=self._temperature(), on_battery=self._battery(),
+            host=self._resources.read(), own_pids=frozenset(pids),
         )  # fmt: skip
 
     def _rated(self, now: _Counters, cores: float) -> tuple[float, float, float]:
@@ -114,43 +132,11 @@ class HostReader:
         """Processes of our cgroup the kernel killed for memory so far."""
         return self._group.oom_kills()
 
-    def tree(self) -> set[int]:
-        """Process ids of the daemon and all its descendants."""
-        try:
-            process = psutil.Process(self._pid)
-            return {self._pid, *(child.pid for child in process.children(recursive=True))}
-        except psutil.Error:
-            return {self._pid}
-
-    def _counters(self, tree: set[int]) -> _Counters:
+    def _counters(self, own: float) -> _Counters:
         group = self._group.cpu_times()
-        own = self._own_seconds(tree)
         if group is None:
             return _Counters(self._clock(), own, self._machine_seconds(), 0, 0)
         return _Counters(self._clock(), own, group.usage_s, group.periods, group.throttled)
-
-    @staticmethod
-    def _own_seconds(pids: Iterable[int]) -> float:
-        """CPU seconds of these processes; a reaped child's time stays in its parent's, so the sum only rises."""
-        total = 0.0
-        for pid in pids:
-            try:
-                total += sum(psutil.Process(pid).cpu_times()[:4])
-            except psutil.Error:
-                continue
-        return total
-
-    @staticmethod
-    def _own_memory(pids: Iterable[int]) -> int:
-        """Resident bytes of these processes that they share with nobody: libraries count for none of them."""
-        total = 0
-        for pid in pids:
-            try:
-                memory = psutil.Process(pid).memory_info()
-                total += int(memory.rss - memory.shared)
-            except (psutil.Error, OSError):
-                continue
-        return total
 
     @staticmethod
     def _machine_seconds() -> float:
@@ -159,7 +145,7 @@ class HostReader:
         return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
     def _processors(self) -> int:
-        allowed = _field(self._root / "proc" / str(self._pid) / "status", "Cpus_allowed_list")
+        allowed = field(self._root / "proc" / str(self._pid) / "status", "Cpus_allowed_list")
         count = 0
         for part in filter(None, allowed.split(",")):
             first, _, last = part.partition("-")
@@ -168,56 +154,27 @@ class HostReader:
 
     def _temperature(self) -> float | None:
         """Degrees Celsius of the chip: the preferred thermal zone, a CPU sensor, else the hottest zone."""
-        zones: dict[str, float] = {}
-        for zone in sorted((self._root / "sys/class/thermal").glob("thermal_zone*")):
-            degrees = _millis(zone / "temp")
-            if degrees is not None:
-                zones.setdefault(_line(zone / "type"), degrees)
+        found = zones(self._root)
         for name in _ZONES:
-            if name in zones:
-                return zones[name]
+            if name in found:
+                return found[name]
         for chip in sorted((self._root / "sys/class/hwmon").glob("hwmon*")):
-            if _line(chip / "name") in _CHIPS:
-                readings = [d for f in sorted(chip.glob("temp*_input")) if (d := _millis(f)) is not None]
+            if line(chip / "name") in _CHIPS:
+                readings = [d for f in sorted(chip.glob("temp*_input")) if (d := degrees(f)) is not None]
                 if readings:
                     return max(readings)
-        return max(zones.values(), default=None)
+        return max((heat for name, heat in found.items() if not name.startswith(_NO_SENSOR)), default=None)
 
     def _battery(self) -> bool | None:
         """Whether the machine runs on its battery; None where nothing tells."""
         answer: bool | None = None
         for supply in sorted((self._root / "sys/class/power_supply").glob("*")):
             # A device's own battery (a mouse's) has scope "Device".
-            if _line(supply / "scope") == "Device":
+            if line(supply / "scope") == "Device":
                 continue
-            kind = _line(supply / "type")
-            if kind in ("Mains", "USB") and _line(supply / "online") == "1":
+            kind = line(supply / "type")
+            if kind in ("Mains", "USB") and line(supply / "online") == "1":
                 return False
-            if kind == "Battery" and (status := _line(supply / "status")):
+            if kind == "Battery" and (status := line(supply / "status")):
                 answer = status == "Discharging" or (answer or False)
         return answer
-
-
-def _line(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _field(path: Path, key: str) -> str:
-    """The value after `key:` in a status file, or ''."""
-    for line in _line(path).splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return value.strip()
-    return ""
-
-
-def _millis(path: Path) -> float | None:
-    """Thousandths of a degree as degrees; None for an absent or impossible reading."""
-    try:
-        degrees = int(_line(path)) / 1000
-    except ValueError:
-        return None
-    return degrees if -50.0 < degrees < 150.0 else None

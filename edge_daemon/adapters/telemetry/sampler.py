@@ -1,21 +1,22 @@
 """The thread that reads the load and hands it on.
 
-GPUs are read by a second thread with a budget: while a hung driver holds it, the host's readings go on and the GPUs'
-are absent.
+Host and GPUs are each read by a thread of their own with a budget (`budgeted`): a load goes out on time whatever hangs,
+and says what does. While the GPUs' driver hangs their readings are absent; while the host's hang the last ones stand.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from edge_daemon.adapters.telemetry.budgeted import Budgeted, Unanswered
 from edge_daemon.adapters.telemetry.host import HostReader, HostReading
 from shared.messages import GpuLoad, Load
 
 log = logging.getLogger(__name__)
+GPU, HOST = "gpu", "host"
 
 
 class GpuSource(Protocol):
@@ -29,16 +30,14 @@ class HostSource(Protocol):
     """What the sampler needs of a host reader."""
 
     def read(self) -> HostReading:
-        """The load of the host now."""
-
-    def tree(self) -> set[int]:
-        """Process ids that are ours."""
+        """The load of the host now; may hang."""
 
 
 class Sampler:
     """Reads every `period_s` seconds and calls `sink(load)` from its own thread; `sink` must only enqueue.
 
-    `Load.epoch`, `seq`, `phase`, `job`, `round` and `attempt` are left at their zero for the session machine.
+    `budget_s`: how long either reader may take. `Load.epoch`, `seq`, `phase`, `job`, `round` and `attempt` are left at
+    their zero for the session machine.
     """
 
     def __init__(
@@ -51,8 +50,10 @@ class Sampler:
         budget_s: float = 2.0,
     ) -> None:
         self._sink = sink
-        self._host = host or HostReader()
-        self._gpus = _Budgeted(gpus, budget_s) if gpus is not None else None
+        source = host or HostReader()
+        self._host: Budgeted[None, HostReading] = Budgeted(HOST, lambda _: source.read(), budget_s)
+        self._last: HostReading | None = None
+        self._gpus = Budgeted(GPU, gpus.read, budget_s) if gpus is not None else None
         self._period_s = period_s
         self._wake = threading.Event()
         self._stopping = False
@@ -69,24 +70,43 @@ class Sampler:
             self._wake.set()
 
     def stop(self) -> None:
-        """End the thread; returns once it is done (a hung driver's thread is left behind)."""
+        """End the thread; returns once it is done (a hung reader's thread is left behind)."""
         self._stopping = True
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
+        self._host.stop()
         if self._gpus is not None:
             self._gpus.stop()
 
     def read(self) -> Load:
         """One reading. Not for use beside the running thread: rates are differences to the reading before."""
-        host = self._host.read()
-        gpus = self._gpus.read(self._host.tree()) if self._gpus is not None else []
+        hung: dict[str, float] = {}
+        try:
+            self._last = self._host.read(None)
+        except Unanswered:
+            hung[HOST] = self._host.silent_s
+        host = self._last
+        gpus = self._read_gpus(host.own_pids if host is not None else frozenset(), hung)
+        if host is None:
+            return Load(epoch=0, seq=0, gpus=gpus, hung=hung)
         return Load(
             epoch=0, seq=0, cores=host.cores, own_cores=host.own_cores, foreign_cores=host.foreign_cores,
             throttled=host.throttled, memory_available=host.memory_available, memory_limit=host.memory_limit,
-            own_memory=host.own_memory,
-            temperature_c=host.temperature_c, on_battery=host.on_battery, gpus=gpus,
+            own_memory=host.own_memory, temperature_c=host.temperature_c, on_battery=host.on_battery, gpus=gpus,
+            host=host.host, hung=hung,
         )  # fmt: skip
+
+    def _read_gpus(self, own: Collection[int], hung: dict[str, float]) -> list[GpuLoad]:
+        if self._gpus is None:
+            return []
+        try:
+            return self._gpus.read(own)
+        except Unanswered:
+            hung[GPU] = self._gpus.silent_s
+        except Exception:  # noqa: BLE001 - a reader's fault must not cost the host's readings, too
+            log.exception("reading the GPUs failed")
+        return []
 
     def _run(self) -> None:
         while not self._stopping:
@@ -96,48 +116,3 @@ class Sampler:
             except Exception:  # noqa: BLE001 - the loop of a thread: one failed reading must not end telemetry
                 log.exception("a reading failed")
             self._wake.wait(self._period_s)
-
-
-class _Budgeted:
-    """Asks a GPU source from a thread of its own, for at most `budget_s` seconds."""
-
-    def __init__(self, source: GpuSource, budget_s: float) -> None:
-        self._source = source
-        self._budget_s = budget_s
-        self._asked: queue.SimpleQueue[Collection[int] | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[list[GpuLoad]] = queue.SimpleQueue()
-        self._hung = False
-        self._thread: threading.Thread | None = None
-
-    def read(self, own: Collection[int]) -> list[GpuLoad]:
-        """The GPUs' load, or [] where they did not answer in time."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="telemetry-gpu", daemon=True)
-            self._thread.start()
-        if self._hung:
-            try:
-                self._answers.get_nowait()
-            except queue.Empty:
-                return []
-            log.warning("the GPU driver answers again")
-            self._hung = False
-        self._asked.put(own)
-        try:
-            return self._answers.get(timeout=self._budget_s)
-        except queue.Empty:
-            log.warning("the GPU driver did not answer within %.1f s; going on without its readings", self._budget_s)
-            self._hung = True
-            return []
-
-    def stop(self) -> None:
-        """End the thread once it is free."""
-        self._asked.put(None)
-
-    def _run(self) -> None:
-        while (own := self._asked.get()) is not None:
-            try:
-                answer = self._source.read(own)
-            except Exception:  # noqa: BLE001 - the loop of a thread: it must answer, or GPUs count as hung for ever
-                log.exception("reading the GPUs failed")
-                answer = []
-            self._answers.put(answer)

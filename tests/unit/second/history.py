@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from coordinator.adapters.event_log import SqliteEventLog
 from coordinator.core import records as rec
+from coordinator.core.draw import NOT_DRAWN
 from coordinator.core.facts import ModelFacts
 from shared.jobs import JobSpec
-from shared.messages import Load, UpdateFacts, Work
+from shared.messages import DeviceInfo, Load, UpdateFacts, Work
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,10 @@ class Done:
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and all that the log holds before it. `adapter`: bytes of the global one at that moment."""
+    """A plan, and all that the log holds before it. `adapter`: bytes of the global one at that moment.
+
+    The record's `infos` are those of all candidates: what it left out, as records before it told it.
+    """
 
     record: rec.RoundPlanned
     past: tuple[Done, ...]
@@ -55,10 +61,15 @@ def read(path: Path) -> Story:
     limits: dict[str, int] = {}
     counted: list[str] = []
     folded = adapter
+    told: dict[str, DeviceInfo] = {}
     for record in records:
         match record:
             case rec.RoundPlanned():
-                story.plans.append(Planned(record, tuple(past), adapter))
+                told |= record.infos
+                left = [device for device, why in record.plan.left_out.items() if why != NOT_DRAWN]
+                over = sorted([*record.plan.participants, *left])
+                whole = replace(record, infos={device: told[device] for device in over})
+                story.plans.append(Planned(whole, tuple(past), adapter))
                 results, limits, counted = {}, {}, []
             case rec.UpdateAdmitted():
                 results[record.device] = record.facts

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from edge_daemon.adapters.telemetry import cgroup, facts
+from edge_daemon.adapters.telemetry import cgroup, facts, own
 from edge_daemon.adapters.telemetry.host import HostReader
 
 RECORDED = Path(__file__).parent / "trees" / "recorded-v1"
 GROUP = "muster-emulate-9204/edge-01"
 MIB = 1024 * 1024
-
-
-@pytest.fixture(autouse=True)
-def real_procfs() -> Iterator[None]:
-    """A reader of a recorded tree points psutil at it; the next test must read the machine again."""
-    before = psutil.PROCFS_PATH
-    yield
-    psutil.PROCFS_PATH = before
 
 
 @pytest.fixture
@@ -254,8 +246,9 @@ def test_this_machine() -> None:
     reader = HostReader()
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
-        assert child.pid in reader.tree()
         reading = reader.read()
+        assert {os.getpid(), child.pid} <= reading.own_pids
+        assert reading.own_pids == own._by_search(os.getpid()), "as a search through all processes finds them"
     finally:
         child.communicate(b"\n")
     assert 0 < reading.cores <= (psutil.cpu_count() or 1)
@@ -295,3 +288,42 @@ def test_own_memory_is_that_of_the_daemon_and_its_descendants() -> None:
     finally:
         child.kill()
         child.wait()
+
+
+def test_grandchildren_and_children_of_threads_are_ours() -> None:
+    code = (
+        "import subprocess, sys, threading\n"
+        "def start():\n"
+        "    started.append(subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE))\n"
+        "started = []; done = threading.Event()\n"
+        "threading.Thread(target=lambda: (start(), done.wait())).start()\n"
+        "while not started: pass\n"
+        "print(started[0].pid, flush=True); input(); done.set(); started[0].communicate()\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        grandchild = int(child.stdout.readline())
+        assert {child.pid, grandchild} <= HostReader().read().own_pids
+    finally:
+        child.communicate(b"\n")
+
+
+@pytest.mark.parametrize("name", ["python", "a b) (c", ") 1 2 3 4 5 6 7 8 9"])
+def test_handwritten_processes_by_any_name(tmp_path: Path, name: str) -> None:
+    write(
+        tmp_path,
+        {
+            "proc/7/task/7/children": "8 9 ",
+            "proc/8/task/8/children": "",
+            "proc/9/task/9/children": "",
+            "proc/9/task/12/children": "13 ",
+            "proc/7/stat": f"7 ({name}) S 1 7 7 0 -1 4194304 1 0 0 0 100 20 30 4 20 0 1 0 1 1 1\n",
+            "proc/7/statm": "1000 500 200 1 0 1 0\n",
+            "proc/13/statm": "garbage\n",
+        },
+    )
+    assert own.tree(tmp_path, 7) == {7, 8, 9, 13}
+    found = own.used(tmp_path, own.tree(tmp_path, 7))
+    assert found.cpu_s == pytest.approx(1.54 * 100 / os.sysconf("SC_CLK_TCK"))
+    assert found.memory == 300 * os.sysconf("SC_PAGE_SIZE")

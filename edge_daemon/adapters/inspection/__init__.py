@@ -1,0 +1,1 @@
+"""What `muster-edge doctor` reads of this device: keys, broker, clock, disk, GPUs, kernels. `core.diagnosis` judges."""

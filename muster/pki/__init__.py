@@ -1,0 +1,1 @@
+"""A fleet's authority: who may speak as whom, until when, and who no longer."""

@@ -120,13 +120,18 @@ def fault(certificate: x509.Certificate, name: str, authorities: list[x509.Certi
     found = name_of(certificate, "certificate")
     if found != name:
         return f"it is {found}'s"
-    if not any(_issued(certificate, authority) for authority in authorities):
+    if not is_issued(certificate, authorities):
         return "no authority given here issued it"
     if now < certificate.not_valid_before_utc:
         return f"it is valid from {_day(certificate.not_valid_before_utc)}; here it is {_day(now)}: set the clock"
     if now >= certificate.not_valid_after_utc:
         return f"it expired at {_day(certificate.not_valid_after_utc)}; here it is {_day(now)}"
     return ""
+
+
+def is_issued(certificate: x509.Certificate, authorities: list[x509.Certificate]) -> bool:
+    """Whether one of `authorities` signed it."""
+    return any(_issued(certificate, authority) for authority in authorities)
 
 
 def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

@@ -6,14 +6,12 @@ import os
 from pathlib import Path
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from cryptography.x509.oid import NameOID
 
 from edge_daemon.core.diagnosis import Keys, Window
+from shared import certificates
+from shared.errors import UserError
 from shared.settings import BrokerSettings
-
-_UNUSABLE = (OSError, ValueError, TypeError, UnsupportedAlgorithm)
 
 
 def read(settings: BrokerSettings) -> Keys:
@@ -36,7 +34,7 @@ def read(settings: BrokerSettings) -> Keys:
         files=files, faults=faults, exposed=_exposed(files.get("keyfile")),
         name=_name(own) if own else "",
         matches=_matches(own, content.get("keyfile"), files, faults),
-        issued=own is None or not authorities or any(_issued(own, authority) for authority in authorities),
+        issued=own is None or not authorities or certificates.is_issued(own, authorities),
         windows=(
             *_windows(chain[:1], "this device's certificate"), *_windows(authorities, "the authority's certificate"),
         ),
@@ -49,9 +47,9 @@ def _certificates(
     if name not in content:
         return []
     try:
-        return x509.load_pem_x509_certificates(content[name])
-    except _UNUSABLE:
-        faults[name] = f"{files[name]}: no certificate in PEM"
+        return certificates.read_certificates(content[name], files[name])
+    except UserError as error:
+        faults[name] = str(error)
         return []
 
 
@@ -66,26 +64,15 @@ def _matches(
     if key is None or certificate is None:
         return True
     try:
-        own = load_pem_private_key(key, None).public_key()
-    except _UNUSABLE:
+        own = certificates.read_key(key, files["keyfile"]).public_key()
+    except UserError:
         faults["keyfile"] = f"{files['keyfile']}: no unencrypted private key in PEM"
         return True
-    shape = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    return own.public_bytes(*shape) == certificate.public_key().public_bytes(*shape)
+    return certificates.digest_of_key(own) == certificates.digest_of_key(certificate.public_key())
 
 
-def _issued(certificate: x509.Certificate, authority: x509.Certificate) -> bool:
-    try:
-        certificate.verify_directly_issued_by(authority)
-    except (ValueError, TypeError, InvalidSignature):
-        return False
-    return True
-
-
-def _windows(certificates: list[x509.Certificate], of: str) -> list[Window]:
-    return [
-        Window(of, one.not_valid_before_utc.timestamp(), one.not_valid_after_utc.timestamp()) for one in certificates
-    ]
+def _windows(found: list[x509.Certificate], of: str) -> list[Window]:
+    return [Window(of, one.not_valid_before_utc.timestamp(), one.not_valid_after_utc.timestamp()) for one in found]
 
 
 def _exposed(path: str | None) -> str:

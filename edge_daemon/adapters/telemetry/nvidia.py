@@ -198,6 +198,7 @@ class NvidiaReader:
         reasons = self._reasons(device)
         remapped = self._call("nvmlDeviceGetRemappedRows", device.card)
         broken = bool(remapped and remapped[3])
+        compute = self._call("nvmlDeviceGetComputeRunningProcesses", handle)
         errors = self._errors.get(device.uuid, [])
         return GpuLoad(
             uuid=device.uuid,
@@ -211,8 +212,8 @@ class NvidiaReader:
             memory_clock_mhz=self._clock(device, "", "MEM"),
             throttled=None if reasons is None else bool(reasons),
             throttle=reasons or [],
-            foreign_memory=self._foreign(handle, own),
-            foreign_utilization=self._foreign_share(device.uuid, handle, own),
+            foreign_memory=self._foreign(handle, compute, own),
+            foreign_utilization=self._foreign_share(device.uuid, handle, compute or [], own),
             xids=[*errors, _REMAPPING_FAILED] if broken and _REMAPPING_FAILED not in errors else list(errors),
             fault="row remapping failed" if broken else "",
         )
@@ -257,9 +258,11 @@ class NvidiaReader:
         }
         return [word for name, word in _REASONS.items() if mask & bits[name]]
 
-    def _foreign(self, handle: Any, own: Collection[int]) -> int | None:
-        """Bytes of processes that are not ours; None where that can't be told (see `_foreign_share`, too)."""
-        compute = self._call("nvmlDeviceGetComputeRunningProcesses", handle)
+    def _foreign(self, handle: Any, compute: Any, own: Collection[int]) -> int | None:
+        """Bytes of processes that are not ours; None where that can't be told (see `_foreign_share`, too).
+
+        `compute`: those that compute; None: not supported.
+        """
         graphics = self._call("nvmlDeviceGetGraphicsRunningProcesses", handle)
         if compute is None and graphics is None:
             return None
@@ -269,13 +272,12 @@ class NvidiaReader:
         foreign = [used for pid, used in held.items() if pid not in own]
         return None if any(used is None for used in foreign) else int(sum(foreign))
 
-    def _foreign_share(self, uuid: str, handle: Any, own: Collection[int]) -> float | None:
+    def _foreign_share(self, uuid: str, handle: Any, running: Any, own: Collection[int]) -> float | None:
         """Share of the time since the last reading that processes other than ours used; None where that can't be told.
 
         In a container the driver may number processes otherwise than we do: unless it knows one of ours, ours would
         count as foreign, and training would rest because of itself.
         """
-        running = self._call("nvmlDeviceGetComputeRunningProcesses", handle) or []
         if not any(entry.pid in own for entry in running):
             return None
         since = self._sampled.get(uuid, 0)

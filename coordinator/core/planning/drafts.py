@@ -15,7 +15,7 @@ from coordinator.core.planning.common import DEADLINE_SHARE, moved, nobody
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import Demand
 from coordinator.core.planning.reasons import plural, seconds
-from coordinator.core.planning.sizing import SLACK, Seat, Target, choose_bits, seat
+from coordinator.core.planning.sizing import SLACK, Seat, Target, batch_sizes, choose_bits, seat
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec
 
@@ -91,6 +91,12 @@ def round_target(
         reason += f"; lowered to {seconds(bound)}, {DEADLINE_SHARE:.0%} of the deadline"
         wanted = bound
     return Target(wanted, steps), reason
+
+
+def batches_to_the_jobs(job: JobSpec) -> tuple[int, ...]:
+    """The batches to choose from where none is larger than the job's, rising."""
+    sizes = batch_sizes(job.strategy, job.training.accumulation)
+    return tuple(size for size in sizes if size <= job_batch(job)) or sizes[:1]
 
 
 def links_of(

@@ -28,12 +28,12 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand, traffic
-from coordinator.core.planning.drafts import Draft, drafts_of, job_batch
+from coordinator.core.planning.drafts import Draft, batches_to_the_jobs, drafts_of, job_batch
 from coordinator.core.planning.progressive import WINDOW, Limits, Progress, Shape, candidates, fastest
 from coordinator.core.planning.ranks import Ranked
 from coordinator.core.planning.reasons import plural, word
 from coordinator.core.planning.sizing import choose_bits
-from coordinator.core.planning.uniform import Seated, plan_of, wanted_sizes
+from coordinator.core.planning.uniform import Seated, plan_of
 from shared.jobs import JobSpec
 from shared.messages import UpdateFacts
 
@@ -67,7 +67,7 @@ class FedAdapterPlanner(msgspec.Struct, frozen=True, kw_only=True):
         limits = limits_of(view.facts, job)
         shape = self.progress.at(limits, job.strategy.rank)
         choices = [ranked_of(one, view.facts, job) for one in candidates(shape, limits)]
-        drafts, left_out = drafts_of(view, job, choices[0].need, wanted_sizes(job), self.model)
+        drafts, left_out = drafts_of(view, job, choices[0].need, batches_to_the_jobs(job)[::-1], self.model)
         trial = self.progress.stalled and len(drafts) >= len(choices) > 1
         seated = self._seated(drafts, choices if trial else choices[:1], job, limits)
         bound = max(ranked.rank for ranked in choices)

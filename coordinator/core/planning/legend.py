@@ -39,8 +39,9 @@ from coordinator.core.planning.cost_model import (
     usable,
 )
 from coordinator.core.planning.demand import Demand, block_flop, demand, depth_share, tuned_modules
+from coordinator.core.planning.drafts import batches_to_the_jobs
 from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
-from coordinator.core.planning.sizing import Seat, agents_reason, batch_by_memory, batch_sizes, choose_bits, fits, seat
+from coordinator.core.planning.sizing import Seat, agents_reason, batch_by_memory, choose_bits, fits, seat
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec
 from shared.messages import Work
@@ -149,8 +150,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def _drafts(self, view: FleetView, job: JobSpec, ladder: Ladder) -> tuple[list[_Draft], dict[str, str]]:
         """(participants in the order of their ids, candidate -> why it takes no part)."""
-        sizes = batch_sizes(job.strategy, job.training.accumulation)
-        sizes = tuple(size for size in sizes if size <= job.strategy.batch) or sizes[:1]
+        sizes = batches_to_the_jobs(job)
         drafts: list[_Draft] = []
         left_out: dict[str, str] = {}
         for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):

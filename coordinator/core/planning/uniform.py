@@ -22,7 +22,7 @@ from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.common import global_rank, steps_reason
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand, tuned_modules
-from coordinator.core.planning.drafts import Draft, drafts_of, job_batch, links_of, round_target
+from coordinator.core.planning.drafts import Draft, batches_to_the_jobs, drafts_of, job_batch, links_of, round_target
 from coordinator.core.planning.ranks import Ranked, RankPolicy, Timed
 from coordinator.core.planning.reasons import plural, seconds
 from coordinator.core.planning.sizing import (
@@ -63,7 +63,8 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
             job = replace(job, strategy=replace(job.strategy, bits=32))
         bound = global_rank(view, job, job.strategy.rank)
         choices = _choices(view, job, self.ranks, bound)
-        sizes = wanted_sizes(job) if self.one_batch else batch_sizes(job.strategy, job.training.accumulation)[:1]
+        sizes = batches_to_the_jobs(job)
+        sizes = sizes[::-1] if self.one_batch else sizes[:1]
         drafts, left_out = drafts_of(view, job, choices[0].need, sizes, self.model)
         seated = self._seated(drafts, choices, view, job)
         return plan_of(view, job, self.model, seated, left_out, bound, one_batch=self.one_batch)
@@ -132,12 +133,6 @@ def plan_of(
     )  # fmt: skip
 
 
-def wanted_sizes(job: JobSpec) -> tuple[int, ...]:
-    """The batches of a device that should have the job's: that one first, then the smaller ones."""
-    sizes = batch_sizes(job.strategy, job.training.accumulation)
-    return tuple(size for size in reversed(sizes) if size <= job_batch(job)) or sizes[:1]
-
-
 def _batch(
     draft: Draft, ranked: Ranked, job: JobSpec, model: CostModel, target: Target | None
 ) -> tuple[int, float, str]:
@@ -146,7 +141,7 @@ def _batch(
     if target is not None:
         sizes = batch_sizes(job.strategy, job.training.accumulation)
         return choose_batch(place, need, bits, model, sizes, target)
-    batch, why = batch_by_memory(place, need, bits, model, wanted_sizes(job)[::-1], "as every device has it")
+    batch, why = batch_by_memory(place, need, bits, model, batches_to_the_jobs(job), "as every device has it")
     return batch, model.pace(place.device, need, bits, place.free).step_s(batch), why
 
 

@@ -1,5 +1,6 @@
 """`muster-coordinator`: reads its settings, wires the edges together, runs the loop until a signal."""
 
+# ruff: noqa: E402 - numpy reads the variables below when it is first imported
 from __future__ import annotations
 
 import os
@@ -8,48 +9,47 @@ import os
 for _name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ[_name] = "1"
 
-import argparse  # noqa: E402 - numpy reads the above when it is first imported
-import errno  # noqa: E402
-import json  # noqa: E402
-import logging  # noqa: E402
-import queue  # noqa: E402
-import random  # noqa: E402
-import secrets  # noqa: E402
-import signal  # noqa: E402
-import socket  # noqa: E402
-import sys  # noqa: E402
-import threading  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Callable, Sequence  # noqa: E402
-from concurrent.futures import ThreadPoolExecutor  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import argparse
+import errno
+import json
+import logging
+import queue
+import random
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
-import uvicorn  # noqa: E402
+import uvicorn
 
-from coordinator.adapters.event_log import SqliteEventLog  # noqa: E402
-from coordinator.adapters.worker import SubprocessWorker  # noqa: E402
-from coordinator.core import vitals  # noqa: E402
-from coordinator.core.events import AnyEvent  # noqa: E402
-from coordinator.runtime import Finished, Ports, Runtime  # noqa: E402
-from coordinator.settings import CoordinatorSettings  # noqa: E402
-from coordinator.web import api  # noqa: E402
-from coordinator.web.desk import Desk  # noqa: E402
-from coordinator.web.shelf import Shelf  # noqa: E402
-from shared import bases, logs, reload, service, settings, topics  # noqa: E402
-from shared.allocator import keep_small  # noqa: E402
-from shared.blob_folder import BlobFolder  # noqa: E402
-from shared.codec import pack  # noqa: E402
-from shared.errors import MusterError, Occupied, UserError  # noqa: E402
-from shared.files import write_whole  # noqa: E402
-from shared.messages import CoordState  # noqa: E402
-from shared.processes import lock_folder  # noqa: E402
-from shared.transport.base import Outgoing  # noqa: E402
-from shared.transport.credentials import read_credentials  # noqa: E402
-from shared.transport.mqtt import MqttTransport  # noqa: E402
-from shared.transport.watch import Watch  # noqa: E402
-from shared.vitals import complaint, ready  # noqa: E402
+from coordinator.adapters.event_log import SqliteEventLog
+from coordinator.adapters.worker import SubprocessWorker
+from coordinator.core import vitals
+from coordinator.core.events import AnyEvent
+from coordinator.runtime import Finished, Ports, Runtime
+from coordinator.settings import CoordinatorSettings
+from coordinator.web import api
+from coordinator.web.desk import Desk
+from coordinator.web.shelf import Shelf
+from shared import bases, logs, reload, service, settings, topics
+from shared.allocator import keep_small
+from shared.blob_folder import BlobFolder
+from shared.codec import pack
+from shared.errors import MusterError, Occupied, UserError
+from shared.files import write_whole
+from shared.messages import CoordState
+from shared.processes import lock_folder
+from shared.transport.base import Outgoing
+from shared.transport.credentials import read_credentials
+from shared.transport.mqtt import MqttTransport
+from shared.transport.watch import Watch
+from shared.vitals import complaint, of_service, ready
 
 log = logging.getLogger("coordinator")
 TICK_S = 0.25
@@ -66,11 +66,6 @@ FIXED = {
     "waits.retry_s",
 }
 """Settings that only a restart changes."""
-
-
-@dataclass(frozen=True)
-class Reload:
-    """Someone wants the settings read again."""
 
 
 class Service:
@@ -124,7 +119,7 @@ class Service:
         """
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, lambda *_: self._stopping.set())
-        signal.signal(signal.SIGHUP, lambda *_: self._queue.put(Reload()))
+        signal.signal(signal.SIGHUP, lambda *_: self._queue.put(service.Reload()))
         self._began = self._turned = time.monotonic()
         self._process.examine = self._complaint
         self._transport.start(self._queue.put)
@@ -147,15 +142,10 @@ class Service:
 
     def _turn(self) -> None:
         """One turn of the main loop."""
-        try:
-            event = self._queue.get(timeout=TICK_S)
-        except queue.Empty:
-            self._guarded(self._runtime.tick)
-        else:
-            if isinstance(event, Reload):
-                self._process.reload(time.monotonic(), self._reload)
-            else:
-                self._guarded(lambda: self._runtime.handle(event))
+        self._process.turn(
+            self._queue, TICK_S, tick=lambda: self._guarded(self._runtime.tick),
+            handle=lambda event: self._guarded(lambda: self._runtime.handle(event)), reload=self._reload,
+        )  # fmt: skip
         self._turned = time.monotonic()
         runtime, waited = self._runtime, self._turned - self._began
         if not self._started and ready(runtime.connected, waited, self._config.health.ready_s):
@@ -167,7 +157,7 @@ class Service:
         """What is wrong with us; called from the lifeline's thread."""
         health = self._config.health
         return complaint(
-            vitals.signs(
+            of_service(
                 now=time.monotonic(), turned_at=self._turned, network_late_s=self._transport.late_s,
                 network_s=health.network_s, tick_s=health.tick_s,
             )

@@ -11,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from edge_daemon.adapters import sources
@@ -46,11 +45,6 @@ FIXED = {
     "telemetry.budget_s", "telemetry.retry_s", "telemetry.power_mode_s",
 }  # fmt: skip
 """Settings that only a restart changes."""
-
-
-@dataclass(frozen=True)
-class Reload:
-    """Someone wants the settings read again."""
 
 
 class Service:
@@ -102,7 +96,7 @@ class Service:
         1: something is beyond repair. The agent saves what it has when its pipe ends; the next daemon goes on with it.
         SIGHUP reads the settings again.
         """
-        for name, word in ((signal.SIGTERM, Asked()), (signal.SIGINT, Asked()), (signal.SIGHUP, Reload())):
+        for name, word in ((signal.SIGTERM, Asked()), (signal.SIGINT, Asked()), (signal.SIGHUP, service.Reload())):
             signal.signal(name, lambda *_, word=word: self._queue.put(word))
         self._began = self._turned = time.monotonic()
         self._process.examine = self._complaint
@@ -122,20 +116,18 @@ class Service:
 
     def _turn(self) -> None:
         """One turn of the main loop."""
-        try:
-            event = self._queue.get(timeout=TICK_S)
-        except queue.Empty:
-            self._guarded(self._runtime.tick)
-        else:
-            if isinstance(event, Reload):
-                self._process.reload(time.monotonic(), self._reload)
-            else:
-                if isinstance(event, Asked) and not self._leaving:
-                    self._leaving = True
-                    self._process.stopping()
-                self._guarded(lambda: self._runtime.handle(event))
+        self._process.turn(
+            self._queue, TICK_S, tick=lambda: self._guarded(self._runtime.tick), handle=self._handle,
+            reload=self._reload,
+        )  # fmt: skip
         self._turned = time.monotonic()
         self._tell()
+
+    def _handle(self, event: object) -> None:
+        if isinstance(event, Asked) and not self._leaving:
+            self._leaving = True
+            self._process.stopping()
+        self._guarded(lambda: self._runtime.handle(event))
 
     def _tell(self) -> None:
         """Tell systemd and the log where we stand."""

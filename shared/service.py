@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import queue
 import sys
 import threading
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
+from shared import logs
 from shared.errors import Occupied, UserError
 from shared.lifeline import Lifeline
-from shared.logs import event
 from shared.notify import notifier, reloading, watchdog_s
 from shared.settings import HealthSettings
 
@@ -20,6 +23,11 @@ EX_LOST = 1
 EX_TEMPFAIL = 75
 EX_CONFIG = 78
 """From sysexits.h. The units tell systemd not to start a service again that ended with it."""
+
+
+@dataclass(frozen=True)
+class Reload:
+    """Someone wants the settings read again."""
 
 
 class Process:
@@ -60,6 +68,22 @@ class Process:
             self._status = text
             self._notify(f"STATUS={text}")
 
+    def turn(
+        self, events: queue.SimpleQueue[object], tick_s: float, *,
+        tick: Callable[[], None], handle: Callable[[object], None], reload: Callable[[], str],
+    ) -> None:  # fmt: skip
+        """One turn of the service's loop: the next event, or `tick` where none comes within `tick_s`. `reload`: as the
+        `apply` of `Process.reload`."""
+        try:
+            event = events.get(timeout=tick_s)
+        except queue.Empty:
+            tick()
+            return
+        if isinstance(event, Reload):
+            self.reload(time.monotonic(), reload)
+        else:
+            handle(event)
+
     def reload(self, now_monotonic_s: float, apply: Callable[[], str]) -> None:
         """Take over new settings. `apply` says what it changed; it raises `UserError` with nothing changed."""
         self._notify(reloading(now_monotonic_s))
@@ -67,10 +91,10 @@ class Process:
             done = apply()
         except UserError as error:
             self._refused = f"reload refused: {error}"
-            log.error("reload refused, the old settings stay: %s", error, extra=event("reload-refused"))
+            log.error("reload refused, the old settings stay: %s", error, extra=logs.event("reload-refused"))
         else:
             self._refused = ""
-            log.info("reloaded, %s", done, extra=event("reloaded"))
+            log.info("reloaded, %s", done, extra=logs.event("reloaded"))
         self._notify("READY=1")
 
     def new_health(self, health: HealthSettings) -> None:
@@ -96,7 +120,7 @@ class Process:
         name = args.thread.name if args.thread else "?"
         self.fatal = f"thread {name} died of {args.exc_type.__name__}: {args.exc_value}"
         told = (args.exc_type, args.exc_value or args.exc_type(), args.exc_traceback)
-        log.error("thread %s died", name, exc_info=told, extra=event("thread-died"))
+        log.error("thread %s died", name, exc_info=told, extra=logs.event("thread-died"))
 
 
 def guarded(program: str, run: Callable[[], int]) -> int:

@@ -15,6 +15,14 @@ class Sign:
     bound_s: float
 
 
+def of_service(*, now: float, turned_at: float, network_late_s: float, network_s: float, tick_s: float) -> list[Sign]:
+    """What both services show: network thread and main loop (last turned at `turned_at`), and their bounds."""
+    return [
+        Sign("the network thread is late", network_late_s, network_s),
+        Sign("the main loop does not turn", now - turned_at, tick_s),
+    ]
+
+
 def complaint(signs: Iterable[Sign]) -> str:
     """Why systemd must not be told that the service is well, or ""."""
     late = [f"{sign.what} for {sign.age_s:.0f} s, the bound is {sign.bound_s:.0f} s" for sign in signs if _dead(sign)]

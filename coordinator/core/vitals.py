@@ -1,10 +1,9 @@
-"""The coordinator's signs of life, and what it tells systemd of itself in one line."""
+"""What the coordinator tells systemd of itself in one line."""
 
 from __future__ import annotations
 
 from coordinator.core.job import Job
 from coordinator.core.turn import State
-from shared.vitals import Sign
 
 _PHASES = {
     "preparing": "the base is inspected",
@@ -13,14 +12,6 @@ _PHASES = {
     "evaluating": "the aggregate is evaluated",
     "exporting": "the adapter is exported",
 }
-
-
-def signs(*, now: float, turned_at: float, network_late_s: float, network_s: float, tick_s: float) -> list[Sign]:
-    """Network thread and main loop (last turned at `turned_at`), against the bounds `network_s` and `tick_s`."""
-    return [
-        Sign("the network thread is late", network_late_s, network_s),
-        Sign("the main loop does not turn", now - turned_at, tick_s),
-    ]
 
 
 def status(state: State, *, connected: bool, problem: str) -> str:

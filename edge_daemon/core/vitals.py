@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_daemon.core.state import State
-from shared.vitals import Sign
+from shared.vitals import Sign, of_service
 
 
 def signs(state: State, *, now: float, turned_at: float, network_late_s: float) -> list[Sign]:
@@ -13,10 +13,9 @@ def signs(state: State, *, now: float, turned_at: float, network_late_s: float) 
     that does not see it, or a process that the kernel can't end, for which a driver that hangs is the usual cause.
     """
     health, agent = state.settings.health, state.agent
-    found = [
-        Sign("the network thread is late", network_late_s, health.network_s),
-        Sign("the main loop does not turn", now - turned_at, health.tick_s),
-    ]
+    found = of_service(
+        now=now, turned_at=turned_at, network_late_s=network_late_s, network_s=health.network_s, tick_s=health.tick_s
+    )
     if agent.status in ("starting", "busy", "stopping"):
         bound = state.settings.agent.silence_s + health.agent_s
         found.append(Sign("the agent is silent and not gone", now - agent.heard_at, bound))

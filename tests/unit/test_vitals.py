@@ -17,7 +17,7 @@ from edge_daemon.core.state import Agent, AgentStatus, Capability, Journal, Stat
 from edge_daemon.settings import AgentSettings, EdgeHealthSettings, EdgeSettings
 from shared.jobs import BaseSpec, TaskSpec, TrainingSpec
 from shared.messages import Assignment, BlobRef, DeviceInfo, DeviceState, Work
-from shared.vitals import Sign, complaint, ready
+from shared.vitals import Sign, complaint, of_service, ready
 
 NOW = 1000.0
 SETTINGS = EdgeSettings(
@@ -122,7 +122,7 @@ def test_the_daemon_says_what_it_does(changes: dict[str, object], line: str) -> 
     ],
 )
 def test_the_coordinator_is_well_or_says_what_is_not(turned_ago: float, late: float, said: str) -> None:
-    found = coordinator.signs(now=NOW, turned_at=NOW - turned_ago, network_late_s=late, network_s=40.0, tick_s=30.0)
+    found = of_service(now=NOW, turned_at=NOW - turned_ago, network_late_s=late, network_s=40.0, tick_s=30.0)
     assert complaint(found) == said
 
 

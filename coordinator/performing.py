@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 from typing_extensions import assert_never
 
-from coordinator import exporting, folding
+from coordinator import exporting, folding, releasing
 from coordinator.adapters.worker import Answer
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
+from coordinator.core import release_records as release_rec
 from coordinator.core.job import Job
 from coordinator.workers import protocol as wire
 from shared import bases, logs, topics
@@ -60,6 +61,10 @@ class Performer:
                 self._prepare(command.job)
             case cmd.EvaluateAdapter():
                 self._evaluate(command)
+            case cmd.PublishRelease():
+                runtime.send(topics.RELEASE, command.message, device=command.device)
+            case cmd.PackRelease():
+                self._pack(command)
             case _:
                 assert_never(command)
 
@@ -121,6 +126,26 @@ class Performer:
             return ev.Exported(job=job.id, path=str(folder), **runtime.now())
 
         self._offload(work, job, "export")
+
+    def _pack(self, command: cmd.PackRelease) -> None:
+        runtime, release, job = self._runtime, command.release, command.job
+        work, adapter = Path(runtime.settings.state_dir) / "work", self._path(release.adapter)
+
+        def failed(reason: str) -> ev.AnyEvent:
+            return ev.PackingFailed(release=release.id, reason=reason, **runtime.now())
+
+        def make() -> ev.AnyEvent:
+            if adapter is None:
+                return failed("the adapter is not in the blob store any more")
+            try:
+                target, kind = releasing.pack_release(release, job, adapter, self._base(job), work)
+                blob = runtime.ports.blobs.adopt(target)
+            except (MusterError, OSError, MemoryError, ValueError) as error:
+                log.exception("packing of release %s failed", release.id)
+                return failed(str(error) or type(error).__name__)
+            return ev.Packed(release=release.id, blob=blob, kind=kind, **runtime.now())
+
+        runtime.ports.offload(make, runtime.ports.post)
 
     def _prepare(self, job: Job) -> None:
         runtime = self._runtime
@@ -197,6 +222,28 @@ def referenced(job: Job) -> set[str]:
 
 def line(record: rec.AnyRecord) -> str:
     """A record as one line of the log."""
+    return _release_line(record) if isinstance(record, release_rec.ReleaseRecord) else _job_line(record)
+
+
+def _release_line(record: release_rec.AnyReleaseRecord) -> str:
+    head = f"release {record.release}"
+    match record:
+        case release_rec.DeviceReleased():
+            told = [f"loss {score.loss:.3f}" for score in (record.before, record.after) if score is not None]
+            return f"{head}: {record.device} {record.state} {' -> '.join(told)} {record.reason}".rstrip()
+        case release_rec.CanariesChosen():
+            return f"{head} goes to {', '.join(record.devices)}: {record.reason}"
+        case release_rec.ReleaseWidened():
+            return f"{head} goes to {len(record.devices)} devices: {record.reason}"
+        case release_rec.ReleaseWithdrawn():
+            return f"{head} is withdrawn from {len(record.devices)} devices: {record.reason}"
+        case release_rec.ReleaseEnded():
+            return f"{head} {record.state}: {record.reason}"
+        case _:
+            return f"{head}: {type(record).__name__}"
+
+
+def _job_line(record: rec.JobRecord) -> str:
     head = f"job {record.job}"
     match record:
         case rec.RoundPlanned():

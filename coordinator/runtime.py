@@ -17,8 +17,11 @@ from coordinator import performing
 from coordinator.adapters.event_log import EventLog, LogUnavailable
 from coordinator.adapters.worker import Worker, WorkerSpoke
 from coordinator.core import events as ev
-from coordinator.core.job import apply
+from coordinator.core import releases
+from coordinator.core.job import Job, apply
 from coordinator.core.records import RoundCommitted
+from coordinator.core.release_records import ReleaseEnded, ReleaseRecord
+from coordinator.core.releases import Release
 from coordinator.core.round_machine import step
 from coordinator.core.turn import State, Waits
 from coordinator.settings import CoordinatorSettings
@@ -79,10 +82,12 @@ class Runtime:
         self.term = ports.log.next_term()
         self._recent: deque[set[str]] = deque(maxlen=settings.keep_rounds)
         """Blobs of the latest committed rounds."""
+        jobs, released = _replay(ports.log, self._recent)
         self.state = State(
             waits=_waits(settings),
             term=self.term,
-            jobs=_replay(ports.log, self._recent),
+            jobs=jobs,
+            releases=released,
         )
         self.receiver = BlobReceiver(ports.blobs, credit_bytes=settings.credit_bytes, retry_s=settings.waits.retry_s)
         self.sender = BlobSender(ports.blobs, messages.MAX_CHUNK_BYTES)
@@ -176,6 +181,7 @@ class Runtime:
         for record in result.records:
             if isinstance(record, RoundCommitted):
                 self._recent.append(performing.referenced(before.jobs[record.job]))
+            if isinstance(record, RoundCommitted | ReleaseEnded):
                 self._collect_garbage()
         return bool(result.records)
 
@@ -306,8 +312,12 @@ class Runtime:
     # ---- blobs
 
     def _collect_garbage(self) -> None:
-        """Drop blobs that neither a live job nor one of the last rounds refers to."""
+        """Drop blobs that neither a live job, nor one of the last rounds, nor a release refers to."""
+        making = releases.under_way(self.state.releases)
+        if making is not None and making.phase == "packing" and making.blob is None:
+            return  # its blob may be in the store already, and nothing refers to it yet
         keep = {manifest.sha for manifest in self.state.announced.values()}.union(*self._recent)
+        keep |= releases.kept_blobs(self.state.releases, self.settings.keep_releases)
         for job in self.state.jobs.values():
             keep |= performing.referenced(job)
         for sha in self.ports.blobs.digests() - keep:
@@ -322,11 +332,15 @@ def _waits(settings: CoordinatorSettings) -> Waits:
     )  # fmt: skip
 
 
-def _replay(event_log: EventLog, recent: deque[set[str]]) -> dict[str, Any]:
-    """All jobs; the blobs of each committed round go to `recent`."""
-    jobs: dict[str, Any] = {}
+def _replay(event_log: EventLog, recent: deque[set[str]]) -> tuple[dict[str, Job], dict[str, Release]]:
+    """All jobs and releases; the blobs of each committed round go to `recent`."""
+    jobs: dict[str, Job] = {}
+    released: dict[str, Release] = {}
     for record in event_log.replay():
+        if isinstance(record, ReleaseRecord):
+            released[record.release] = releases.apply(released.get(record.release), record)
+            continue
         if isinstance(record, RoundCommitted):
             recent.append(performing.referenced(jobs[record.job]))
         jobs[record.job] = apply(jobs.get(record.job), record)
-    return jobs
+    return jobs, released

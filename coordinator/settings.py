@@ -46,6 +46,9 @@ class WaitSettings(Section, frozen=True, kw_only=True):
     """Pause before a round that failed is planned again; doubles with every failure, up to a minute."""
     retry_s: Seconds = 5.0
     """A wanted chunk that did not come is wanted again."""
+    release_s: Seconds = 1800.0
+    """How long the canaries of a release, then the rest, then a rollback may take; `muster release --deadline` says
+    otherwise. A device tries a release between two rounds."""
     worker_silence_s: Seconds = 600.0
     """A model worker that says nothing for so long is killed and started again."""
 
@@ -75,5 +78,7 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
     """Whether every record is forced to disk before it counts; off only in tests."""
     keep_rounds: Annotated[int, Meta(ge=1)] = 3
     """Committed rounds whose updates stay in the blob store."""
+    keep_releases: Annotated[int, Meta(ge=2)] = 3
+    """Releases whose files stay in the blob store, for devices that come late and for rollbacks."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     """The least that is logged."""

@@ -13,8 +13,9 @@ from typing import Literal
 
 import msgspec
 
-from shared.jobs import Bits
-from shared.messages import Assignment, DatasetFacts, UpdateFacts
+from shared.jobs import BaseSpec, Bits, TaskSpec
+from shared.messages import Assignment, BaseSource, DatasetFacts, UpdateFacts
+from shared.release_messages import ReleaseKind, Score
 
 INTEGRATED = "integrated"
 """In the place of a GPU's UUID: the one that shares the machine's memory (Jetson). CUDA knows it by its number, 0."""
@@ -91,6 +92,39 @@ class Merge(PipeMessage, frozen=True, kw_only=True):
     update_path: str
 
 
+class Evaluate(PipeMessage, frozen=True, kw_only=True):
+    """Measure a release on the device's own rows, and what it would replace; answer with `Evaluated` or `Unfit`.
+
+    The base that was loaded for training is let go before.
+    """
+
+    release: str
+    folder: str
+    """Its files."""
+    kind: ReleaseKind
+    previous: str = ""
+    """Folder of the release to compare with; empty, or one for another task: the untuned base."""
+    task: TaskSpec
+    base: BaseSpec
+    base_path: str
+    """As in `Train`."""
+    base_digest: str
+    source: BaseSource | None = None
+    bits: Bits
+    seed: int = 0
+    """Of the untuned base's head."""
+    data_path: str = ""
+    """Empty: the release is only loaded."""
+    share: float = 1.0
+    """Of the rows there."""
+    rows: int = 0
+    """At most; 0: all of the share."""
+    hub: bool = False
+    bases_dir: str = ""
+    disk_reserve: int = 0
+    digests_path: str = ""
+
+
 class Pause(PipeMessage, frozen=True, kw_only=True):
     """Stop between micro-batches until `Resume`."""
 
@@ -111,7 +145,7 @@ class Shutdown(PipeMessage, frozen=True, kw_only=True):
     """Exit."""
 
 
-ToAgent = Probe | Train | Merge | Pause | Resume | Stop | Shutdown
+ToAgent = Probe | Train | Merge | Evaluate | Pause | Resume | Stop | Shutdown
 
 # ---- agent -> daemon
 
@@ -167,6 +201,23 @@ class Merged(PipeMessage, frozen=True, kw_only=True):
     """As in `UpdateFacts`."""
 
 
+class Evaluated(PipeMessage, frozen=True, kw_only=True):
+    """A release was measured, or where there are no rows for it, loaded."""
+
+    release: str
+    before: Score | None = None
+    after: Score | None = None
+
+
+class Unfit(PipeMessage, frozen=True, kw_only=True):
+    """A release could not be measured. At fault is the release (`load`: it does not load, `score`: it gives no number),
+    nobody (`stopped`), or else this device."""
+
+    release: str
+    kind: Literal["load", "score", "base", "bits", "memory", "data", "stopped"]
+    reason: str
+
+
 class Failed(PipeMessage, frozen=True, kw_only=True):
     """The work can't be done. `memory` carries the largest batch that fits (0: none does)."""
 
@@ -180,4 +231,4 @@ class Failed(PipeMessage, frozen=True, kw_only=True):
     """As in `Trained`."""
 
 
-FromAgent = Probed | Beat | Progressed | Trained | Merged | Failed
+FromAgent = Probed | Beat | Progressed | Trained | Merged | Failed | Evaluated | Unfit

@@ -21,8 +21,9 @@ from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
 from edge_daemon.core.session_machine import initial, step
 from edge_daemon.core.state import Machine, identity_of
+from edge_daemon.placing import Placed, Placer
 from edge_daemon.settings import EdgeSettings
-from shared import logs, messages, topics
+from shared import logs, messages, release_messages, topics
 from shared.blob_folder import NoRoom
 from shared.blob_sender import BlobSender
 from shared.blobs import BlobReceiver
@@ -71,6 +72,8 @@ class Ports:
     wall: Callable[[], float]
     minute: Callable[[], int]
     sample_every: Callable[[float], None]
+    offload: Callable[[Callable[[], Placed]], None]
+    """Run it elsewhere and post what it returns."""
 
 
 class Runtime:
@@ -83,6 +86,7 @@ class Runtime:
         self.state = initial(settings, ports.store.load(), version=version, now=ports.clock())
         self.receiver = BlobReceiver(ports.store.blobs, credit_bytes=settings.credit_bytes, retry_s=RETRY_S)
         self.sender = BlobSender(ports.store.blobs, messages.MAX_CHUNK_BYTES)
+        self._placer = Placer(self)
         self._boot_id = boot_id
         self._waiting: deque[base.Outgoing] = deque()
         self._unsaved: deque[ev.AnyEvent] = deque()
@@ -93,6 +97,7 @@ class Runtime:
 
     def handle(self, event: object) -> None:
         """Take one event of any edge, then let time pass and send what is due."""
+        self._begin()
         now = self.ports.clock()
         match event:
             case base.Received():
@@ -121,6 +126,8 @@ class Runtime:
                 self.step(ev.MachineRead(now=now, machine=event.machine))
             case Asked():
                 self.step(ev.Drain(now=now))
+            case Placed():
+                self.step(event.event)
             case _:
                 log.error("unknown event %s", type(event).__name__)
         self.tick()
@@ -128,10 +135,7 @@ class Runtime:
     def tick(self) -> None:
         """Let time pass: announcements, re-requests, queued messages."""
         now = self.ports.clock()
-        if not self._begun:
-            self._begun = True
-            started = ev.Started(now=now, boot_id=self._boot_id, minute=self.ports.minute(), wall=self.ports.wall())
-            self.step(started)
+        self._begin()
         if now - self._ticked_at >= 0.25:
             self._ticked_at = now
             if self._unsaved:
@@ -141,6 +145,18 @@ class Runtime:
         for _, want in self.receiver.due(now):
             self._send(topics.UP_BLOB, want)
         self._flush()
+
+    def _begin(self) -> None:
+        """The first step of all: what is under way is worked out from what the disk really holds."""
+        if self._begun:
+            return
+        self._begun = True
+        folder = self.ports.store.releases
+        started = ev.Started(
+            now=self.ports.clock(), boot_id=self._boot_id, minute=self.ports.minute(), wall=self.ports.wall(),
+            releases=folder.there(), active=folder.active(),
+        )  # fmt: skip
+        self.step(started)
 
     def reconfigure(self, settings: EdgeSettings) -> None:
         """Take over new settings; what they change of identity, broker and folders is for a new process."""
@@ -202,7 +218,7 @@ class Runtime:
                 ports.transport.stop(graceful=True)
                 self.left = True
             case _:
-                assert_never(command)
+                self._placer.perform(command)
 
     def _train(self, order: cmd.Train) -> None:
         store, work = self.ports.store, order.assignment
@@ -246,7 +262,7 @@ class Runtime:
         try:
             there = self.receiver.want(COORDINATOR, ref, command.chunk, now)
         except (NoRoom, RemoteError) as error:
-            self.step(ev.AdapterLost(now=now, sha=ref.sha, reason=str(error)))
+            self.step(ev.AdapterLost(now=now, sha=ref.sha, reason=str(error), room=isinstance(error, NoRoom)))
             return
         if there:
             self.step(ev.AdapterStored(now=now, sha=ref.sha))
@@ -283,6 +299,10 @@ class Runtime:
                 self.step(ev.AgentTrained(now=now, trained=trained))
             case protocol.Failed() as failed:
                 self.step(ev.AgentFailed(now=now, failed=failed))
+            case protocol.Evaluated() as evaluated:
+                self.step(ev.AgentEvaluated(now=now, evaluated=evaluated))
+            case protocol.Unfit() as unfit:
+                self.step(ev.AgentUnfit(now=now, unfit=unfit))
 
     # ---- messages
 
@@ -305,6 +325,10 @@ class Runtime:
         elif topic is topics.ASSIGN:
             assign = unpack(payload, messages.Assign) if payload else messages.Assign(term=self.state.journal.term)
             self.step(ev.AssignReceived(now=now, assign=assign))
+        elif topic is topics.RELEASE:
+            empty = release_messages.Release(term=self.state.journal.rollout.term, seq=self.state.journal.rollout.seq)
+            message = unpack(payload, release_messages.Release) if payload else empty
+            self.step(ev.ReleaseReceived(now=now, message=message))
         elif topic is topics.COMMAND:
             self.step(ev.CommandReceived(now=now, command=unpack(payload, messages.Command)))
         elif topic is topics.STATE and payload:
@@ -319,7 +343,8 @@ class Runtime:
         if arrival.kind == "complete":
             self.step(ev.AdapterStored(now=now, sha=parsed.sha))
         elif arrival.kind in ("corrupt", "no_room"):
-            self.step(ev.AdapterLost(now=now, sha=parsed.sha, reason=arrival.reason))
+            room = arrival.kind == "no_room"
+            self.step(ev.AdapterLost(now=now, sha=parsed.sha, reason=arrival.reason, room=room))
 
     def _on_blob(self, message: messages.BlobMessage) -> None:
         now = self.ports.clock()
@@ -367,4 +392,5 @@ _TOPICS: dict[type[Any], topics.Topic] = {
     messages.Ack: topics.ACK,
     messages.Progress: topics.PROGRESS,
     messages.Manifest: topics.UP_BLOB,
+    release_messages.ReleaseState: topics.RELEASE_STATE,
 }

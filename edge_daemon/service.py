@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from edge_daemon import asking
 from edge_daemon.adapters import sources
 from edge_daemon.adapters.inspection.machine import sandbox
 from edge_daemon.adapters.store import Store
@@ -24,6 +25,7 @@ from edge_daemon.adapters.telemetry.sampler import Sampler
 from edge_daemon.adapters.trainer import SubprocessTrainer
 from edge_daemon.core import policy, vitals
 from edge_daemon.core.state import Machine
+from edge_daemon.placing import Placed
 from edge_daemon.runtime import Asked, Examined, Ports, Runtime, Sampled
 from edge_daemon.settings import EdgeSettings
 from shared import logs, reload, service, settings, topics
@@ -84,6 +86,7 @@ class Service:
             wall=time.time,
             minute=_minute,
             sample_every=self._sampler.set_period,
+            offload=self._offload,
         )
         self._runtime = runtime(config, ports, boot_id=boot_id, version=VERSION)
         self._began = self._turned = 0.0
@@ -113,6 +116,10 @@ class Service:
         self._process.end()
         log.info("left", extra=logs.event("left"))
         return 0
+
+    def _offload(self, work: Callable[[], Placed]) -> None:
+        """Files of a release are read and written where it costs the loop nothing."""
+        threading.Thread(target=lambda: self._queue.put(work()), name="releases", daemon=True).start()
 
     def _turn(self) -> None:
         """One turn of the main loop."""
@@ -217,7 +224,8 @@ def load(path: Path, *, strict: bool) -> EdgeSettings:
 def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime) -> int:
     """Run the daemon. Exit code 78: bad configuration, said in one line; 75, 1: start it again.
 
-    `muster-edge enroll ...` (this machine's key and request) and `muster-edge doctor ...` are other commands.
+    `muster-edge enroll ...` (this machine's key and request), `muster-edge doctor ...`, `muster-edge classify ...` and
+    `muster-edge generate ...` are other commands.
     """
     given = sys.argv[1:] if argv is None else list(argv)
     if given[:1] == ["enroll"]:
@@ -228,11 +236,14 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
         from edge_daemon import doctor  # nor what only examines
 
         return doctor.main(given[1:])
+    if given and given[0] in asking.COMMANDS:
+        return asking.main(given)
     parser = argparse.ArgumentParser(
         prog="muster-edge",
         description="Trains on this device what a coordinator assigns.",
         epilog="muster-edge doctor: examine this device (keys, broker, clock, disk, GPU, a real 4-bit kernel). "
-        "muster-edge enroll --help: make this machine's key and request, install its certificate.",
+        "muster-edge enroll --help: make this machine's key and request, install its certificate. "
+        "muster-edge classify TEXT..., muster-edge generate PROMPT...: ask the released model that is in use.",
     )
     parser.add_argument("--config", default=CONFIG, help="settings file (%(default)s)")
     parser.add_argument(

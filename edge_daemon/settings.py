@@ -87,6 +87,22 @@ class EdgeHealthSettings(HealthSettings, frozen=True, kw_only=True):
     """Seconds beyond `agent.silence_s` after which an agent that was killed for its silence should be gone."""
 
 
+class ReleaseSettings(Section, frozen=True, kw_only=True):
+    """Releases: trained models that this device is to have in use, beneath `<state_dir>/releases`."""
+
+    accept: bool = True
+    """Whether this device takes releases."""
+    data: dict[str, str] = {}
+    """Name of a data set -> JSONL(.gz) file of rows that are never trained on: a release must not be worse on them."""
+    share: Annotated[float, Meta(gt=0, le=1)] = 0.1
+    """Where there is no such file: this share of the rows in `[data]`. They are trained on here, so a release that
+    learned from them looks better than it is."""
+    rows: Annotated[int, Meta(ge=1)] = 512
+    """Rows that a release is judged on at most: the device trains nothing meanwhile."""
+    keep: Annotated[int, Meta(ge=1)] = 2
+    """Releases before the one in use whose files stay, to go back to without a transfer."""
+
+
 class EdgeSettings(Section, frozen=True, kw_only=True):
     """All of `edge.toml`."""
 
@@ -105,6 +121,7 @@ class EdgeSettings(Section, frozen=True, kw_only=True):
     policy: PolicySettings = PolicySettings()
     agent: AgentSettings = AgentSettings()
     telemetry: TelemetrySettings = TelemetrySettings()
+    release: ReleaseSettings = ReleaseSettings()
     health: EdgeHealthSettings = EdgeHealthSettings()
     credit_bytes: Annotated[int, Meta(ge=1024)] = 1024 * 1024
     """Bytes of chunks that may be under way to this device at once."""

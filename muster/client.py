@@ -21,7 +21,8 @@ from typing import TypeVar
 import httpx
 import msgspec
 
-from coordinator.web.views import DeviceView, JobView, Problem
+from coordinator.web.release_asks import ReleaseAsk
+from coordinator.web.views import DeviceView, JobView, Problem, ReleaseView
 from shared.errors import SettingsError, UserError
 
 T = TypeVar("T")
@@ -106,6 +107,22 @@ class Client:
             tops = list(unpacked.iterdir())
             (tops[0] if len(tops) == 1 and tops[0].is_dir() else unpacked).replace(folder)
         return folder
+
+    def release(self, ask: ReleaseAsk) -> ReleaseView:
+        """Begin the release of a job's adapter to the devices."""
+        return _decode(self._call("POST", "/v1/releases", msgspec.to_builtins(ask)), ReleaseView)
+
+    def releases(self) -> list[ReleaseView]:
+        """Every release, without its devices."""
+        return _decode(self._call("GET", "/v1/releases"), list[ReleaseView])
+
+    def release_status(self, name: str = "last") -> ReleaseView:
+        """One release with its devices, by its id or its job's; "last": the latest."""
+        return _decode(self._call("GET", f"/v1/releases/{name}"), ReleaseView)
+
+    def roll_back(self, name: str = "last") -> ReleaseView:
+        """Give the devices back what they had before a release; "last": before the one that stands."""
+        return _decode(self._call("POST", f"/v1/releases/{name}/rollback"), ReleaseView)
 
     def close(self) -> None:
         """Close the connection."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from shared import adapter, messages
+from shared import adapter, messages, release_messages
 from shared.codec import pack
 from shared.jobs import BaseSpec, TaskSpec, TrainingSpec
 from shared.tensors import Array
@@ -30,14 +30,9 @@ def samples() -> dict[str, Any]:
         importance={LAYER: 1.0},
     )  # fmt: skip
     work = messages.Work(
-        ranks={LAYER: 8},
-        batch=16,
-        bits=8,
-        steps=10,
-        train_for_s=60.0,
-        score=True,
+        ranks={LAYER: 8}, batch=16, bits=8, steps=10, train_for_s=60.0, score=True,
         reasons={"batch": "0.75 cores free"},
-    )
+    )  # fmt: skip
     assignment = messages.Assignment(
         job="demo-1", round=2, attempt=1, work=work, base=BaseSpec(model="minilm", targets=["query"]),
         base_digest=SHA, task=TaskSpec(kind="classification", dataset="notes", labels=["a", "b"]),
@@ -59,8 +54,25 @@ def samples() -> dict[str, Any]:
         messages.Command(kind="rebirth", reason="no birth seen"),
         messages.RoundInfo(job="demo-1", round=2, phase="training", base_digest=SHA, adapter=SHA),
         messages.CoordState(online=True, term=1, ts=1.5),
+        *_releases(assignment),
     )  # fmt: skip
     return {type(message).__name__: message for message in every}
+
+
+def _releases(assignment: messages.Assignment) -> tuple[messages.Message, ...]:
+    """The messages of a release of the assignment's job."""
+    release = release_messages.ReleaseSpec(
+        id="demo-1.r2-1", number=1, job="demo-1", round=2, kind="lora", blob=messages.BlobRef(sha=SHA, size=900_000),
+        base=assignment.base, base_digest=SHA, bits=8, task=assignment.task, seed=7, worse_by=0.25,
+    )  # fmt: skip
+    return (
+        release_messages.Release(term=1, seq=4, release=release, commit=True, reason="the canaries took it"),
+        release_messages.ReleaseState(
+            epoch=3, seq=2, release=release.id, stage="active", active=release.id,
+            before=release_messages.Score(loss=1.5, rows=64, accuracy=0.5),
+            after=release_messages.Score(loss=0.75, rows=64, accuracy=0.75),
+        ),
+    )  # fmt: skip
 
 
 def _telemetry() -> tuple[messages.Message, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from coordinator.core import release_transitions as release
 from coordinator.core import transitions as coordinator
+from edge_daemon.core import release_transitions as rollout
 from edge_daemon.core import transitions as edge
 from shared.machines import Table, markdown, mermaid
 
@@ -30,11 +32,22 @@ def page() -> str:
     """The whole page."""
     job = "A job on the coordinator (`coordinator/core/transitions.py`). Planning and closing happen on `Tick` alone."
     session = "A device's session (`edge_daemon/core/transitions.py`). Being connected is no phase."
+    released = (
+        "A release on the coordinator (`coordinator/core/release_transitions.py`). What is decided over several "
+        "devices is decided on `Tick` alone."
+    )
+    placed = (
+        "A release on a device (`edge_daemon/core/release_transitions.py`): Mender's states. Another desired release "
+        "leads from any stage to `wanted`, none at all to `none`; a device that can't take it at all goes to "
+        "`skipped`, and tries it once more when its daemon starts anew."
+    )
     return "\n".join(
         (
             INTRO,
             section("Job", job, coordinator.TABLE, coordinator.FIRST),
             section("Session", session, edge.MOVES, edge.FIRST),
+            section("Release", released, release.TABLE, release.FIRST),
+            section("Release on a device", placed, rollout.MOVES, rollout.FIRST),
         )
     )
 

@@ -1,4 +1,5 @@
-"""Every message that crosses the broker. Frozen, typed, versioned; see `docs/wire-format.md`.
+"""The messages that cross the broker, but those of releases (`shared.release_messages`). Frozen, typed, versioned; see
+`docs/wire-format.md`.
 
 Rule of versions: unknown fields are ignored, unknown majors of `schema` are refused (`shared.codec.unpack`).
 The identity of work is `(fleet, job, round, attempt, device, kind)`: it makes every delivery idempotent.
@@ -101,6 +102,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Of a Jetson: JetPack and L4T."""
     sandbox: Literal["", "full", "degraded"] = ""
     """What confines the daemon: its unit as shipped, the unit without its device filter, or nothing that is known."""
+    releases: bool = False
+    """Whether this daemon knows `down/release`."""
 
 
 class GpuLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

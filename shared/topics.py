@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from shared import messages
+from shared import messages, release_messages
 
 PREFIX = "muster/v1"
 
@@ -44,12 +44,15 @@ ASSIGN = Topic("device/{device}/down/assign", messages.Assign, 1, True, "coordin
 COMMAND = Topic("device/{device}/down/cmd", messages.Command, 1, False, "coordinator", expiry_s=60)
 DOWN_BLOB = Topic("device/{device}/down/blob", messages.BlobMessage, 1, False, "coordinator")
 DOWN_CHUNK = Topic("device/{device}/down/chunk/{sha}/{index}", None, 1, False, "coordinator")
+RELEASE = Topic("device/{device}/down/release", release_messages.Release, 1, True, "coordinator")
+RELEASE_STATE = Topic("device/{device}/up/release", release_messages.ReleaseState, 1, False, "device")
 ROUND = Topic("fleet/round", messages.RoundInfo, 1, True, "coordinator")
 COORD_STATE = Topic("coord/{coordinator}/state", messages.CoordState, 1, True, "coordinator")
 
 ALL = (
     STATE, INFO, LOAD, ACK, PROGRESS, UP_BLOB, UP_CHUNK,
     ASSIGN, COMMAND, DOWN_BLOB, DOWN_CHUNK, ROUND, COORD_STATE,
+    RELEASE, RELEASE_STATE,
 )  # fmt: skip
 
 

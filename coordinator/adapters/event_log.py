@@ -10,7 +10,7 @@ from typing import Protocol
 import msgspec
 
 from coordinator.core.job import BrokenLog
-from coordinator.core.records import AnyRecord
+from coordinator.core.records import AnyRecord, subject
 from shared.errors import MusterError, UserError
 
 _SCHEMA = """
@@ -35,7 +35,7 @@ class EventLog(Protocol):
         """Every record, in the order written."""
 
     def of_job(self, job: str) -> list[AnyRecord]:
-        """The records of one job, in order. Safe from any thread."""
+        """The records of one job or release, in order. Safe from any thread."""
 
     def next_term(self) -> int:
         """A number larger than any it gave before, durably."""
@@ -60,7 +60,7 @@ class SqliteEventLog:
 
     def append(self, records: Sequence[AnyRecord]) -> None:
         """Write all of `records` durably, or none."""
-        rows = [(record.job, type(record).__name__, self._encode(record)) for record in records]
+        rows = [(subject(record), type(record).__name__, self._encode(record)) for record in records]
         try:
             with _transaction(self._db):
                 self._db.executemany("INSERT INTO records (job, kind, body) VALUES (?, ?, ?)", rows)
@@ -72,7 +72,7 @@ class SqliteEventLog:
         return self._read(self._db, "SELECT seq, body FROM records ORDER BY seq", ())
 
     def of_job(self, job: str) -> list[AnyRecord]:
-        """The records of one job, in order. Safe from any thread: it opens a reader of its own."""
+        """The records of one job or release, in order. Safe from any thread: it opens a reader of its own."""
         reader = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True)
         try:
             return list(self._read(reader, "SELECT seq, body FROM records WHERE job = ? ORDER BY seq", (job,)))

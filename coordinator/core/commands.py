@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.core.job import Job
+from coordinator.core.releases import Release
+from shared import release_messages
 from shared.messages import Assign, BlobRef, RoundInfo
 
 
@@ -90,6 +92,22 @@ class ExportJob:
     job: Job
 
 
+@dataclass(frozen=True)
+class PublishRelease:
+    """Set the retained release of a device."""
+
+    device: str
+    message: release_messages.Release
+
+
+@dataclass(frozen=True)
+class PackRelease:
+    """Export the adapter of a release and make one blob of it; answers with `Packed` or `PackingFailed`."""
+
+    release: Release
+    job: Job
+
+
 Command = (
     PublishAssign
     | PublishRound
@@ -101,4 +119,6 @@ Command = (
     | EvaluateAdapter
     | FoldRound
     | ExportJob
+    | PublishRelease
+    | PackRelease
 )

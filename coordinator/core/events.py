@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from coordinator.core.facts import Metrics, ModelFacts
+from coordinator.core.release_records import Canaries
 from coordinator.core.turn import Waits
-from shared.jobs import JobSpec
+from shared.jobs import Bits, JobSpec
 from shared.messages import Ack, BlobRef, DeviceInfo, DeviceState, Load, Manifest, Progress
+from shared.release_messages import ReleaseKind, ReleaseState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +54,7 @@ class FromDevice(Event):
     """A decoded message of a device."""
 
     device: str
-    message: DeviceState | DeviceInfo | Load | Ack | Progress | Manifest
+    message: DeviceState | DeviceInfo | Load | Ack | Progress | Manifest | ReleaseState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,46 @@ class WorkFailed(Event):
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReleaseRequested(Event):
+    """An operator wants a trained adapter on the devices, under a fresh number."""
+
+    release: str
+    number: int
+    job: str
+    round: int
+    adapter: BlobRef
+    canaries: Canaries
+    worse_by: float
+    deadline_s: float
+    bits: dict[str, Bits]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollbackRequested(Event):
+    """An operator wants the devices to have what they had before a release."""
+
+    release: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed(Event):
+    """The files of a release are one blob."""
+
+    release: str
+    blob: BlobRef
+    kind: ReleaseKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackingFailed(Event):
+    """A release can't be made; one line."""
+
+    release: str
+    reason: str
+
+
+ReleaseEvent = ReleaseRequested | RollbackRequested | Packed | PackingFailed
 JobEvent = JobRequested | CancelRequested | ResumeRequested | BasePrepared | Evaluated | Folded | Exported | WorkFailed
 DeviceEvent = FromDevice | Heard | Decommissioned | UpdateStored | UpdateLost | UpdateChecked
-AnyEvent = Started | Tick | Reconfigured | BrokerFound | BrokerLost | DeviceEvent | JobEvent
+AnyEvent = Started | Tick | Reconfigured | BrokerFound | BrokerLost | DeviceEvent | JobEvent | ReleaseEvent

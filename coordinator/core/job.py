@@ -92,7 +92,7 @@ class BrokenLog(MusterError):
     """The event log contradicts itself; an operator must look at it."""
 
 
-def apply(job: Job | None, record: rec.AnyRecord) -> Job:
+def apply(job: Job | None, record: rec.JobRecord) -> Job:
     """`job` after `record`. Raises `BrokenLog` for a record that does not fit the state it meets."""
     if isinstance(record, rec.JobSubmitted):
         if job is not None:

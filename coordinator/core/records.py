@@ -1,4 +1,5 @@
-"""What the coordinator writes down. A job's durable state is the fold of its records (`coordinator.core.job.apply`).
+"""What the coordinator writes down. A job's durable state is the fold of its records (`coordinator.core.job.apply`);
+those of releases stand in `coordinator.core.release_records`.
 
 Wall-clock seconds (`ts`) are for reports only; no decision reads them.
 """
@@ -11,6 +12,7 @@ import msgspec
 
 from coordinator.core.facts import Metrics, ModelFacts
 from coordinator.core.planning.base import Plan
+from coordinator.core.release_records import AnyReleaseRecord, ReleaseRecord
 from shared.jobs import JobSpec
 from shared.messages import BlobRef, DeviceInfo, Load, UpdateFacts
 
@@ -157,7 +159,7 @@ class JobResumed(Record, frozen=True, kw_only=True):
     """An operator resumed a paused job; the gate's count of refusals starts anew."""
 
 
-AnyRecord = (
+JobRecord = (
     JobSubmitted
     | JobStarted
     | JobPrepared
@@ -174,3 +176,9 @@ AnyRecord = (
     | JobEnded
     | JobResumed
 )
+AnyRecord = JobRecord | AnyReleaseRecord
+
+
+def subject(record: AnyRecord) -> str:
+    """The job or release that `record` is of; the ids of the two never meet, since only a release's holds a dot."""
+    return record.release if isinstance(record, ReleaseRecord) else record.job

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing_extensions import assert_never
 
-from coordinator.core import collecting, fleet, planning_turn
+from coordinator.core import collecting, fleet, planning_turn, release_machine, release_transitions
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
@@ -32,6 +32,7 @@ from shared.messages import (
     Progress,
     RoundInfo,
 )
+from shared.release_messages import ReleaseState
 
 REBIRTH_EVERY_S = 10.0
 GRACE_S = 30.0
@@ -45,6 +46,7 @@ ATTEMPTS = 8
 def step(state: State, event: ev.AnyEvent) -> Step:
     """What follows from `event`. Raises `shared.machines.InvalidTransition` if the machine would leave its table."""
     before = {job.id: job.phase for job in state.jobs.values()}
+    phases = {release.id: release.phase for release in state.releases.values()}
     turn = Turn(state)
     match event:
         case ev.Started():
@@ -54,7 +56,8 @@ def step(state: State, event: ev.AnyEvent) -> Step:
         case ev.Reconfigured():
             turn.update(waits=event.waits)
         case ev.BrokerFound():
-            turn.update(cut_off=False, restarted_at=event.now, chunk=event.chunk)
+            # The broker may have lost what it kept for us.
+            turn.update(cut_off=False, restarted_at=event.now, chunk=event.chunk, release_told={})
         case ev.BrokerLost():
             turn.update(cut_off=True)
         case ev.FromDevice() | ev.Heard() | ev.Decommissioned():
@@ -65,8 +68,13 @@ def step(state: State, event: ev.AnyEvent) -> Step:
             collecting.on_lost(turn, event)
         case ev.UpdateChecked():
             collecting.on_checked(turn, event)
+        case ev.ReleaseRequested() | ev.RollbackRequested() | ev.Packed() | ev.PackingFailed():
+            release_machine.on_event(turn, event)
         case _:
             _on_job(turn, event)
+    for release in turn.state.releases.values():
+        if phases.get(release.id, release.phase) != release.phase:
+            machines.check(release_transitions.TABLE, phases[release.id], type(event).__name__, release.phase)
     for job in turn.state.jobs.values():
         if job.id in before and before[job.id] != job.phase:
             machines.check(TABLE, before[job.id], type(event).__name__, job.phase)
@@ -116,6 +124,7 @@ def _on_started(turn: Turn, event: ev.Started) -> None:
     turn.update(since=since, settled_at=event.now, restarted_at=event.now, assigned=frozenset(taking_part))
     if job is not None:
         turn.do(*entry(turn.state, job))
+    release_machine.on_started(turn, event)
 
 
 def _on_device(turn: Turn, event: ev.FromDevice | ev.Heard | ev.Decommissioned) -> None:
@@ -150,6 +159,11 @@ def _on_message(turn: Turn, event: ev.FromDevice) -> None:
             turn.update(fleet=fleet.told(turn.state.fleet, event.device, event.message, event.now))
             if isinstance(event.message, DeviceState) and event.device not in turn.state.told:
                 _first_words(turn, event.device)
+            if isinstance(event.message, DeviceState | DeviceInfo):
+                release_machine.sync(turn, event.device, event.now)
+        case ReleaseState():
+            turn.update(fleet=fleet.hear(turn.state.fleet, event.device, event.now))
+            release_machine.on_report(turn, event.device, event.message, event)
         case _:
             assert_never(event.message)
 
@@ -209,6 +223,7 @@ def _on_job(turn: Turn, event: ev.JobEvent) -> None:
 
 
 def _on_tick(turn: Turn, event: ev.Tick) -> None:
+    release_machine.on_tick(turn, event)
     job = turn.state.active
     if job is None:
         queued = next((j for j in turn.state.jobs.values() if j.phase == "queued"), None)

@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from coordinator.core import releases
 from coordinator.core.commands import Command, PublishAssign
 from coordinator.core.fleet import Fleet
 from coordinator.core.job import IDLE, Job, apply
-from coordinator.core.records import AnyRecord
+from coordinator.core.records import AnyRecord, JobRecord
+from coordinator.core.release_records import AnyReleaseRecord
+from coordinator.core.releases import Release
 from shared.messages import Manifest
+from shared.release_messages import ReleaseState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,7 @@ class Waits:
 
 @dataclass(frozen=True, kw_only=True)
 class State:
-    """All jobs and devices. Only `jobs` is durable; the rest is told again after a restart."""
+    """All jobs and devices. Only `jobs` and `releases` are durable; the rest is told again after a restart."""
 
     waits: Waits = Waits()
     term: int = 1
@@ -56,6 +60,18 @@ class State:
     """Devices whose retained desired state holds an assignment."""
     notices: dict[str, str] = field(default_factory=dict)
     """Job -> what it waits for, in words."""
+    releases: dict[str, Release] = field(default_factory=dict)
+    """In the order of their numbers; durable like the jobs."""
+    release_since: float = 0.0
+    """When the release under way entered its phase (monotonic)."""
+    release_looked_at: float = -1e9
+    """When its devices were last looked at."""
+    release_reports: dict[str, ReleaseState] = field(default_factory=dict)
+    """Device -> what it last said of its release."""
+    release_told: dict[str, tuple[tuple[str, bool], float]] = field(default_factory=dict)
+    """Device -> the (release, to stay) that this process told it in this connection, and when."""
+    release_seq: int = 0
+    """Of the last desired release that this process published."""
     counters: dict[str, int] = field(default_factory=dict)
     """Refused, late and foreign messages by kind."""
 
@@ -81,12 +97,19 @@ class Turn:
         self.records: list[AnyRecord] = []
         self.commands: list[Command] = []
 
-    def record(self, record: AnyRecord) -> Job:
+    def record(self, record: JobRecord) -> Job:
         """Write `record` and let it act on its job."""
         job = apply(self.state.jobs.get(record.job), record)
         self.records.append(record)
         self.update(jobs={**self.state.jobs, job.id: job})
         return job
+
+    def record_release(self, record: AnyReleaseRecord) -> Release:
+        """Write `record` and let it act on its release."""
+        release = releases.apply(self.state.releases.get(record.release), record)
+        self.records.append(record)
+        self.update(releases={**self.state.releases, release.id: release})
+        return release
 
     def do(self, *commands: Command) -> None:
         """Ask the runtime for these, in order, after the records are on disk."""

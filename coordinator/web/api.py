@@ -7,13 +7,15 @@ import io
 import tarfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import FileResponse
 
-from coordinator.web.desk import Conflict, Desk, NotFound
+from coordinator.web import release_routes
+from coordinator.web.answers import answer as _json
+from coordinator.web.desk import Desk
+from coordinator.web.refusals import Conflict, NotFound
 from coordinator.web.shelf import NotOnShelf, Shelf
 from coordinator.web.views import Problem
 from shared.errors import SettingsError, UserError
@@ -47,6 +49,7 @@ def create(desk: Desk, token: str, shelf: Shelf) -> FastAPI:
         return _refusal(error)
 
     _routes(app, desk, shelf)
+    release_routes.add(app, desk)
     return app
 
 
@@ -100,10 +103,6 @@ def _routes(app: FastAPI, desk: Desk, shelf: Shelf) -> None:
     @app.get("/v1/devices")
     def devices() -> Response:
         return _json(desk.devices())
-
-
-def _json(value: Any, status: int = 200) -> Response:
-    return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
 
 
 def _refusal(error: UserError) -> Response:

@@ -17,8 +17,10 @@ from coordinator.core.fleet import Presence
 from coordinator.core.job import TERMINAL, Job
 from coordinator.runtime import Call, Runtime
 from coordinator.web import history
+from coordinator.web.refusals import Conflict, NotFound
+from coordinator.web.release_desk import ReleaseDesk
 from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
-from shared.errors import SettingsError, UserError
+from shared.errors import SettingsError
 from shared.files import rows_fault
 from shared.jobs import JobSpec
 from shared.settings import check, parse_toml
@@ -27,20 +29,13 @@ T = TypeVar("T")
 ANSWER_WITHIN_S = 30.0
 
 
-class NotFound(UserError):
-    """There is no such job."""
-
-
-class Conflict(UserError):
-    """The job is in a phase where this can't be done."""
-
-
 class Desk:
     """The API's view of a runtime. Its methods may be called from any thread but the runtime's."""
 
     def __init__(self, runtime: Runtime, post: Callable[[Call], None]) -> None:
         self._runtime = runtime
         self._post = post
+        self.releases = ReleaseDesk(runtime, self._on_loop)
 
     def submit(self, text: str) -> JobView:
         """Check a job file whole and queue it. Raises `SettingsError` with every fault."""

@@ -7,6 +7,7 @@ import msgspec
 from coordinator.core.facts import Metrics
 from coordinator.core.planning.base import Weights
 from shared.messages import DeviceInfo, Load, UpdateFacts, Work
+from shared.release_messages import Score
 
 
 class View(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,6 +88,50 @@ class DeviceView(View, frozen=True, kw_only=True):
     load: Load | None = None
     work: str = ""
     """job/round/attempt it works on."""
+
+
+class ReleasedDevice(View, frozen=True, kw_only=True):
+    """One device in a release."""
+
+    device: str
+    canary: bool = False
+    state: str = "told"
+    """told, active (waits for the other canaries), committed, failed, skipped, silent, returned (to what it had)."""
+    stage: str = ""
+    """How far it last said it is: wanted, received, verified, staged, active, committed, failed, skipped."""
+    reason: str = ""
+    """Why it failed, was skipped, or what it waits for."""
+    active: str = ""
+    """Release that it last said is in place."""
+    before: Score | None = None
+    """On the device's own held-out rows: what was active before, else the untuned base."""
+    after: Score | None = None
+
+
+class ReleaseView(View, frozen=True, kw_only=True):
+    """One release. `state`: packing, canary, rest, finished, rolling_back, rolled_back, failed."""
+
+    id: str
+    job: str
+    round: int
+    state: str
+    reason: str = ""
+    stands: bool = False
+    """Whether it is what new devices get."""
+    kind: str = ""
+    """lora, model, bottleneck."""
+    bytes: int = 0
+    worse_by: float = 0.0
+    deadline_s: float = 0.0
+    started: float = 0.0
+    devices: list[ReleasedDevice] = []
+    """All devices that were told, in `GET /v1/releases/{id}`; empty in lists."""
+    left_out: dict[str, str] = {}
+    """Devices that could not take it when the canaries were chosen -> why."""
+    committed: int = 0
+    failed: int = 0
+    """Devices where it does not work, or which said nothing."""
+    skipped: int = 0
 
 
 class Problem(View, frozen=True, kw_only=True):

@@ -23,6 +23,9 @@ def faults(settings: EdgeSettings) -> list[str]:
             continue
         if fault := rows_fault(Path(source).expanduser()):
             wrong.append(f"data.{name}: {fault}")
+    for name, source in settings.release.data.items():
+        if fault := rows_fault(Path(source).expanduser()):
+            wrong.append(f"release.data.{name}: {fault}")
     for name, source in settings.models.items():
         if _SHAPE.fullmatch(source) or (hub and _on_hub(source)):
             continue

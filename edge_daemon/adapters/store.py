@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_daemon.adapters.releases import ReleaseFolder
 from edge_daemon.core.state import Identity, Journal
 from shared import bases
 from shared.blob_folder import BlobFolder
@@ -33,6 +34,7 @@ class Store:
             (root / "work").mkdir(parents=True, exist_ok=True)
             self._lock = lock_folder(root, "muster-edge")
             self.blobs = BlobFolder(root / "blobs", fsync=fsync)
+            self.releases = ReleaseFolder(root, fsync=fsync)
         except OSError as error:
             raise UserError(f"state_dir {root}: {error.strerror}") from error
         self._epoch_guard = threading.Lock()

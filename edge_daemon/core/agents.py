@@ -9,7 +9,7 @@ import msgspec
 from edge_daemon import protocol
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
-from edge_daemon.core import outbox, policy
+from edge_daemon.core import outbox, policy, releasing
 from edge_daemon.core.presence import Result
 from edge_daemon.core.state import Agent, Capability, Identity, Offer, State, identity_of
 from shared.backoff import delay
@@ -63,7 +63,7 @@ def watch(state: State) -> Result:
     since = max(agent.heard_at, agent.killed_at)
     if agent.status == "ready" and agent.failures and state.now - agent.heard_at > RETRY_CAP_S:
         return replace(state, agent=replace(agent, failures=0)), []
-    if agent.status not in ("starting", "busy", "stopping") or state.now - since <= limit:
+    if agent.status not in ("starting", "busy", "stopping", "evaluating") or state.now - since <= limit:
         return state, []
     reason = f"the agent said nothing for {limit:.0f} s"
     return replace(state, agent=replace(agent, killed_at=state.now)), [cmd.KillAgent(reason, hung=True)]
@@ -113,7 +113,7 @@ def train(state: State, work: Assignment) -> Result:
         left = max(_NO_TIME_S, left - (state.now - state.received_at))
     order = cmd.Train(
         assignment=work,
-        base_path=policy.base_path(settings, work),
+        base_path=policy.base_path(settings, work.base.model, work.source),
         data_path=settings.data[work.task.dataset],
         train_for_s=left,
         batch_limit=state.journal.batch_limit,
@@ -193,7 +193,7 @@ def gone(state: State, event: ev.AgentGone) -> Result:
     status, tries = agent.status, state.settings.agent.tries
     failures = agent.failures + (status in ("starting", "ready"))
     deaths = state.journal.deaths + (status == "busy" and not event.out_of_memory)
-    wait = delay(failures + deaths, 1.0, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S)
+    wait = delay(failures + deaths + state.journal.rollout.deaths, 1.0, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S)
     exhausted = status == "starting" and failures >= tries
     state = replace(
         state,
@@ -212,6 +212,9 @@ def gone(state: State, event: ev.AgentGone) -> Result:
             commands += more
     elif status == "busy" and work is not None:
         state, more = _died(state, work, event, deaths)
+        commands += more
+    elif status == "evaluating":
+        state, more = releasing.agent_gone(state, event)
         commands += more
     return state, commands
 

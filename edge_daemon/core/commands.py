@@ -7,14 +7,16 @@ from typing import Literal
 
 from edge_daemon import protocol
 from edge_daemon.core.state import Identity
-from shared.messages import Ack, Assignment, BlobRef, DeviceInfo, DeviceState, Load, Manifest, Progress
+from shared.jobs import Bits
+from shared.messages import Ack, Assignment, BaseSource, BlobRef, DeviceInfo, DeviceState, Load, Manifest, Progress
+from shared.release_messages import ReleaseSpec, ReleaseState
 
 
 @dataclass(frozen=True)
 class Publish:
     """Send a message on the topic that its type has."""
 
-    message: DeviceState | DeviceInfo | Load | Ack | Progress | Manifest
+    message: DeviceState | DeviceInfo | Load | Ack | Progress | Manifest | ReleaseState
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,61 @@ class Tidy:
 
 
 @dataclass(frozen=True)
+class CheckRelease:
+    """Look at every file in a fetched release; answers with `ReleaseChecked` or `ReleaseProblem`."""
+
+    release: str
+    sha: str
+
+
+@dataclass(frozen=True)
+class StageRelease:
+    """Put its files into a folder of their own; answers with `ReleaseStaged` or `ReleaseProblem`."""
+
+    release: str
+    sha: str
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Have the agent measure a staged release; answers with `AgentEvaluated`, `AgentUnfit` or `AgentGone`."""
+
+    release: ReleaseSpec
+    previous: str
+    """Id of the release to compare with; "": the untuned base."""
+    bits: Bits
+    base_path: str
+    source: BaseSource | None
+    """With no `base_path` either, the base can't be had."""
+    data_path: str
+    """"": there is no data for it here, it is only loaded."""
+    share: float
+    rows: int
+
+
+@dataclass(frozen=True)
+class ActivateRelease:
+    """Have `current` point to this release ("": to none), at once; answers with `ReleaseActivated` or
+    `ReleaseProblem`."""
+
+    release: str
+
+
+@dataclass(frozen=True)
+class DropRelease:
+    """Remove the folder of a release."""
+
+    release: str
+
+
+@dataclass(frozen=True)
+class TidyReleases:
+    """Remove every release but these: leftovers of a crash."""
+
+    releases: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Sample:
     """Read the load every so many seconds from now on."""
 
@@ -133,4 +190,10 @@ Command = (
     | Note
     | RaiseEpoch
     | Leave
+    | CheckRelease
+    | StageRelease
+    | Evaluate
+    | ActivateRelease
+    | DropRelease
+    | TidyReleases
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from edge_daemon import protocol
 from edge_daemon.core.state import Machine
 from edge_daemon.settings import EdgeSettings
 from shared.messages import Assign, Command, CoordState, DeviceState, Done, Load
+from shared.release_messages import Release
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,10 @@ class Started(Event):
     boot_id: str
     minute: int = 0
     wall: float = 0.0
+    releases: frozenset[str] | None = None
+    """Ids of the releases whose folders are there; None: not looked at."""
+    active: str = ""
+    """Id of the release that `current` points to; "": none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,17 +130,19 @@ class Settled(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterStored(Event):
-    """A fetched global adapter is complete on disk."""
+    """A fetched content (a global adapter, a release) is complete on disk."""
 
     sha: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterLost(Event):
-    """A global adapter can't be had: the coordinator lacks it, or it can't be stored."""
+    """A content can't be had: the coordinator lacks it, or it can't be stored."""
 
     sha: str
     reason: str
+    room: bool = False
+    """There is no room for it now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +151,46 @@ class OfferLost(Event):
 
     sha: str
     reason: str
+
+
+# ---- releases
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseReceived(Event):
+    """The release that this device is to have."""
+
+    message: Release
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseChecked(Event):
+    """Every file in the fetched content is what its list says."""
+
+    release: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseStaged(Event):
+    """Its files are in a folder of their own."""
+
+    release: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseActivated(Event):
+    """`current` points to this release now; "": it is gone."""
+
+    release: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReleaseProblem(Event):
+    """What was asked for the release can't be done: it is `broken`, its content is `gone`, or the `disk` is full."""
+
+    release: str
+    reason: str
+    fault: Literal["broken", "gone", "disk"]
 
 
 # ---- agent
@@ -184,6 +232,20 @@ class AgentGone(Event):
     out_of_memory: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class AgentEvaluated(Event):
+    """A release was measured."""
+
+    evaluated: protocol.Evaluated
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentUnfit(Event):
+    """A release could not be measured here."""
+
+    unfit: protocol.Unfit
+
+
 AnyEvent = (
     Started
     | Tick
@@ -207,4 +269,11 @@ AnyEvent = (
     | AgentTrained
     | AgentFailed
     | AgentGone
+    | ReleaseReceived
+    | ReleaseChecked
+    | ReleaseStaged
+    | ReleaseActivated
+    | ReleaseProblem
+    | AgentEvaluated
+    | AgentUnfit
 )

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 from edge_daemon.core.state import Capability
 from edge_daemon.core.team import CPU
 from edge_daemon.settings import EdgeSettings, PolicySettings
-from shared.messages import Assignment, Load
+from shared.messages import Assignment, BaseSource, Load
 from shared.unified_memory import reserve
 
 _RESUME_SHARE = 0.8
@@ -93,9 +93,19 @@ def faults(settings: EdgeSettings) -> list[str]:
     return wrong
 
 
-def base_path(settings: EdgeSettings, assignment: Assignment) -> str:
-    """Folder or hub id of the base model, by the owner's `[models]`; "": to be fetched from where the work says."""
-    model, source = assignment.base.model, assignment.source
+def hold(settings: EdgeSettings, load: Load | None, *, minute: int, unified: bool) -> str:
+    """Why a release is not tried now, or "": it waits for the owner's hours, for memory, for other programs."""
+    if load is None:
+        return _outside_hours(settings.policy, minute)
+    return (
+        ailing(settings.policy, load)
+        or _short_of_memory(settings.policy, load, unified)
+        or pause(settings, load, minute=minute, paused=False)
+    )
+
+
+def base_path(settings: EdgeSettings, model: str, source: BaseSource | None) -> str:
+    """Folder or hub id of the base `model`, by the owner's `[models]`; "": to be fetched from `source`."""
     if model not in settings.models and source is not None and _may_fetch(settings.policy, source.url):
         return ""
     return settings.models.get(model, model)
@@ -112,10 +122,21 @@ def _may_fetch(policy: PolicySettings, url: str) -> bool:
     return parts.scheme in ("http", "https") and not parts.username and bool({host, f"{host}:{port}"} & allowed)
 
 
-def _not_fetched(assignment: Assignment) -> str:
-    if assignment.source is None:
+def base_fault(settings: EdgeSettings, model: str, source: BaseSource | None) -> str:
+    """Why the base `model` can't be had by the owner's leave, or ""."""
+    if model in settings.models or not base_path(settings, model, source):
+        return ""
+    if not settings.policy.hub:
+        return f"base model {model!r} is not in this device's [models] table, and {_not_fetched(source)}"
+    if not _HUB_ID.fullmatch(model):
+        return f"base model {model!r} is neither in this device's [models] table nor a hub id (owner/name)"
+    return ""
+
+
+def _not_fetched(source: BaseSource | None) -> str:
+    if source is None:
         return "policy.hub is off"
-    host = urlsplit(assignment.source.url).netloc.rpartition("@")[2].lower()
+    host = urlsplit(source.url).netloc.rpartition("@")[2].lower()
     return f"neither is {host!r:.100} in policy.base_hosts nor policy.hub on"
 
 
@@ -129,11 +150,8 @@ def _unable(settings: EdgeSettings, capability: Capability, assignment: Assignme
         note = capability.notes.get(task.dataset, "it could not be read")
         return f"data set {task.dataset!r}: {note}"
     # A least-squares base is its name: nothing is loaded.
-    if base.model not in settings.models and task.kind != "least_squares" and base_path(settings, assignment):
-        if not settings.policy.hub:
-            return f"base model {base.model!r} is not in this device's [models] table, and {_not_fetched(assignment)}"
-        if not _HUB_ID.fullmatch(base.model):
-            return f"base model {base.model!r} is neither in this device's [models] table nor a hub id (owner/name)"
+    if task.kind != "least_squares" and (fault := base_fault(settings, base.model, assignment.source)):
+        return fault
     if work.bits not in capability.bits:
         proven = ", ".join(str(bits) for bits in capability.bits) or "none"
         return f"bits: {work.bits} asked, proven here: {proven}"

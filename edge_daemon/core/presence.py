@@ -8,8 +8,10 @@ import msgspec
 
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import policy
+from edge_daemon.core.release_waits import waits
 from edge_daemon.core.state import WORKING, Announcing, Finished, Identity, Offer, State
 from shared.messages import Ack, DeviceInfo, DeviceState, Lifecycle, Load, Manifest
+from shared.release_messages import ReleaseState
 
 LONGEST_ANNOUNCE_S = 60.0
 REPEAT_S = 60.0
@@ -37,7 +39,7 @@ def device_state(state: State, word: Lifecycle) -> DeviceState:
 def device_info(state: State) -> DeviceInfo:
     """The retained capability, as far as it is known."""
     machine, capability = state.machine, state.capability
-    info = DeviceInfo(epoch=state.epoch, version=state.version, max_chunk=state.max_chunk)
+    info = DeviceInfo(epoch=state.epoch, version=state.version, max_chunk=state.max_chunk, releases=True)
     if machine is not None:
         info = msgspec.structs.replace(
             info, hardware=machine.hardware, cores=machine.cores, memory_bytes=machine.memory_bytes,
@@ -63,7 +65,7 @@ def say(state: State) -> Result:
     if not state.connected:
         return state, commands
     if state.now - state.said_at >= REPEAT_S:
-        state = replace(state, said_at=state.now, word="", info_sent=None)
+        state = replace(state, said_at=state.now, word="", info_sent=None, release_sent=None)
     word, info = lifecycle(state), device_info(state)
     if word != state.word:
         state = replace(state, word=word)
@@ -71,6 +73,8 @@ def say(state: State) -> Result:
     if info != state.info_sent:
         state = replace(state, info_sent=info)
         commands.append(cmd.Publish(info))
+    state, more = _say_release(state)
+    commands += more
     if state.load_sent is None:
         # In a new session nobody knows it yet, and the next reading may be far off.
         state, load = say_load(state)
@@ -90,6 +94,28 @@ def say_load(state: State) -> Result:
         return state, []
     state = replace(state, load_sent=load, load_sent_at=state.now, load_seq=state.load_seq + 1)
     return state, [cmd.Publish(load)]
+
+
+def release_state(state: State) -> ReleaseState:
+    """How far this device is with the release that it is to have; epoch and seq are the publisher's to fill in."""
+    rollout = state.journal.rollout
+    return ReleaseState(
+        epoch=0, seq=0, release=rollout.wanted.id if rollout.wanted else "", stage=rollout.stage,
+        active=rollout.active, reason=rollout.reason, waits=waits(state)[:1000], before=rollout.before,
+        after=rollout.after,
+    )  # fmt: skip
+
+
+def _say_release(state: State) -> Result:
+    """Say how far the release is, where that is news and any was ever wanted."""
+    if not state.journal.rollout.term:
+        return state, []
+    said = release_state(state)
+    if said == state.release_sent:
+        return state, []
+    seq = state.release_seq + 1
+    state = replace(state, release_sent=said, release_seq=seq)
+    return state, [cmd.Publish(msgspec.structs.replace(said, epoch=state.epoch, seq=seq))]
 
 
 def ack_accept(state: State, identity: Identity) -> list[cmd.Command]:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from edge_daemon import protocol
-from edge_daemon.core import agents, outbox, policy, presence
+from edge_daemon.core import agents, outbox, policy, presence, releasing
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
 from edge_daemon.core.presence import Result
@@ -31,7 +31,7 @@ def initial(settings: EdgeSettings, journal: Journal, *, version: str = "", now:
 
 def step(state: State, event: ev.AnyEvent) -> Result:
     """The state after `event`, and what to do. Raises `InvalidTransition` for a move that the table does not have."""
-    before = state.phase
+    before, rollout = state.phase, state.journal.rollout
     state = replace(state, now=max(state.now, event.now))
     commands: list[cmd.Command] = []
     if before != "stopped":
@@ -42,6 +42,7 @@ def step(state: State, event: ev.AnyEvent) -> Result:
         if state.phase == "stopped":
             commands.append(cmd.Leave())
     check(TABLE, before, type(event).__name__, state.phase)
+    releasing.check(rollout, type(event).__name__, state.journal.rollout)
     return state, commands
 
 
@@ -52,6 +53,12 @@ def _advance(state: State) -> Result:
     """Move on as far as the state allows. Idempotent: called again at once, it does nothing."""
     if state.phase in ("draining", "stopped"):
         return state, []
+    state, commands = _advance_work(state)
+    state, more = releasing.advance(state)
+    return state, commands + more
+
+
+def _advance_work(state: State) -> Result:
     state, commands = agents.ensure(state)
     if state.capability is None:
         return replace(state, phase="probing"), commands
@@ -102,7 +109,8 @@ def _started(state: State, event: ev.Started) -> Result:
         kept.append(identity_of(journal.assignment))
         shas.append(journal.assignment.adapter.sha)
     tidy = [cmd.Adopt(offer.identity, offer.sha) for offer in journal.outbox]
-    return replace(state, received_at=received_at), [*tidy, cmd.Tidy(tuple(kept), tuple(shas))]
+    state, more = releasing.started(replace(state, received_at=received_at), event)
+    return state, [*tidy, cmd.Tidy(tuple(kept), (*shas, *releasing.blobs(state))), *more]
 
 
 def _tick(state: State, event: ev.Tick) -> Result:
@@ -133,7 +141,9 @@ def _reconfigured(state: State, event: ev.Reconfigured) -> Result:
     state = replace(state, settings=event.settings)
     if state.agent.status != "absent" and agents.probe_of(state) != before:
         state = replace(state, agent_outdated=True)
-    return agents.rest(state)
+    state, commands = agents.rest(releasing.reconfigured(state))
+    state, more = releasing.rest(state)
+    return state, commands + more
 
 
 def _machine_read(state: State, event: ev.MachineRead) -> Result:
@@ -143,8 +153,9 @@ def _machine_read(state: State, event: ev.MachineRead) -> Result:
 def _load_read(state: State, event: ev.LoadRead) -> Result:
     state = replace(state, load=event.reading)
     state, commands = agents.rest(state)
+    state, more = releasing.rest(state)
     state, load = presence.say_load(state)
-    return state, commands + load
+    return state, [*commands, *more, *load]
 
 
 # ---- broker and coordinator
@@ -153,7 +164,7 @@ def _load_read(state: State, event: ev.LoadRead) -> Result:
 def _linked(state: State, event: ev.Linked) -> Result:
     state = replace(
         state, connected=True, epoch=event.epoch, max_chunk=event.max_chunk, word="", info_sent=None, load_sent=None,
-        announcing={}, no_broker="",
+        announcing={}, no_broker="", release_sent=None,
     )  # fmt: skip
     return state, []
 
@@ -182,10 +193,12 @@ def _coordinator_seen(state: State, event: ev.CoordinatorSeen) -> Result:
     came = event.state.online and (known is None or not known.online or known.term < event.state.term)
     state = replace(state, coordinators={**state.coordinators, event.coordinator: event.state})
     if came:
-        state = replace(state, announcing={})
+        state = replace(state, announcing={}, release_sent=None)
+    if known is None or known.term >= event.state.term:
+        return state, []
     # A coordinator that begins anew has forgotten what it was asked for.
-    anew = known is not None and known.term < event.state.term
-    return state, outbox.fetch_again(state) if anew else []
+    state, commands = releasing.fetch_again(state)
+    return state, [*outbox.fetch_again(state), *commands]
 
 
 def _assign_received(state: State, event: ev.AssignReceived) -> Result:
@@ -249,21 +262,22 @@ def _take(state: State, wanted: Assignment | None) -> Result:
 
 
 def _command_received(state: State, _event: ev.CommandReceived) -> Result:
-    return replace(state, word="", info_sent=None, load_sent=None, announcing={}), []
+    return replace(state, word="", info_sent=None, load_sent=None, announcing={}, release_sent=None), []
 
 
 def _adapter_stored(state: State, event: ev.AdapterStored) -> Result:
+    state, commands = releasing.stored(state, event)
     work = state.work
     if work is None or work.adapter.sha != event.sha or not state.accepted or state.adapter_there:
-        return state, []
+        return state, commands
     journal = msgspec.structs.replace(state.journal, fetch_s=state.journal.fetch_s + state.now - state.fetch_since)
-    return replace(state, adapter_there=True, journal=journal), []
+    return replace(state, adapter_there=True, journal=journal), commands
 
 
 def _adapter_lost(state: State, event: ev.AdapterLost) -> Result:
     work = state.work
     if work is None or work.adapter.sha != event.sha or state.phase != "fetching":
-        return state, []
+        return releasing.lost(state, event)
     return outbox.fail(state, identity_of(work), f"the global adapter can't be had: {event.reason}")
 
 
@@ -312,4 +326,11 @@ _HANDLERS: dict[type[ev.AnyEvent], Callable[[State, Any], Result]] = {
     ev.AgentTrained: _agent_trained,
     ev.AgentFailed: _agent_failed,
     ev.AgentGone: _agent_gone,
+    ev.ReleaseReceived: releasing.received,
+    ev.ReleaseChecked: releasing.checked,
+    ev.ReleaseStaged: releasing.staged,
+    ev.ReleaseActivated: releasing.activated,
+    ev.ReleaseProblem: releasing.problem,
+    ev.AgentEvaluated: releasing.evaluated,
+    ev.AgentUnfit: releasing.unfit,
 }

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import msgspec
 
 from edge_daemon import protocol
+from edge_daemon.core.rollout import Rollout
 from edge_daemon.settings import EdgeSettings
 from shared.jobs import Bits
 from shared.messages import (
@@ -20,12 +21,13 @@ from shared.messages import (
     Load,
     UpdateFacts,
 )
+from shared.release_messages import ReleaseState
 
 Phase = Literal["probing", "idle", "fetching", "training", "paused", "offering", "draining", "stopped"]
 WORKING: frozenset[Phase] = frozenset({"fetching", "training", "paused"})
 """The device is at work on its assignment."""
-AgentStatus = Literal["absent", "starting", "ready", "busy", "stopping"]
-"""`stopping`: told to discard its work, and has not answered yet."""
+AgentStatus = Literal["absent", "starting", "ready", "busy", "stopping", "evaluating"]
+"""`stopping`: told to discard its work, and has not answered yet. `evaluating`: a release, between two works."""
 Verdict = Literal["stored", "refused", "late", "rejected", "failed"]
 KEPT_FINISHED = 64
 
@@ -108,6 +110,7 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True):
     outbox: tuple[Offer, ...] = ()
     finished: tuple[Finished, ...] = ()
     """The latest `KEPT_FINISHED`, oldest first."""
+    rollout: Rollout = Rollout()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +230,15 @@ class State:
     sampling_s: float = 0.0
     """Seconds between readings, as last asked for."""
     drain_until: float = 0.0
+    release_task: str = ""
+    """What the runtime was last asked to do for the wanted release; it is not asked twice."""
+    release_retry_at: float = 0.0
+    """When a release that met a full disk goes on at the earliest."""
+    release_paused: str = ""
+    """Why its evaluation rests."""
+    release_sent: ReleaseState | None = None
+    """How far it is, as last published in this connection; epoch and seq are left out."""
+    release_seq: int = 0
     settled: dict[str, int] = field(default_factory=dict)
     """Verdict of the coordinator -> how many updates of this process got it."""
 

@@ -19,6 +19,8 @@ import msgspec
 
 from edge_daemon.protocol import (
     Beat,
+    Evaluate,
+    Evaluated,
     Failed,
     FromAgent,
     Merge,
@@ -34,6 +36,7 @@ from edge_daemon.protocol import (
     ToAgent,
     Train,
     Trained,
+    Unfit,
 )
 from shared.messages import UpdateFacts
 
@@ -101,6 +104,8 @@ def tell(team: Team, message: ToAgent) -> Turn:
     match message:
         case Train():
             return _begin(team, message)
+        case Evaluate():
+            return _evaluate(team, message)
         case Stop() | Pause() | Resume():
             busy = [(index, message) for index, member in enumerate(team.members) if member.busy]
             discarding = team.discarding or (isinstance(message, Stop) and message.discard)
@@ -128,6 +133,8 @@ def hear(team: Team, index: int, message: FromAgent) -> Turn:
             return _answered(_with(team, index, busy=False, answer=message))
         case Merged():
             return Turn(_idle(team), [], _merged(team, message))
+        case Evaluated() | Unfit():
+            return Turn(_idle(team), [], message)
 
 
 def _begin(team: Team, order: Train) -> Turn:
@@ -152,6 +159,13 @@ def _begin(team: Team, order: Train) -> Turn:
         for index, member in enumerate(team.members)
     )
     return Turn(Team(members=members, order=order), orders)
+
+
+def _evaluate(team: Team, order: Evaluate) -> Turn:
+    """One agent measures a release; the others rest."""
+    worker = next((index for index, member in enumerate(team.members) if member.fit), 0)
+    members = tuple(replace(member, busy=index == worker) for index, member in enumerate(_idle(team).members))
+    return Turn(Team(members=members), [(worker, order)])
 
 
 def _part_path(order: Train, part: int, name: str) -> str:

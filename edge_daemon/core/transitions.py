@@ -37,6 +37,8 @@ MOVES: tuple[Transition, ...] = (
     _row("fetching", "AgentProbed", ("fetching", "training", "paused"), "the agent is back"),
     _row("fetching", "AgentTrained", ("fetching", "training", "paused"), "superseded work ended; the agent is free"),
     _row("fetching", "AgentFailed", ("fetching", "training", "paused"), "discarded work ended; the agent is free"),
+    _row("fetching", "AgentEvaluated", ("fetching", "training", "paused"), "a release was tried; the agent is free"),
+    _row("fetching", "AgentUnfit", ("fetching", "training", "paused"), "a release was tried; the agent is free"),
     _row("fetching", "AgentGone", ("fetching", *_REST), "start the agent again; after too many tries report failure"),
     _row("training", "LoadRead", ("training", "paused"), "rest while the owner needs the device"),
     _row("paused", "LoadRead", ("paused", "training"), "go on once the reading is well below its limit"),
@@ -65,7 +67,8 @@ MOVES: tuple[Transition, ...] = (
 _NAMES = (
     "Started", "Tick", "Drain", "Reconfigured", "MachineRead", "LoadRead", "Linked", "Unlinked", "OwnStateSeen",
     "CoordinatorSeen", "AssignReceived", "CommandReceived", "Wanted", "Settled", "AdapterStored", "AdapterLost",
-    "OfferLost", "AgentProbed", "AgentBeat", "AgentTrained", "AgentFailed", "AgentGone",
+    "OfferLost", "AgentProbed", "AgentBeat", "AgentTrained", "AgentFailed", "AgentGone", "ReleaseReceived",
+    "ReleaseChecked", "ReleaseStaged", "ReleaseActivated", "ReleaseProblem", "AgentEvaluated", "AgentUnfit",
 )  # fmt: skip
 _MOVING = {(row.source, row.on) for row in MOVES}
 STAYS: tuple[Transition, ...] = tuple(

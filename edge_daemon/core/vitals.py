@@ -16,7 +16,7 @@ def signs(state: State, *, now: float, turned_at: float, network_late_s: float) 
     found = of_service(
         now=now, turned_at=turned_at, network_late_s=network_late_s, network_s=health.network_s, tick_s=health.tick_s
     )
-    if agent.status in ("starting", "busy", "stopping"):
+    if agent.status in ("starting", "busy", "stopping", "evaluating"):
         bound = state.settings.agent.silence_s + health.agent_s
         found.append(Sign("the agent is silent and not gone", now - agent.heard_at, bound))
     return found
@@ -36,6 +36,9 @@ def _phase(state: State) -> str:
         return "leaving: the agent saves its work"
     if state.phase == "probing":
         return "finding out what this device can do"
+    wanted = state.journal.rollout.wanted
+    if state.agent.status == "evaluating" and wanted is not None:
+        return f"tries release {wanted.id}"
     if state.phase == "offering":
         return f"{len(state.journal.outbox)} update(s) to be taken"
     if work is None:

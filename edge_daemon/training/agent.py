@@ -24,6 +24,8 @@ import msgspec
 from edge_daemon.protocol import (
     INTEGRATED,
     Beat,
+    Evaluate,
+    Evaluated,
     Failed,
     Merge,
     Merged,
@@ -33,6 +35,7 @@ from edge_daemon.protocol import (
     ToAgent,
     Train,
     Trained,
+    Unfit,
 )
 from edge_daemon.training.control import Control, PipeClosed, Stopped
 from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, let_go, resident_bytes, shares_memory
@@ -95,6 +98,11 @@ class Agent:
                     self._serve(train)
                 case Merge() as order:
                     self._control.send(self.merge(order))
+                case Evaluate() as release:
+                    answer = self.evaluate(release)
+                    give_back()
+                    let_go(self._device)
+                    self._control.send(answer)
                 case Shutdown() | None:
                     return 0
                 case other:
@@ -175,6 +183,15 @@ class Agent:
             return merging.merge(order)
         except (DecodeError, OSError, ValueError, MemoryError) as error:
             return merging.failure(order, error)
+
+    def evaluate(self, order: Evaluate) -> Evaluated | Unfit:
+        """Measure a release. The base of the last work is let go: there may be no room for two."""
+        from edge_daemon.training.evaluating import Trial
+
+        assert self._store is not None
+        self._loaded = None
+        gc.collect()
+        return Trial(order, self._control, self._device, self._store).run()
 
     def _work(self, request: Train) -> Trained:
         from edge_daemon.training import loop

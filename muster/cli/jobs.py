@@ -7,13 +7,13 @@ import tempfile
 import time
 from pathlib import Path
 
-import msgspec
 import typer
 from rich.console import Console
 
 from coordinator.web.views import JobView
 from muster.cli import device_tables, tables
 from muster.cli.options import Place
+from muster.cli.options import as_json as _json
 from muster.client import ENDED, Client
 from shared.errors import UserError
 
@@ -134,7 +134,3 @@ def devices(place: Place, device: str, *, as_json: bool) -> None:
 def _console() -> Console:
     # Piped into a file or a pager a table must not be cut to 80 columns.
     return Console() if sys.stdout.isatty() else Console(width=200)
-
-
-def _json(value: object) -> str:
-    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

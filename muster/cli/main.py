@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from muster.cli import broker, emulate, pki, simulate
+from muster.cli import broker, emulate, pki, releases, simulate
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -126,6 +126,7 @@ def devices(
     jobs.devices(where(context), device, as_json=json)
 
 
+app.command(epilog=releases.EPILOG)(releases.release)
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
 app.add_typer(pki.app)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import typer
 
 if TYPE_CHECKING:
@@ -33,3 +34,8 @@ def where(context: typer.Context) -> Place:
     place = context.obj
     assert isinstance(place, Place)
     return place
+
+
+def as_json(value: object) -> str:
+    """A value of the API for people and programs."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=2).decode()

@@ -8,6 +8,8 @@ The service itself is the ordinary one and knows nothing of this. Points: `decid
 file keeps a restarted service from dying again, and tells the phase that was met. The victim is this process unless
 another is named, by its PID file or as `agent`.
 
+`--at release:canary` (of the coordinator's) and `--at release:staged` (of a device's) name the phases of a release.
+
 A daemon is born in `probing`, no step leads there: that trap springs after the first step within it that left an agent
 running.
 """
@@ -27,12 +29,16 @@ import edge_daemon.service
 from coordinator.core import events as coordinator_events
 from coordinator.core.records import AnyRecord
 from coordinator.core.round_machine import step as coordinator_step
+from coordinator.core.turn import State as CoordinatorState
 from coordinator.runtime import Runtime as CoordinatorRuntime
 from edge_daemon.core import events as edge_events
 from edge_daemon.core.session_machine import step as edge_step
 from edge_daemon.core.state import Journal
+from edge_daemon.core.state import State as EdgeState
 from edge_daemon.core.transitions import FIRST
 from edge_daemon.runtime import Runtime as EdgeRuntime
+
+RELEASE = "release:"
 
 
 class Trap:
@@ -64,10 +70,8 @@ def coordinator_runtime(trap: Trap) -> type[CoordinatorRuntime]:
 
     class Trapped(CoordinatorRuntime):
         def step(self, event: coordinator_events.AnyEvent) -> bool:
-            before = {job.id: job.phase for job in self.state.jobs.values()}
-            after = coordinator_step(self.state, event)
-            entering = any(job.phase == trap.phase != before.get(job.id) for job in after.state.jobs.values())
-            if not entering:
+            before, after = phases(self.state), phases(coordinator_step(self.state, event).state)
+            if not any(phase == trap.phase != before.get(name) for name, phase in after.items()):
                 return super().step(event)
             trap.spring("decided")
             log, append = self.ports.log, self.ports.log.append
@@ -86,18 +90,29 @@ def coordinator_runtime(trap: Trap) -> type[CoordinatorRuntime]:
     return Trapped
 
 
+def phases(state: CoordinatorState) -> dict[str, str]:
+    """Job or release -> its phase; those of releases begin with `release:`."""
+    jobs = {job.id: str(job.phase) for job in state.jobs.values()}
+    return jobs | {one.id: f"{RELEASE}{one.phase}" for one in state.releases.values()}
+
+
+def device_phases(state: EdgeState) -> set[str]:
+    """The phase of the session, and that of its release."""
+    return {state.phase, f"{RELEASE}{state.journal.rollout.stage}"}
+
+
 def edge_runtime(trap: Trap) -> type[EdgeRuntime]:
     """The daemon's runtime with the trap in it."""
 
     class Trapped(EdgeRuntime):
         def step(self, event: edge_events.AnyEvent) -> None:
-            before, after = self.state.phase, edge_step(self.state, event)[0].phase
-            if after == trap.phase == FIRST:
+            state = edge_step(self.state, event)[0]
+            if state.phase == trap.phase == FIRST:
                 super().step(event)
                 if self._agent() is not None:
                     trap.spring("done", self._agent())
                 return
-            if not after == trap.phase != before:
+            if trap.phase not in device_phases(state) - device_phases(self.state):
                 super().step(event)
                 return
             trap.spring("decided", self._agent())

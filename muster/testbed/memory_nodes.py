@@ -23,6 +23,7 @@ from edge_daemon.adapters.store import Store
 from edge_daemon.adapters.team import TeamTrainer
 from edge_daemon.adapters.trainer import AgentSpoke, Trainer
 from edge_daemon.core.state import Journal, Machine
+from edge_daemon.placing import Placed
 from edge_daemon.settings import EdgeSettings
 from muster.testbed import numpy_worker
 from muster.testbed.least_squares import Rows
@@ -203,6 +204,8 @@ class DeviceNode(Node):
     def __init__(self, world: World, folder: Path, settings: EdgeSettings) -> None:
         super().__init__(world, settings.device, folder)
         self.disk_full = False
+        self.place_s = 0.05
+        """What reading or writing the files of a release takes."""
         self.on_save: Callable[[Journal], None] = lambda _journal: None
         """Called after each save; may raise `Crash`."""
         self.settings = settings
@@ -241,11 +244,14 @@ class DeviceNode(Node):
         ports = edge_runtime.Ports(
             transport=self._transport, store=self._store, trainer=TeamTrainer(self.agent, self.post),
             clock=lambda: self.now, wall=lambda: EPOCH_WALL + self.now, minute=lambda: _NOON,
-            sample_every=self._sample_every,
+            sample_every=self._sample_every, offload=self._offload,
         )  # fmt: skip
         self.runtime = edge_runtime.Runtime(self.settings, ports, boot_id="boot-1", version="test")
         self._transport.start(self.post)
         self.post(edge_runtime.Examined(self.machine()))
+
+    def _offload(self, work: Callable[[], Placed]) -> None:
+        self.later(self.place_s, lambda: self.runtime.handle(work()))
 
     def _sample_every(self, seconds: float) -> None:
         self._reads += 1

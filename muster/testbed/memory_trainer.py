@@ -14,7 +14,7 @@ from typing import Literal
 from edge_daemon import protocol
 from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
 from edge_daemon.training import merging
-from muster.testbed import least_squares
+from muster.testbed import least_squares, least_squares_release
 from muster.testbed.clocked_process import ClockedProcess, Later
 from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
@@ -44,6 +44,10 @@ class Behaviour:
     """Puts other bytes in the place of an update; its digest is of those."""
     crash_at_merge: bool = False
     """Die when told to merge, once."""
+    evaluate_s: float = 0.3
+    """What measuring a release takes."""
+    measured: Callable[[protocol.Evaluate, protocol.FromAgent], protocol.FromAgent | None] = lambda _order, said: said
+    """What it answers to the measuring of a release; None: it dies over it."""
     every_time: bool = False
     """Crash or hang each time, not only once."""
 
@@ -112,6 +116,8 @@ class MemoryTrainer(ClockedProcess):
                 self._begin(message)
             case protocol.Merge():
                 self._later(0.0, lambda: self._merge(message))
+            case protocol.Evaluate():
+                self._later(self._behaviour.evaluate_s, lambda: self._evaluate(message))
             case protocol.Pause() if self._task is not None:
                 self._pause(self._task)
             case protocol.Resume() if self._task is not None:
@@ -163,6 +169,14 @@ class MemoryTrainer(ClockedProcess):
         assert self._ordered is not None
         self._watch.trained(self._ordered, Path(order.update_path).read_bytes())
         self._say(merged)
+
+    def _evaluate(self, order: protocol.Evaluate) -> None:
+        known = order.data_path != ""
+        said = self._behaviour.measured(order, least_squares_release.evaluate(order, self._rows if known else None))
+        if said is None:
+            self._die(AgentEnded("exit status 70", out_of_memory=False))
+        else:
+            self._say(said)
 
     def _beat(self) -> None:
         if self._task is not None:

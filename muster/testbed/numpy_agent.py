@@ -3,7 +3,8 @@
     python -m muster.testbed.numpy_agent --read-fd R --write-fd W
 
 Faults are asked for by environment variables, so that the daemon under test is the ordinary one:
-MUSTER_TEST_STEP_S: seconds to sleep per step. MUSTER_TEST_ECHO=1: return the initial factors at once.
+MUSTER_TEST_STEP_S: seconds to sleep per step, and before a release is measured.
+MUSTER_TEST_ECHO=1: return the initial factors at once.
 MUSTER_TEST_CRASH_AT=N and MUSTER_TEST_HANG=N: exit with 70, or say nothing for ever, before step N (from 0): once per
 work, or every time with "N!". MUSTER_TEST_SAMPLE_BYTES: memory to hold per sample of the batch.
 """
@@ -24,7 +25,7 @@ from typing import Literal
 
 from edge_daemon import protocol
 from edge_daemon.training import merging
-from muster.testbed import least_squares
+from muster.testbed import least_squares, least_squares_release
 from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
 from shared.errors import DecodeError, MusterError, UserError
@@ -122,6 +123,8 @@ class Agent:
                         self._train(train)
                     case protocol.Merge() as order:
                         self._merge(order)
+                    case protocol.Evaluate() as release:
+                        self._writer.write(self._evaluate(release))
         except (Leave, BrokenPipeError):
             return
 
@@ -166,6 +169,15 @@ class Agent:
             self._writer.write(merging.merge(order))
         except (DecodeError, OSError) as error:
             self._writer.write(merging.failure(order, error))
+
+    def _evaluate(self, order: protocol.Evaluate) -> protocol.Evaluated | protocol.Unfit:
+        time.sleep(self._hooks.step_s)
+        try:
+            path = Path(order.data_path)
+            rows = least_squares.read_rows(path, order.base.model) if order.data_path else None
+        except UserError as error:
+            return protocol.Unfit(release=order.release, kind="data", reason=str(error))
+        return least_squares_release.evaluate(order, rows)
 
     def _fail(self, order: protocol.Train, kind: FailureKind, reason: str) -> None:
         work = order.assignment

@@ -11,8 +11,11 @@ its column of up is zero: growing changes no output.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,3 +149,27 @@ def put_on(base: Base, dense: Mapping[str, Array], widths: Mapping[str, int], se
         for part, name in tensor_names(block).items():
             tensors[name] = layer.part(part)
     return tensors
+
+
+def load_export(model: Any, folder: Path) -> Any:
+    """`model` of transformers with the adapters and the head that were exported to `folder`; it is changed in place.
+
+    Raises `OSError` or `ValueError` where the folder holds none, `AttributeError`, `KeyError` or `RuntimeError` where
+    they do not fit the model.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "bottleneck_config.json").read_text(encoding="utf-8"))
+    tensors = load_file(folder / "bottleneck.safetensors")
+    last = LAST_PROJECTION.get(model.config.model_type)
+    if last is None:
+        raise ValueError(f"bottleneck adapters do not fit models of type {model.config.model_type}")
+    for block in config["widths"]:
+        names = tensor_names(block)
+        parts = {part: tensors.pop(names[part]).numpy() for part in TENSORS}
+        path = f"{block}.{last}"
+        set_module(model, path, Bottlenecked(model.get_submodule(path), parts, str(model.device)))
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            model.get_parameter(name).copy_(tensor)
+    return model

@@ -6,6 +6,7 @@ task's labels); a causal row has a prompt and a completion, and only the complet
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import re
@@ -105,6 +106,15 @@ class TokenData:
             targets=torch.from_numpy(targets).to(device),
             weight=int((targets[:, 1:] != IGNORED).sum()) if self.kind == "causal" else len(indices),
         )
+
+    def some(self, share: float, most: int) -> TokenData:
+        """Every so many-th sample, so that `share` of them is left, and at most `most` (0: all of these)."""
+        every = np.arange(0, self.rows, max(1, round(1.0 / share)))[: most or None]
+        if len(every) == self.rows:
+            return self
+        parts = [self.ids[self.starts[i] : self.starts[i + 1]] for i in every]
+        starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+        return dataclasses.replace(self, ids=np.concatenate(parts), starts=starts, targets=self.targets[every])
 
     def weight(self, indices: Ints) -> int:
         """What the samples at `indices` weigh in a mean loss: rows, or completion tokens."""

@@ -7,8 +7,10 @@ from typing import Any, Literal
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
+from coordinator.core import releases
 from coordinator.core.facts import Metrics, ModelFacts, ModuleSpec
 from coordinator.core.job import IDLE, Job, apply
+from coordinator.core.release_records import ReleaseRecord
 from coordinator.core.round_machine import step
 from coordinator.core.turn import State, Waits
 from shared import jobs
@@ -55,7 +57,7 @@ class Rig:
         self.state = State(waits=Waits(gather_s=0.0))
         self.last: list[cmd.Command] = []
 
-    def feed(self, kind: type[ev.Event], **values: Any) -> list[cmd.Command]:
+    def feed(self, kind: type[ev.Event], /, **values: Any) -> list[cmd.Command]:
         """One event; returns the commands. A tick follows, as in the runtime."""
         commands = self._step(kind(now=self.now, ts=self.now, **values))
         written = -1
@@ -75,11 +77,16 @@ class Rig:
     def restart(self) -> list[cmd.Command]:
         """Kill and replay."""
         replayed: dict[str, Job] = {}
+        released: dict[str, releases.Release] = {}
         for record in self.log:
-            replayed[record.job] = apply(replayed.get(record.job), record)
+            if isinstance(record, ReleaseRecord):
+                released[record.release] = releases.apply(released.get(record.release), record)
+            else:
+                replayed[record.job] = apply(replayed.get(record.job), record)
         fleet_waits = self.state.waits
         assert replayed == self.state.jobs
-        self.state = State(waits=fleet_waits, term=self.state.term + 1, jobs=replayed)
+        assert released == self.state.releases
+        self.state = State(waits=fleet_waits, term=self.state.term + 1, jobs=replayed, releases=released)
         return self.feed(ev.Started)
 
     # ---- what devices and workers say

@@ -14,7 +14,7 @@ import uvicorn
 
 from coordinator.core.facts import Metrics
 from coordinator.web import api
-from coordinator.web.desk import Conflict, NotFound
+from coordinator.web.refusals import Conflict, NotFound
 from coordinator.web.shelf import Shelf
 from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
 from muster.cli import main as cli

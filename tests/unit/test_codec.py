@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scripts import goldens
-from shared import adapter, messages
+from shared import adapter, messages, release_messages
 from shared.codec import MAX_MESSAGE_BYTES, pack, unpack
 from shared.errors import DecodeError
 
@@ -26,8 +26,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 TYPES = [
     kind
-    for _, kind in inspect.getmembers(messages, inspect.isclass)
-    if issubclass(kind, messages.Message) and kind is not messages.Message
+    for module in (messages, release_messages)
+    for _, kind in inspect.getmembers(module, inspect.isclass)
+    if issubclass(kind, messages.Message) and kind is not messages.Message and kind.__module__ == module.__name__
 ]
 
 number = st.integers(0, 2**53)

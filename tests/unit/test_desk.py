@@ -9,7 +9,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from coordinator.web.desk import Conflict, Desk, NotFound
+from coordinator.web.desk import Desk
+from coordinator.web.refusals import Conflict, NotFound
 from muster.testbed.memory_fleet import MemoryFleet
 from shared.errors import SettingsError, UserError
 

@@ -13,10 +13,12 @@ import msgspec
 import numpy as np
 import pytest
 
+from coordinator.export import export_peft
 from coordinator.workers import protocol as worker_protocol
 from edge_daemon import protocol
 from muster.testbed import least_squares, numpy_agent, numpy_worker
 from shared import adapter as adapters
+from shared import release_pack
 from shared.adapter import Adapter, Factors
 from shared.errors import UserError
 from shared.frames import FrameReader, FrameWriter
@@ -280,3 +282,48 @@ def test_the_worker_prepares_and_evaluates(tmp_path: Path) -> None:
     refused = worker.answer(worker_protocol.Prepare(job=wrong, base_path="big", adapter_path=str(file)))
     assert isinstance(refused, worker_protocol.WorkerFailed)
     assert refused.operator
+
+
+# ---- releases
+
+
+def release_folder(folder: Path, adapter: Adapter) -> Path:
+    """The files of a release of `adapter`, as the coordinator makes them."""
+    job = JobSpec(name="toy", base=BaseSpec(model=MODEL), task=TaskSpec(kind="least_squares", dataset="toy"))
+    export_peft(adapter, folder, spec=job, base=MODEL)
+    about = release_pack.About(
+        release=folder.name, job="toy", round=1, kind="lora", base=job.base, base_digest=adapter.base_digest,
+        task=job.task,
+    )  # fmt: skip
+    (folder / release_pack.ABOUT).write_bytes(msgspec.json.encode(about))
+    return folder
+
+
+def test_a_release_is_measured_from_its_files(tmp_path: Path) -> None:
+    made = release_folder(tmp_path / "toy.r1-1", some_global(3))
+    data = tmp_path / "data.jsonl"
+    least_squares.write_rows(data, ROWS)
+    order = protocol.Evaluate(
+        release="toy.r1-1", folder=str(made), kind="lora", task=TaskSpec(kind="least_squares", dataset="toy"),
+        base=BaseSpec(model=MODEL), base_path="", base_digest=least_squares.base_digest(MODEL), bits=32,
+        data_path=str(data),
+    )  # fmt: skip
+    other = release_folder(tmp_path / "toy.r1-2", some_global(1))
+    with agent() as pipes:
+        pipes.writer.write(order)
+        first = pipes.last()
+        assert isinstance(first, protocol.Evaluated) and first.before is not None and first.after is not None
+        assert first.after.loss == pytest.approx(least_squares.loss_of(some_global(3), ROWS), rel=1e-5)
+        assert first.before.loss == pytest.approx(float(np.mean(np.square(ROWS.y))), rel=1e-6), "the base alone is zero"
+        changes = {"release": "toy.r1-2", "folder": str(other), "previous": str(made), "share": 0.5, "rows": 20}
+        pipes.writer.write(msgspec.structs.replace(order, **changes))
+        second = pipes.last()
+        assert isinstance(second, protocol.Evaluated) and second.before is not None and second.after is not None
+        assert (second.before.rows, second.after.rows) == (20, 20)
+        (other / "adapter_model.safetensors").write_bytes(b"no tensors")
+        pipes.writer.write(msgspec.structs.replace(order, **changes))
+        unfit = pipes.last()
+        assert isinstance(unfit, protocol.Unfit) and unfit.kind == "load"
+        pipes.writer.write(msgspec.structs.replace(order, data_path="/nowhere"))
+        unfit = pipes.last()
+        assert isinstance(unfit, protocol.Unfit) and unfit.kind == "data"

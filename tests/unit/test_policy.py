@@ -143,9 +143,9 @@ def test_a_base_may_be_fetched_from_a_host_that_the_owner_lists(host: str) -> No
     owner = PolicySettings(base_hosts=[host])
     assert _refusal(owner, base=BaseSpec(model="big"), task=CAUSAL, source=SOURCE) == ""
     settings = msgspec.structs.replace(SETTINGS, policy=owner)
-    assert policy.base_path(settings, assignment(base=BaseSpec(model="big"), source=SOURCE)) == ""
+    assert policy.base_path(settings, "big", SOURCE) == ""
     held = msgspec.structs.replace(settings, models={"big": "/srv/big"})
-    assert policy.base_path(held, assignment(base=BaseSpec(model="big"), source=SOURCE)) == "/srv/big"
+    assert policy.base_path(held, "big", SOURCE) == "/srv/big"
 
 
 @pytest.mark.parametrize(

@@ -230,3 +230,28 @@ def test_old_progress_is_not_told_again_while_all_rest() -> None:
 def test_nobody_orders_the_team_what_is_its_own_business() -> None:
     with pytest.raises(TypeError):
         crew.tell(ready("a"), PROBE)
+
+
+# ---- releases
+
+
+def test_one_agent_tries_a_release_and_its_signs_of_life_are_enough() -> None:
+    team = assemble(PROBE, ["GPU-1", "GPU-2"]).team
+    team = hear(team, 0, probed()).team
+    team = hear(team, 1, probed(32)).team
+    order = protocol.Evaluate(
+        release="job-1.r1-1", folder="f", kind="lora", task=assignment().task, base=assignment().base, base_path="b",
+        base_digest="d", bits=32,
+    )  # fmt: skip
+    turn = tell(team, order)
+    assert told(turn) == {1: order}, "the one that has proven something"
+    turn = hear(turn.team, 1, protocol.Beat(what="evaluating"))
+    assert turn.said == protocol.Beat(what="working")
+    pause = tell(turn.team, protocol.Pause(reason="heat"))
+    assert told(pause) == {1: protocol.Pause(reason="heat")}
+    done = protocol.Evaluated(release="job-1.r1-1")
+    turn = hear(turn.team, 1, done)
+    assert turn.said == done
+    assert not any(member.busy for member in turn.team.members)
+    unfit = protocol.Unfit(release="job-1.r1-1", kind="load", reason="because")
+    assert hear(tell(turn.team, order).team, 1, unfit).said == unfit

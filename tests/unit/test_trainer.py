@@ -76,6 +76,7 @@ class Daemon:
             wall=time.time,
             minute=lambda: 720,
             sample_every=lambda _seconds: None,
+            offload=lambda work: self.events.put(work()),
         )
         self.runtime = Runtime(settings, ports, boot_id="boot", version="test")
         self.runtime.tick()  # tidies the disk

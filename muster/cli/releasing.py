@@ -1,0 +1,99 @@
+"""What `muster release` does, once its options are understood."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import typer
+from rich.console import Console
+
+from coordinator.web.release_asks import ReleaseAsk
+from coordinator.web.views import ReleaseView
+from muster.cli import release_tables as tables
+from muster.cli.options import Place, as_json
+
+ENDED = frozenset({"finished", "rolled_back", "failed"})
+_LOOK_EVERY_S = 1.0
+
+
+def start(place: Place, ask: ReleaseAsk, *, wait: bool, json: bool) -> None:
+    """Begin a release; `wait`: follow it to its end."""
+    with place.client() as client:
+        view = client.release(ask)
+        if wait:
+            print(view.id, file=sys.stderr)
+            view = follow(place, view.id)
+    _print(view, json, short=not wait)
+    if wait and not well(view):
+        raise typer.Exit(1)
+
+
+def roll_back(place: Place, name: str, *, wait: bool, json: bool) -> None:
+    """Withdraw a release; `wait`: until the devices have what they had."""
+    with place.client() as client:
+        view = client.roll_back(name)
+    if wait:
+        view = follow(place, view.id)
+    _print(view, json, short=not wait)
+    if wait and view.state not in ("rolled_back", "failed"):
+        raise typer.Exit(1)
+
+
+def show(place: Place, name: str, json: bool) -> None:
+    """One release with its devices."""
+    with place.client() as client:
+        view = client.release_status(name)
+    _print(view, json)
+    if view.state in ENDED and not well(view):
+        raise typer.Exit(1)
+
+
+def show_all(place: Place, json: bool) -> None:
+    """All releases."""
+    with place.client() as client:
+        found = client.releases()
+    if json:
+        print(as_json(found))
+    elif found:
+        _console().print(tables.releases(found))
+    else:
+        print("no releases yet; make one with: muster release JOB")
+
+
+def follow(place: Place, name: str) -> ReleaseView:
+    """Say each change of the release on standard error until it ends."""
+    said = ""
+    with place.client() as client:
+        while True:
+            view = client.release_status(name)
+            line = tables.progress(view)
+            if line != said:
+                print(line, file=sys.stderr)
+                said = line
+            if view.state in ENDED:
+                return view
+            time.sleep(_LOOK_EVERY_S)
+
+
+def well(view: ReleaseView) -> bool:
+    """Whether the release is in use wherever it was tried."""
+    return view.state == "finished" and not view.failed
+
+
+def _print(view: ReleaseView, json: bool, *, short: bool = False) -> None:
+    if json:
+        print(as_json(view))
+    elif short:
+        print(view.id)
+    else:
+        console = _console()
+        console.print(tables.headline(view), highlight=False)
+        console.print(tables.devices(view))
+        for device, reason in sorted(view.left_out.items()):
+            console.print(f"left out: {device}: {reason}", highlight=False)
+
+
+def _console() -> Console:
+    # Piped into a file or a pager a table must not be cut to 80 columns.
+    return Console() if sys.stdout.isatty() else Console(width=200)

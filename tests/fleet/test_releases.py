@@ -1,0 +1,232 @@
+"""Releases over the in-memory network: canaries first, then the rest; or back, with the rest untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from coordinator.core.release_records import Canaries
+from coordinator.web.refusals import Conflict
+from edge_daemon import protocol
+from muster.testbed.memory_fleet import MemoryFleet
+from tests.fleet import fleet_rig as rig
+from tests.fleet import release_rig as rel
+
+FOUR = ("dev-000", "dev-001", "dev-002", "dev-003")
+
+
+def test_a_good_release_goes_to_the_canary_then_to_the_rest(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(4)) as fleet:
+        job = rel.trained(fleet, 4)
+        release = rel.start(fleet, job, canaries=Canaries(share=0.25, seed=3))
+        fleet.run_until(lambda: rel.found(fleet, release).phase == "rest", 60.0, "the rest")
+        (canary,) = rel.found(fleet, release).chosen
+        assert rel.in_use(fleet) == {name: release if name == canary else "" for name in FOUR}
+        done = rel.ended(fleet, release)
+        assert (done.phase, done.reason) == ("finished", "4 committed")
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR, release)
+        assert rel.told(fleet, release)[canary] == ["active", "committed"]
+        for name in FOUR:
+            part = done.parts[name]
+            assert part.before is not None and part.after is not None
+            assert part.after.loss < part.before.loss, "trained for it, and no better than nothing"
+            rows = fleet.daemons[name].member.rows
+            assert rel.loss(fleet, name) < 0.95 * float(np.mean(np.square(rows.y)))
+        rel.check(fleet, release)
+        folder = fleet.daemons[canary].folder / "releases" / release
+        assert rel.paths(folder) == ["README.md", "adapter_config.json", "adapter_model.safetensors", "muster.json"]
+
+
+def test_the_same_seed_draws_the_same_canaries(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(4)) as fleet:
+        job = rel.trained(fleet, 4)
+        drawn = []
+        for seed in (1, 1, 2, 3, 4):
+            release = rel.start(fleet, job, canaries=Canaries(count=2, seed=seed))
+            rel.ended(fleet, release)
+            drawn.append(rel.found(fleet, release).chosen)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn)) > 1
+
+
+def test_a_worse_release_is_stopped_by_the_canaries_and_the_rest_is_untouched(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(4)) as fleet:
+        job = rel.trained(fleet, 4)
+        first = rel.start(fleet, job)
+        assert rel.ended(fleet, first).phase == "finished"
+        bad = rel.start_of(fleet, job, rel.spoiled(fleet, job), canaries=Canaries(devices=["dev-000", "dev-002"]))
+        done = rel.ended(fleet, bad)
+        assert done.phase == "rolled_back"
+        assert "stopped by a canary: dev-000: worse here: loss" in done.reason
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR, first)
+        assert set(rel.told(fleet, bad)) <= {"dev-000", "dev-002"}, "a device beyond the canaries heard of it"
+        for name in ("dev-001", "dev-003"):
+            assert fleet.daemons[name].runtime.state.journal.rollout.wanted.id == first
+            assert not (fleet.daemons[name].folder / "releases" / bad).exists()
+        rel.check(fleet, bad)
+
+
+def test_one_failing_canary_takes_it_from_the_others(tmp_path: Path) -> None:
+    """On dev-000 it looks fine and is put in place; dev-001 can't load it."""
+    members = rig.members(3)
+    members[1].behaviour.evaluate_s = 5.0
+    members[1].behaviour.measured = lambda order, said: (
+        protocol.Unfit(release=order.release, kind="load", reason="no such tensor") if order.previous else said
+    )
+    with MemoryFleet(tmp_path, members) as fleet:
+        job = rel.trained(fleet, 3)
+        first = rel.start(fleet, job)
+        assert rel.ended(fleet, first).phase == "finished"
+        second = rel.start(fleet, job, canaries=Canaries(devices=["dev-000", "dev-001"]))
+        fleet.run_until(lambda: rel.in_use(fleet)["dev-000"] == second, 60.0, "the first canary")
+        done = rel.ended(fleet, second)
+        assert (done.phase, done.reason) == ("rolled_back", "stopped by a canary: dev-001: no such tensor")
+        assert rel.told(fleet, second) == {"dev-000": ["active", "returned"], "dev-001": ["failed"]}
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], first)
+        rel.check(fleet, second)
+
+
+def test_a_canary_that_falls_silent_stops_it(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(3)) as fleet:
+        job = rel.trained(fleet, 3)
+        release = rel.start(fleet, job, canaries=Canaries(devices=["dev-001"]))
+        fleet.daemons["dev-001"].kill()
+        fleet.run(rel.DEADLINE_S - 20.0)
+        assert rel.found(fleet, release).phase == "canary", "given up before its time"
+        done = rel.ended(fleet, release)
+        assert done.phase == "rolled_back"
+        assert done.reason.startswith("stopped by a canary: dev-001: said nothing about it within 120 s")
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], "")
+        # Once it is back it hears that it is to have nothing.
+        fleet.daemons["dev-001"].start()
+        fleet.run(10.0)
+        assert rel.in_use(fleet)["dev-001"] == ""
+        rel.check(fleet, release)
+
+
+def test_a_canary_kept_from_it_by_its_owner_is_no_sign_of_a_fault(tmp_path: Path) -> None:
+    members = rig.members(3)
+    with MemoryFleet(tmp_path, members) as fleet:
+        job = rel.trained(fleet, 3)
+        members[0].foreign_cores = members[0].cores
+        fleet.run(15.0)
+        release = rel.start(fleet, job, canaries=Canaries(devices=["dev-000", "dev-001"]))
+        done = rel.ended(fleet, release)
+        assert (done.phase, done.reason) == ("finished", "2 committed, 1 skipped")
+        assert "did not come to it within 120 s: foreign load" in done.parts["dev-000"].reason
+        # Its turn comes once the device is its own again.
+        members[0].foreign_cores = 0.0
+        fleet.run(30.0)
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], release)
+        assert rel.found(fleet, release).parts["dev-000"].state == "committed"
+
+
+def test_where_no_canary_can_try_it_nobody_gets_it(tmp_path: Path) -> None:
+    members = rig.members(3)
+    members[0].settings = {"release": _release_settings(accept=False)}
+    with MemoryFleet(tmp_path, members) as fleet:
+        job = rel.trained(fleet, 3)
+        release = rel.start(fleet, job, canaries=Canaries(devices=["dev-000"]))
+        done = rel.ended(fleet, release)
+        assert done.phase == "rolled_back"
+        assert done.reason == "no canary could try it: dev-000: its owner takes no releases (release.accept)"
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], "")
+
+
+def test_a_device_that_comes_late_gets_it(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(4)) as fleet:
+        fleet.run(3.0)
+        fleet.daemons["dev-003"].kill()
+        job = rel.trained(fleet, 3)
+        release = rel.start(fleet, job)
+        assert rel.ended(fleet, release).reason == "3 committed"
+        assert rel.found(fleet, release).left_out == {"dev-003": "it is lost"}
+        fleet.daemons["dev-003"].start()
+        fleet.run(20.0)
+        assert rel.in_use(fleet)["dev-003"] == release
+        assert rel.told(fleet, release)["dev-003"] == ["committed"]
+
+
+def test_an_operator_rolls_back_a_finished_release(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(3)) as fleet:
+        job = rel.trained(fleet, 3)
+        first, second = rel.start(fleet, job), ""
+        rel.ended(fleet, first)
+        second = rel.start(fleet, job)
+        rel.ended(fleet, second)
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], second)
+        sent = fleet.coordinator.runtime.sender.sent_chunks
+        with pytest.raises(Conflict, match=f"{second} stands above {first}"):
+            rel.desk(fleet).releases.roll_back(first)
+        rel.desk(fleet).releases.roll_back("last")
+        assert rel.ended(fleet, second).phase == "rolled_back"
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], first)
+        assert fleet.coordinator.runtime.sender.sent_chunks == sent, "its files were still there"
+        rel.check(fleet, second)
+        rel.desk(fleet).releases.roll_back("last")
+        assert rel.ended(fleet, first).phase == "rolled_back"
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], "")
+        rel.check(fleet, first)
+        with pytest.raises(Conflict, match="nothing to roll back"):
+            rel.desk(fleet).releases.roll_back("last")
+        # What was withdrawn does not come back by itself.
+        third = rel.start(fleet, job)
+        fleet.run_until(lambda: rel.found(fleet, third).phase == "rest", 60.0, "the rest")
+        assert set(rel.in_use(fleet).values()) == {third, ""}
+        rel.ended(fleet, third)
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], third)
+
+
+def test_devices_keep_so_many_releases_before(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(2, release=_release_settings(keep=1))) as fleet:
+        job = rel.trained(fleet, 2)
+        names = []
+        for _ in range(4):
+            names.append(rel.start(fleet, job))
+            assert rel.ended(fleet, names[-1]).phase == "finished"
+        folder = fleet.daemons["dev-000"].folder / "releases"
+        assert sorted(path.name for path in folder.iterdir()) == sorted(["current", *names[-2:]])
+
+
+def test_a_device_tries_a_release_between_rounds(tmp_path: Path) -> None:
+    """Work is under way on the canary: the release waits for it, and the rounds lose nothing to it."""
+    with MemoryFleet(tmp_path, rig.members(2, step_s=1.0)) as fleet:
+        job = rel.trained(fleet, 2)
+        long = fleet.submit(rig.spec(2, count=2, local_steps=40), "job-2")
+        fleet.run_until(lambda: fleet.daemons["dev-000"].phase == "training", 60.0, "training")
+        release = rel.start(fleet, job, canaries=Canaries(devices=["dev-000"]))
+        fleet.run(20.0)
+        view = next(one for one in rel.desk(fleet).releases.one(release).devices if one.device == "dev-000")
+        assert (view.stage, view.reason) == ("staged", "work of a round is under way")
+        assert fleet.daemons["dev-000"].phase == "training"
+        assert fleet.finish(long).phase == "finished"
+        assert rel.ended(fleet, release).phase == "finished"
+        rig.check(fleet, long)
+
+
+def test_what_can_not_be_released_is_said(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(2)) as fleet:
+        with pytest.raises(Exception, match="no job 'other'"):
+            rel.start(fleet, "other")
+        queued = fleet.submit(rig.spec(2), "job-2")
+        fleet.run(0.5)
+        with pytest.raises(Conflict, match="no round of it is committed yet"):
+            rel.start(fleet, queued)
+        fleet.finish(queued)
+        with pytest.raises(Exception, match="no accepted round 9; accepted rounds: 1, 2, 3"):
+            rel.start(fleet, queued, round=9)
+        with pytest.raises(Conflict, match="canary dev-9 can't take a release: no such device"):
+            rel.start(fleet, queued, canaries=Canaries(devices=["dev-9"]))
+        release = rel.start(fleet, queued, round=2)
+        assert release == "job-2.r2-1"
+        with pytest.raises(Conflict, match="job-2.r2-1 is under way"):
+            rel.start(fleet, queued)
+        assert rel.ended(fleet, release).phase == "finished"
+
+
+def _release_settings(**changes: object) -> object:
+    from edge_daemon.settings import ReleaseSettings
+
+    return ReleaseSettings(**changes)  # type: ignore[arg-type]  # the caller names its fields

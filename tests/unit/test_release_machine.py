@@ -1,0 +1,388 @@
+"""The coordinator's decisions about releases: who tries it, when it goes on, when it goes back, and who hears of it."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from coordinator.core import commands as cmd
+from coordinator.core import events as ev
+from coordinator.core import release_records as rec
+from coordinator.core import releases
+from coordinator.core.release_records import Canaries
+from coordinator.core.release_transitions import TABLE
+from coordinator.performing import line
+from shared import machines
+from shared.messages import DeviceState
+from tests.unit.release_machine_rig import DEVICES, SCORES, ReleaseRig
+
+
+@pytest.fixture
+def rig() -> ReleaseRig:
+    made = ReleaseRig()
+    made.fleet()
+    return made
+
+
+def begun(rig: ReleaseRig, **asked: Any) -> str:
+    """A release on its canaries."""
+    name = rig.release(**asked)
+    rig.packed(name)
+    assert rig.found(name).phase == "canary", rig.found(name)
+    return name
+
+
+def finished(rig: ReleaseRig) -> str:
+    """A release that every device has."""
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    for device in DEVICES:
+        if device in rig.told:
+            rig.takes(device)
+    for device in DEVICES:
+        rig.takes(device)
+    assert rig.found(name).phase == "finished", rig.found(name)
+    return name
+
+
+def test_the_way_of_a_good_release(rig: ReleaseRig) -> None:
+    name = rig.release(canaries=Canaries(devices=["dev-b"]))
+    (order,) = [c for c in rig.last if isinstance(c, cmd.PackRelease)]
+    assert (order.release.id, order.job.id, rig.told) == (name, "job-1", {})
+    rig.packed(name)
+    assert rig.told == {"dev-b": (name, False)}
+    rig.say("dev-b", name, "received")
+    rig.say("dev-b", name, "staged")
+    assert rig.found(name).parts["dev-b"].state == "told"
+    rig.say("dev-b", name, "active", name, **SCORES)
+    assert rig.found(name).phase == "rest"
+    assert rig.told == dict.fromkeys(DEVICES, (name, True))
+    for device in DEVICES:
+        assert rig.found(name).phase == "rest"
+        rig.takes(device)
+    done = rig.found(name)
+    assert (done.phase, done.reason) == ("finished", "4 committed")
+    assert (done.parts["dev-b"].before, done.parts["dev-b"].after) == tuple(SCORES.values())
+
+
+@pytest.mark.parametrize("stage", ["failed", "silent"])
+def test_one_canary_that_fails_stops_it(rig: ReleaseRig, stage: str) -> None:
+    first = finished(rig)
+    name = begun(rig, canaries=Canaries(devices=["dev-a", "dev-c"]))
+    rig.say("dev-a", name, "active", name)
+    if stage == "failed":
+        rig.say("dev-c", name, "failed", first, reason="worse here")
+    else:
+        rig.wait(60.0)
+        assert rig.found(name).phase == "canary"
+        rig.wait(60.0)
+    found = rig.found(name)
+    why = "worse here" if stage == "failed" else "said nothing about it within 100 s"
+    assert (found.phase, found.reason) == ("rolling_back", f"stopped by a canary: dev-c: {why}")
+    assert rig.told == dict.fromkeys(DEVICES, (first, True))
+    assert [r.device for r in rig.log if isinstance(r, rec.DeviceReleased) and r.release == name][0] == "dev-a"
+    rig.takes("dev-a")
+    if stage == "silent":
+        assert rig.found(name).phase == "rolling_back"
+        rig.takes("dev-c")
+    assert rig.found(name).phase == "rolled_back"
+    assert rig.found(name).parts["dev-a"].state == "returned"
+    assert set(rig.found(name).parts) == {"dev-a", "dev-c"}
+
+
+def test_skipping_is_no_failure_but_one_has_to_take_it(rig: ReleaseRig) -> None:
+    name = begun(rig, canaries=Canaries(devices=["dev-a", "dev-b"]))
+    rig.say("dev-a", name, "skipped", reason="no base here")
+    assert rig.found(name).phase == "canary"
+    rig.say("dev-b", name, "active", name)
+    assert rig.found(name).phase == "rest"
+    assert "dev-a" not in rig.found(name).awaited
+    for device in DEVICES[1:]:
+        rig.takes(device)
+    assert rig.found(name).reason == "3 committed, 1 skipped"
+    again = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.say("dev-a", again, "skipped", reason="no base here")
+    assert rig.found(again).phase == "rolled_back", "nobody had it"
+    assert rig.found(again).reason == "no canary could try it: dev-a: no base here"
+
+
+def test_an_owner_who_keeps_a_canary_from_it_is_no_failure(rig: ReleaseRig) -> None:
+    name = begun(rig, canaries=Canaries(devices=["dev-a", "dev-b"]))
+    rig.say("dev-b", name, "active", name)
+    rig.say("dev-a", name, "staged", waits="hours: it is 10:00")
+    rig.wait(101.0)
+    assert rig.found(name).phase == "rest"
+    part = rig.found(name).parts["dev-a"]
+    assert (part.state, part.reason) == ("skipped", "did not come to it within 100 s: hours: it is 10:00")
+    rig.takes("dev-a")
+    assert rig.found(name).parts["dev-a"].state == "committed", "later it came to it"
+
+
+def test_a_failure_in_the_rest_takes_it_from_nobody(rig: ReleaseRig) -> None:
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.takes("dev-a")
+    rig.say("dev-b", name, "failed", reason="worse here")
+    for device in ("dev-a", "dev-c"):
+        rig.takes(device)
+    assert rig.found(name).phase == "rest"
+    rig.wait(101.0)
+    done = rig.found(name)
+    assert (done.phase, done.reason) == ("finished", "2 committed, 1 failed, 1 silent")
+    assert rig.told["dev-a"] == (name, True)
+
+
+def test_who_is_asked(rig: ReleaseRig) -> None:
+    rig.birth("dev-e", old=True)
+    rig.birth("dev-f", data=False)
+    rig.feed(ev.FromDevice, device="dev-d", message=DeviceState(s="lost", epoch=1))
+    name = begun(rig, canaries=Canaries(share=1.0))
+    found = rig.found(name)
+    assert found.chosen == ("dev-a", "dev-b", "dev-c", "dev-f")
+    assert found.left_out == {"dev-d": "it is lost", "dev-e": "its daemon is too old to take releases"}
+    for device in found.chosen:
+        rig.takes(device)
+    for device in found.chosen:
+        rig.takes(device)
+    assert rig.found(name).phase == "finished"
+    assert "dev-e" not in rig.told
+    rig.birth("dev-d", epoch=2)
+    assert rig.told["dev-d"] == (name, True), "it hears of it when it is back"
+    rig.words["dev-d"] = 0
+    rig.say("dev-d", name, "committed", name)
+    assert rig.found(name).parts["dev-d"].state == "committed"
+
+
+@pytest.mark.parametrize(
+    ("ask", "count"),
+    [
+        (Canaries(share=0.1), 1), (Canaries(share=0.5), 5), (Canaries(share=0.51), 6), (Canaries(share=1.0), 10),
+        (Canaries(count=3), 3), (Canaries(count=99), 10), (Canaries(devices=["d3", "d1", "other"]), 2),
+    ],
+)  # fmt: skip
+def test_how_many_canaries_there_are(ask: Canaries, count: int) -> None:
+    able = [f"d{number}" for number in range(10)]
+    chosen = releases.choose(able, able, ask)
+    assert len(chosen) == count
+    assert chosen == sorted(chosen) and set(chosen) <= set(able)
+    assert releases.choose(list(reversed(able)), able, ask) == chosen, "the order of the devices is no matter"
+
+
+def test_devices_with_data_of_the_task_come_first() -> None:
+    able = [f"d{number}" for number in range(20)]
+    for seed in range(10):
+        chosen = releases.choose(able, able[10:12], Canaries(count=3, seed=seed))
+        assert {"d10", "d11"} < set(chosen)
+
+
+def test_the_draw_is_spread_over_the_devices() -> None:
+    able = [f"d{number}" for number in range(10)]
+    drawn = [releases.choose(able, able, Canaries(count=1, seed=seed))[0] for seed in range(200)]
+    assert set(drawn) == set(able)
+    # A device that joins takes a canary's place at most; the others stay.
+    more = [*able, "d10"]
+    for seed in range(50):
+        before = set(releases.choose(able, able, Canaries(count=3, seed=seed)))
+        assert len(before & set(releases.choose(more, more, Canaries(count=3, seed=seed)))) >= 2
+
+
+def test_without_a_device_that_can_take_it_it_fails() -> None:
+    rig = ReleaseRig()
+    rig.fleet("dev-a")
+    rig.feed(ev.FromDevice, device="dev-a", message=DeviceState(s="disconnected", epoch=1))
+    name = rig.release()
+    rig.packed(name)
+    assert rig.found(name).phase == "packing", "devices may be about to come"
+    rig.wait(40.0)
+    assert (rig.found(name).phase, rig.found(name).reason) == (
+        "failed", "no device can take it now (dev-a: it is disconnected)",
+    )  # fmt: skip
+
+
+def test_what_can_not_be_packed_fails(rig: ReleaseRig) -> None:
+    name = rig.release()
+    rig.feed(ev.PackingFailed, release=name, reason="disk full")
+    assert (rig.found(name).phase, rig.found(name).reason) == ("failed", "it can't be packed: disk full")
+    assert rig.told == {}
+    assert rig.release() == "job-1.r1-2"
+
+
+def test_only_one_is_under_way(rig: ReleaseRig) -> None:
+    begun(rig)
+    rig.release()
+    assert len(rig.state.releases) == 1
+    assert rig.state.counters["releases while another is under way"] == 1
+
+
+def test_an_operator_goes_back_from_every_phase(rig: ReleaseRig) -> None:
+    first = finished(rig)
+    name = rig.release()
+    rig.feed(ev.RollbackRequested, release=name)
+    assert rig.found(name).phase == "failed", "nobody had it"
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.feed(ev.RollbackRequested, release=name)
+    assert (rig.found(name).phase, rig.told["dev-a"]) == ("rolling_back", (first, True))
+    rig.takes("dev-a")
+    assert rig.found(name).phase == "rolled_back"
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.takes("dev-a")
+    rig.feed(ev.RollbackRequested, release=name)
+    assert rig.found(name).phase == "rolling_back"
+    for device in DEVICES:
+        rig.takes(device)
+    assert rig.found(name).phase == "rolled_back"
+    rig.feed(ev.RollbackRequested, release=first)
+    assert rig.told == dict.fromkeys(DEVICES, ("", False))
+    for device in DEVICES:
+        rig.takes(device)
+    assert rig.found(first).phase == "rolled_back"
+    # Not below one that stands, and not twice.
+    second, third = finished(rig), finished(rig)
+    rig.feed(ev.RollbackRequested, release=second)
+    assert rig.found(second).phase == "finished"
+    rig.feed(ev.RollbackRequested, release=first)
+    assert rig.found(first).phase == "rolled_back"
+    assert rig.told == dict.fromkeys(DEVICES, (third, True))
+
+
+def test_a_rollback_waits_for_nobody_who_is_gone(rig: ReleaseRig) -> None:
+    name = finished(rig)
+    rig.feed(ev.FromDevice, device="dev-d", message=DeviceState(s="lost", epoch=1))
+    rig.feed(ev.RollbackRequested, release=name)
+    for device in DEVICES[:3]:
+        assert rig.found(name).phase == "rolling_back"
+        rig.takes(device)
+    assert rig.found(name).reason == "withdrawn by an operator; not yet confirmed by dev-d"
+    assert rig.told["dev-d"] == ("", False), "retained: it finds it when it is back"
+
+
+def test_a_lost_word_is_said_again(rig: ReleaseRig) -> None:
+    begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.told.clear()
+    rig.wait(31.0)
+    assert set(rig.told) == {"dev-a"}
+    rig.say("dev-a", rig.told["dev-a"][0], "received")
+    rig.told.clear()
+    rig.wait(31.0)
+    assert rig.told == {}
+
+
+def test_a_broker_that_lost_all_is_told_again(rig: ReleaseRig) -> None:
+    name = finished(rig)
+    rig.told.clear()
+    rig.feed(ev.BrokerLost)
+    rig.feed(ev.BrokerFound, chunk=1000)
+    assert rig.told == {}
+    for device in DEVICES:
+        rig.birth(device, epoch=2)
+    assert rig.told == dict.fromkeys(DEVICES, (name, True))
+
+
+def test_who_is_cut_off_calls_nobody_silent(rig: ReleaseRig) -> None:
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.feed(ev.BrokerLost)
+    rig.now += 500.0
+    rig.feed(ev.Tick)
+    assert rig.found(name).phase == "canary"
+    rig.feed(ev.BrokerFound, chunk=1000)
+    rig.wait(5.0)
+    assert rig.found(name).phase == "canary"
+    rig.takes("dev-a")
+    rig.wait(3.0)
+    assert rig.found(name).phase == "rest"
+
+
+def test_old_and_foreign_reports_change_nothing(rig: ReleaseRig) -> None:
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.say("dev-b", name, "active", name)
+    assert rig.found(name).phase == "canary" and "dev-b" not in rig.found(name).parts
+    rig.say("dev-a", "job-1.r9-9", "active", "job-1.r9-9")
+    rig.words["dev-a"] = 0
+    rig.say("dev-a", name, "active", name)
+    assert rig.found(name).phase == "canary", "its number is an old one's"
+    rig.words["dev-a"] = 5
+    rig.say("dev-a", name, "active", name)
+    assert rig.found(name).phase == "rest"
+
+
+def test_every_record_is_a_line_for_people(rig: ReleaseRig) -> None:
+    finished(rig)
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.say("dev-a", name, "failed", reason="worse here", **SCORES)
+    lines = [line(record) for record in rig.log if isinstance(record, rec.ReleaseRecord)]
+    assert all(one.startswith("release job-1.r1-") for one in lines)
+    assert f"release {name}: dev-a failed loss 2.000 -> loss 1.000 worse here" in lines
+
+
+def test_blobs_that_a_device_may_ask_for_are_kept(rig: ReleaseRig) -> None:
+    names = [finished(rig) for _ in range(4)]
+    blobs = [rig.found(name).blob.sha for name in names]
+    assert releases.kept_blobs(rig.state.releases, 3) == set(blobs[1:])
+    under_way = begun(rig)
+    kept = releases.kept_blobs(rig.state.releases, 3)
+    assert rig.found(under_way).blob.sha in kept
+    assert {blobs[2], blobs[3]} <= kept
+
+
+# ---- in any order
+
+
+def _turn(rig: ReleaseRig, draw: random.Random) -> None:
+    device = draw.choice(DEVICES)
+    name = draw.choice(list(rig.state.releases) or ["job-1.r1-1"])
+    stage = draw.choice(["wanted", "received", "staged", "active", "committed", "failed", "skipped"])
+    canaries = Canaries(count=draw.choice([1, 2, 4]), seed=draw.randrange(9))
+    packing = [one for one in rig.state.releases.values() if one.phase == "packing"]
+    acts: list[tuple[int, Any]] = [
+        (2, lambda: rig.release(canaries=canaries)),
+        (4, lambda: packing and rig.packed(packing[0].id)),
+        (8, lambda: device in rig.told and rig.takes(device)),
+        (3, lambda: rig.say(device, name, stage, draw.choice([name, ""]), waits=draw.choice(["", "hours"]))),
+        (1, lambda: rig.feed(ev.RollbackRequested, release=name)),
+        (4, lambda: rig.wait(draw.choice([0.1, 1.0, 20.0, 120.0]))),
+        (1, lambda: rig.feed(ev.FromDevice, device=device, message=DeviceState(s="lost", epoch=1))),
+        (2, lambda: rig.birth(device)),
+        (1, rig.restart),
+        (1, lambda: (rig.feed(ev.BrokerLost), rig.feed(ev.BrokerFound, chunk=1000))),
+        (1, lambda: packing and rig.feed(ev.PackingFailed, release=packing[0].id, reason="why")),
+    ]
+    draw.choices([act for _, act in acts], [weight for weight, _ in acts])[0]()
+
+
+def _converges(rig: ReleaseRig) -> None:
+    """Undisturbed, everything ends, and every device has what holds for it."""
+    rig.feed(ev.BrokerFound, chunk=1000)
+    for device in DEVICES:
+        rig.birth(device)
+    for _ in range(12):
+        for one in list(rig.state.releases.values()):
+            if one.phase == "packing":
+                rig.packed(one.id)
+        for device in DEVICES:
+            if device in rig.told:
+                rig.takes(device)
+        rig.wait(40.0)
+    assert releases.under_way(rig.state.releases) is None
+    if not rig.state.releases:
+        return
+    standing = releases.standing(rig.state.releases)
+    wanted = (standing.id, True) if standing else ("", False)
+    assert {rig.told.get(device, ("", False)) for device in DEVICES} == {wanted}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_events_in_any_order(seed: int) -> None:
+    draw, rig = random.Random(seed), ReleaseRig()
+    rig.fleet()
+    for _ in range(150):
+        _turn(rig, draw)
+    _converges(rig)
+
+
+def test_the_walks_reach_every_phase() -> None:
+    draw, rig, seen = random.Random(0), ReleaseRig(), set[str]()
+    rig.fleet()
+    for _ in range(1500):
+        _turn(rig, draw)
+        seen |= {one.phase for one in rig.state.releases.values()}
+    assert seen == set(machines.phases(TABLE))

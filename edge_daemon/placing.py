@@ -95,8 +95,8 @@ class Placer:
                 release=wanted.id, folder=str(store.releases.folder(wanted.id)), kind=wanted.kind,
                 previous=str(store.releases.folder(order.previous)) if order.previous else "", task=wanted.task,
                 base=wanted.base, base_path=order.base_path, base_digest=wanted.base_digest, source=order.source,
-                bits=order.bits, seed=wanted.seed, data_path=order.data_path, share=order.share, rows=order.rows,
-                hub=policy.hub, bases_dir=str(store.bases), disk_reserve=policy.disk_reserve_bytes,
-                digests_path=str(store.digests),
+                bits=order.bits, seed=wanted.seed, data_path=order.data_path, hold_out=order.hold_out,
+                share=order.share, trained_on=order.trained_on, rows=order.rows, hub=policy.hub,
+                bases_dir=str(store.bases), disk_reserve=policy.disk_reserve_bytes, digests_path=str(store.digests),
             )
         )  # fmt: skip

@@ -40,6 +40,8 @@ class Probe(PipeMessage, frozen=True, kw_only=True):
     threads: int = 1
     gpu: str = ""
     """UUID of the GPU to use, or `INTEGRATED`; empty: the CPU."""
+    hold_out: float = 0.0
+    """Share of every data set that is not trained on; it is not counted."""
     beat_s: float = 5.0
 
 
@@ -56,6 +58,8 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     """Id of this device, written into the update."""
     hub: bool = False
     """Whether the owner lets data sets and bases come from the hub."""
+    hold_out: float = 0.0
+    """Share of the rows that is left out (`shared.held_out`)."""
     part: int = 0
     parts: int = 1
     """This agent takes the samples at places part, part + parts, part + 2 parts, ... of the order."""
@@ -115,8 +119,12 @@ class Evaluate(PipeMessage, frozen=True, kw_only=True):
     """Of the untuned base's head."""
     data_path: str = ""
     """Empty: the release is only loaded."""
+    hold_out: float = 0.0
+    """Share of the rows there that training left out, and that are taken; 0, or where there are none: by `share`."""
     share: float = 1.0
     """Of the rows there."""
+    trained_on: bool = False
+    """Those taken by `share` were trained on here."""
     rows: int = 0
     """At most; 0: all of the share."""
     hub: bool = False

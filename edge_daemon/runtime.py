@@ -244,6 +244,7 @@ class Runtime:
                 assignment=work,
                 device=self.settings.device,
                 hub=self.settings.policy.hub,
+                hold_out=self.settings.release.hold_out,
                 base_path=order.base_path,
                 data_path=order.data_path,
                 adapter_path=str(adapter),

@@ -94,9 +94,12 @@ class ReleaseSettings(Section, frozen=True, kw_only=True):
     """Whether this device takes releases."""
     data: dict[str, str] = {}
     """Name of a data set -> JSONL(.gz) file of rows that are never trained on: a release must not be worse on them."""
+    hold_out: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
+    """Where there is no such file: this share of the rows in `[data]` is left out of training from now on, always the
+    same rows, and a release is judged on them. Set it before the job begins. 0: nothing is left out."""
     share: Annotated[float, Meta(gt=0, le=1)] = 0.1
-    """Where there is no such file: this share of the rows in `[data]`. They are trained on here, so a release that
-    learned from them looks better than it is."""
+    """Where there is neither: a release is judged on this share of the rows in `[data]`. They are trained on here, so
+    it looks better than it is; `muster release --status` says so."""
     rows: Annotated[int, Meta(ge=1)] = 512
     """Rows that a release is judged on at most: the device trains nothing meanwhile."""
     keep: Annotated[int, Meta(ge=1)] = 2

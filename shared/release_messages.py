@@ -76,11 +76,13 @@ MOST = 1e15
 
 
 class Score(msgspec.Struct, frozen=True, kw_only=True):
-    """A model on the device's own held-out rows: mean loss per row (classification) or completion token (causal)."""
+    """A model on the device's own rows: mean loss per row (classification) or completion token (causal)."""
 
     loss: Finite
     rows: Natural
     accuracy: Share | None = None
+    trained_on: bool = False
+    """The device trains on these rows, too: it keeps none aside."""
 
 
 class ReleaseState(Message, frozen=True, kw_only=True):

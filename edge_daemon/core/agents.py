@@ -52,7 +52,7 @@ def probe_of(state: State) -> protocol.Probe:
     cores = state.machine.cores if state.machine else 1.0
     return protocol.Probe(
         datasets=settings.data, share_labels=settings.policy.share_labels,
-        hub=settings.policy.hub,
+        hub=settings.policy.hub, hold_out=settings.release.hold_out,
         threads=settings.agent.threads or max(1, int(cores)), beat_s=min(BEAT_S, settings.agent.silence_s / 4),
     )  # fmt: skip
 

@@ -122,7 +122,9 @@ class Evaluate:
     """With no `base_path` either, the base can't be had."""
     data_path: str
     """"": there is no data for it here, it is only loaded."""
+    hold_out: float
     share: float
+    trained_on: bool
     rows: int
 
 

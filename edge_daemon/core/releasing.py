@@ -107,7 +107,9 @@ def _try(state: State, wanted: ReleaseSpec) -> Result:
         base_path=path,
         source=source,
         data_path=held_out or settings.data.get(name, ""),
+        hold_out=0.0 if held_out else settings.release.hold_out,
         share=1.0 if held_out else settings.release.share,
+        trained_on=not held_out,
         rows=settings.release.rows,
     )
     agent = replace(state.agent, status="evaluating", heard_at=state.now, identity=None)

@@ -140,7 +140,9 @@ class Agent:
         for name, source in sorted(probe.datasets.items()):
             self._control.beat("reading data sets")
             try:
-                datasets[name] = data.describe(source, share_labels=probe.share_labels, hub=probe.hub)
+                datasets[name] = data.describe(
+                    source, share_labels=probe.share_labels, hub=probe.hub, hold_out=probe.hold_out
+                )
             except UserError as error:
                 notes[name] = str(error)
         return Probed(
@@ -271,7 +273,7 @@ class Agent:
             )  # fmt: skip
         except DataFault as error:
             raise Refused("data", str(error)) from error
-        return data, self._store.loads > before
+        return data.learned(request.hold_out), self._store.loads > before
 
     def _carry(self, request: Train, loaded: _Loaded) -> Carried:
         from shared import adapter

@@ -110,11 +110,14 @@ class Trial:
         order = self.order
         data = self.store.load(
             order.data_path, order.task, model.tokenizer, order.base_digest, hub=order.hub, beat=self.control.poll
-        ).some(order.share, order.rows)
+        )
+        kept = data.held_out(order.hold_out)
+        trained_on = order.trained_on and not kept.rows
+        data = kept.some(1.0, order.rows) if kept.rows else data.some(order.share, order.rows)
         found = evaluation.evaluate(model, data, _BATCH, self.control.poll)
         if not found.loss <= MOST:
             return None  # NaN among them
-        return Score(loss=found.loss, rows=found.rows, accuracy=found.accuracy)
+        return Score(loss=found.loss, rows=found.rows, accuracy=found.accuracy, trained_on=trained_on)
 
     def _unfit(self, kind: str, reason: object) -> Unfit:
         return Unfit(release=self.order.release, kind=kind, reason=str(reason)[:500])  # type: ignore[arg-type]  # one of its words

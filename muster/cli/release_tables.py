@@ -51,12 +51,18 @@ def devices(view: ReleaseView) -> Table:
     """The devices of one release."""
     table = tables.table("device", "canary", "state", "before", "after", "rows", "in use", "reason")
     for device in view.devices:
-        rows = device.after.rows if device.after is not None else 0
         table.add_row(
             device.device, "yes" if device.canary else "", _word(device), score(device.before), score(device.after),
-            str(rows) if rows else "-", device.active or "-", device.reason,
+            _rows(device.after), device.active or "-", device.reason,
         )  # fmt: skip
     return table
+
+
+def _rows(found: Score | None) -> str:
+    """What a device measured on."""
+    if found is None:
+        return "-"
+    return f"{found.rows} trained on" if found.trained_on else f"{found.rows} held out"
 
 
 def _word(device: ReleasedDevice) -> str:

@@ -14,6 +14,8 @@ from muster.testbed.least_squares import MODULE, WEIGHT, Rows
 from shared import release_pack
 from shared.adapter import Adapter, Factors
 from shared.errors import DecodeError
+from shared.held_out import places
+from shared.held_out import some as places_of
 from shared.release_messages import MOST, Score
 
 _PREFIX = f"base_model.model.{MODULE}"
@@ -29,14 +31,15 @@ def evaluate(order: protocol.Evaluate, rows: Rows | None) -> protocol.Evaluated 
         return protocol.Unfit(release=order.release, kind="load", reason=f"it does not load: {error}")
     if rows is None:
         return protocol.Evaluated(release=order.release)
-    some = share_of(rows, order.share, order.rows)
+    kept = held_out(rows, order.hold_out)
+    trained_on = order.trained_on and not len(kept)
+    some = share_of(kept, 1.0, order.rows) if len(kept) else share_of(rows, order.share, order.rows)
     after = least_squares.loss_of(release, some)
     if not after <= MOST:
         return protocol.Unfit(release=order.release, kind="score", reason=f"its loss is {after}")
     before = least_squares.loss_of(_before(order), some)
-    return protocol.Evaluated(
-        release=order.release, before=Score(loss=before, rows=len(some)), after=Score(loss=after, rows=len(some))
-    )
+    scores = [Score(loss=loss, rows=len(some), trained_on=trained_on) for loss in (before, after)]
+    return protocol.Evaluated(release=order.release, before=scores[0], after=scores[1])
 
 
 def read(folder: Path) -> Adapter:
@@ -57,9 +60,21 @@ def read(folder: Path) -> Adapter:
 
 
 def share_of(rows: Rows, share: float, most: int) -> Rows:
-    """Every so many-th row, at most `most` (0: all of them)."""
-    every = np.arange(0, len(rows), max(1, round(1.0 / share)))[: most or None]
-    return Rows(rows.x[every], rows.y[every])
+    """Every so many-th row of all, at most `most` (0: all of these)."""
+    chosen = places_of(len(rows), share, most)
+    return Rows(rows.x[chosen], rows.y[chosen])
+
+
+def held_out(rows: Rows, share: float) -> Rows:
+    """The rows that training leaves out."""
+    left_out = list(places(len(rows), share))
+    return Rows(rows.x[left_out], rows.y[left_out])
+
+
+def learned(rows: Rows, share: float) -> Rows:
+    """The others."""
+    left_out = list(places(len(rows), share))
+    return Rows(np.delete(rows.x, left_out, axis=0), np.delete(rows.y, left_out, axis=0)) if left_out else rows
 
 
 def _before(order: protocol.Evaluate) -> Adapter:

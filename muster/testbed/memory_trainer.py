@@ -20,6 +20,7 @@ from muster.testbed.least_squares import Ended, Rows, Training
 from shared import adapter as adapters
 from shared.errors import MusterError, UserError
 from shared.files import write_whole
+from shared.held_out import places
 from shared.ids import digest_of
 from shared.jobs import Bits
 from shared.messages import DatasetFacts
@@ -135,7 +136,7 @@ class MemoryTrainer(ClockedProcess):
         self._task = None
 
     def _probed(self, probe: protocol.Probe) -> protocol.Probed:
-        facts = DatasetFacts(rows=len(self._rows))
+        facts = DatasetFacts(rows=len(self._rows) - len(places(len(self._rows), probe.hold_out)))
         return protocol.Probed(
             bits=list(self._behaviour.bits), datasets=dict.fromkeys(probe.datasets, facts), agent_bytes=2**26,
             hardware="virtual",
@@ -149,7 +150,8 @@ class MemoryTrainer(ClockedProcess):
             return
         try:
             start = adapters.read_file(Path(order.adapter_path))
-            training = least_squares.begin(work, start, self._rows, batch=batch, part=order.part, parts=order.parts)
+            rows = least_squares_release.learned(self._rows, order.hold_out)
+            training = least_squares.begin(work, start, rows, batch=batch, part=order.part, parts=order.parts)
         except MusterError as error:
             self._fail(order, "data" if isinstance(error, UserError) else "adapter", str(error))
             return

@@ -31,6 +31,7 @@ from shared import adapter as adapters
 from shared.errors import DecodeError, MusterError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
+from shared.held_out import places
 from shared.ids import digest_of
 from shared.messages import DatasetFacts
 
@@ -145,7 +146,8 @@ class Agent:
         for name, path in probe.datasets.items():
             try:
                 with Path(path).open("rb") as file:
-                    datasets[name] = DatasetFacts(rows=sum(1 for _ in file))
+                    rows = sum(1 for _ in file)
+                datasets[name] = DatasetFacts(rows=rows - len(places(rows, probe.hold_out)))
             except OSError as error:
                 notes[name] = str(error)
         self._writer.write(
@@ -300,7 +302,7 @@ class Agent:
         key = (order.data_path, model)
         if key not in self._rows:
             self._rows[key] = least_squares.read_rows(Path(order.data_path), model)
-        return self._rows[key]
+        return least_squares_release.learned(self._rows[key], order.hold_out)
 
 
 def _resident_bytes() -> int:

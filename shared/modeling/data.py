@@ -10,6 +10,7 @@ import dataclasses
 import gzip
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from shared import held_out
 from shared.files import UNREADABLE
 from shared.jobs import TaskSpec
 from shared.messages import DatasetFacts
@@ -53,19 +55,21 @@ def read_rows(source: str, *, hub: bool = False) -> Iterator[tuple[int, Row]]:
         raise DataFault(f"{source}: no such data file")
 
 
-def describe(source: str, *, share_labels: bool, label_field: str = "label", hub: bool = False) -> DatasetFacts:
-    """Rows of a data set and, where its owner allows it, how many have each label.
+def describe(
+    source: str, *, share_labels: bool, label_field: str = "label", hub: bool = False, hold_out: float = 0.0
+) -> DatasetFacts:
+    """Rows of a data set that are trained on and, where its owner allows it, how many have each label.
 
     Raises `DataFault`, also where there is no row.
     """
-    rows, labels = 0, Counter[str]()
+    rows, labels, left_out = 0, Counter[str](), held_out.places(sys.maxsize, hold_out)
     for _, row in read_rows(source, hub=hub):
         rows += 1
-        if share_labels and isinstance(row.get(label_field), (int, str)):
+        if share_labels and rows - 1 not in left_out and isinstance(row.get(label_field), (int, str)):
             labels[str(row[label_field])] += 1
     if not rows:
         raise DataFault(f"{source}: no rows")
-    return DatasetFacts(rows=rows, labels=dict(sorted(labels.items())))
+    return DatasetFacts(rows=rows - len(held_out.places(rows, hold_out)), labels=dict(sorted(labels.items())))
 
 
 @dataclass(frozen=True)
@@ -108,13 +112,26 @@ class TokenData:
         )
 
     def some(self, share: float, most: int) -> TokenData:
-        """Every so many-th sample, so that `share` of them is left, and at most `most` (0: all of these)."""
-        every = np.arange(0, self.rows, max(1, round(1.0 / share)))[: most or None]
-        if len(every) == self.rows:
+        """Every so many-th sample of all, so that `share` of them is left, and at most `most` (0: all of these)."""
+        return self._only(np.asarray(held_out.some(self.rows, share, most), dtype=np.int64))
+
+    def learned(self, hold_out: float) -> TokenData:
+        """What is trained on: all but the share that is left out (`shared.held_out`)."""
+        return self._only(np.delete(np.arange(self.rows), self._left_out(hold_out)))
+
+    def held_out(self, hold_out: float) -> TokenData:
+        """The share that is left out; it may hold nothing."""
+        return self._only(self._left_out(hold_out))
+
+    def _left_out(self, share: float) -> Ints:
+        return np.asarray(held_out.places(self.rows, share), dtype=np.int64)
+
+    def _only(self, places: Ints) -> TokenData:
+        if len(places) == self.rows:
             return self
-        parts = [self.ids[self.starts[i] : self.starts[i + 1]] for i in every]
-        starts = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-        return dataclasses.replace(self, ids=np.concatenate(parts), starts=starts, targets=self.targets[every])
+        parts = [self.ids[:0], *(self.ids[self.starts[i] : self.starts[i + 1]] for i in places)]
+        starts = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        return dataclasses.replace(self, ids=np.concatenate(parts), starts=starts, targets=self.targets[places])
 
     def weight(self, indices: Ints) -> int:
         """What the samples at `indices` weigh in a mean loss: rows, or completion tokens."""

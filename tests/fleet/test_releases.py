@@ -10,7 +10,10 @@ import pytest
 from coordinator.core.release_records import Canaries
 from coordinator.web.refusals import Conflict
 from edge_daemon import protocol
+from muster.testbed import least_squares, least_squares_release
+from muster.testbed.least_squares import Rows
 from muster.testbed.memory_fleet import MemoryFleet
+from muster.testbed.memory_nodes import DATASET
 from tests.fleet import fleet_rig as rig
 from tests.fleet import release_rig as rel
 
@@ -147,6 +150,75 @@ def test_a_device_that_comes_late_gets_it(tmp_path: Path) -> None:
         fleet.run(20.0)
         assert rel.in_use(fleet)["dev-003"] == release
         assert rel.told(fleet, release)["dev-003"] == ["committed"]
+
+
+def test_a_device_that_is_off_during_a_rollback_goes_back_once_it_returns(tmp_path: Path) -> None:
+    """Whatever was in use on it: its files of the release before are still there, and those withdrawn go."""
+    with MemoryFleet(tmp_path, rig.members(3)) as fleet:
+        job = rel.trained(fleet, 3)
+        first = rel.start(fleet, job)
+        assert rel.ended(fleet, first).phase == "finished"
+        second = rel.start(fleet, job)
+        assert rel.ended(fleet, second).phase == "finished"
+        fleet.daemons["dev-002"].kill()
+        rel.desk(fleet).releases.roll_back("last")
+        done = rel.ended(fleet, second)
+        assert done.reason == "withdrawn by an operator; not yet confirmed by dev-002"
+        assert rel.in_use(fleet) == {"dev-000": first, "dev-001": first, "dev-002": second}
+        # The coordinator is another process by then, and the broker need not have kept anything.
+        fleet.coordinator.restart(2.0)
+        fleet.run(10.0)
+        fleet.daemons["dev-002"].start()
+        fleet.run(10.0)
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], first)
+        rel.check(fleet, second)
+
+
+def test_a_device_that_was_off_for_two_releases_takes_the_one_that_stands(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(3)) as fleet:
+        job = rel.trained(fleet, 3)
+        first = rel.start(fleet, job)
+        assert rel.ended(fleet, first).phase == "finished"
+        fleet.daemons["dev-002"].kill()
+        fleet.run(5.0)
+        second, third = rel.start(fleet, job), ""
+        assert rel.ended(fleet, second).phase == "finished"
+        third = rel.start(fleet, job)
+        assert rel.ended(fleet, third).phase == "finished"
+        rel.desk(fleet).releases.roll_back("last")
+        assert rel.ended(fleet, third).phase == "rolled_back"
+        assert rel.in_use(fleet) == {"dev-000": second, "dev-001": second, "dev-002": first}
+        fleet.daemons["dev-002"].start()
+        fleet.run(20.0)
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], second)
+        assert rel.told(fleet, second)["dev-002"] == ["committed"]
+        assert "dev-002" not in rel.told(fleet, third)
+
+
+def test_a_release_is_judged_on_rows_that_training_left_out(tmp_path: Path) -> None:
+    """One device keeps a fifth of its rows aside, the others none, and the operator sees which is which."""
+    members = rig.members(2, rows=25)
+    members[0].settings = {"release": _release_settings(hold_out=0.2)}
+    with MemoryFleet(tmp_path, members) as fleet:
+        job = rel.trained(fleet, 2)
+        facts = {d: known.info.datasets[DATASET].rows for d, known in fleet.coordinator.runtime.state.fleet.items()}
+        assert facts == {"dev-000": 20, "dev-001": 25}
+        release = rel.start(fleet, job)
+        parts = rel.ended(fleet, release).parts
+        assert parts["dev-000"].after is not None and parts["dev-001"].after is not None
+        assert (parts["dev-000"].after.rows, parts["dev-000"].after.trained_on) == (5, False)
+        assert (parts["dev-001"].after.rows, parts["dev-001"].after.trained_on) == (3, True)
+        rows = fleet.daemons["dev-000"].member.rows
+        left_out = Rows(rows.x[4::5], rows.y[4::5])
+        folder = fleet.daemons["dev-000"].folder / "releases" / "current"
+        measured = least_squares.loss_of(least_squares_release.read(folder), left_out)
+        assert parts["dev-000"].after.loss == pytest.approx(measured, rel=1e-5)
+        trained = fleet.adapter(job)
+    # What is left out was never seen: it is the adapter of a fleet that lacks those rows.
+    lacking = rig.members(2, rows=25)
+    lacking[0].rows = least_squares_release.learned(lacking[0].rows, 0.2)
+    with MemoryFleet(tmp_path / "lacking", lacking) as fleet:
+        assert fleet.adapter(rel.trained(fleet, 2)) == trained
 
 
 def test_an_operator_rolls_back_a_finished_release(tmp_path: Path) -> None:

@@ -69,8 +69,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             data={"texts": write_texts(folder / f"{name}.jsonl", 160, number)},
             settings={
                 "policy": {"foreign_limit": 1000.0}, "agent": {"threads": 1},
-                # One device has rows that are never trained on, the others take a share of theirs.
-                "release": {"data": {"texts": str(held_out)}} if name == "edge-01" else {"share": 0.25},
+                # One has a file of rows that are never trained on, one leaves some out, one has only what it learns from.
+                "release": {
+                    "edge-01": {"data": {"texts": str(held_out)}},
+                    "edge-02": {"hold_out": 0.25},
+                    "edge-03": {"share": 0.25},
+                }[name],
             },
         )
         for number, name in enumerate(NAMES)
@@ -140,8 +144,8 @@ def test_a_release_reaches_every_device_and_answers_there(place: Place) -> None:
     view = seen(place, name, over)
     assert (view.state, view.reason, view.committed) == ("finished", "3 committed", 3)
     assert in_use(place) == dict.fromkeys(NAMES, name)
-    rows = {one.device: one.after.rows for one in view.devices if one.after is not None}
-    assert rows == {"edge-01": 60, "edge-02": 40, "edge-03": 40}
+    rows = {one.device: (one.after.rows, one.after.trained_on) for one in view.devices if one.after is not None}
+    assert rows == {"edge-01": (60, False), "edge-02": (40, False), "edge-03": (40, True)}
     for one in view.devices:
         assert one.before is not None and one.after is not None and one.after.accuracy is not None
         assert one.after.loss < one.before.loss, f"{one.device}: trained for nothing"

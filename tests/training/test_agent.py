@@ -212,6 +212,19 @@ def test_the_same_work_gives_the_same_bytes(agent: Agent, site: Site) -> None:
     assert agent.ask(site.train("c"), Trained).sha == first.sha
 
 
+def test_rows_left_out_are_neither_trained_on_nor_counted(agent: Agent, site: Site, tmp_path: Path) -> None:
+    """The same bytes as from a file that lacks them."""
+    lines = site.colours.read_text().splitlines(keepends=True)
+    rest = tmp_path / "rest.jsonl"
+    rest.write_text("".join(line for number, line in enumerate(lines, start=1) if number % 5))
+    order = msgspec.structs.replace(site.train("left-out"), hold_out=0.2)
+    lacking = agent.ask(site.train("lacking", data=rest), Trained)
+    assert agent.ask(order, Trained).sha == lacking.sha
+    assert agent.ask(site.train("whole"), Trained).sha != lacking.sha
+    counted = agent.ask(msgspec.structs.replace(probe(site.colours), hold_out=0.2), Probed).datasets["colours"]
+    assert counted == agent.ask(probe(rest), Probed).datasets["colours"]
+
+
 def test_codecs_shrink_the_update(agent: Agent, site: Site) -> None:
     sizes = [
         agent.ask(site.train(codec, training=TrainingSpec(codec=codec)), Trained).size

@@ -27,7 +27,7 @@ from shared.files import write_whole
 from shared.jobs import BaseSpec, Bits, JobSpec, TaskSpec
 from shared.modeling import base_model, bottleneck, evaluation, lora, released, weights
 from shared.modeling.base_model import Base
-from shared.modeling.data import tokenize
+from shared.modeling.data import TokenData, tokenize
 from shared.modeling.faults import AdapterFault, ModelFault
 from shared.release_messages import ReleaseKind
 from shared.starts import START_NOTE
@@ -211,6 +211,28 @@ def test_a_share_of_the_rows_is_enough(agent: Agent, bert: Path, made: Path, col
     found = agent.ask(order(made, bert, colours, share=0.25, rows=10), protocol.Evaluated)
     assert found.after is not None and found.after.rows == 10
     assert agent.ask(order(made, bert, colours, share=0.25), protocol.Evaluated).after.rows == 15  # type: ignore[union-attr]  # there are rows
+
+
+def test_rows_that_training_left_out_are_measured_on(agent: Agent, bert: Path, made: Path, colours: Path) -> None:
+    base = base_model.load(bert, COLOURS)
+    data = tokenize(str(colours), COLOURS, base.tokenizer)
+    held_out, learned = data.held_out(0.2), data.learned(0.2)
+    assert (held_out.rows, learned.rows) == (12, 48)
+    assert sorted([*rows_of(held_out), *rows_of(learned)]) == sorted(rows_of(data))
+    agent.ask(probe(colours), protocol.Probed)
+    found = agent.ask(order(made, bert, colours, hold_out=0.2, share=0.25, trained_on=True), protocol.Evaluated)
+    opened = released.opened(made, "lora", bert, COLOURS, 32, "cpu")
+    wanted = evaluation.evaluate(opened, held_out, 16)
+    assert found.after is not None
+    assert (found.after.rows, found.after.trained_on) == (12, False)
+    assert found.after.loss == pytest.approx(wanted.loss, rel=1e-5)
+    # Of too few rows none is left out: those that were trained on do then, and it says so.
+    few = agent.ask(order(made, bert, colours, hold_out=0.01, share=0.25, trained_on=True), protocol.Evaluated)
+    assert few.after is not None and (few.after.rows, few.after.trained_on) == (15, True)
+
+
+def rows_of(data: TokenData) -> list[tuple[int, ...]]:
+    return [(*map(int, data.ids[data.starts[i] : data.starts[i + 1]]), int(data.targets[i])) for i in range(data.rows)]
 
 
 def test_without_rows_it_is_loaded(agent: Agent, bert: Path, made: Path, colours: Path) -> None:

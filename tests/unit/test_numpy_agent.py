@@ -17,6 +17,7 @@ from coordinator.export import export_peft
 from coordinator.workers import protocol as worker_protocol
 from edge_daemon import protocol
 from muster.testbed import least_squares, numpy_agent, numpy_worker
+from muster.testbed.least_squares import Rows
 from shared import adapter as adapters
 from shared import release_pack
 from shared.adapter import Adapter, Factors
@@ -320,6 +321,13 @@ def test_a_release_is_measured_from_its_files(tmp_path: Path) -> None:
         second = pipes.last()
         assert isinstance(second, protocol.Evaluated) and second.before is not None and second.after is not None
         assert (second.before.rows, second.after.rows) == (20, 20)
+        assert not second.after.trained_on
+        pipes.writer.write(msgspec.structs.replace(order, hold_out=0.2, trained_on=True, share=0.1))
+        third = pipes.last()
+        assert isinstance(third, protocol.Evaluated) and third.after is not None
+        assert (third.after.rows, third.after.trained_on) == (10, False)
+        left_out = Rows(ROWS.x[4::5], ROWS.y[4::5])
+        assert third.after.loss == pytest.approx(least_squares.loss_of(some_global(3), left_out), rel=1e-5)
         (other / "adapter_model.safetensors").write_bytes(b"no tensors")
         pipes.writer.write(msgspec.structs.replace(order, **changes))
         unfit = pipes.last()

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from edge_daemon import protocol
+from edge_daemon.core import agents
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
 from edge_daemon.core.release_transitions import allowed
@@ -294,6 +295,18 @@ def test_a_file_of_held_out_rows_is_taken_whole() -> None:
     device.tried()
     (order,) = device.did(cmd.Evaluate)
     assert (order.data_path, order.share, order.rows) == ("held-out.jsonl", 1.0, 99)
+    assert (order.hold_out, order.trained_on) == (0.0, False)
+
+
+def test_rows_left_out_of_training_are_told_to_the_agent() -> None:
+    """When it is probed, and with a release."""
+    settings = msgspec.structs.replace(SETTINGS, release=ReleaseSettings(hold_out=0.2))
+    device = Device(settings=settings)
+    device.up()
+    assert agents.probe_of(device.state).hold_out == 0.2
+    device.tried()
+    (order,) = device.did(cmd.Evaluate)
+    assert (order.data_path, order.hold_out, order.trained_on) == ("points.jsonl", 0.2, True)
 
 
 def test_work_comes_first_and_waits_for_a_trial_under_way(device: Device) -> None:

@@ -22,7 +22,7 @@ from edge_daemon.core import policy
 from edge_daemon.core.presence import Result
 from edge_daemon.core.release_transitions import allowed
 from edge_daemon.core.release_waits import waits
-from edge_daemon.core.rollout import OVER, Installed, Rollout, due, installed, kept, verdict, withdrawn
+from edge_daemon.core.rollout import OVER, Installed, Rollout, due, found, installed, kept, verdict, withdrawn
 from edge_daemon.core.state import Capability, State
 from shared.jobs import Bits
 from shared.machines import InvalidTransition
@@ -178,8 +178,8 @@ def started(state: State, event: ev.Started) -> Result:
     if event.releases is None:
         return state, []
     there = event.releases
-    whole = tuple(one for one in rollout.installed if one.id in there)
     active = event.active if event.active in there else ""
+    whole = tuple(one for one in rollout.installed if one.id in there) + found(rollout, active)
     state = _with(state, installed=whole, active=active)
     wanted = rollout.wanted
     unpacked = rollout.stage in ("staged", "active", "committed")

@@ -53,6 +53,14 @@ def installed(rollout: Rollout, release: str) -> Installed | None:
     return next((one for one in rollout.installed if one.id == release), None)
 
 
+def found(rollout: Rollout, active: str) -> tuple[Installed, ...]:
+    """What `current` points to where the journal knows of no release: it was lost, for this had passed its trial."""
+    number = active.rpartition("-")[2]
+    if rollout.term or rollout.installed or not number.isdecimal():
+        return ()
+    return (Installed(id=active, number=int(number), committed=True),)
+
+
 def room_needed(wanted: ReleaseSpec) -> int:
     """Bytes of disk that it takes to get a release: as it comes, and its files."""
     return 2 * wanted.blob.size
@@ -66,7 +74,8 @@ def due(rollout: Rollout) -> str:
     """
     wanted, active = rollout.wanted, installed(rollout, rollout.active)
     if wanted is None:
-        return ""
+        # Who was never told anything has lost its journal, or is of a version that had none: it hears soon enough.
+        return "" if rollout.term else rollout.active
     there = installed(rollout, wanted.id)
     passed = rollout.stage == "staged" and rollout.tried
     if rollout.stage in ("active", "committed") or passed or (there is not None and there.committed):

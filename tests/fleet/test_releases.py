@@ -195,6 +195,24 @@ def test_a_device_that_was_off_for_two_releases_takes_the_one_that_stands(tmp_pa
         assert "dev-002" not in rel.told(fleet, third)
 
 
+def test_a_device_that_lost_its_journal_keeps_what_it_has_in_use(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(2)) as fleet:
+        job = rel.trained(fleet, 2)
+        release = rel.start(fleet, job)
+        assert rel.ended(fleet, release).phase == "finished"
+        node = fleet.daemons["dev-001"]
+        node.kill()
+        (node.folder / "journal").write_bytes(b"torn")
+        sent = fleet.coordinator.runtime.sender.sent_chunks
+        node.start()
+        for _ in range(100):
+            fleet.run(0.1)
+            assert rel.in_use(fleet)["dev-001"] == release
+        assert node.runtime.state.journal.rollout.stage == "committed"
+        assert fleet.coordinator.runtime.sender.sent_chunks == sent, "its files were there"
+        rel.check(fleet, release)
+
+
 def test_a_release_is_judged_on_rows_that_training_left_out(tmp_path: Path) -> None:
     """One device keeps a fifth of its rows aside, the others none, and the operator sees which is which."""
     members = rig.members(2, rows=25)

@@ -69,7 +69,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
             data={"texts": write_texts(folder / f"{name}.jsonl", 160, number)},
             settings={
                 "policy": {"foreign_limit": 1000.0}, "agent": {"threads": 1},
-                # One has a file of rows that are never trained on, one leaves some out, one has only what it learns from.
+                # One has a file of rows that nobody learns from, one leaves some out, one has only what it learns from.
                 "release": {
                     "edge-01": {"data": {"texts": str(held_out)}},
                     "edge-02": {"hold_out": 0.25},

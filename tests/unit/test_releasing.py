@@ -288,6 +288,24 @@ def test_a_whole_model_needs_no_base() -> None:
     assert kinds(device.last) == ["ActivateRelease"], "there are no rows: that it loads is enough"
 
 
+def test_a_lost_journal_takes_nothing_out_of_use(device: Device) -> None:
+    """The retained word comes again: what is in place is neither fetched nor tried once more, and a newer one is."""
+    device.in_use()
+    other = Device()
+    other.state = msgspec_initial(other)
+    other.feed(ev.Started, boot_id="boot-1", wall=other.wall, releases=frozenset({R1}), active=R1)
+    other.up()
+    assert [one for one in other.all if isinstance(one, cmd.ActivateRelease)] == []
+    assert [one.releases for one in other.all if isinstance(one, cmd.TidyReleases)] == [(R1,)]
+    other.want(spec(1), commit=True)
+    assert kinds(other.last) == ["ActivateRelease"], "it may not be there in truth: said once more, and no trial"
+    other.activated(R1)
+    assert (other.rollout.stage, other.rollout.active) == ("committed", R1)
+    other.tried(2)
+    (order,) = other.did(cmd.Evaluate)
+    assert order.previous == R1
+
+
 def test_a_file_of_held_out_rows_is_taken_whole() -> None:
     release = ReleaseSettings(data={"points": "held-out.jsonl"}, rows=99)
     device = Device(settings=msgspec.structs.replace(SETTINGS, release=release))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from edge_daemon.core.rollout import Installed, Rollout, due, kept, verdict, withdrawn
+from edge_daemon.core.rollout import Installed, Rollout, due, found, kept, verdict, withdrawn
 from shared.jobs import BaseSpec, TaskSpec
 from shared.messages import BlobRef
 from shared.release_messages import ReleaseSpec, Score
@@ -47,13 +47,21 @@ R1, R2, R3 = (spec(number).id for number in (1, 2, 3))
         # It was never here, or never passed: what was withdrawn goes all the same.
         (Rollout(wanted=spec(2), stage="wanted", active=R3, installed=(there(1), there(3))), R1),
         (Rollout(wanted=spec(1), stage="wanted", active=R2, installed=(there(2),)), ""),
-        (Rollout(wanted=None, stage="none", active=R2, installed=(there(1), there(2))), ""),
+        (Rollout(wanted=None, term=1, stage="none", active=R2, installed=(there(1), there(2))), ""),
+        # Nobody has said yet what it is to have: the journal was lost, and what is in use stays.
+        (Rollout(wanted=None, stage="none", active=R2, installed=(there(2),)), R2),
         # It is in place, and only the journal does not know.
         (Rollout(wanted=spec(1), stage="wanted", active=R1, installed=(there(1),)), R1),
     ],
 )
 def test_what_is_due(rollout: Rollout, wanted: str) -> None:
     assert due(rollout) == wanted
+
+
+def test_what_is_in_use_is_known_without_a_journal() -> None:
+    assert found(Rollout(), R2) == (there(2),)
+    assert found(Rollout(), "") == found(Rollout(), "of-another-kind") == ()
+    assert found(Rollout(term=1), R2) == found(Rollout(installed=(there(1),)), R2) == ()
 
 
 def test_what_was_withdrawn_is_newer_than_what_is_wanted() -> None:

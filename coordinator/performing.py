@@ -62,7 +62,7 @@ class Performer:
             case cmd.EvaluateAdapter():
                 self._evaluate(command)
             case cmd.PublishRelease():
-                runtime.send(topics.RELEASE, command.message, device=command.device)
+                self._say_release(command)
             case cmd.PackRelease():
                 self._pack(command)
             case _:
@@ -126,6 +126,12 @@ class Performer:
             return ev.Exported(job=job.id, path=str(folder), **runtime.now())
 
         self._offload(work, job, "export")
+
+    def _say_release(self, command: cmd.PublishRelease) -> None:
+        if command.message is None:
+            self._runtime.clear(topics.RELEASE, device=command.device)
+        else:
+            self._runtime.send(topics.RELEASE, command.message, device=command.device)
 
     def _pack(self, command: cmd.PackRelease) -> None:
         runtime, release, job = self._runtime, command.release, command.job

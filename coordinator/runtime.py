@@ -200,6 +200,11 @@ class Runtime:
         name = topic.name(self.settings.fleet, **parts)
         self._waiting.append(base.Outgoing(topic, name, pack(message), token=name))
 
+    def clear(self, topic: topics.Topic, **parts: str) -> None:
+        """Take what the broker retains there."""
+        name = topic.name(self.settings.fleet, **parts)
+        self._waiting.append(base.Outgoing(topic, name, b"", token=name))
+
     def stop(self) -> None:
         """Say goodbye and end the worker."""
         self._say_presence(online=False)

@@ -327,9 +327,9 @@ class Runtime:
             assign = unpack(payload, messages.Assign) if payload else messages.Assign(term=self.state.journal.term)
             self.step(ev.AssignReceived(now=now, assign=assign))
         elif topic is topics.RELEASE:
-            empty = release_messages.Release(term=self.state.journal.rollout.term, seq=self.state.journal.rollout.seq)
-            message = unpack(payload, release_messages.Release) if payload else empty
-            self.step(ev.ReleaseReceived(now=now, message=message))
+            # Empty: taken from the broker, which says nothing of what is to be in use.
+            if payload:
+                self.step(ev.ReleaseReceived(now=now, message=unpack(payload, release_messages.Release)))
         elif topic is topics.COMMAND:
             self.step(ev.CommandReceived(now=now, command=unpack(payload, messages.Command)))
         elif topic is topics.STATE and payload:

@@ -94,10 +94,10 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class PublishRelease:
-    """Set the retained release of a device."""
+    """Set the retained release of a device; None: take it from the broker, the device left."""
 
     device: str
-    message: release_messages.Release
+    message: release_messages.Release | None
 
 
 @dataclass(frozen=True)

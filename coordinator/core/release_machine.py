@@ -97,6 +97,7 @@ def on_report(turn: Turn, device: str, report: ReleaseState, event: ev.FromDevic
     if back is not None and awaited and back.id not in (report.release, report.active):
         _returned(turn, back, device, report, event)
     found = releases.wanted(turn.state.releases, device)
+    _repeat(turn, device, event.now)
     if found is None or found[0].id != report.release:
         return
     release, part = found[0], found[0].parts.get(device)
@@ -108,6 +109,17 @@ def on_report(turn: Turn, device: str, report: ReleaseState, event: ev.FromDevic
                 before=report.before, after=report.after, ts=event.ts,
             )
         )  # fmt: skip
+
+
+def forget(turn: Turn, device: str) -> None:
+    """A device left the fleet: the broker keeps nothing for it, and should it come back it is told anew."""
+    state = turn.state
+    if device in state.release_told:
+        turn.do(cmd.PublishRelease(device, None))
+    turn.update(
+        release_told={name: told for name, told in state.release_told.items() if name != device},
+        release_reports={name: report for name, report in state.release_reports.items() if name != device},
+    )
 
 
 def _returned(turn: Turn, release: Release, device: str, report: ReleaseState, event: ev.FromDevice) -> None:
@@ -351,10 +363,15 @@ def _remind(turn: Turn, now: float) -> None:
     if release is None or state.cut_off:
         return
     for device in release.awaited:
-        told, report = state.release_told.get(device), state.release_reports.get(device)
-        if told is None or now - told[1] < REMIND_EVERY_S:
-            continue
-        heard = report is not None and report.release == told[0][0]
-        pending = told[0][1] and report is not None and report.stage == "active"  # the word to keep it got lost
-        if not heard or pending:
-            _tell(turn, device, now)
+        _repeat(turn, device, now)
+
+
+def _repeat(turn: Turn, device: str, now: float) -> None:
+    """Say it again where the last word shows no effect; a device tells now and then what it goes by."""
+    told, report = turn.state.release_told.get(device), turn.state.release_reports.get(device)
+    if told is None or now - told[1] < REMIND_EVERY_S:
+        return
+    heard = report is not None and report.release == told[0][0]
+    pending = told[0][1] and report is not None and report.stage == "active"  # the word to keep it got lost
+    if not heard or pending:
+        _tell(turn, device, now)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from coordinator.core import events as ev
 from coordinator.core.release_records import Canaries
 from coordinator.web.refusals import Conflict
 from edge_daemon import protocol
@@ -14,6 +15,7 @@ from muster.testbed import least_squares, least_squares_release
 from muster.testbed.least_squares import Rows
 from muster.testbed.memory_fleet import MemoryFleet
 from muster.testbed.memory_nodes import DATASET
+from shared import topics
 from tests.fleet import fleet_rig as rig
 from tests.fleet import release_rig as rel
 
@@ -193,6 +195,26 @@ def test_a_device_that_was_off_for_two_releases_takes_the_one_that_stands(tmp_pa
         assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], second)
         assert rel.told(fleet, second)["dev-002"] == ["committed"]
         assert "dev-002" not in rel.told(fleet, third)
+
+
+def test_a_device_that_leaves_the_fleet_keeps_what_it_has_and_the_broker_nothing(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(2)) as fleet:
+        job = rel.trained(fleet, 2)
+        first = rel.start(fleet, job)
+        assert rel.ended(fleet, first).phase == "finished"
+        name = topics.RELEASE.name("memory", device="dev-001")
+        assert fleet.network.broker.retained(name)
+        runtime = fleet.coordinator.runtime
+        runtime.step(ev.Decommissioned(device="dev-001", **runtime.now()))
+        fleet.run(0.1)
+        assert fleet.network.broker.retained(name) == b""
+        # It was not stopped, and comes back by itself: it is told again what stands.
+        fleet.run(20.0)
+        assert fleet.network.broker.retained(name)
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:2], first)
+        second = rel.start(fleet, job)
+        assert rel.ended(fleet, second).reason == "2 committed"
+        assert rel.in_use(fleet) == dict.fromkeys(FOUR[:2], second)
 
 
 def test_a_device_that_lost_its_journal_keeps_what_it_has_in_use(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,13 +95,15 @@ class Agent:
 
     def said_nothing_but(self, kind: type[object], seconds: float) -> bool:
         """Whether only messages of `kind` came in for so long."""
+        until = time.monotonic() + seconds
         try:
-            while True:
-                message = self._inbox.get(timeout=seconds)
+            while (left := until - time.monotonic()) > 0.0:
+                message = self._inbox.get(timeout=left)
                 if not isinstance(message, kind):
                     return False
         except queue.Empty:
-            return True
+            pass
+        return True
 
     def hang_up(self) -> None:
         self._pipe.close()

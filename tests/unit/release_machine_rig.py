@@ -36,6 +36,9 @@ class ReleaseRig(Rig):
         for command in commands:
             if isinstance(command, cmd.PublishRelease):
                 message = command.message
+                if message is None:
+                    self.told.pop(command.device)
+                    continue
                 assert (message.term, message.seq) > self.seqs.get(command.device, (0, 0)), "an old word"
                 self.seqs[command.device] = (message.term, message.seq)
                 self.told[command.device] = (message.release.id if message.release else "", message.commit)

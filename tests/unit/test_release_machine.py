@@ -267,6 +267,29 @@ def test_a_lost_word_is_said_again(rig: ReleaseRig) -> None:
     assert rig.told == {}
 
 
+def test_a_device_that_goes_by_another_word_later_is_told_again(rig: ReleaseRig) -> None:
+    """Nothing is under way any more: it says now and then what it goes by."""
+    name = finished(rig)
+    rig.told.clear()
+    rig.say("dev-a", "job-1.r1-9", "committed", "job-1.r1-9")
+    assert rig.told == {}, "it may be on its way"
+    rig.wait(31.0)
+    rig.say("dev-b", name, "committed", name)
+    rig.say("dev-a", "job-1.r1-9", "committed", "job-1.r1-9")
+    assert rig.told == {"dev-a": (name, True)}
+
+
+def test_a_device_that_left_the_fleet_leaves_no_word_and_is_told_anew_once_it_is_back(rig: ReleaseRig) -> None:
+    name = finished(rig)
+    rig.feed(ev.Decommissioned, device="dev-b")
+    assert cmd.PublishRelease("dev-b", None) in rig.last
+    rig.feed(ev.Decommissioned, device="dev-b")
+    assert rig.last == [], "the broker's echo of what was taken"
+    assert set(rig.told) == set(DEVICES) - {"dev-b"}
+    rig.birth("dev-b")
+    assert rig.told["dev-b"] == (name, True)
+
+
 def test_a_broker_that_lost_all_is_told_again(rig: ReleaseRig) -> None:
     name = finished(rig)
     rig.told.clear()

@@ -35,6 +35,7 @@ from tests.training.test_agent import Agent, probe
 from tests.training.test_full import whole_adapter
 from tests.training.tiny_models import COLOURS, STORIES, colour_rows, empty_adapter, global_adapter, write_jsonl
 
+pytestmark = pytest.mark.timeout(300)  # some start torch three times
 CASES = [("bert", COLOURS), ("gpt2", STORIES), ("llama", STORIES)]
 RELEASE = "tiny.r1-1"
 

@@ -37,7 +37,7 @@ from muster.testbed import (
 from muster.testbed.cgroups import Available
 from muster.testbed.gradients import Workers
 from muster.testbed.rows import Row
-from muster.testbed.runs import RunFailed, status, whole_or_nothing
+from muster.testbed.runs import RunFailed, clear, status, whole_or_nothing
 from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
 from muster.testbed.virtual_nodes import SimulatedFleet, evaluator
 from shared.errors import UserError
@@ -136,6 +136,7 @@ def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | 
     tell = tell or shown.say
     with whole_or_nothing(out, "simulation"), tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
         ready = _prepare(simulation, tables, given, Path(scratch), tell)
+        clear(out)
         with Session(simulation.workers) as session:
             result, job, planned = _simulated(simulation, ready, session, Path(scratch), tell)
         write_whole(out / RESULT, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
@@ -188,7 +189,7 @@ def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
     if simulation.seed is not None:
         over["seed"] = simulation.seed
     tables = toml.merged(inputs.job_tables(path, over), simulation.over)
-    inputs.check_job(tables, str(path))
+    inputs.check_job(tables, str(path), simulation.devices)
     if tables["task"]["kind"] == "least_squares":
         raise UserError(f"{path}: task.kind least_squares: a simulation trains real models")
     inputs.check_data(simulation.data)
@@ -205,9 +206,12 @@ def _prepare(
     simulation: Simulation, tables: toml.Table, given: Mapping[str, str], scratch: Path, tell: inputs.Tell
 ) -> _Ready:
     data = inputs.data_files(simulation.data, scratch / "data", tell)
-    _, spec = inputs.filled(tables, data, simulation.devices, str(simulation.job or JOB))
+    source = str(simulation.job or JOB)
+    _, spec = inputs.filled(tables, data, simulation.devices, source)
     rows = inputs.rows_for(spec.task, data.train)
-    inputs.rows_for(spec.task, Path(spec.evaluation.data))
+    inputs.held_out(spec, source, data)
+    if remark := inputs.remark(spec, data):
+        tell(remark)
     folder = inputs.base_model(spec.base.model, given, simulation.lm, tell)
     models = virtual_fleets.fleet(simulation.profile, simulation.devices, spec.seed)
     names = [model.name for model in models]

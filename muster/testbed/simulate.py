@@ -59,7 +59,7 @@ class Simulation:
 
     devices: int = 80
     profile: str = "jetson"
-    data: str = "dbpedia14"
+    data: str = inputs.DOCSTRINGS
     """Folder, name in `MUSTER_DATA`, or "docstrings"."""
     job: Path | None = None
     """None: the example's."""

@@ -21,7 +21,8 @@ def simulate(
     profile: Annotated[
         str,
         typer.Option(
-            help="Kind of fleet: jetson, jetson-roomy, equal, pair; emulated-mixed: devices as `muster emulate` has."
+            help="Kind of fleet: jetson, jetson-roomy, jetson-short, equal, pair; devices as `muster emulate` has: "
+            "emulated-mixed, emulated-light, emulated-equal, emulated-tiny."
         ),
     ] = "jetson",
     data: Annotated[str, typer.Option(help=DATA)] = "docstrings",

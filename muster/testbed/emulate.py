@@ -145,6 +145,10 @@ def _checked(emulation: Emulation) -> tuple[toml.Table, Agent, dict[str, str]]:
     if emulation.agent not in ("torch", "numpy"):
         raise UserError(f"--agent {emulation.agent}: there are numpy, torch")
     agent: Agent = "numpy" if emulation.agent == "numpy" else "torch"
+    if agent == "numpy" and emulation.data == inputs.DOCSTRINGS:
+        raise UserError(
+            "--agent numpy works on points (rows with x and y), not on docstrings: name their folder, --data"
+        )
     profiles.kinds(emulation.profile)
     find_mosquitto()
     path = emulation.job or DEMO_JOB

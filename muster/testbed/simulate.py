@@ -47,6 +47,8 @@ from shared.jobs import JobSpec
 JOB = Path(__file__).parents[2] / "examples" / "simulate.toml"
 STEPS = Path(__file__).parent / "profiles" / "steps.json"
 RESULT = "result.json"
+INTERRUPTED = "interrupted"
+"""State of a job whose run was interrupted after some round."""
 SLICE_S = 5.0
 """Virtual seconds between two looks at the job."""
 STUCK_S = 3600.0
@@ -128,7 +130,10 @@ def run(simulation: Simulation, *, command: str = "") -> int:
 
 
 def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | None = None) -> Finished:
-    """Carry it out and write report, result and plots. Raises `UserError` for bad input; then nothing is left."""
+    """Carry it out and write report, result and plots. Raises `UserError` for bad input; then nothing is left.
+
+    Interrupted, it writes them of the rounds so far, then raises `KeyboardInterrupt`.
+    """
     tables, given = _checked(simulation)
     out = simulation.out or Path("runs") / f"{tables.get('name', 'job')}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = time.monotonic()
@@ -142,6 +147,8 @@ def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | 
         write_whole(out / RESULT, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
         written = _report(simulation, ready, result, job, out, command, planned)
     tell(f"{job.state}: {len(result.rounds)} rounds in {_last(result):.0f} virtual seconds; report: {written}")
+    if job.state == INTERRUPTED:
+        raise KeyboardInterrupt
     return Finished(result, out, ready.spec, time.monotonic() - started)
 
 
@@ -150,7 +157,10 @@ def result_of(simulation: Simulation, session: Session, tell: inputs.Tell) -> si
     tables, given = _checked(simulation)
     with tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
         ready = _prepare(simulation, tables, given, Path(scratch), tell)
-        return _simulated(simulation, ready, session, Path(scratch), tell)[0]
+        result = _simulated(simulation, ready, session, Path(scratch), tell)[0]
+    if result.state == INTERRUPTED:
+        raise KeyboardInterrupt
+    return result
 
 
 def _simulated(
@@ -267,7 +277,15 @@ class _Followed:
         self.id = fleet.submit(spec, spec.name)
 
     def to_the_end(self) -> JobView:
-        """Let time pass until the job ends or pauses, and say what happened."""
+        """Let time pass until the job ends, pauses, or is interrupted after a round, and say what happened."""
+        try:
+            return self._to_the_end()
+        except KeyboardInterrupt:
+            if not self._told:
+                raise
+            return msgspec.structs.replace(self._view(), state=INTERRUPTED, reason="the rounds so far")
+
+    def _to_the_end(self) -> JobView:
         fleet, network = self._fleet, self._fleet.network
         moved = network.now
         while True:
@@ -293,8 +311,8 @@ class _Followed:
         now = time.monotonic()
         new = [view for view in job.rounds if view.phase == "committed" and view.round > self._told]
         for view in new:
-            self._tell(f"{live.committed(view)} (virtual; {(now - self._last) / len(new):.1f} s here)")
             self._told = view.round
+            self._tell(f"{live.committed(view)} (virtual; {(now - self._last) / len(new):.1f} s here)")
         self._last = now
 
 

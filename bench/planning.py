@@ -50,6 +50,10 @@ EVALUATED = 256
 """Rows evaluated after each round: more would take as long as the round itself."""
 BATCH = 8
 DEVICES, SAMPLE, STEPS = 80, 10, 8
+GLOBAL_RANK = 16
+"""Twice the devices' rank: the cap of 64 that suits long jobs is half of these small matrices, and doubles downloads."""
+LORA_PLUS = 8.0
+"""Every method of LoRA diverges at the rates that its B and the head want where A gets them, too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -207,8 +211,14 @@ def simulation(run: Run, scratch: Path) -> Simulation:
             "deadline_s": 600,
             "target": abs(task.target) if run.stop else 0.0,
         },
-        "strategy": {"rank": 8, "batch": BATCH, "batch_min": BATCH // 4, "batch_max": 4 * BATCH},
-        "training": {"lr": run.lr},
+        "strategy": {
+            "rank": 8,
+            "global_rank": GLOBAL_RANK,
+            "batch": BATCH,
+            "batch_min": BATCH // 4,
+            "batch_max": 4 * BATCH,
+        },
+        "training": {"lr": run.lr, "lora_plus": LORA_PLUS},
         # Strong skew makes single rounds much worse; the gate is for operators, a comparison must not pause.
         "evaluation": {"rows": EVALUATED, "worse_by": 1000.0},
     }

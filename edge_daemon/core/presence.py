@@ -49,6 +49,7 @@ def device_info(state: State) -> DeviceInfo:
     return msgspec.structs.replace(
         info, bits=list(capability.bits), agents=capability.agents, agent_bytes=capability.agent_bytes,
         datasets=capability.datasets, faulty=_faulty(state), hardware=info.hardware or capability.hardware,
+        flops=capability.flops,
         problem=(capability.problem or problem)[:1000],
     )  # fmt: skip
 

@@ -3,7 +3,8 @@
 **Step time** = overhead_s / min(1, e) + FLOP * per_flop_s / e, with e = the cores (or share of the GPU) the agent can
 use. Speeds are per core and an observation counts by the cores the agent really used, so a prediction follows the live
 load at once while foreign load never spoils what was learned. One `Fit` per device and bits; bits not yet met on a
-device take the speed of those that were, times `BITS_TIME`; a device not yet met takes the median of the fleet.
+device take the speed of those that were, times `BITS_TIME`. A device not yet met is as much faster than the median of
+the fleet as its probe was (`DeviceInfo.flops`), or equal to it where it told none.
 
 **Memory** = agent + `WORKING_BYTES` + weights(bits) + 16 B per trained parameter + 4 B per frozen one + the larger of
 the micro-batch's activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and a layer twice in fp32
@@ -17,8 +18,8 @@ Every prediction comes with the readings it rests on.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -37,7 +38,7 @@ BITS_TIME: Mapping[int, float] = {32: 1.0, 16: 1.0, 8: 1.05, 4: 1.3}
 """Step time against fp32 before a device measured its own."""
 CPU_FLOPS, GPU_FLOPS = 8e9, 5e12
 """Per core and per GPU, before anything was measured. Only ratios matter then: all devices start alike."""
-MEDIAN_SPEED, ASSUMED_SPEED = "median of the fleet", "assumed speed"
+MEDIAN_SPEED, PROBED_SPEED, ASSUMED_SPEED = "median of the fleet", "its probe against the fleet's", "assumed speed"
 """Where a speed is from that its device did not measure."""
 AGENT_BYTES, SMALL_AGENT_BYTES = 256 * MIB, 48 * MIB
 """Agent without a model where a device tells none: with torch, and the one of `least_squares`."""
@@ -66,6 +67,10 @@ class DeviceModel(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes per second of its downloads, a moving average; 0: not yet known."""
     own_bytes: int = 0
     """What the agent held at the end of the last round."""
+    flops: float = 0.0
+    """Of its probe; 0: not told."""
+    cores: float = 0.0
+    """Of each of its agents, undisturbed (1 for a GPU); 0: it did not train yet."""
 
 
 class Pace(NamedTuple):
@@ -92,19 +97,33 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     cpu: tuple[float, float] = (0.0, 1 / CPU_FLOPS)
     """(overhead_s, per_flop_s) per core at 32 bits: the median of the fleet."""
     gpu: tuple[float, float] = (0.0, 1 / GPU_FLOPS)
+    cpu_probed: tuple[float, float] | None = None
+    """(overhead_s, per_flop_s) per core at 32 bits times FLOP/s of the probe: the median of the devices that told."""
+    gpu_probed: tuple[float, float] | None = None
     activation_scale: float = 1.0
     """Median of the fleet."""
 
     def pace(self, device: str, need: Demand, bits: Bits, free: Capacity) -> Pace:
         """Step time of `device` over a base of `bits` with `free` to use."""
         known = self.devices.get(device)
-        overhead, per_flop, source = self._speed(known, bits, free.gpu)
+        overhead, per_flop, source = self._speed(known, bits, free)
         used = usable(free, known)
         return Pace(overhead / min(used, 1.0), need.flop * per_flop / used, source)
 
     def step(self, device: str, need: Demand, bits: Bits, batch: int, free: Capacity) -> tuple[float, str]:
         """Seconds per optimizer step, with the readings used."""
         return self.pace(device, need, bits, free).step(batch, free)
+
+    def met(self, need: Demand, but: Collection[str]) -> list[Pace]:
+        """Step times on the devices that have trained, at the bits they did so most, with nothing else running; without
+        those in `but`."""
+        found = []
+        for device, known in self.devices.items():
+            if device not in but and known.fits and known.cores:
+                bits = max(known.fits.items(), key=lambda item: (item[1].rounds, item[0]))[0]
+                free = Capacity(known.cores, 0.0, known.cores, known.gpu)
+                found.append(self.pace(device, need, cast("Bits", int(bits)), free))
+        return found
 
     def memory(self, device: str, need: Demand, bits: Bits, batch: int, info: DeviceInfo) -> tuple[float, str]:
         """Bytes at the worst moment of a round, with the readings used; never falling with the batch."""
@@ -163,6 +182,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             result, load = report.results.get(device), report.loads.get(device)
             found = _with_limits(found, work, result, report.batch_limits.get(device))
             if result is not None:
+                found = _with_probe(found, report.infos.get(device))
                 if report.facts is not None and report.job is not None:
                     need = _demand_of(report.facts, report.job, work, known_needs)
                     found = _with_speed(found, need, result, load, work.agents)
@@ -175,12 +195,14 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             devices=devices,
             cpu=_median_speed(devices, gpu=False) or self.cpu,
             gpu=_median_speed(devices, gpu=True) or self.gpu,
+            cpu_probed=_median_speed(devices, gpu=False, probed=True) or self.cpu_probed,
+            gpu_probed=_median_speed(devices, gpu=True, probed=True) or self.gpu_probed,
             activation_scale=statistics.median(
                 [d.activation_scale for d in devices.values() if d.activation_scale] or [1.0]
             ),
         )
 
-    def _speed(self, known: DeviceModel | None, bits: Bits, gpu: bool) -> tuple[float, float, str]:
+    def _speed(self, known: DeviceModel | None, bits: Bits, free: Capacity) -> tuple[float, float, str]:
         """(overhead_s, per_flop_s, where they are from)."""
         if known is not None and known.fits:
             fit = known.fits.get(str(bits))
@@ -189,8 +211,14 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             other, fit = max(known.fits.items(), key=lambda item: (item[1].rounds, item[0]))
             ratio = BITS_TIME[bits] / BITS_TIME[int(other)]
             return fit.overhead_s * ratio, fit.per_flop_s * ratio, f"from {plural(fit.rounds, 'round')} at {other} bits"
-        overhead, per_flop = self.gpu if gpu else self.cpu
         ratio = BITS_TIME[bits]
+        probed = (self.gpu_probed, self.cpu_probed) if free.gpu else (self.cpu_probed, self.gpu_probed)
+        if free.flops:
+            # Of neither kind known: what a step takes beyond bare products is the same for all, and not known.
+            overhead, per_flop = next((known for known in probed if known is not None), (0.0, 1.0))
+            source = PROBED_SPEED if any(probed) else ASSUMED_SPEED
+            return overhead * ratio / free.flops, per_flop * ratio / free.flops, source
+        overhead, per_flop = self.gpu if free.gpu else self.cpu
         return overhead * ratio, per_flop * ratio, MEDIAN_SPEED if self.devices else ASSUMED_SPEED
 
 
@@ -236,6 +264,10 @@ def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Dem
     return found
 
 
+def _with_probe(found: DeviceModel, info: DeviceInfo | None) -> DeviceModel:
+    return replace(found, flops=info.flops) if info is not None and info.flops else found
+
+
 def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met: int | None) -> DeviceModel:
     bits = str(result.bits if result is not None else work.bits)
     told = [limit for limit in (found.limits.get(bits), met) if limit is not None]
@@ -248,7 +280,7 @@ def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Loa
     if result.step_s <= 0 or result.steps < 1 or result.batch < 1:
         return found
     free = capacity(None, load, agents)
-    found = replace(found, gpu=free.gpu)
+    found = replace(found, gpu=free.gpu, cores=free.cores)
     if not free.gpu and result.cores_used > 0 and load is not None:
         found = _with_occupancy(found, free, result.cores_used)
     used = used_cores(found, result, load, agents)
@@ -328,13 +360,14 @@ def _scale(before: float, need: Demand, result: UpdateFacts) -> float:
     return seen if seen > before and result.load_s == 0 else (before + seen) / 2
 
 
-def _median_speed(devices: Mapping[str, DeviceModel], *, gpu: bool) -> tuple[float, float] | None:
-    """(overhead_s, per_flop_s) at 32 bits of the median device of a kind."""
+def _median_speed(devices: Mapping[str, DeviceModel], *, gpu: bool, probed: bool = False) -> tuple[float, float] | None:
+    """(overhead_s, per_flop_s) at 32 bits of the median device of a kind; `probed`: each times its probe's FLOP/s."""
     overheads: list[float] = []
     per_flops: list[float] = []
     for known in devices.values():
-        if known.gpu == gpu and known.fits:
+        times = known.flops if probed else 1.0
+        if known.gpu == gpu and known.fits and times:
             bits, fit = max(known.fits.items(), key=lambda item: (item[1].rounds, item[0]))
-            overheads.append(fit.overhead_s / BITS_TIME[int(bits)])
-            per_flops.append(fit.per_flop_s / BITS_TIME[int(bits)])
+            overheads.append(times * fit.overhead_s / BITS_TIME[int(bits)])
+            per_flops.append(times * fit.per_flop_s / BITS_TIME[int(bits)])
     return (statistics.median(overheads), statistics.median(per_flops)) if per_flops else None

@@ -20,8 +20,8 @@ RECIPE = (
     "([0022](decisions/0022-a-probe-tells-devices-apart.md)).",
     "",
     "**A step is charged as ten.** In the papers a round is a local epoch, of a hundred steps and more. Here eight are "
-    "computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as in "
-    "the papers. The study of short rounds below has the other regime.",
+    "computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as "
+    "there. The study of short rounds below has the other regime.",
 )
 
 

@@ -194,6 +194,31 @@ def test_a_device_not_yet_met_is_as_much_faster_as_its_probe() -> None:
     assert model.step("edge-9", need, 32, 8, _probed(8e9, gpu=True))[0] == pytest.approx(0.2), "no GPU was met"
 
 
+def test_a_fleet_of_unequal_batches_tells_the_overhead_of_a_step() -> None:
+    """Three devices of one probe: 0.4 s a step and 0.05 s a sample, which none of them could know alone."""
+    batches, loads = {"a": 4, "b": 8, "c": 16}, {name: device(name).load for name in "abc"}
+    report = RoundReport(
+        round=1,
+        works={name: Work(ranks=RANKS, batch=batch, bits=32, steps=10) for name, batch in batches.items()},
+        results={
+            name: result(batch=batch, step_s=0.4 + 0.05 * batch, cores_used=1.0) for name, batch in batches.items()
+        },
+        loads={name: load for name, load in loads.items() if load},
+        infos={name: msgspec.structs.replace(device(name).info, flops=2e9) for name in "abc"},
+        facts=minilm(),
+        job=job(),
+    )
+    model, need = CostModel(), _need()
+    for _ in range(3):
+        model = model.learn(report)
+    for batch in (1, 4, 32):
+        expected = 0.4 + 0.05 * batch
+        assert model.step("new", need, 32, batch, _probed(2e9))[0] == pytest.approx(expected, rel=0.05)
+        assert model.step("new", need, 32, batch, _probed(4e9))[0] == pytest.approx(expected / 2, rel=0.05)
+        # Each of them has met one batch alone; what it can't know it takes from the fleet.
+        assert model.step("a", need, 32, batch, ONE)[0] == pytest.approx(expected, rel=0.25)
+
+
 def test_capacity_carries_the_probe() -> None:
     info = msgspec.structs.replace(device("a", cores=2.0, foreign=1.0).info, flops=3e9)
     free = capacity(info, device("a", cores=2.0, foreign=1.0).load)

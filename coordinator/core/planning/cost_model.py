@@ -4,7 +4,7 @@
 use. Speeds are per core and an observation counts by the cores the agent really used, so a prediction follows the live
 load at once while foreign load never spoils what was learned. One `Fit` per device and bits; bits not yet met on a
 device take the speed of those that were, times `BITS_TIME`. A device not yet met is as much faster than the median of
-the fleet as its probe was (`DeviceInfo.flops`), or equal to it where it told none.
+the fleet as its probe was (`DeviceInfo.flops`, `Pool`), or equal to its median where it told none.
 
 **Memory** = agent + `WORKING_BYTES` + weights(bits) + 16 B per trained parameter + 4 B per frozen one + the larger of
 the micro-batch's activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and a layer twice in fp32
@@ -27,7 +27,7 @@ from msgspec.structs import replace
 from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
-from coordinator.core.planning.fit import BAND, Fit
+from coordinator.core.planning.fit import BAND, Fit, Pool
 from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, shares_memory
 from coordinator.core.planning.reasons import mebibytes, plural, seconds
@@ -97,9 +97,9 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     cpu: tuple[float, float] = (0.0, 1 / CPU_FLOPS)
     """(overhead_s, per_flop_s) per core at 32 bits: the median of the fleet."""
     gpu: tuple[float, float] = (0.0, 1 / GPU_FLOPS)
-    cpu_probed: tuple[float, float] | None = None
-    """(overhead_s, per_flop_s) per core at 32 bits times FLOP/s of the probe: the median of the devices that told."""
-    gpu_probed: tuple[float, float] | None = None
+    cpu_pool: Pool = Pool()
+    """Per core at 32 bits, of the devices that told their probe."""
+    gpu_pool: Pool = Pool()
     activation_scale: float = 1.0
     """Median of the fleet."""
 
@@ -176,6 +176,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     def learn(self, report: RoundReport) -> CostModel:
         """The model that also knows `report`. Speeds are learned where the report names the job and the base."""
         devices = dict(self.devices)
+        seen: dict[str, _Seen] = {}
         known_needs: Needs = {}
         for device, work in sorted(report.works.items()):
             found = devices.get(device) or _UNKNOWN
@@ -185,18 +186,24 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
                 found = _with_probe(found, report.infos.get(device))
                 if report.facts is not None and report.job is not None:
                     need = _demand_of(report.facts, report.job, work, known_needs)
-                    found = _with_speed(found, need, result, load, work.agents)
+                    found, step = _observed(found, need, result, load, work.agents)
+                    if step is not None:
+                        seen[device] = step
                     found = _with_memory(found, need, result, self.activation_scale, load, work.agents)
                 found = _with_link(found, report.adapter_bytes, result.fetch_s)
                 found = replace(found, own_bytes=result.peak_bytes or found.own_bytes)
             if found is not _UNKNOWN:
                 devices[device] = found
+        cpu = _pooled(self.cpu_pool, devices, seen, gpu=False)
+        gpu = _pooled(self.gpu_pool, devices, seen, gpu=True)
+        for device, step in seen.items():
+            devices[device] = _fitted(devices[device], step, gpu if devices[device].gpu else cpu)
         return CostModel(
             devices=devices,
             cpu=_median_speed(devices, gpu=False) or self.cpu,
             gpu=_median_speed(devices, gpu=True) or self.gpu,
-            cpu_probed=_median_speed(devices, gpu=False, probed=True) or self.cpu_probed,
-            gpu_probed=_median_speed(devices, gpu=True, probed=True) or self.gpu_probed,
+            cpu_pool=cpu,
+            gpu_pool=gpu,
             activation_scale=statistics.median(
                 [d.activation_scale for d in devices.values() if d.activation_scale] or [1.0]
             ),
@@ -212,12 +219,12 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             ratio = BITS_TIME[bits] / BITS_TIME[int(other)]
             return fit.overhead_s * ratio, fit.per_flop_s * ratio, f"from {plural(fit.rounds, 'round')} at {other} bits"
         ratio = BITS_TIME[bits]
-        probed = (self.gpu_probed, self.cpu_probed) if free.gpu else (self.cpu_probed, self.gpu_probed)
         if free.flops:
-            # Of neither kind known: what a step takes beyond bare products is the same for all, and not known.
-            overhead, per_flop = next((known for known in probed if known is not None), (0.0, 1.0))
-            source = PROBED_SPEED if any(probed) else ASSUMED_SPEED
-            return overhead * ratio / free.flops, per_flop * ratio / free.flops, source
+            # What a step takes beyond bare products is the same for all; that of the other kind before nothing.
+            pools = (self.gpu_pool, self.cpu_pool) if free.gpu else (self.cpu_pool, self.gpu_pool)
+            pool = next((pool for pool in pools if pool.s11), Pool(per_flop=1.0))
+            source = PROBED_SPEED if pool.s11 else ASSUMED_SPEED
+            return pool.overhead * ratio / free.flops, pool.per_flop * ratio / free.flops, source
         overhead, per_flop = self.gpu if free.gpu else self.cpu
         return overhead * ratio, per_flop * ratio, MEDIAN_SPEED if self.devices else ASSUMED_SPEED
 
@@ -276,19 +283,46 @@ def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met
     return replace(found, limits={**found.limits, bits: min(told)}) if told else found
 
 
-def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Load | None, agents: int) -> DeviceModel:
+class _Seen(NamedTuple):
+    """A round's step time on one device, as `Fit.learn` takes it."""
+
+    x0: float
+    x1: float
+    step_s: float
+    bits: Bits
+
+
+def _observed(
+    found: DeviceModel, need: Demand, result: UpdateFacts, load: Load | None, agents: int
+) -> tuple[DeviceModel, _Seen | None]:
+    """(`found` with what of the device `result` tells, the step time; None where it tells none)."""
     if result.step_s <= 0 or result.steps < 1 or result.batch < 1:
-        return found
+        return found, None
     free = capacity(None, load, agents)
     found = replace(found, gpu=free.gpu, cores=free.cores)
     if not free.gpu and result.cores_used > 0 and load is not None:
         found = _with_occupancy(found, free, result.cores_used)
     used = used_cores(found, result, load, agents)
     if used is None:
-        return found
-    bits = str(result.bits)
-    fit = found.fits.get(bits, Fit()).learn(1 / min(used, 1.0), need.flop * result.batch / used, mean_step_s(result))
-    return replace(found, fits={**found.fits, bits: fit})
+        return found, None
+    return found, _Seen(1 / min(used, 1.0), need.flop * result.batch / used, mean_step_s(result), result.bits)
+
+
+def _pooled(pool: Pool, devices: Mapping[str, DeviceModel], seen: Mapping[str, _Seen], *, gpu: bool) -> Pool:
+    """The pool with what the devices of its kind that told their probe have `seen`."""
+    told = []
+    for device, one in seen.items():
+        known = devices[device]
+        if known.gpu == gpu and known.flops:
+            unit = BITS_TIME[one.bits] / known.flops
+            told.append((one.x0 * unit, one.x1 * unit, one.step_s))
+    return pool.learn(told)
+
+
+def _fitted(found: DeviceModel, one: _Seen, pool: Pool) -> DeviceModel:
+    share = pool.share(one.x0, one.x1) if found.flops else None
+    fit = found.fits.get(str(one.bits), Fit()).learn(one.x0, one.x1, one.step_s, share)
+    return replace(found, fits={**found.fits, str(one.bits): fit})
 
 
 def measures_link(size: int, fetch_s: float) -> bool:
@@ -360,14 +394,13 @@ def _scale(before: float, need: Demand, result: UpdateFacts) -> float:
     return seen if seen > before and result.load_s == 0 else (before + seen) / 2
 
 
-def _median_speed(devices: Mapping[str, DeviceModel], *, gpu: bool, probed: bool = False) -> tuple[float, float] | None:
-    """(overhead_s, per_flop_s) at 32 bits of the median device of a kind; `probed`: each times its probe's FLOP/s."""
+def _median_speed(devices: Mapping[str, DeviceModel], *, gpu: bool) -> tuple[float, float] | None:
+    """(overhead_s, per_flop_s) at 32 bits of the median device of a kind."""
     overheads: list[float] = []
     per_flops: list[float] = []
     for known in devices.values():
-        times = known.flops if probed else 1.0
-        if known.gpu == gpu and known.fits and times:
+        if known.gpu == gpu and known.fits:
             bits, fit = max(known.fits.items(), key=lambda item: (item[1].rounds, item[0]))
-            overheads.append(times * fit.overhead_s / BITS_TIME[int(bits)])
-            per_flops.append(times * fit.per_flop_s / BITS_TIME[int(bits)])
+            overheads.append(fit.overhead_s / BITS_TIME[int(bits)])
+            per_flops.append(fit.per_flop_s / BITS_TIME[int(bits)])
     return (statistics.median(overheads), statistics.median(per_flops)) if per_flops else None

@@ -107,6 +107,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """What confines the daemon: its unit as shipped, the unit without its device filter, or nothing that is known."""
     releases: bool = False
     """Whether this daemon knows `down/release`."""
+    faulty: Annotated[dict[str, Text], Meta(max_length=64)] = {}
+    """Data sets that the owner named and the agent can't read -> why. The device works on its others."""
 
 
 class GpuLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

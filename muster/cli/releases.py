@@ -42,6 +42,9 @@ def release(
         typer.Option(min=0.0, help="Seconds for the canaries, and for the rest; 0: as the coordinator says."),
     ] = 0.0,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow it to its end.")] = True,
+    patience: Annotated[
+        float, typer.Option(min=0.0, help="With --wait: seconds for which a coordinator that is away is waited for.")
+    ] = 600.0,
     status: Annotated[bool, typer.Option("--status", help="Show a release, device by device.")] = False,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Give the devices back what they had before a release.")
@@ -62,10 +65,10 @@ def release(
         case "status":
             releasing.show(place, what or "last", json)
         case "rollback":
-            releasing.roll_back(place, what or "last", wait=wait, json=json)
+            releasing.roll_back(place, what or "last", wait=wait, patience_s=patience, json=json)
         case _:
             ask = _ask(what, canary, device or [], seed, worse_by, deadline)
-            releasing.start(place, ask, wait=wait, json=json)
+            releasing.start(place, ask, wait=wait, patience_s=patience, json=json)
 
 
 def _asked(what: str, **chosen: bool) -> str:

@@ -12,29 +12,30 @@ from coordinator.web.release_asks import ReleaseAsk
 from coordinator.web.views import ReleaseView
 from muster.cli import release_tables as tables
 from muster.cli.options import Place, as_json
+from muster.client import Unreachable
 
 ENDED = frozenset({"finished", "rolled_back", "failed"})
 _LOOK_EVERY_S = 1.0
 
 
-def start(place: Place, ask: ReleaseAsk, *, wait: bool, json: bool) -> None:
-    """Begin a release; `wait`: follow it to its end."""
+def start(place: Place, ask: ReleaseAsk, *, wait: bool, patience_s: float, json: bool) -> None:
+    """Begin a release; `wait`: follow it to its end, over absences of the coordinator up to `patience_s`."""
     with place.client() as client:
         view = client.release(ask)
-        if wait:
-            print(view.id, file=sys.stderr)
-            view = follow(place, view.id)
+    if wait:
+        print(view.id, file=sys.stderr)
+        view = _watched(place, view.id, patience_s)
     _print(view, json, short=not wait)
     if wait and not well(view):
         raise typer.Exit(1)
 
 
-def roll_back(place: Place, name: str, *, wait: bool, json: bool) -> None:
+def roll_back(place: Place, name: str, *, wait: bool, patience_s: float, json: bool) -> None:
     """Withdraw a release; `wait`: until the devices have what they had."""
     with place.client() as client:
         view = client.roll_back(name)
     if wait:
-        view = follow(place, view.id)
+        view = _watched(place, view.id, patience_s)
     _print(view, json, short=not wait)
     if wait and view.state not in ("rolled_back", "failed"):
         raise typer.Exit(1)
@@ -61,19 +62,42 @@ def show_all(place: Place, json: bool) -> None:
         print("no releases yet; make one with: muster release JOB")
 
 
-def follow(place: Place, name: str) -> ReleaseView:
-    """Say each change of the release on standard error until it ends."""
-    said = ""
-    with place.client() as client:
-        while True:
-            view = client.release_status(name)
-            line = tables.progress(view)
-            if line != said:
-                print(line, file=sys.stderr)
-                said = line
-            if view.state in ENDED:
-                return view
-            time.sleep(_LOOK_EVERY_S)
+def _watched(place: Place, name: str, patience_s: float) -> ReleaseView:
+    try:
+        return follow(place, name, patience_s)
+    except KeyboardInterrupt:
+        print(f"interrupted: {_goes_on(name)}", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def follow(place: Place, name: str, patience_s: float) -> ReleaseView:
+    """Say each change of the release on standard error until it ends.
+
+    A coordinator that does not answer is waited for; raises `Unreachable` after `patience_s`.
+    """
+    said, gone_at = "", None
+    while True:
+        try:
+            # Found anew each time: one that was restarted may have another port.
+            with place.client() as client:
+                view = client.release_status(name)
+        except Unreachable as error:
+            gone_at = gone_at or time.monotonic()
+            if time.monotonic() - gone_at > patience_s:
+                raise Unreachable(f"{error}; {_goes_on(name)}") from error
+            line = f"the coordinator does not answer: waiting for it, {patience_s:.0f} s at most"
+        else:
+            gone_at, line = None, tables.progress(view)
+        if line != said:
+            print(line, file=sys.stderr)
+            said = line
+        if gone_at is None and view.state in ENDED:
+            return view
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _goes_on(name: str) -> str:
+    return f"release {name} goes on; muster release --status {name} tells how it stands, --rollback takes it back"
 
 
 def well(view: ReleaseView) -> bool:

@@ -24,7 +24,8 @@ from coordinator.web.shelf import Shelf
 from edge_daemon import protocol
 from muster.cli import main as cli
 from muster.cli import releasing
-from muster.client import Client
+from muster.cli.options import Place
+from muster.client import Client, Unreachable
 from muster.testbed.memory_fleet import MemoryFleet
 from shared.errors import UserError
 from tests.fleet import fleet_rig as rig
@@ -191,6 +192,17 @@ def test_a_command_that_makes_no_sense_is_told_so(
     assert cli.main([*place, "release", *words]) == 2
     error = capsys.readouterr().err
     assert told in error and error.count("\n") == 1
+
+
+def test_a_coordinator_that_is_away_is_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(releasing, "_LOOK_EVERY_S", 0.05)
+    (tmp_path / "token").write_text(TOKEN)
+    nowhere = Place(url="http://127.0.0.1:1", token_file=str(tmp_path / "token"), config="")
+    with pytest.raises(Unreachable, match="release a.r1-1 goes on; muster release --status a.r1-1 tells"):
+        releasing.follow(nowhere, "a.r1-1", 0.3)
+    assert capsys.readouterr().err == "the coordinator does not answer: waiting for it, 0 s at most\n"
 
 
 def test_a_missing_job_is_one_line(served: Served, place: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,10 @@ EPILOG = (
     "edge-01[/bold] · [bold]muster release --status[/bold] · [bold]muster release --rollback[/bold]"
 )
 
+Patience = Annotated[
+    float, typer.Option(min=0.0, help="With --wait: seconds for which a coordinator that is away is waited for.")
+]
+
 
 def release(
     context: typer.Context,
@@ -42,9 +46,7 @@ def release(
         typer.Option(min=0.0, help="Seconds for the canaries, and for the rest; 0: as the coordinator says."),
     ] = 0.0,
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow it to its end.")] = True,
-    patience: Annotated[
-        float, typer.Option(min=0.0, help="With --wait: seconds for which a coordinator that is away is waited for.")
-    ] = 600.0,
+    patience: Patience = 600.0,
     status: Annotated[bool, typer.Option("--status", help="Show a release, device by device.")] = False,
     rollback: Annotated[
         bool, typer.Option("--rollback", help="Give the devices back what they had before a release.")

@@ -194,6 +194,13 @@ class Runtime:
         name = topic.name(self.settings.fleet, **parts)
         self._waiting.append(base.Outgoing(topic, name, pack(message), token=name))
 
+    def forget(self, device: str) -> None:
+        """Take `device` out of the fleet: what the broker retains of it goes, an assignment too."""
+        for topic in (topics.ASSIGN, topics.INFO, topics.STATE):
+            name = topic.name(self.settings.fleet, device=device)
+            self._waiting.append(base.Outgoing(topic, name, b"", token=name))
+        self.step(ev.Decommissioned(device=device, **self.now()))
+
     def stop(self) -> None:
         """Say goodbye and end the worker."""
         self._say_presence(online=False)

@@ -101,6 +101,11 @@ def _routes(app: FastAPI, desk: Desk, shelf: Shelf) -> None:
     def devices() -> Response:
         return _json(desk.devices())
 
+    @app.delete("/v1/devices/{device}")
+    def forget(device: str) -> Response:
+        desk.forget(device)
+        return Response(status_code=204)
+
 
 def _json(value: Any, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from shared.processes import die_with_parent
 from tests.hosts import lan
 from tests.hosts.tree import REPOSITORY, USER, Tree
 
-WHEELS = "/srv/wheels"
-"""Where a host finds the shared wheelhouse, read-only, if it has one mounted."""
+SHARES = "/srv"
+"""Below it a host finds the shared wheelhouses, read-only and by their own names, if it has any mounted."""
 BOOT_WITHIN_S = 180.0
 _REBOOT = 133
 """nspawn's exit code when the host asked for a reboot."""
@@ -41,7 +42,7 @@ class Host:
     """One host. Start it from a thread that lives as long as it shall: it dies with that thread."""
 
     def __init__(
-        self, number: int, name: str, folder: Path, tree: Tree, keys: Keys, wheels: Path | None = None
+        self, number: int, name: str, folder: Path, tree: Tree, keys: Keys, wheels: Sequence[Path] = ()
     ) -> None:
         self.number, self.name, self.folder = number, name, folder
         self.address = lan.address(number)
@@ -69,6 +70,7 @@ class Host:
         layers = f"lowerdir={self._tree.root},upperdir={self.folder / 'upper'},workdir={self.folder / 'work'}"
         lan.run("mount", "-t", "overlay", "overlay", "-o", layers, str(self.root))
         (self.root / "etc/hostname").write_text(f"{self.name}\n", encoding="utf-8")
+        (self.root / "etc/hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n", encoding="utf-8")
         key = self.root / "etc/ssh/ssh_host_ed25519_key"
         lan.run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.name, "-f", str(key))
         public = key.with_suffix(".pub").read_text(encoding="utf-8").split()
@@ -139,8 +141,7 @@ class Host:
 
     def _command(self) -> list[str]:
         mounts = [f"--bind-ro={self._tree.debs}:{REPOSITORY}"]
-        if self._wheels is not None:
-            mounts.append(f"--bind-ro={self._wheels}:{WHEELS}")
+        mounts += [f"--bind-ro={folder}:{SHARES}/{folder.name}" for folder in self._wheels]
         where = f"--network-namespace-path=/run/netns/{lan.namespace(self.number)}"
         options = ["--quiet", "--register=no", "--keep-unit", "--console=pipe", "--resolv-conf=off", "--timezone=off"]
         place = [f"--directory={self.root}", f"--machine={self.name}", where]

@@ -16,13 +16,14 @@ from typing import Any
 from muster.testbed import least_squares
 from tests.hosts import lan, machine, tree, wheels
 from tests.hosts.controller import PROGRAMS, Controller, Ran
-from tests.hosts.machine import WHEELS, Host, HostFailed
+from tests.hosts.machine import SHARES, Host, HostFailed
 from tests.hosts.tree import CACHE, TreeFailed
 
 RUN = CACHE / "run"
 SERVER, TORCH, SMALL = "host-1", "host-2", "host-3"
 """Broker and coordinator; the device that gets torch later on, from a shared wheelhouse; the one that never does."""
 DEVICES = (TORCH, SMALL)
+SHARED = [f"{SHARES}/{folder.name}" for folder in (wheels.FOLDER, wheels.TORCH_FOLDER)]
 MODEL = "12x6"
 DATA = "/srv/data"
 STEP_S = 0.25
@@ -77,7 +78,7 @@ class Site:
         server = {
             **reach[SERVER],
             "muster_coordinator_profile": "coordinator",
-            "muster_host_wheel_folders": [WHEELS],
+            "muster_host_wheel_folders": SHARED,
             "muster_coordinator_settings": {
                 "worker": self._program("coordinator", "numpy_worker"),
                 "waits": {"period_s": 3.0},
@@ -159,7 +160,7 @@ class Site:
         return [f"/opt/muster/releases/{self.releases[profile]}/bin/python", "-m", f"muster.testbed.{module}"]
 
     def _edge(self, name: str) -> dict[str, Any]:
-        shared = {"muster_host_wheel_folders": [WHEELS]} if name == TORCH else {}
+        shared = {"muster_host_wheel_folders": SHARED} if name == TORCH else {}
         return {
             **shared,
             "muster_edge_profile": "edge-numpy",
@@ -206,9 +207,10 @@ def _boot(stack: contextlib.ExitStack) -> Site:
         keys = machine.make_keys(RUN)
         found = {}
         folder, releases = wheels.good()
+        wheels.TORCH_FOLDER.mkdir(exist_ok=True)  # filled later
         wheeled = time.monotonic()
         for number, name in enumerate((SERVER, TORCH, SMALL), start=1):
-            shared = None if name == SMALL else folder
+            shared = () if name == SMALL else (folder, wheels.TORCH_FOLDER)
             found[name] = Host(number, name, RUN / name, made, keys, shared)
             found[name].prepare()
             found[name].start()

@@ -161,12 +161,13 @@ def test_torch_on_one_device(fleet: Site, tmp_path: Path) -> None:
                    for n, word in enumerate(("red", "green", "blue") * 8))  # fmt: skip
     for name in (SERVER, TORCH):
         (fleet.hosts[name].root / DATA.lstrip("/") / "colours.jsonl").write_text(rows, encoding="utf-8")
+    torch = {"muster_wheelhouse": str(wheels.with_torch()[0])}
     fleet.server = {
-        "muster_coordinator_profile": "coordinator-train", "muster_coordinator_models": {"tiny": str(model)},
+        **torch, "muster_coordinator_profile": "coordinator-train", "muster_coordinator_models": {"tiny": str(model)},
         "muster_coordinator_settings": {},
     }  # fmt: skip
     fleet.device_settings[TORCH] = {
-        "muster_edge_profile": "edge-train", "muster_edge_models": {"tiny": str(model)},
+        **torch, "muster_edge_profile": "edge-train", "muster_edge_models": {"tiny": str(model)},
         "muster_edge_data": {"colours": f"{DATA}/colours.jsonl"}, "muster_edge_doctor_tolerates": [],
         "muster_edge_settings": {"agent": {"gpus": ["cpu"]}, "policy": {"foreign_limit": 1000.0}},
     }  # fmt: skip

@@ -12,13 +12,11 @@ from types import ModuleType
 from tests.hosts.controller import ROOT
 from tests.hosts.tree import CACHE
 
-PROFILES = {
-    "edge-numpy": "muster[systemd] numpy",
-    "edge-train": "muster[systemd,train]",
-    "coordinator": "muster[systemd,coordinator,cli]",
-    "coordinator-train": "muster[systemd,coordinator,cli,train]",
-}
+PROFILES = {"edge-numpy": "muster[systemd] numpy", "coordinator": "muster[systemd,coordinator,cli]"}
 """With `edge-numpy`, the test agent's, in the place of `edge`."""
+TORCH = {"edge-train": "muster[systemd,train]", "coordinator-train": "muster[systemd,coordinator,cli,train]"}
+"""In a folder of their own: only the later days need them, and torch is large."""
+FOLDER, TORCH_FOLDER = CACHE / "wheels", CACHE / "wheels-torch"
 HERE = sys.version_info[:2]
 _COPIED = ("pyproject.toml", "README.md", "LICENSE", "coordinator", "edge_daemon", "muster", "shared")
 
@@ -32,18 +30,22 @@ def _script() -> ModuleType:
     return module
 
 
-def _make(folder: Path, source: Path) -> dict[str, str]:
+def _make(folder: Path, source: Path, profiles: dict[str, str]) -> dict[str, str]:
     script = _script()
     folder.mkdir(parents=True, exist_ok=True)
     target = script.Target("x86_64-py311", "", ())
-    made: dict[str, str] = script.make(folder, source, target, PROFILES, [], [])
+    made: dict[str, str] = script.make(folder, source, target, profiles, [str(FOLDER)], [])
     return made
 
 
 def good() -> tuple[Path, dict[str, str]]:
     """The wheelhouse of this source; (folder, profile -> release)."""
-    folder = CACHE / "wheels"
-    return folder, _make(folder, ROOT)
+    return FOLDER, _make(FOLDER, ROOT, PROFILES)
+
+
+def with_torch() -> tuple[Path, dict[str, str]]:
+    """The same, of the profiles with torch."""
+    return TORCH_FOLDER, _make(TORCH_FOLDER, ROOT, TORCH)
 
 
 def other(folder: Path, version: str, changes: dict[str, tuple[str, str]]) -> tuple[Path, dict[str, str]]:
@@ -66,13 +68,13 @@ def other(folder: Path, version: str, changes: dict[str, tuple[str, str]]) -> tu
         (source / name).write_text(text.replace(before, after), encoding="utf-8")
     wheels = folder / "wheels"
     copy(wheels)
-    return wheels, _make(wheels, source)
+    return wheels, _make(wheels, source, PROFILES)
 
 
 def copy(folder: Path) -> Path:
     """The good wheelhouse as another folder; the wheels are the same files: replace one, never write to it."""
     folder.mkdir(parents=True)
-    for path in (CACHE / "wheels").iterdir():
+    for path in FOLDER.iterdir():
         if path.suffix == ".whl":
             os.link(path, folder / path.name)
         elif path.is_file():

@@ -18,7 +18,8 @@ test: setup ## What every change must pass: checks, then all tests but the slow 
 	@scripts/check
 	@scripts/test
 
-test-all: setup ## The same with the slow tests: long transfers, long runs
+test-all: setup ## The same with the slow tests: long transfers, long runs, the whole story on real hosts
+	@$(PYTHON) -m tests.hosts
 	@scripts/check
 	@scripts/test --all
 

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.hosts.site import NotPossible, Site, hosts
+from tests.hosts.site import REQUIRED, NotPossible, Site, hosts
 
-REQUIRED = "MUSTER_HOST_TESTS"
-"""Set to "required" (`.ci/run` does), a run without hosts fails."""
 _why: list[str] = []
 _timings: list[tuple[str, float]] = []
 

@@ -19,6 +19,8 @@ from tests.hosts.controller import PROGRAMS, Controller, Ran
 from tests.hosts.machine import SHARES, Host, HostFailed
 from tests.hosts.tree import CACHE, TreeFailed
 
+REQUIRED = "MUSTER_HOST_TESTS"
+"""Set to "required" (`.ci/run` does), a run without hosts fails."""
 RUN = CACHE / "run"
 SERVER, TORCH, SMALL = "host-1", "host-2", "host-3"
 """Broker and coordinator; the device that gets torch later on, from a shared wheelhouse; the one that never does."""
@@ -184,14 +186,37 @@ class Site:
 @contextlib.contextmanager
 def hosts() -> Iterator[Site]:
     """Boot the hosts; at the end all of it is gone but the logs in `RUN`. Raises `NotPossible`."""
+    with _emptied() as stack:
+        yield _boot(stack)
+
+
+def probe() -> None:
+    """Boot one host and end it. Raises `NotPossible`."""
+    with _emptied() as stack:
+        _check_machine()
+        try:
+            made = tree.get()
+            lan.make(1)
+            host = Host(1, SERVER, RUN / SERVER, made, machine.make_keys(RUN))
+            host.prepare()
+            host.start()
+            stack.callback(host.kill)
+            host.wait()
+        except (TreeFailed, lan.LanFailed, HostFailed) as error:
+            raise NotPossible(str(error)) from error
+
+
+@contextlib.contextmanager
+def _emptied() -> Iterator[contextlib.ExitStack]:
+    """What a run leaves behind is removed before and after, but for the logs; what stands on the stack goes first."""
     with _turn():
         lan.remove(RUN)
         shutil.rmtree(RUN, ignore_errors=True)
         RUN.mkdir(parents=True)
         try:
             with contextlib.ExitStack() as stack:
-                stack.callback(_end)
-                yield _boot(stack)
+                stack.callback(lan.remove, RUN)
+                yield stack
         finally:
             for name in (SERVER, *DEVICES):
                 shutil.rmtree(RUN / name, ignore_errors=True)
@@ -247,10 +272,6 @@ def _check_machine() -> None:
             raise NotPossible(f"{program} is missing: run make setup")
     if wheels.HERE != tree.PYTHON:
         raise NotPossible("the hosts' wheels are made with Python {}.{}, and this is another".format(*tree.PYTHON))
-
-
-def _end() -> None:
-    lan.remove(RUN)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from shared import certificates
 from tests.hosts import lan, wheels
 from tests.hosts.controller import BROKER_PORT, FLEET
 from tests.hosts.site import DATA, DEVICES, RUN, SERVER, SMALL, TORCH, Site
@@ -149,9 +150,10 @@ def test_new_certificates_in_the_middle_of_a_round(fleet: Site) -> None:
     assert all(_serial(fleet, name) != serial for name, serial in before.items())
     assert fleet.view(job)["state"] != "finished", "it was over before the certificates were new"
     fleet.ended_well(job)
-    for name in DEVICES:
-        used = fleet.hosts[name].ssh(f"openssl x509 -noout -serial -in /etc/muster/pki/{name}.crt", check=False)
-        assert _serial(fleet, name) in used.stdout.lower()
+    for host, unit, name in ((TORCH, "edge", TORCH), (SMALL, "edge", SMALL), (SERVER, "coordinator", "coord-1")):
+        handed = f"cat /run/credentials/muster-{unit}.service/mqtt.crt"
+        assert _serial_of(fleet.hosts[host].ssh(handed, root=True).stdout) == _serial(fleet, name), unit
+    assert _serial_of(_shown_by_broker(fleet)) == _serial(fleet, "server")
 
 
 def test_torch_on_one_device(fleet: Site, tmp_path: Path) -> None:
@@ -238,6 +240,16 @@ def _canary(fleet: Site, folder: Path, releases: dict[str, str], name: str) -> o
     fleet.wheels, fleet.releases = good
     fleet.describe()
     return ran
+
+
+def _shown_by_broker(fleet: Site) -> str:
+    ask = "import ssl, sys; print(ssl.get_server_certificate((sys.argv[1], int(sys.argv[2]))))"
+    command = [sys.executable, "-c", ask, fleet.hosts[SERVER].address, str(BROKER_PORT)]
+    return subprocess.run(lan.on_controller(command), capture_output=True, text=True, check=True).stdout
+
+
+def _serial_of(pem: str) -> str:
+    return certificates.serial_of(certificates.read_certificate(pem.encode(), "a certificate"))
 
 
 def _serial(fleet: Site, name: str) -> str:

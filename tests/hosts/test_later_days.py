@@ -159,7 +159,7 @@ def test_new_certificates_in_the_middle_of_a_round(fleet: Site) -> None:
 def test_torch_on_one_device(fleet: Site, tmp_path: Path) -> None:
     """From the shared wheelhouse, with a base model that Ansible brings; a round of real training, in the sandbox."""
     model = tiny_models.make_bert(tmp_path / "tiny")
-    rows = "".join(json.dumps({"text": f"the {word} sea", "label": n % 3}) + "\\n"
+    rows = "".join(json.dumps({"text": f"the {word} sea", "label": n % 3}) + "\n"
                    for n, word in enumerate(("red", "green", "blue") * 8))  # fmt: skip
     for name in (SERVER, TORCH):
         (fleet.hosts[name].root / DATA.lstrip("/") / "colours.jsonl").write_text(rows, encoding="utf-8")

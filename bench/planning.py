@@ -50,6 +50,10 @@ EVALUATED = 256
 """Rows evaluated after each round: more would take as long as the round itself."""
 BATCH = 8
 DEVICES, SAMPLE, STEPS = 80, 10, 8
+GLOBAL_RANK = 16
+"""Twice the devices' rank: the default, for long jobs, is half of these small matrices and doubles downloads."""
+LORA_PLUS = 8.0
+"""Every method of LoRA diverges at the rates that its B and the head want where A gets them, too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,7 +97,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
-    """(method, task) -> the rate whose run was best on the validation split, where all of its rates were run."""
+    """(method, task) -> the rate whose run was best on the validation split, where all of its rates were run; with
+    another aggregator a method has the rate of its own."""
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     missing: set[tuple[str, str]] = set()
     for run in tuning_runs(grid, chosen):
@@ -103,7 +108,9 @@ def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
             missing.add(key)
         else:
             found.setdefault(key, []).append((best if best is not None else float("-inf"), -run.lr))
-    return {key: -max(values)[1] for key, values in found.items() if key not in missing}
+    best_of = {key: -max(values)[1] for key, values in found.items() if key not in missing}
+    pairs = ((method, task) for method in chosen for task in TASKS)
+    return {(m.name, task): best_of[m.strategy, task] for m, task in pairs if (m.strategy, task) in best_of}
 
 
 def result_of(run: Run) -> simulated.Result | None:
@@ -207,8 +214,14 @@ def simulation(run: Run, scratch: Path) -> Simulation:
             "deadline_s": 600,
             "target": abs(task.target) if run.stop else 0.0,
         },
-        "strategy": {"rank": 8, "batch": BATCH, "batch_min": BATCH // 4, "batch_max": 4 * BATCH},
-        "training": {"lr": run.lr},
+        "strategy": {
+            "rank": 8,
+            "global_rank": GLOBAL_RANK,
+            "batch": BATCH,
+            "batch_min": BATCH // 4,
+            "batch_max": 4 * BATCH,
+        },
+        "training": {"lr": run.lr, "lora_plus": LORA_PLUS},
         # Strong skew makes single rounds much worse; the gate is for operators, a comparison must not pause.
         "evaluation": {"rows": EVALUATED, "worse_by": 1000.0},
     }

@@ -11,7 +11,7 @@ from coordinator.core.planning import registry as planners
 from shared.jobs import StrategySpec
 
 Split = Literal["validation", "test"]
-RATES = (2e-3, 5e-3, 1e-2, 2e-2)
+RATES = (5e-3, 1e-2, 2e-2, 5e-2)
 """Learning rates tried for every method and task, with the same budget."""
 FULL_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 """As many for `full`: what moves every weight wants smaller steps."""
@@ -125,13 +125,14 @@ def methods(only: Sequence[str] = ()) -> list[Method]:
 
 
 def tuning_runs(grid: Grid, chosen: Sequence[Method]) -> Iterator[Run]:
-    """The runs that choose each method's rate on each task, at the task's first alpha."""
+    """The runs that choose each method's rate on each task, at the task's first alpha, with its own aggregator."""
+    own = [Method(strategy) for strategy in dict.fromkeys(method.strategy for method in chosen)]
     done: set[str] = set()
     for task, alpha, _ in grid.cells:
         if task in done:
             continue
         done.add(task)
-        for method in _on(grid, chosen, task):
+        for method in _on(grid, own, task):
             for lr in method.rates:
                 yield Run(method, task, alpha, TUNING_SEED, lr, "validation", grid.tuning)
 

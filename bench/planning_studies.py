@@ -33,6 +33,7 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "": Variant(),
     "equal": Variant(fields={"profile": "equal"}),
+    "short": Variant(fields={"profile": "jetson-short"}),
     "oracle": Variant(fields={"oracle": True}),
     "all": Variant(around=lambda: planners({"fedpipe": partial(FedPipePlanner, wanted=1.0)})),
     "once": Variant(tables={"strategy": {"rescore_every": 1000}}),
@@ -83,6 +84,11 @@ STUDIES = (
     Study(
         "equal", "A fleet of equal devices: is planning in the way?",
         tuple((method, "equal") for method in (_FEDPIPE, _LEGEND, _FEDLORA, _UNIFORM)), 40, SEEDS, stop=True,
+    ),
+    Study(
+        "short", "Short rounds: each step charged as one, so that transfers outweigh training",
+        tuple((method, "short") for method in (_FEDPIPE, _LEGEND, _UNIFORM, _FEDLORA, Method("fedadapter"))), 40, (0,),
+        stop=True,
     ),
     Study(
         "padding", "Exact aggregation against zero-padding at unequal ranks", ((_PADDED, ""), (_EXACT, "")), 20, FIVE

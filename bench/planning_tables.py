@@ -13,6 +13,18 @@ Results = Sequence[tuple[Run, simulated.Result]]
 Figure = Callable[[simulated.Result], float | None]
 
 
+RECIPE = (
+    "The same for all: rank 8, at most 16 in the global adapter, batch 8 (2 to 32 where a method moves it), Adam with "
+    "LoRA+ (factors A learn at an eighth of the rate), 256 rows evaluated a round. Rivals have one batch, as in their "
+    "papers ([decision 0020](decisions/0020-rivals-have-one-batch.md)); every planner knows the devices' probes "
+    "([0022](decisions/0022-a-probe-tells-devices-apart.md)).",
+    "",
+    "**A step is charged as ten.** In the papers a round is a local epoch, of a hundred steps and more. Here eight are "
+    "computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as "
+    "there. The study of short rounds below has the other regime.",
+)
+
+
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """(mean, half width of its 95 % interval by Student's t); the width of one value is not a number."""
     mean = fmean(values)
@@ -41,8 +53,10 @@ def page(
         f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`, `head`: {_listed(SMALL_RATES)}) "
         "for each method on a validation split cut from "
         f"the training rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor. A method with `+fsr` "
-        "has the exact aggregator in place of its own; `fedlora`, `ffa` and `fedex` with it are `uniform`, `flexlora` "
-        "and `flora` with it are `hetlora+fsr`.",
+        "has the exact aggregator in place of its own, and the same rate; `ffa` and `fedex` with it are `fedlora+fsr`, "
+        "`flexlora` and `flora` with it are `hetlora+fsr`.",
+        "",
+        *RECIPE,
         "",
         *claims,
     ]

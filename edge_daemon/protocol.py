@@ -127,6 +127,8 @@ class Probed(PipeMessage, frozen=True, kw_only=True):
     """Agents that this stands for."""
     agent_bytes: int = 0
     hardware: str = ""
+    flops: float = 0.0
+    """As in `DeviceInfo`."""
 
 
 class Beat(PipeMessage, frozen=True, kw_only=True):

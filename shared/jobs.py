@@ -117,7 +117,9 @@ class TrainingSpec(Spec, frozen=True, kw_only=True):
     """The local optimisation, the same on every device."""
 
     lr: Rate = 1e-3
-    """Learning rate of AdamW."""
+    """Learning rate of AdamW: of factors B, of the head, of all that is trained densely."""
+    lora_plus: Rate = 1.0
+    """Learning rate of factors B divided by that of factors A (LoRA+, arXiv 2402.12354: above 1, about 16)."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Over all rounds of the job, by round."""
     warmup_steps: Natural = 0

@@ -91,6 +91,9 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Agents that train side by side: one for each listed GPU that passed the probe, or those on the CPU."""
     agent_bytes: Natural = 0
     """Resident memory of an agent before it holds a model."""
+    flops: Amount = 0.0
+    """FLOP per second of matrix products in the probe: of one CPU core, or of the slowest listed GPU; 0: not measured.
+    Tells devices apart before their first round."""
     datasets: dict[str, DatasetFacts] = {}
     max_chunk: Natural = MAX_CHUNK_BYTES
     problem: Text = ""

@@ -221,6 +221,7 @@ def report(job: Job, round: Round) -> RoundReport:
         works=round.plan.participants,
         results=results,
         batch_limits=limits,
+        infos={device: job.told[device] for device in round.plan.participants if device in job.told},
         loads=round.loads,
         facts=job.facts,
         job=job.spec,

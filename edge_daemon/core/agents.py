@@ -74,7 +74,7 @@ def probed(state: State, event: ev.AgentProbed) -> Result:
     found = event.probed
     capability = Capability(
         bits=tuple(found.bits), datasets=found.datasets, notes=found.notes, agent_bytes=found.agent_bytes,
-        hardware=found.hardware, agents=found.agents,
+        hardware=found.hardware, agents=found.agents, flops=found.flops,
     )  # fmt: skip
     notes: list[cmd.Command] = [
         cmd.Note("info", f"probe: {name}: {note}") for name, note in sorted(found.notes.items())

@@ -48,7 +48,7 @@ def device_info(state: State) -> DeviceInfo:
         return msgspec.structs.replace(info, problem=problem)
     return msgspec.structs.replace(
         info, bits=list(capability.bits), agents=capability.agents, agent_bytes=capability.agent_bytes,
-        datasets=capability.datasets, hardware=info.hardware or capability.hardware,
+        datasets=capability.datasets, hardware=info.hardware or capability.hardware, flops=capability.flops,
         problem=(capability.problem or problem)[:1000],
     )  # fmt: skip
 

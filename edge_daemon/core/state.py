@@ -137,6 +137,7 @@ class Capability:
     notes: dict[str, str] = field(default_factory=dict)
     agents: int = 1
     agent_bytes: int = 0
+    flops: float = 0.0
     hardware: str = ""
     problem: str = ""
 

@@ -287,6 +287,7 @@ def _probed(team: Team) -> Turn:
             datasets=found[0][1].datasets,
             agents=max(1, len(fit)),
             agent_bytes=max(probed.agent_bytes for _, probed in found),
+            flops=min((probed.flops for probed in fit), default=0.0),
             hardware=", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names)),
         ),
     )

@@ -120,12 +120,13 @@ class Agent:
         self._control.beat("starting")
         torch.set_num_threads(max(1, probe.threads))
         self._device = "cuda" if probe.gpu and torch.cuda.is_available() else "cpu"
-        from shared.modeling import base_model, data, quantization
+        from shared.modeling import base_model, data, quantization, speed
 
         self._store = data.DataStore(keep=self._data_sets)
         self._bits, self._notes = quantization.probe_bits(self._device, self._control.beat)
         if probe.gpu and self._device == "cpu":
             self._bits, self._notes = [], {"gpu": f"{probe.gpu}: torch does not see this GPU"}
+        flops = speed.measured(self._device, self._control.beat) if self._bits else 0.0
         base_model.import_libraries(self._control.beat)
         notes = dict(self._notes)
         datasets: dict[str, DatasetFacts] = {}
@@ -137,7 +138,7 @@ class Agent:
                 notes[name] = str(error)
         return Probed(
             bits=self._bits, notes=notes, datasets=datasets, agent_bytes=resident_bytes(),
-            hardware=_hardware(self._device),
+            hardware=_hardware(self._device), flops=flops,
         )  # fmt: skip
 
     def train(self, request: Train) -> Trained | Failed:

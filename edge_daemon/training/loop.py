@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -186,7 +187,7 @@ class Loop:
             torch.nn.utils.clip_grad_norm_(self.carried.parameters(), training.max_grad_norm)
         rate = self._rate()
         for group in self._optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate / group["slower"]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._scorer is not None:
@@ -200,13 +201,15 @@ class Loop:
         return learning_rate(self.assignment.training, place, self.assignment.rounds * steps)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        factors = self.carried.trained_factors()
+        training = self.assignment.training
+        bs, inputs = self.carried.trained_factors()
         # Decay of the factors would decay the directions that they took over from the global adapter.
-        groups = [{"params": factors, "weight_decay": 0.0}] if factors else []
-        if self.carried.dense:
-            decay = self.assignment.training.weight_decay
-            groups.append({"params": list(self.carried.dense.values()), "weight_decay": decay})
-        return torch.optim.AdamW(groups, lr=self.assignment.training.lr)
+        groups: list[dict[str, Any]] = [
+            {"params": bs, "weight_decay": 0.0, "slower": 1.0},
+            {"params": inputs, "weight_decay": 0.0, "slower": training.lora_plus},
+            {"params": list(self.carried.dense.values()), "weight_decay": training.weight_decay, "slower": 1.0},
+        ]
+        return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr)
 
     def _resume(self) -> None:
         found = load_checkpoint(self.checkpoint_dir, self._work)

@@ -96,26 +96,30 @@ def _train(base: Base, data: TokenData, spec: JobSpec, effort: Effort, *, lora: 
     from shared.modeling.objective import loss_sum
 
     torch.manual_seed(spec.seed)
-    factors = _inject(base, spec) if lora else []
+    factors = _inject(base, spec) if lora else ([], [])
     head = list(base.head.values())
     for tensor in head:
         tensor.requires_grad_(True)
-    if not factors and not head:
+    if not factors[0] and not head:
         raise UserError(f"task.kind {spec.task.kind} has no head to train alone")
     training = spec.training
     optimizer = torch.optim.AdamW(
-        [{"params": factors, "weight_decay": 0.0}, {"params": head, "weight_decay": training.weight_decay}],
+        [
+            {"params": factors[0], "weight_decay": 0.0, "slower": 1.0},
+            {"params": factors[1], "weight_decay": 0.0, "slower": training.lora_plus},
+            {"params": head, "weight_decay": training.weight_decay, "slower": 1.0},
+        ],
         lr=training.lr,
     )
     losses = []
     base.model.train()
     for step, batch in enumerate(batches(data, spec.seed, 1, effort.batch, effort.steps)):
         for group in optimizer.param_groups:
-            group["lr"] = _rate(spec, step, effort.steps)
+            group["lr"] = _rate(spec, step, effort.steps) / group["slower"]
         loss = loss_sum(base.model, batch, data.kind)[0] / batch.weight
         loss.backward()  # type: ignore[no-untyped-call]  # torch's own lacks annotations
         if training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_([*factors, *head], training.max_grad_norm)
+            torch.nn.utils.clip_grad_norm_([*factors[0], *factors[1], *head], training.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
@@ -123,8 +127,8 @@ def _train(base: Base, data: TokenData, spec: JobSpec, effort: Effort, *, lora: 
     return losses
 
 
-def _inject(base: Base, spec: JobSpec) -> list[Any]:
-    """Peft's LoRA on the layers the job tunes; its trainable tensors."""
+def _inject(base: Base, spec: JobSpec) -> tuple[list[Any], list[Any]]:
+    """Peft's LoRA on the layers the job tunes; its factors B and A."""
     from peft import LoraConfig, inject_adapter_in_model
 
     names = [linear.name for linear in base.tunable(spec.base.targets)]
@@ -133,7 +137,8 @@ def _inject(base: Base, spec: JobSpec) -> list[Any]:
     alpha: Any = spec.training.alpha_ratio * rank
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="|".join(map(re.escape, names)))
     inject_adapter_in_model(config, base.model)
-    return [tensor for name, tensor in base.model.named_parameters() if "lora_" in name]
+    named = list(base.model.named_parameters())
+    return [t for name, t in named if "lora_B" in name], [t for name, t in named if "lora_A" in name]
 
 
 def _rate(spec: JobSpec, step: int, steps: int) -> float:

@@ -27,7 +27,7 @@ import msgspec
 
 from shared.jobs import Bits
 
-VERSION = 3
+VERSION = 4
 """Raised by whoever changes what this model charges: results of another version are of another world."""
 _NORMAL = NormalDist()
 MIB = 2**20
@@ -46,6 +46,9 @@ HOTTEST_LOSS = 0.3
 """Share of the speed that a fully heated device loses; it loses none below `HOT`."""
 CONTENTION = 1.25
 """What a foreign core costs the agent against an own one: it takes cache and memory bandwidth too."""
+CORE_FLOPS, PROBE_ODDS = 7e10, 0.15
+"""What a core of the recording machine multiplies in a second, and how far a probe is off (standard deviation of its
+logarithm)."""
 BURST_SLOT_S, BURST_CHANCE, BURST_MEAN_S, BURST_MOST_S = 120.0, 0.12, 90.0, 480.0
 """Foreign programs begin in a slot with this chance and last so long on average, and at most."""
 
@@ -244,6 +247,12 @@ class Device:
         if not self.restless:
             return 1.0
         return 0.5 + 0.5 * draw(self.seed, self.name, "power", max(round - 1, 0) // POWER_ROUNDS)
+
+    def probed(self, round: int) -> float:
+        """FLOP per second of a core that a probe in `round` measures. Products alone tell a device's speed at training
+        but roughly: it is another device's by chance, the same in each probe."""
+        odd = math.exp(PROBE_ODDS * normal(self.seed, self.name, "probe"))
+        return CORE_FLOPS * self.kind.quota / self.kind.cores * self.power(round) * odd
 
     def bandwidth(self, round: int) -> float:
         """Bytes per second of its link in a round: its class's, or log-uniform and correlated from round to round."""

@@ -147,7 +147,12 @@ class Agent:
                 notes[name] = str(error)
         self._writer.write(
             protocol.Probed(
-                bits=[16, 32], notes=notes, datasets=datasets, agent_bytes=_resident_bytes(), hardware="numpy"
+                bits=[16, 32],
+                notes=notes,
+                datasets=datasets,
+                agent_bytes=_resident_bytes(),
+                hardware="numpy",
+                flops=_flops(),
             )
         )
 
@@ -289,6 +294,19 @@ class Agent:
         if key not in self._rows:
             self._rows[key] = least_squares.read_rows(Path(order.data_path), model)
         return self._rows[key]
+
+
+def _flops() -> float:
+    """FLOP per second of a core in matrix products."""
+    import numpy as np
+
+    matrix = np.full((256, 256), 1 / 256, dtype=np.float32)
+    matrix @ matrix
+    begun, count = time.process_time(), 0
+    while (took := time.process_time() - begun) < 0.02:
+        matrix @ matrix
+        count += 1
+    return float(2 * 256**3 * count / took)
 
 
 def _resident_bytes() -> int:

@@ -91,6 +91,11 @@ class VirtualDevice:
         return PROBE_S * self.slowness
 
     @property
+    def flops(self) -> float:
+        """FLOP per second of a core in matrix products, as its agent's probe measures them now."""
+        return self.model.probed(self.clock.coming)
+
+    @property
     def limit(self) -> int:
         """Bytes that its programs may use: its class's, or the base at the bits it holds, its room for samples, and a
         reserve."""

@@ -98,6 +98,7 @@ class VirtualTrainer(ClockedProcess):
         return protocol.Probed(
             bits=list(self._device.bits), datasets=dict.fromkeys(probe.datasets, facts),
             agent_bytes=self._device.idle_bytes, hardware=f"virtual {self._device.model.kind.name}",
+            flops=self._device.flops,
         )  # fmt: skip
 
     # ---- work

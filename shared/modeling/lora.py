@@ -57,13 +57,14 @@ class Carried:
     trains_a: bool = True
     """False: every A is the job's and stays as it is."""
 
-    def trained_factors(self) -> list[nn.Parameter]:
-        """The factors that an optimizer may move."""
-        return [tensor for b, a in self.factors.values() for tensor in ((b, a) if self.trains_a else (b,))]
+    def trained_factors(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The factors that an optimizer may move: every B, and every A where they are trained."""
+        return [b for b, _ in self.factors.values()], [a for _, a in self.factors.values() if self.trains_a]
 
     def parameters(self) -> list[nn.Parameter]:
-        """All trainable tensors: factors, then dense ones."""
-        return self.trained_factors() + list(self.dense.values())
+        """All trainable tensors: factors B, factors A, then dense ones."""
+        bs, inputs = self.trained_factors()
+        return bs + inputs + list(self.dense.values())
 
     def named(self) -> dict[str, nn.Parameter]:
         """The trainable tensors by a name that is stable over restarts."""

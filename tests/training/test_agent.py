@@ -163,6 +163,7 @@ def test_probing_gives_proven_bits_and_the_state_of_the_data(agent: Agent, colou
     assert set(probed.datasets) == {"colours"}
     assert "no such data file" in probed.notes["gone"]
     assert "no rows" in probed.notes["empty"]
+    assert probed.flops > 1e7
     assert probed.agent_bytes > 50_000_000
     quiet = agent.ask(Probe(datasets={"colours": str(colours)}, threads=1), Probed)
     assert quiet.datasets["colours"].labels == {}

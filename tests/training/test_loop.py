@@ -261,9 +261,18 @@ def test_a_loss_that_is_no_number_ends_the_work(bert: Path, colours: Path, tmp_p
 
 def test_decay_touches_the_head_alone(bert: Path, colours: Path, tmp_path: Path) -> None:
     rig = Rig(bert, colours, tmp_path, training=TrainingSpec(lr=1e-2, weight_decay=0.5))
-    factors, head = rig.loop._optimizer.param_groups
-    assert (factors["weight_decay"], head["weight_decay"]) == (0.0, 0.5)
+    *factors, head = rig.loop._optimizer.param_groups
+    assert ([group["weight_decay"] for group in factors], head["weight_decay"]) == ([0.0, 0.0], 0.5)
     assert {id(t) for t in head["params"]} == {id(t) for t in rig.carried.dense.values()}
+
+
+def test_factors_a_learn_slower_by_the_ratio(bert: Path, colours: Path, tmp_path: Path) -> None:
+    rig = Rig(bert, colours, tmp_path, training=TrainingSpec(lr=1e-2, lora_plus=8.0))
+    rig.loop.run()
+    rates = {id(tensor): group["lr"] for group in rig.loop._optimizer.param_groups for tensor in group["params"]}
+    told = {name: rates[id(tensor)] for name, tensor in rig.carried.named().items()}
+    assert told == {name: 1e-2 / (8 if name.endswith("lora_a") else 1) for name in told}
+    assert any(name.endswith("lora_a") for name in told)
 
 
 def test_progress_is_told(bert: Path, colours: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def f(name: str) -> str:
 
 SOURCE = (
     r"(?:fitted on (?P<fitted>\d+) rounds?|from (?P<other>\d+) rounds? at (?P<other_bits>\d+) bits"
-    r"|(?P<median>median of the fleet)|(?P<assumed>assumed speed))"
+    r"|(?P<median>median of the fleet|its probe against the fleet's)|(?P<assumed>assumed speed))"
 )
 CAPACITY = (
     r"(?:(?P<free>[\d.]+) free cores \(foreign (?P<foreign>[\d.]+) of (?P<cores>[\d.]+)\)"

@@ -170,6 +170,69 @@ def test_other_devices_take_the_median_of_the_fleet_per_core() -> None:
     assert "median of the fleet" in why
 
 
+def _probed(flops: float, cores: float = 1.0, *, gpu: bool = False) -> Capacity:
+    return Capacity(cores, 0.0, cores, gpu, flops)
+
+
+def test_before_anything_was_measured_probes_tell_devices_apart() -> None:
+    model, need = CostModel(), _need()
+    slow, why = model.step("edge-1", need, 32, 8, _probed(1e9))
+    assert slow == pytest.approx(4 * model.step("edge-2", need, 32, 8, _probed(4e9))[0])
+    assert slow == pytest.approx(8 * model.step("edge-3", need, 32, 8, _probed(4e9, cores=2.0))[0])
+    assert "assumed speed" in why
+
+
+def test_a_device_not_yet_met_is_as_much_faster_as_its_probe() -> None:
+    report, need = _report(result(batch=8, step_s=0.8, cores_used=1.0)), _need()
+    info = msgspec.structs.replace(device("edge-1").info, flops=2e9)
+    model = CostModel().learn(msgspec.structs.replace(report, infos={"edge-1": info}))
+    seconds, why = model.step("edge-9", need, 32, 8, _probed(8e9))
+    assert seconds == pytest.approx(0.2)
+    assert "its probe against the fleet's" in why
+    assert model.step("edge-9", need, 32, 8, ONE)[0] == pytest.approx(0.8), "without a probe the median stands for it"
+    assert model.step("edge-1", need, 32, 8, _probed(8e9))[0] == pytest.approx(0.8), "what was measured counts"
+    assert model.step("edge-9", need, 32, 8, _probed(8e9, gpu=True))[0] == pytest.approx(0.2), "no GPU was met"
+
+
+def test_a_fleet_of_unequal_batches_tells_the_overhead_of_a_step() -> None:
+    """Three devices of one probe: 0.4 s a step and 0.05 s a sample, which none of them could know alone."""
+    batches, loads = {"a": 4, "b": 8, "c": 16}, {name: device(name).load for name in "abc"}
+    report = RoundReport(
+        round=1,
+        works={name: Work(ranks=RANKS, batch=batch, bits=32, steps=10) for name, batch in batches.items()},
+        results={
+            name: result(batch=batch, step_s=0.4 + 0.05 * batch, cores_used=1.0) for name, batch in batches.items()
+        },
+        loads={name: load for name, load in loads.items() if load},
+        infos={name: msgspec.structs.replace(device(name).info, flops=2e9) for name in "abc"},
+        facts=minilm(),
+        job=job(),
+    )
+    model, need = CostModel(), _need()
+    for _ in range(3):
+        model = model.learn(report)
+    for batch in (1, 4, 32):
+        expected = 0.4 + 0.05 * batch
+        assert model.step("new", need, 32, batch, _probed(2e9))[0] == pytest.approx(expected, rel=0.05)
+        assert model.step("new", need, 32, batch, _probed(4e9))[0] == pytest.approx(expected / 2, rel=0.05)
+        # Each of them has met one batch alone; what it can't know it takes from the fleet.
+        assert model.step("a", need, 32, batch, ONE)[0] == pytest.approx(expected, rel=0.25)
+
+
+def test_capacity_carries_the_probe() -> None:
+    info = msgspec.structs.replace(device("a", cores=2.0, foreign=1.0).info, flops=3e9)
+    free = capacity(info, device("a", cores=2.0, foreign=1.0).load)
+    assert (free.flops, free.undisturbed()) == (3e9, Capacity(2.0, 0.0, 2.0, False, 3e9))
+    gpu = msgspec.structs.replace(gpu_device("a").info, flops=5e12)
+    assert capacity(gpu, None).flops == 5e12
+
+
+def test_devices_met_keep_their_speed_undisturbed() -> None:
+    model, need = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0), foreign=0.0)), _need()
+    assert [pace.step_s(8) for pace in model.met(need, set())] == pytest.approx([0.8])
+    assert model.met(need, {"edge-1"}) == []
+
+
 def test_foreign_load_during_a_round_does_not_spoil_the_speed() -> None:
     quiet = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0)))
     loaded = quiet.learn(_report(result(batch=8, step_s=1.6, cores_used=0.5), foreign=0.5))

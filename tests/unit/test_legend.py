@@ -317,12 +317,12 @@ def test_fewer_bits_hold_the_jobs_batch_before_the_batch_is_cut() -> None:
 
 
 def test_data_and_limits_cap_the_batch() -> None:
-    assert _plan(device("a", rows=5)).participants["a"].batch == 4
+    assert _plan(device("a", rows=5)).participants["a"].batch == 5
     planner = LegendPlanner()
     work = _plan(device("a", bits=(32,))).participants["a"]
     planner = planner.learn(RoundReport(round=1, works={"a": work}, results={}, batch_limits={"a": 6}))
     capped = _plan(device("a", bits=(32,)), planner=planner).participants["a"]
-    assert capped.batch == 4 and "8 ran out of memory before (limit 6)" in capped.reasons["batch"]
+    assert capped.batch == 6 and "7 ran out of memory before (limit 6)" in capped.reasons["batch"]
 
 
 def test_old_or_missing_telemetry_means_half_the_depth() -> None:

@@ -8,12 +8,13 @@ from msgspec.structs import replace
 from coordinator.core.planning.base import Candidate, Plan, RoundReport
 from coordinator.core.planning.reasons import PATTERN
 from coordinator.core.planning.uniform import UniformPlanner
+from shared.jobs import JobSpec
 from shared.messages import DatasetFacts, Gpu
 from tests.unit.planning_cases import device, gpu_device, job, minilm, result, view
 
 
-def _plan(*candidates: Candidate) -> Plan:
-    return UniformPlanner().plan(view(*candidates), job())
+def _plan(*candidates: Candidate, spec: JobSpec | None = None) -> Plan:
+    return UniformPlanner().plan(view(*candidates), spec or job())
 
 
 def _of_agents(candidate: Candidate, agents: int, **info: object) -> Candidate:
@@ -46,7 +47,7 @@ def test_every_gpu_of_a_device_trains() -> None:
 
 def test_agents_on_the_cpu_share_its_memory_and_cores() -> None:
     fleet = [device("a", cores=2.0, memory=936), _of_agents(device("b", cores=2.0, memory=936), 2)]
-    plan = _plan(*fleet, device("c", cores=1.0, memory=468))
+    plan = _plan(*fleet, device("c", cores=1.0, memory=468), spec=job(batch=4, batch_max=4))
     assert [plan.participants[name].bits for name in "abc"] == [32, 32, 32]
     assert plan.predicted_s["b"] == pytest.approx(plan.predicted_s["c"])
     assert "(foreign 0.00 of 1.00)" in plan.participants["b"].reasons["batch"]

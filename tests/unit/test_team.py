@@ -66,10 +66,13 @@ def test_a_device_without_a_gpu_has_one_agent_on_the_cpu(gpus: list[str]) -> Non
 
 
 def test_what_all_have_proven_is_offered() -> None:
-    team = hear(assemble(PROBE, ["GPU-1", "GPU-2"]).team, 1, probed(32, 16, hardware="L4", agent_bytes=7)).team
-    said = hear(team, 0, probed(32, 8, hardware="L4", agent_bytes=5)).said
+    team = hear(
+        assemble(PROBE, ["GPU-1", "GPU-2"]).team, 1, probed(32, 16, hardware="L4", agent_bytes=7, flops=2e12)
+    ).team
+    said = hear(team, 0, probed(32, 8, hardware="L4", agent_bytes=5, flops=3e12)).said
     assert isinstance(said, protocol.Probed)
     assert (said.bits, said.agents, said.agent_bytes, said.hardware) == ([32], 2, 7, "2 x L4")
+    assert said.flops == 2e12, "of the slower one"
 
 
 def test_a_gpu_that_can_do_nothing_is_left_out_and_named() -> None:

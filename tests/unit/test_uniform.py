@@ -104,7 +104,17 @@ def test_bits_that_ran_out_of_memory_at_any_batch_are_not_tried_again() -> None:
 
 def test_batches_follow_speed_and_the_median_gets_the_jobs_batch() -> None:
     fleet = [device("a", cores=4.0), device("b"), device("c"), device("d"), device("e", cores=0.3)]
-    assert _batches(_plan(*fleet)) == {"a": 32, "b": 16, "c": 16, "d": 16, "e": 4}
+    assert _batches(_plan(*fleet)) == {"a": 32, "b": 16, "c": 16, "d": 16, "e": 5}
+
+
+def test_the_draw_of_a_round_does_not_move_its_target() -> None:
+    """Of a sample the devices met before count, too: the median of all five stays b's, c's and d's time."""
+    fleet = [device("a", cores=4.0), device("b"), device("c"), device("d"), device("e", cores=0.3)]
+    spec = job(rounds=RoundsSpec(local_steps=10, sample=2))
+    planner = _learned(UniformPlanner(), view(*fleet), spec)
+    assert _batches(_plan(fleet[0], fleet[4], spec=spec, planner=planner)) == {"a": 32, "e": 5}
+    whole = _learned(UniformPlanner(), view(*fleet), job())
+    assert _batches(_plan(fleet[0], fleet[4], spec=job(), planner=whole)) == {"a": 32, "e": 8}
 
 
 def test_measured_speed_replaces_the_count_of_cores() -> None:
@@ -115,14 +125,14 @@ def test_measured_speed_replaces_the_count_of_cores() -> None:
     loads = {c.device: c.load for c in seen.candidates if c.load}
     report = RoundReport(round=1, works=plan.participants, results=results, loads=loads, facts=seen.facts, job=spec)
     after = UniformPlanner().learn(report).plan(seen, spec)
-    assert _batches(after) == {"a": 16, "b": 16, "c": 4}
+    assert _batches(after) == {"a": 16, "b": 16, "c": 3}, "a twentieth of its step does not grow with the batch"
     assert after.predicted_s["a"] == pytest.approx(10.0)
     assert "fitted on 1 round" in after.participants["c"].reasons["batch"]
 
 
 def test_memory_data_and_limits_cap_the_batch() -> None:
     few = _plan(device("a", rows=5)).participants["a"]
-    assert few.batch == 4
+    assert few.batch == 5
     assert "the data set has 5 rows" in few.reasons["batch"]
     assert _plan(device("a", rows=1), spec=job(batch_min=2)).participants["a"].batch == 1
     tight = _plan(device("a", memory=498, bits=(32,))).participants["a"]
@@ -131,8 +141,8 @@ def test_memory_data_and_limits_cap_the_batch() -> None:
     work = msgspec.structs.replace(tight, bits=32)
     planner = UniformPlanner().learn(RoundReport(round=1, works={"a": work}, results={}, batch_limits={"a": 6}))
     capped = _plan(device("a"), planner=planner).participants["a"]
-    assert capped.batch == 4
-    assert "8 ran out of memory before (limit 6)" in capped.reasons["batch"]
+    assert capped.batch == 6
+    assert "7 ran out of memory before (limit 6)" in capped.reasons["batch"]
 
 
 def test_a_fixed_batch_stays_fixed() -> None:
@@ -171,10 +181,14 @@ def test_steps_and_training_time_are_passed_on() -> None:
 @pytest.mark.parametrize(
     ("strategy", "accumulation", "sizes"),
     [
-        (StrategySpec(batch=16, batch_min=1, batch_max=32), 1, (1, 2, 4, 8, 16, 32)),
-        (StrategySpec(batch=12, batch_min=2, batch_max=50), 1, (2, 3, 6, 12, 24, 48)),
-        (StrategySpec(batch=16, batch_min=1, batch_max=32), 4, (4, 8, 16, 32)),
-        (StrategySpec(batch=16, batch_min=4, batch_max=8), 1, (4, 8)),
+        (StrategySpec(batch=16, batch_min=1, batch_max=32), 1, (*range(1, 8), *range(8, 16, 2), *range(16, 33, 4))),
+        (
+            StrategySpec(batch=12, batch_min=2, batch_max=50),
+            1,
+            (*range(2, 8), 9, 10, 12, 15, 18, 21, 24, 30, 36, 42, 48),
+        ),
+        (StrategySpec(batch=16, batch_min=1, batch_max=32), 4, tuple(range(4, 33, 4))),
+        (StrategySpec(batch=16, batch_min=4, batch_max=8), 1, (4, 5, 6, 7, 8)),
         (StrategySpec(batch=3, batch_min=3, batch_max=3), 2, (3,)),
     ],
 )

@@ -68,6 +68,8 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     results: dict[str, UpdateFacts]
     batch_limits: dict[str, int] = {}
     """Device -> largest batch that fits, as met by running out of memory (0: none at those bits)."""
+    infos: dict[str, DeviceInfo] = {}
+    """The participants' capabilities, as the planner saw them."""
     loads: dict[str, Load] = {}
     """The last load of each participant before the plan, as the planner saw it."""
     facts: ModelFacts | None = None

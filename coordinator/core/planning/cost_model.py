@@ -3,7 +3,8 @@
 **Step time** = overhead_s / min(1, e) + FLOP * per_flop_s / e, with e = the cores (or share of the GPU) the agent can
 use. Speeds are per core and an observation counts by the cores the agent really used, so a prediction follows the live
 load at once while foreign load never spoils what was learned. One `Fit` per device and bits; bits not yet met on a
-device take the speed of those that were, times `BITS_TIME`; a device not yet met takes the median of the fleet.
+device take the speed of those that were, times `BITS_TIME`. A device not yet met is as much faster than the median of
+the fleet as its probe was (`DeviceInfo.flops`, `Pool`), or equal to its median where it told none.
 
 **Memory** = agent + `WORKING_BYTES` + weights(bits) + 16 B per trained parameter + 4 B per frozen one + the larger of
 the micro-batch's activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and a layer twice in fp32
@@ -17,8 +18,8 @@ Every prediction comes with the readings it rests on.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Collection, Mapping
+from typing import NamedTuple, cast
 
 import msgspec
 from msgspec.structs import replace
@@ -26,7 +27,7 @@ from msgspec.structs import replace
 from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
-from coordinator.core.planning.fit import BAND, Fit
+from coordinator.core.planning.fit import BAND, Fit, Pool
 from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, shares_memory
 from coordinator.core.planning.reasons import mebibytes, plural, seconds
@@ -37,7 +38,7 @@ BITS_TIME: Mapping[int, float] = {32: 1.0, 16: 1.0, 8: 1.05, 4: 1.3}
 """Step time against fp32 before a device measured its own."""
 CPU_FLOPS, GPU_FLOPS = 8e9, 5e12
 """Per core and per GPU, before anything was measured. Only ratios matter then: all devices start alike."""
-MEDIAN_SPEED, ASSUMED_SPEED = "median of the fleet", "assumed speed"
+MEDIAN_SPEED, PROBED_SPEED, ASSUMED_SPEED = "median of the fleet", "its probe against the fleet's", "assumed speed"
 """Where a speed is from that its device did not measure."""
 AGENT_BYTES, SMALL_AGENT_BYTES = 256 * MIB, 48 * MIB
 """Agent without a model where a device tells none: with torch, and the one of `least_squares`."""
@@ -66,6 +67,10 @@ class DeviceModel(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes per second of its downloads, a moving average; 0: not yet known."""
     own_bytes: int = 0
     """What the agent held at the end of the last round."""
+    flops: float = 0.0
+    """Of its probe; 0: not told."""
+    cores: float = 0.0
+    """Of each of its agents, undisturbed (1 for a GPU); 0: it did not train yet."""
 
 
 class Pace(NamedTuple):
@@ -92,19 +97,33 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     cpu: tuple[float, float] = (0.0, 1 / CPU_FLOPS)
     """(overhead_s, per_flop_s) per core at 32 bits: the median of the fleet."""
     gpu: tuple[float, float] = (0.0, 1 / GPU_FLOPS)
+    cpu_pool: Pool = Pool()
+    """Per core at 32 bits, of the devices that told their probe."""
+    gpu_pool: Pool = Pool()
     activation_scale: float = 1.0
     """Median of the fleet."""
 
     def pace(self, device: str, need: Demand, bits: Bits, free: Capacity) -> Pace:
         """Step time of `device` over a base of `bits` with `free` to use."""
         known = self.devices.get(device)
-        overhead, per_flop, source = self._speed(known, bits, free.gpu)
+        overhead, per_flop, source = self._speed(known, bits, free)
         used = usable(free, known)
         return Pace(overhead / min(used, 1.0), need.flop * per_flop / used, source)
 
     def step(self, device: str, need: Demand, bits: Bits, batch: int, free: Capacity) -> tuple[float, str]:
         """Seconds per optimizer step, with the readings used."""
         return self.pace(device, need, bits, free).step(batch, free)
+
+    def met(self, need: Demand, but: Collection[str]) -> list[Pace]:
+        """Step times on the devices that have trained, at the bits they did so most, with nothing else running; without
+        those in `but`."""
+        found = []
+        for device, known in self.devices.items():
+            if device not in but and known.fits and known.cores:
+                bits = max(known.fits.items(), key=lambda item: (item[1].rounds, item[0]))[0]
+                free = Capacity(known.cores, 0.0, known.cores, known.gpu)
+                found.append(self.pace(device, need, cast("Bits", int(bits)), free))
+        return found
 
     def memory(self, device: str, need: Demand, bits: Bits, batch: int, info: DeviceInfo) -> tuple[float, str]:
         """Bytes at the worst moment of a round, with the readings used; never falling with the batch."""
@@ -157,30 +176,40 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     def learn(self, report: RoundReport) -> CostModel:
         """The model that also knows `report`. Speeds are learned where the report names the job and the base."""
         devices = dict(self.devices)
+        seen: dict[str, _Seen] = {}
         known_needs: Needs = {}
         for device, work in sorted(report.works.items()):
             found = devices.get(device) or _UNKNOWN
             result, load = report.results.get(device), report.loads.get(device)
             found = _with_limits(found, work, result, report.batch_limits.get(device))
             if result is not None:
+                found = _with_probe(found, report.infos.get(device))
                 if report.facts is not None and report.job is not None:
                     need = _demand_of(report.facts, report.job, work, known_needs)
-                    found = _with_speed(found, need, result, load, work.agents)
+                    found, step = _observed(found, need, result, load, work.agents)
+                    if step is not None:
+                        seen[device] = step
                     found = _with_memory(found, need, result, self.activation_scale, load, work.agents)
                 found = _with_link(found, report.adapter_bytes, result.fetch_s)
                 found = replace(found, own_bytes=result.peak_bytes or found.own_bytes)
             if found is not _UNKNOWN:
                 devices[device] = found
+        cpu = _pooled(self.cpu_pool, devices, seen, gpu=False)
+        gpu = _pooled(self.gpu_pool, devices, seen, gpu=True)
+        for device, step in seen.items():
+            devices[device] = _fitted(devices[device], step, gpu if devices[device].gpu else cpu)
         return CostModel(
             devices=devices,
             cpu=_median_speed(devices, gpu=False) or self.cpu,
             gpu=_median_speed(devices, gpu=True) or self.gpu,
+            cpu_pool=cpu,
+            gpu_pool=gpu,
             activation_scale=statistics.median(
                 [d.activation_scale for d in devices.values() if d.activation_scale] or [1.0]
             ),
         )
 
-    def _speed(self, known: DeviceModel | None, bits: Bits, gpu: bool) -> tuple[float, float, str]:
+    def _speed(self, known: DeviceModel | None, bits: Bits, free: Capacity) -> tuple[float, float, str]:
         """(overhead_s, per_flop_s, where they are from)."""
         if known is not None and known.fits:
             fit = known.fits.get(str(bits))
@@ -189,8 +218,14 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             other, fit = max(known.fits.items(), key=lambda item: (item[1].rounds, item[0]))
             ratio = BITS_TIME[bits] / BITS_TIME[int(other)]
             return fit.overhead_s * ratio, fit.per_flop_s * ratio, f"from {plural(fit.rounds, 'round')} at {other} bits"
-        overhead, per_flop = self.gpu if gpu else self.cpu
         ratio = BITS_TIME[bits]
+        if free.flops:
+            # What a step takes beyond bare products is the same for all; that of the other kind before nothing.
+            pools = (self.gpu_pool, self.cpu_pool) if free.gpu else (self.cpu_pool, self.gpu_pool)
+            pool = next((pool for pool in pools if pool.s11), Pool(per_flop=1.0))
+            source = PROBED_SPEED if pool.s11 else ASSUMED_SPEED
+            return pool.overhead * ratio / free.flops, pool.per_flop * ratio / free.flops, source
+        overhead, per_flop = self.gpu if free.gpu else self.cpu
         return overhead * ratio, per_flop * ratio, MEDIAN_SPEED if self.devices else ASSUMED_SPEED
 
 
@@ -236,6 +271,10 @@ def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Dem
     return found
 
 
+def _with_probe(found: DeviceModel, info: DeviceInfo | None) -> DeviceModel:
+    return replace(found, flops=info.flops) if info is not None and info.flops else found
+
+
 def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met: int | None) -> DeviceModel:
     bits = str(result.bits if result is not None else work.bits)
     told = [limit for limit in (found.limits.get(bits), met) if limit is not None]
@@ -244,19 +283,46 @@ def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met
     return replace(found, limits={**found.limits, bits: min(told)}) if told else found
 
 
-def _with_speed(found: DeviceModel, need: Demand, result: UpdateFacts, load: Load | None, agents: int) -> DeviceModel:
+class _Seen(NamedTuple):
+    """A round's step time on one device, as `Fit.learn` takes it."""
+
+    x0: float
+    x1: float
+    step_s: float
+    bits: Bits
+
+
+def _observed(
+    found: DeviceModel, need: Demand, result: UpdateFacts, load: Load | None, agents: int
+) -> tuple[DeviceModel, _Seen | None]:
+    """(`found` with what of the device `result` tells, the step time; None where it tells none)."""
     if result.step_s <= 0 or result.steps < 1 or result.batch < 1:
-        return found
+        return found, None
     free = capacity(None, load, agents)
-    found = replace(found, gpu=free.gpu)
+    found = replace(found, gpu=free.gpu, cores=free.cores)
     if not free.gpu and result.cores_used > 0 and load is not None:
         found = _with_occupancy(found, free, result.cores_used)
     used = used_cores(found, result, load, agents)
     if used is None:
-        return found
-    bits = str(result.bits)
-    fit = found.fits.get(bits, Fit()).learn(1 / min(used, 1.0), need.flop * result.batch / used, mean_step_s(result))
-    return replace(found, fits={**found.fits, bits: fit})
+        return found, None
+    return found, _Seen(1 / min(used, 1.0), need.flop * result.batch / used, mean_step_s(result), result.bits)
+
+
+def _pooled(pool: Pool, devices: Mapping[str, DeviceModel], seen: Mapping[str, _Seen], *, gpu: bool) -> Pool:
+    """The pool with what the devices of its kind that told their probe have `seen`."""
+    told = []
+    for device, one in seen.items():
+        known = devices[device]
+        if known.gpu == gpu and known.flops:
+            unit = BITS_TIME[one.bits] / known.flops
+            told.append((one.x0 * unit, one.x1 * unit, one.step_s))
+    return pool.learn(told)
+
+
+def _fitted(found: DeviceModel, one: _Seen, pool: Pool) -> DeviceModel:
+    share = pool.share(one.x0, one.x1) if found.flops else None
+    fit = found.fits.get(str(one.bits), Fit()).learn(one.x0, one.x1, one.step_s, share)
+    return replace(found, fits={**found.fits, str(one.bits): fit})
 
 
 def measures_link(size: int, fetch_s: float) -> bool:

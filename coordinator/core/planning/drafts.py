@@ -1,7 +1,8 @@
 """The participants of a round before their numbers are chosen, and the time they all should take.
 
 The device of median speed sets the round target: its time for the local steps at the job's batch with nothing else
-running, plus `SLACK`. What a slow link takes beyond the usual is not there for training.
+running, plus `SLACK`. Where a round takes a sample, the devices met before count too, so that the draw of a round does
+not move its target. What a slow link takes beyond the usual is not there for training.
 """
 
 from __future__ import annotations
@@ -75,15 +76,18 @@ def round_target(
     `needs`: of each draft's work.
     """
     steps, batch = job.rounds.local_steps, job_batch(job)
-    times = [
-        steps * model.pace(d.place.device, need, d.bits, d.place.free.undisturbed()).step_s(batch)
+    paces = [
+        model.pace(d.place.device, need, d.bits, d.place.free.undisturbed())
         for d, need in zip(drafts, needs, strict=True)
     ]
+    if job.rounds.sample:
+        paces += model.met(needs[0], {draft.place.device for draft in drafts})
+    times = [steps * pace.step_s(batch) for pace in paces]
     median = statistics.median(times)
     wanted = SLACK * median
     reason = (
         f"round target {seconds(wanted)}: {plural(steps, 'step')} at batch {batch} take the median of "
-        f"{plural(len(drafts), 'device')} {seconds(median)} undisturbed, + {SLACK - 1:.0%}"
+        f"{plural(len(times), 'device')} {seconds(median)} undisturbed, + {SLACK - 1:.0%}"
     )
     bound = DEADLINE_SHARE * job.rounds.deadline_s
     # Assumed speeds are good for ratios between devices only: they must not meet a bound in seconds.

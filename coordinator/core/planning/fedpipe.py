@@ -311,7 +311,7 @@ def _cautious(caution: str, choice: Choice, one: Site) -> tuple[int, list[str]]:
         notes = [choice.above, f"J {choice.objective:.3f}"]
     if not caution:
         return choice.batch, notes
-    halved = ([size for size in one.batches if size <= choice.batch // 2] or [one.batches[0]])[-1]
+    halved = ([size for size in one.allowed if size <= choice.batch // 2] or [one.batches[0]])[-1]
     if halved < choice.batch:
         return halved, [*notes, f"{caution}: cautious batch {halved} instead of {choice.batch}"]
     return choice.batch, [*notes, f"{caution}: batch {choice.batch} is the least already"]

@@ -17,6 +17,7 @@ theirs, and a fleet of any size asks for few different ones.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -66,6 +67,8 @@ class Site(NamedTuple):
     left: Target
     note: str
     """What stopped the next batch."""
+    allowed: tuple[int, ...]
+    """By data, and where memory ran out before."""
 
 
 class Choice(NamedTuple):
@@ -91,34 +94,48 @@ def steps_at(under: float, steps: int) -> int:
 
 
 def site(draft: Draft, sizes: tuple[int, ...], task: Task, left: Target, model: CostModel) -> Site:
-    """The batches that data and memory hold, with the room that memory leaves at each."""
+    """The batches that data, memory and time hold, with the room that memory leaves at each, from the largest down to
+    the first that leaves room for all ranks and steps: below it nothing is gained. One that time does not hold stays,
+    as the reason why no larger one is taken."""
     place, bits = draft.place, draft.bits
     pace = model.pace(place.device, task.need, bits, place.free)
     footprint = model.footprint(place.device, task.need, bits, place.info)
-    limit = model.batch_limit(place.device, bits)
-    lightest = min(item.weights[1] for item in task.items)
+    allowed, note = _allowed(place.rows, sizes, model.batch_limit(place.device, bits))
+    in_time = steps_at(UNDER_TRAINING[-1], left.steps)
+    slow = bisect_right(allowed, left.seconds, key=lambda size: in_time * pace.step_s(size))
+    lightest, most = min(item.weights[1] for item in task.items), sum(item.weights[-1] for item in task.items)
     batches: list[int] = []
     rooms: list[float] = []
     ran: set[int] = set()
-    note = f"{sizes[-1]} is the largest batch of the job"
-    for size in (size for size in sizes if size <= place.rows):
-        if limit is not None and size > limit:
-            note = f"{size} ran out of memory before (limit {limit})"
-            break
+    for size in reversed(allowed[: slow + 1]):
         room, proven = memory_room(draft, task, size, model, footprint)
-        if batches and room < lightest:
+        if room < lightest and size > allowed[0]:
             note = f"{size} leaves no room for ranks in {place.budget.bytes / 2**20:.0f} MiB memory"
-            break
+            continue
         batches.append(size)
         rooms.append(room)
         ran |= {size} if proven else set()
-    else:
-        if place.rows < sizes[-1]:
-            note = f"the data set has {place.rows} rows"
+        if room >= most and _time_room(pace, left, size, task) >= most:
+            break
     if not batches:
         room, proven = memory_room(draft, task, draft.least, model, footprint)
         batches, rooms, ran = [draft.least], [room], {draft.least} if proven else set()
-    return Site(tuple(batches), tuple(rooms), frozenset(ran), pace, left, note)
+    return Site(tuple(batches[::-1]), tuple(rooms[::-1]), frozenset(ran), pace, left, note, tuple(allowed))
+
+
+def _allowed(rows: int, sizes: tuple[int, ...], limit: int | None) -> tuple[tuple[int, ...], str]:
+    """(the batches that data and an earlier lack of memory allow, what stopped the next one)."""
+    count = bisect_right(sizes, rows)
+    if limit is not None and (within := bisect_right(sizes, limit)) < count:
+        return sizes[:within], f"{sizes[within]} ran out of memory before (limit {limit})"
+    stopped = f"the data set has {rows} rows" if count < len(sizes) else f"{sizes[-1]} is the largest batch of the job"
+    return sizes[:count], stopped
+
+
+def _time_room(pace: Pace, left: Target, batch: int, task: Task) -> float:
+    """Adapter parameters that the round target leaves where all steps are done (`_time_rooms`)."""
+    ratio = (left.seconds / max(1, left.steps) - pace.fixed_s) / batch / max(pace.per_sample_s, 1e-15)
+    return task.params + (ratio - 1) * task.need.flop / task.flop_per_param
 
 
 def memory_room(draft: Draft, task: Task, batch: int, model: CostModel, footprint: Footprint) -> tuple[float, bool]:

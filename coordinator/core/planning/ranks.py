@@ -17,7 +17,7 @@ import math
 from typing import Literal, NamedTuple
 
 from coordinator.core.facts import ModelFacts, ModuleSpec
-from coordinator.core.planning.cost_model import ASSUMED_SPEED, MEDIAN_SPEED
+from coordinator.core.planning.cost_model import ASSUMED_SPEED, MEDIAN_SPEED, PROBED_SPEED
 from coordinator.core.planning.demand import Demand, dense_params
 from coordinator.core.planning.reasons import plural, seconds, word
 from shared.jobs import Bits
@@ -104,7 +104,7 @@ def unmeasured_note(source: str) -> str:
     """What the rank rests on where the device's own speed was never measured; `source` as in `Pace`."""
     if source == ASSUMED_SPEED:
         return "nothing was measured yet: cores and GPUs are taken to be equally fast"
-    return "not measured itself yet" if source == MEDIAN_SPEED else ""
+    return "not measured itself yet" if source in (MEDIAN_SPEED, PROBED_SPEED) else ""
 
 
 def _allowed_s(rank: int, sizes: tuple[int, ...], fastest: Timed) -> float:

@@ -32,16 +32,20 @@ QUIET_CORES, QUIET_SHARE = 0.05, 0.1
 
 
 class Capacity(NamedTuple):
-    """Compute of a device: `cores` in all (1.0 for a GPU), `foreign` used by others, `free` for the agent."""
+    """Compute of a device: `cores` in all (1.0 for a GPU), `foreign` used by others, `free` for the agent.
+
+    `flops`: FLOP per second of one of the cores, or of the GPU, in the device's probe; 0: not told.
+    """
 
     cores: float
     foreign: float
     free: float
     gpu: bool
+    flops: float = 0.0
 
     def undisturbed(self) -> Capacity:
         """The same device with nothing else running on it."""
-        return Capacity(self.cores, 0.0, self.cores, self.gpu)
+        return self._replace(foreign=0.0, free=self.cores)
 
     def __str__(self) -> str:
         if self.gpu:
@@ -79,16 +83,17 @@ def capacity(info: DeviceInfo | None, load: Load | None, agents: int = 1) -> Cap
 
     Of each agent, where the device has several: they share its cores, but each has a GPU.
     """
+    flops = info.flops if info is not None else 0.0
     if (info is not None and info.gpus) or (info is None and load is not None and load.gpus):
         foreign = _quiet(_foreign_gpu(load), 1.0)
-        return Capacity(1.0, foreign, max(1.0 - foreign, 0.5), True)
+        return Capacity(1.0, foreign, max(1.0 - foreign, 0.5), True, flops)
     cores = (load.cores if load is not None else 0.0) or (info.cores if info is not None else 0.0) or 1.0
     foreign = _quiet(min(load.foreign_cores, cores) if load is not None else 0.0, cores)
     if foreign == 0.0:
-        return Capacity(cores / agents, 0.0, cores / agents, False)
+        return Capacity(cores / agents, 0.0, cores / agents, False, flops)
     own_threads, foreign_threads = math.ceil(cores), math.ceil(foreign)
     fair = cores * own_threads / (own_threads + foreign_threads)
-    return Capacity(cores / agents, foreign / agents, max(cores - foreign, fair) / agents, False)
+    return Capacity(cores / agents, foreign / agents, max(cores - foreign, fair) / agents, False, flops)
 
 
 def has_gpu_memory(info: DeviceInfo) -> bool:

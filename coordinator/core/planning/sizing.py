@@ -19,8 +19,9 @@ from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
 from shared.jobs import Bits, JobSpec, StrategySpec
 from shared.messages import DeviceInfo
 
-SLACK = 1.2
-"""The round target is the median device's time with so much allowance: a device a little slower keeps its batch."""
+SLACK = 1.05
+"""The round target is the median device's time with so much allowance: of equal devices the slower half by noise keeps
+its batch."""
 SMALL_MARGIN = 0.8
 """Cautious bits are taken where more than this share of the memory budget would be filled."""
 
@@ -50,20 +51,20 @@ class Target(NamedTuple):
 
 
 def batch_sizes(strategy: StrategySpec, accumulation: int) -> tuple[int, ...]:
-    """The batches to choose from, rising: the job's batch halved and doubled inside its bounds, and the lower bound.
+    """The batches to choose from, rising: the job's batch halved and doubled inside its bounds, with quarters of each
+    between, and the lower bound. Steps are a quarter at most, so that a device comes as close to the round target.
 
     Multiples of `accumulation` where there are any, so that no micro-batch is smaller than the others.
     """
     least, most = strategy.batch_min, max(strategy.batch_min, strategy.batch_max)
-    size = middle = min(max(strategy.batch, least), most)
+    middle = min(max(strategy.batch, least), most)
     found = {least, middle}
-    while size % 2 == 0 and size // 2 >= least:
-        size //= 2
-        found.add(size)
-    size = middle
-    while size * 2 <= most:
+    size = float(middle)
+    while size > least:
+        size /= 2
+    while size <= most:
+        found |= {one for quarters in range(4) if least <= (one := int(size * (4 + quarters) / 4)) <= most}
         size *= 2
-        found.add(size)
     whole = {size for size in found if size % accumulation == 0}
     return tuple(sorted(whole or found))
 

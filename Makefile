@@ -21,7 +21,7 @@ test: setup ## What every change must pass: checks, then all tests but the slow 
 test-all: setup ## The same with the slow tests: long transfers, long runs, the whole story on real hosts
 	@$(PYTHON) -m tests.hosts
 	@scripts/check
-	@scripts/test --all
+	@scripts/test --all $(TESTS)
 
 check: setup ## Lint, format, types, import contracts
 	@scripts/check

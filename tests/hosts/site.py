@@ -232,7 +232,7 @@ def _boot(stack: contextlib.ExitStack) -> Site:
         keys = machine.make_keys(RUN)
         found = {}
         folder, releases = wheels.good()
-        wheels.TORCH_FOLDER.mkdir(exist_ok=True)  # filled later
+        wheels.clear_torch()
         wheeled = time.monotonic()
         for number, name in enumerate((SERVER, TORCH, SMALL), start=1):
             shared = () if name == SMALL else (folder, wheels.TORCH_FOLDER)

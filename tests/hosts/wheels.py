@@ -43,6 +43,13 @@ def good() -> tuple[Path, dict[str, str]]:
     return FOLDER, _make(FOLDER, ROOT, PROFILES)
 
 
+def clear_torch() -> None:
+    """Until `with_torch` the folder is there to be mounted, without the Muster of an earlier run, which hosts would try."""
+    TORCH_FOLDER.mkdir(exist_ok=True)
+    for path in TORCH_FOLDER.glob("muster-*.whl"):
+        path.unlink()
+
+
 def with_torch() -> tuple[Path, dict[str, str]]:
     """The same, of the profiles with torch."""
     return TORCH_FOLDER, _make(TORCH_FOLDER, ROOT, TORCH)

@@ -44,7 +44,7 @@ def good() -> tuple[Path, dict[str, str]]:
 
 
 def clear_torch() -> None:
-    """Until `with_torch` the folder is there to be mounted, without the Muster of an earlier run, which hosts would try."""
+    """Have the folder there to be mounted, without the Muster of an earlier run, which hosts would try to install."""
     TORCH_FOLDER.mkdir(exist_ok=True)
     for path in TORCH_FOLDER.glob("muster-*.whl"):
         path.unlink()

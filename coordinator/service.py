@@ -41,14 +41,15 @@ from shared import bases, logs, reload, service, settings, topics
 from shared.allocator import keep_small
 from shared.blob_folder import BlobFolder
 from shared.codec import pack
-from shared.errors import MusterError, Occupied, UserError
-from shared.files import write_whole
+from shared.errors import MusterError, Occupied, SettingsError, UserError
+from shared.files import model_fault, write_whole
 from shared.messages import CoordState
 from shared.processes import lock_folder
 from shared.transport.base import Outgoing
 from shared.transport.credentials import read_credentials
 from shared.transport.mqtt import MqttTransport
 from shared.transport.watch import Watch
+from shared.version import VERSION
 from shared.vitals import complaint, of_service, ready
 
 log = logging.getLogger("coordinator")
@@ -252,14 +253,27 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
         epilog="muster-coordinator enroll --help: make this machine's key and request, install its certificate.",
     )
     parser.add_argument("--config", default="/etc/muster/coordinator.toml", help="settings file (%(default)s)")
-    parser.add_argument("--check", action="store_true", help="only check the settings file")
+    parser.add_argument("--check", action="store_true", help="only check the settings file, and the models it names")
+    parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args(given)
     return service.guarded("muster-coordinator", lambda: _run(Path(arguments.config), arguments.check, runtime))
+
+
+def _model_faults(config: CoordinatorSettings) -> list[str]:
+    """What can't be read of `[models]`, as "key: reason". A hub id is not tried, nor a base of the test agent."""
+    places = {name: Path(model).expanduser() for name, model in config.models.items()}
+    local = {
+        name: place for name, place in places.items() if place.is_absolute() or place.parts[:1] in ((".",), ("..",))
+    }
+    return [f"models.{name}: {fault}" for name, place in local.items() if (fault := model_fault(place))]
 
 
 def _run(source: Path, check: bool, runtime: type[Runtime]) -> int:
     config = settings.load(source, CoordinatorSettings)
     if check:
+        if faults := _model_faults(config):
+            raise SettingsError(str(source), faults)
+        print(f"{source}: good (models: {', '.join(config.models) or 'none'})")  # noqa: T201 - what the operator asked for
         return 0
     logs.set_up("muster-coordinator", config.log_level, fleet=config.fleet)
     # Updates come and go by the megabyte, in several threads.

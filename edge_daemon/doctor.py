@@ -102,7 +102,7 @@ def _sources(config: EdgeSettings) -> list[Finding]:
     advice = (
         "correct the path, or let the service's user read it; what lies under /home the unit sees by BindReadOnlyPaths="
     )
-    wrong = [diagnosis.fail("data and models", fault, advice) for fault in sources.faults(config)]
+    wrong = [diagnosis.fail("data and models", fault, advice) for fault in sources.faults(config, whole=True)]
     text = f"{len(config.data)} data set(s) and {len(config.models)} model(s) can be read"
     return wrong or [diagnosis.ok("data and models", text)]
 

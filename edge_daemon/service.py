@@ -208,7 +208,7 @@ def _minute() -> int:
 def load(path: Path, *, strict: bool) -> EdgeSettings:
     """The settings; `strict`: what they name must be there. Raises `SettingsError` with every fault."""
     config = settings.load(path, EdgeSettings)
-    faults = policy.faults(config) + (sources.faults(config) if strict else [])
+    faults = policy.faults(config) + (sources.faults(config, whole=True) if strict else [])
     if faults:
         raise SettingsError(str(path), faults)
     return config
@@ -236,7 +236,7 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
     )
     parser.add_argument("--config", default=CONFIG, help="settings file (%(default)s)")
     parser.add_argument(
-        "--check", action="store_true", help="only check the settings file, and that what it names can be read"
+        "--check", action="store_true", help="only check the settings file, and every row and model that it names"
     )
     parser.add_argument("--version", action="version", version=VERSION)
     arguments = parser.parse_args(given)
@@ -246,6 +246,8 @@ def main(argv: Sequence[str] | None = None, *, runtime: type[Runtime] = Runtime)
 def _run(source: Path, check: bool, runtime: type[Runtime]) -> int:
     config = load(source, strict=check)
     if check:
+        named = f"data sets: {', '.join(config.data) or 'none'}; models: {', '.join(config.models) or 'none'}"
+        print(f"{source}: good ({named})")  # noqa: T201 - what the owner asked for
         return 0
     logs.set_up("muster-edge", config.log_level, device=config.device, fleet=config.fleet)
     process = service.Process("muster-edge")

@@ -9,11 +9,13 @@ Every method raises `UserError` with one line that says what to do: no coordinat
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import tarfile
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -55,6 +57,11 @@ class Client:
         """
         url = url or os.environ.get("MUSTER_URL", "")
         token_file = token_file or os.environ.get("MUSTER_TOKEN_FILE", "")
+        if url and not token_file and not config:
+            raise UserError(
+                "--url goes with --token-file: name a file with the API's token (or set MUSTER_TOKEN_FILE); the "
+                "coordinator keeps it as `token` in its state_dir"
+            )
         if not url or not token_file:
             known_url, known_token_file = _local(config)
             url, token_file = url or known_url, token_file or known_token_file
@@ -69,9 +76,9 @@ class Client:
         """Whether the coordinator reaches its broker, and its counters."""
         return _decode(self._call("GET", "/v1/health"), dict[str, object])
 
-    def submit(self, toml: str) -> JobView:
-        """Queue the job written in `toml`. Raises `SettingsError` with every fault of it."""
-        return _decode(self._call("POST", "/v1/jobs", {"toml": toml}), JobView)
+    def submit(self, toml: str, source: str = "job") -> JobView:
+        """Queue the job written in `toml`. Raises `SettingsError` with every fault of it, under the name `source`."""
+        return _decode(self._call("POST", "/v1/jobs", {"toml": toml}, source), JobView)
 
     def jobs(self) -> list[JobView]:
         """Every job, without its rounds."""
@@ -99,12 +106,12 @@ class Client:
 
     def export(self, job: str, folder: Path) -> Path:
         """Fetch the job's PEFT folder as `folder`, which must not exist or be empty; whole or not at all."""
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise UserError(f"{folder}: exists already and is not an empty folder")
+        with writing(folder):
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise UserError(f"{folder}: exists already and is not an empty folder")
         archive = self._call("GET", f"/v1/jobs/{job}/export")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".muster-export-") as temporary:
-            unpacked = Path(temporary) / "export"
+        with beside(folder) as temporary:
+            unpacked = temporary / "export"
             unpacked.mkdir()
             _unpack(archive, unpacked)
             tops = list(unpacked.iterdir())
@@ -121,7 +128,7 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _call(self, method: str, path: str, body: object = None) -> bytes:
+    def _call(self, method: str, path: str, body: object = None, source: str = "job") -> bytes:
         try:
             answer = self._http.request(method, path, json=body) if body else self._http.request(method, path)
         except httpx.TransportError as error:
@@ -134,8 +141,26 @@ class Client:
         except msgspec.MsgspecError:
             raise UserError(f"{self._url} answered {answer.status_code}: is it a Muster coordinator?") from None
         if problem.faults:
-            raise SettingsError("job", problem.faults)
+            raise SettingsError(source, problem.faults)
         raise UserError(problem.error)
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What goes wrong with the files in here is said in one line: `folder` can't be made."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: can't be made: {error.strerror or error}; choose another folder") from error
+
+
+@contextlib.contextmanager
+def beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder`, so that what is made in it can be renamed to it. Raises `UserError`."""
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".muster-export-") as temporary:
+            yield Path(temporary)
 
 
 def _decode(content: bytes, wanted: type[T]) -> T:

@@ -75,6 +75,7 @@ def _telemetry() -> tuple[messages.Message, ...]:
             epoch=3, version="0.1.0", hardware="Jetson Orin NX", cores=4.0, memory_bytes=2**33, bits=[4, 8, 32],
             gpus=[messages.Gpu(uuid="integrated", name="Orin", compute="8.7", integrated=True)],
             datasets={"notes": messages.DatasetFacts(rows=100, labels={"0": 60, "1": 40})}, jetpack="7.2 (L4T 39.2.0)",
+            faulty={"news": "news.jsonl: row 3 is not JSON"},
         ),
         messages.Load(
             epoch=3, seq=17, phase="training", job="demo-1", round=2, attempt=1, cores=4.0, gpus=[gpu],

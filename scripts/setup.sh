@@ -128,6 +128,14 @@ fingerprint() {
     { pwd -P; version_of "$1"; cat pyproject.toml "$CONSTRAINTS" scripts/setup.sh; } | sha256sum | cut -d' ' -f1
 }
 
+# In another user's clone there is nothing to be made, and nothing to be removed.
+may_write() {
+    if [ ! -w . ] || { [ -e "$VENV" ] && [ ! -w "$VENV" ]; }; then
+        stop 2 "$PWD/$VENV is not up to date, and $(id -un) may not write there (it belongs to $(stat -c %U .)):" \
+            "    clone the repository to a folder of your own, and run make there"
+    fi
+}
+
 make_venv() {
     local python=$1
     if [ -e "$VENV" ] && { ! supported "$VENV/bin/python" || [ "$(cat "$VENV/.muster-home" 2>/dev/null || pwd -P)" != "$(pwd -P)" ]; }; then
@@ -155,6 +163,7 @@ main() {
         say "$VENV is up to date"
         return
     fi
+    may_write
     make_venv "$python"
     : >"$LOG"
     PINS=()

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+import msgspec
+
 UNREADABLE = (OSError, EOFError, zlib.error)
 """What reading a plain or gzipped file raises where it is missing, cut off or damaged."""
 _PIECE = 64 * 1024
@@ -64,8 +66,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def rows_fault(path: Path) -> str:
-    """Why no row can be read from a JSONL(.gz) file, or "". Reads up to its first line that is not blank."""
+def rows_fault(path: Path, *, whole: bool = False) -> str:
+    """Why no row can be read from a JSONL(.gz) file, or "". Reads up to its first line that is not blank.
+
+    `whole`: reads all of it, and names the first row that is no JSON object.
+    """
     if not path.exists():
         return f"{path}: no such file"
     if not path.is_file():
@@ -73,12 +78,26 @@ def rows_fault(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rb") as file:
+            if whole:
+                return _row_fault(path, file)
             while piece := file.read(_PIECE):
                 if piece.strip():
                     return ""
     except UNREADABLE as error:
         return f"{path}: can't be read: {getattr(error, 'strerror', None) or error}"
     return f"{path}: no rows"
+
+
+def _row_fault(path: Path, lines: Iterable[bytes]) -> str:
+    decoder, found = msgspec.json.Decoder(dict[str, object]), False
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            found = True
+            try:
+                decoder.decode(line)
+            except msgspec.MsgspecError as error:
+                return f"{path}: row {number} is no JSON object: {error}"
+    return "" if found else f"{path}: no rows"
 
 
 def model_fault(folder: Path) -> str:

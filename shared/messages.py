@@ -104,6 +104,8 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     """Of a Jetson: JetPack and L4T."""
     sandbox: Literal["", "full", "degraded"] = ""
     """What confines the daemon: its unit as shipped, the unit without its device filter, or nothing that is known."""
+    faulty: Annotated[dict[str, Text], Meta(max_length=64)] = {}
+    """Data sets that the owner named and the agent can't read -> why. The device works on its others."""
 
 
 class GpuLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -20,8 +20,9 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
-def lock_folder(folder: Path, program: str) -> int:
-    """Hold `folder` for this process; the lock ends with it. Returns the descriptor to keep open.
+def lock_folder(folder: Path, program: str, name: str = "state_dir") -> int:
+    """Hold `folder`, which its user calls `name`, for this process; the lock ends with it. Returns the descriptor to
+    keep open.
 
     Raises `Occupied` if another process holds it: two with one state would undo each other's work.
     """
@@ -30,5 +31,12 @@ def lock_folder(folder: Path, program: str) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
-        raise Occupied(f"{folder}: another {program} runs with this state_dir; stop it or choose another") from error
+        raise Occupied(f"{folder}: another {program} runs with this {name}; stop it or choose another") from error
     return descriptor
+
+
+def how_it_ended(code: int | None) -> str:
+    """What the exit code of a process says, as `subprocess` gives it; None: it runs, and nothing is said."""
+    if code is None:
+        return ""
+    return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"

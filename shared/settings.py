@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 from msgspec import Meta, structs
@@ -158,6 +158,9 @@ def _value(wanted: Any, data: object, key: str, faults: list[str]) -> Any:
     try:
         return msgspec.convert(data, wanted)
     except msgspec.ValidationError as error:
+        if get_origin(inner) is Literal:
+            faults.append(f"{key}: expected one of {', '.join(map(str, get_args(inner)))}, got {data!r:.60}")
+            return None
         faults.append(f"{key}: {str(error)[0].lower()}{str(error)[1:]}, got {data!r:.60}")
         return None
 

@@ -74,6 +74,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     """Of the next or current round; rises when a round is repeated."""
     round: Round | None = None
+    baseline: Metrics | None = None
+    """Of the untuned base."""
     judged: tuple[Metrics, ...] = ()
     """What the gate needs: the best accepted metrics."""
     metrics: Metrics | None = None
@@ -108,7 +110,9 @@ def apply(job: Job | None, record: rec.AnyRecord) -> Job:
             phase: Phase = "baseline" if job.spec.evaluation.data else "waiting"
             return replace(job, phase=phase, facts=record.facts, adapter=record.adapter)
         case rec.BaselineEvaluated():
-            return replace(job, phase="waiting", judged=(record.metrics,), metrics=record.metrics)
+            return replace(
+                job, phase="waiting", baseline=record.metrics, judged=(record.metrics,), metrics=record.metrics
+            )
         case rec.RoundPlanned():
             told = {**job.told, **record.infos}
             return replace(job, phase="open", attempt=record.attempt, round=_planned(record), told=told)

@@ -40,7 +40,7 @@ def summary(job: Job, notice: str = "") -> JobView:
     return JobView(
         id=job.id, name=job.spec.name, state=job.phase, reason=notice or job.reason,
         strategy=job.spec.strategy.name, round=job.round.number if job.round else job.committed,
-        rounds_total=job.spec.rounds.count, best=job.judged[0] if job.judged else None,
+        rounds_total=job.spec.rounds.count, baseline=job.baseline, best=job.judged[0] if job.judged else None,
         exported=bool(job.export_path),
     )  # fmt: skip
 

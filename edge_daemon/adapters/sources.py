@@ -14,14 +14,17 @@ _SHAPE = re.compile(r"\d+x\d+")
 """A base of the test agent is its shape: nothing is loaded."""
 
 
-def faults(settings: EdgeSettings) -> list[str]:
-    """What can't be read of `[data]` and `[models]`, as "key: reason". What may come from the hub is not tried."""
+def faults(settings: EdgeSettings, *, whole: bool = False) -> list[str]:
+    """What can't be read of `[data]` and `[models]`, as "key: reason". What may come from the hub is not tried.
+
+    `whole`: every row is looked at, which takes a second per some 100 MB.
+    """
     hub = settings.policy.hub
     wrong = []
     for name, source in settings.data.items():
         if hub and _on_hub(source) and not source.endswith(_FILES):
             continue
-        if fault := rows_fault(Path(source).expanduser()):
+        if fault := rows_fault(Path(source).expanduser(), whole=whole):
             wrong.append(f"data.{name}: {fault}")
     for name, source in settings.models.items():
         if _SHAPE.fullmatch(source) or (hub and _on_hub(source)):

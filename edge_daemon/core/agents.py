@@ -77,7 +77,8 @@ def probed(state: State, event: ev.AgentProbed) -> Result:
         hardware=found.hardware, agents=found.agents, flops=found.flops,
     )  # fmt: skip
     notes: list[cmd.Command] = [
-        cmd.Note("info", f"probe: {name}: {note}") for name, note in sorted(found.notes.items())
+        cmd.Note("warning" if name in state.settings.data else "info", f"probe: {name}: {note}")
+        for name, note in sorted(found.notes.items())
     ]
     notes.append(cmd.Note("info", f"the agent proved {', '.join(map(str, found.bits)) or 'no'} bits"))
     agent = Agent(status="ready", heard_at=state.now, failures=state.agent.failures, gpus=state.agent.gpus)

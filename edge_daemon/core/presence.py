@@ -48,9 +48,16 @@ def device_info(state: State) -> DeviceInfo:
         return msgspec.structs.replace(info, problem=problem)
     return msgspec.structs.replace(
         info, bits=list(capability.bits), agents=capability.agents, agent_bytes=capability.agent_bytes,
-        datasets=capability.datasets, hardware=info.hardware or capability.hardware, flops=capability.flops,
+        datasets=capability.datasets, faulty=_faulty(state), hardware=info.hardware or capability.hardware,
+        flops=capability.flops,
         problem=(capability.problem or problem)[:1000],
     )  # fmt: skip
+
+
+def _faulty(state: State) -> dict[str, str]:
+    notes = state.capability.notes if state.capability is not None else {}
+    told = {name: notes[name][:1000] for name in sorted(state.settings.data) if name in notes}
+    return dict(list(told.items())[:64])
 
 
 def say(state: State) -> Result:

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from coordinator.web.views import DeviceView
 from muster.cli.tables import size, table
-from shared.messages import Gpu, GpuLoad, HostLoad, Load
+from shared.messages import DeviceInfo, Gpu, GpuLoad, HostLoad, Load
 
 UNTOLD = "-"
 
@@ -75,6 +75,7 @@ def _capability(device: DeviceView) -> list[tuple[str, str]]:
         ("GPU driver", info.driver),
         ("proven bits", ", ".join(map(str, info.bits))),
         ("data sets", ", ".join(f"{name} ({facts.rows} rows)" for name, facts in sorted(info.datasets.items()))),
+        ("can't be read", _faulty(info)),
     ]
 
 
@@ -143,7 +144,12 @@ def _words(device: DeviceView) -> str:
     """What an operator should see first."""
     silent = [f"{name} silent for {s:.0f} s" for name, s in sorted(device.load.hung.items())] if device.load else []
     problem = device.info.problem if device.info else ""
-    return "; ".join(filter(None, [problem or device.work, *silent]))
+    faulty = f"can't read {_faulty(device.info)}" if device.info and device.info.faulty else ""
+    return "; ".join(filter(None, [problem or device.work, *silent, faulty]))
+
+
+def _faulty(info: DeviceInfo) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in sorted(info.faulty.items()))
 
 
 def _throttle(load: GpuLoad) -> str:

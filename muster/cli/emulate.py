@@ -11,7 +11,7 @@ import typer
 
 EPILOG = (
     "Examples: [bold]muster emulate[/bold] (the demo) · "
-    "[bold]muster emulate --devices 6 --data 20news --job examples/20news.toml[/bold]"
+    "[bold]muster emulate --devices 6 --data ./tickets --job tickets.toml --out runs/tickets[/bold]"
 )
 
 
@@ -21,8 +21,8 @@ def emulate(
     data: Annotated[
         str,
         typer.Option(
-            help="Folder (or name of one in MUSTER_DATA) with train.jsonl.gz, test.jsonl.gz and labels.json; "
-            "or docstrings: those of the installed packages."
+            help="Folder with train.jsonl.gz, test.jsonl.gz and labels.json, or the name of one in the folder "
+            "MUSTER_DATA; or docstrings: those of the installed packages."
         ),
     ] = "docstrings",
     job: Annotated[Path | None, typer.Option(help="Job file; without it the demo's.")] = None,

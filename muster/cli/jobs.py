@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -14,44 +13,66 @@ from rich.console import Console
 from coordinator.web.views import JobView
 from muster.cli import device_tables, tables
 from muster.cli.options import Place
-from muster.client import ENDED, Client
+from muster.client import ENDED, Unreachable, beside
 from shared.errors import UserError
+from shared.settings import parse_toml
 
 _LOOK_EVERY_S = 1.0
 
 
-def submit(place: Place, file: Path, *, wait: bool, as_json: bool) -> None:
-    """Queue the job in `file`; `wait`: follow it to its end."""
+def submit(place: Place, file: Path, *, wait: bool, patience_s: float, as_json: bool) -> None:
+    """Queue the job in `file`; `wait`: follow it to its end, over absences of the coordinator up to `patience_s`."""
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: can't be read: {error}") from error
+    parse_toml(text, str(file))  # the coordinator does not know the file's name
     with place.client() as client:
-        job = client.submit(text)
-        if not wait:
-            print(_json(job) if as_json else job.id)
-            return
-        print(job.id, file=sys.stderr)
-        job = follow(client, job.id)
-        print(_json(job) if as_json else tables.outcome(job))
-        if job.state != "finished":
-            raise typer.Exit(1)
+        job = client.submit(text, str(file))
+    if not wait:
+        print(_json(job) if as_json else job.id)
+        return
+    print(job.id, file=sys.stderr)
+    try:
+        job = follow(place, job.id, patience_s)
+    except KeyboardInterrupt:
+        print(f"interrupted: {_goes_on(job.id)}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(_json(job) if as_json else tables.outcome(job))
+    if job.state != "finished":
+        raise typer.Exit(1)
 
 
-def follow(client: Client, job_id: str) -> JobView:
-    """Say each change of the job on standard error until it ends or pauses."""
-    said = ""
+def follow(place: Place, job_id: str, patience_s: float) -> JobView:
+    """Say each change of the job on standard error until it ends or pauses.
+
+    A coordinator that does not answer is waited for; raises `Unreachable` after `patience_s`.
+    """
+    said, gone_at = "", None
     while True:
-        job = client.job(job_id)
-        line = tables.status_line(job)
+        try:
+            # Found anew each time: one that was restarted may have another port.
+            with place.client() as client:
+                job = client.job(job_id)
+        except Unreachable as error:
+            gone_at = gone_at or time.monotonic()
+            if time.monotonic() - gone_at > patience_s:
+                raise Unreachable(f"{error}; {_goes_on(job_id)}") from error
+            line = f"the coordinator does not answer: waiting for it, {patience_s:.0f} s at most"
+        else:
+            gone_at, line = None, tables.status_line(job)
         if line != said:
             print(line, file=sys.stderr)
             said = line
-        if job.state in ENDED or job.state == "paused":
+        if gone_at is None and (job.state in ENDED or job.state == "paused"):
             return job
         time.sleep(_LOOK_EVERY_S)
+
+
+def _goes_on(job_id: str) -> str:
+    return f"job {job_id} goes on; muster show {job_id} tells how it stands, muster cancel {job_id} ends it"
 
 
 def list_jobs(place: Place, *, as_json: bool) -> None:
@@ -107,9 +128,8 @@ def export(place: Place, job_id: str, folder: Path, *, merged: bool = False, bas
             return
         from muster.merged import merge
 
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".muster-export-") as temporary:
-            adapter = client.export(job_id, Path(temporary) / "adapter")
+        with beside(folder) as temporary:
+            adapter = client.export(job_id, temporary / "adapter")
             print(merge(adapter, folder, base))
 
 

@@ -53,12 +53,15 @@ def submit(
     wait: Annotated[
         bool, typer.Option("--wait", help="Follow the job until it ends; exit code 1 if it fails.")
     ] = False,
+    patience: Annotated[
+        float, typer.Option(min=0.0, help="With --wait: seconds for which a coordinator that is away is waited for.")
+    ] = 600.0,
     json: Json = False,
 ) -> None:
     """Queue a job. Every fault of its file is reported at once."""
     from muster.cli import jobs
 
-    jobs.submit(where(context), file, wait=wait, as_json=json)
+    jobs.submit(where(context), file, wait=wait, patience_s=patience, as_json=json)
 
 
 @app.command(name="list", epilog="Example: [bold]muster list[/bold]")
@@ -155,9 +158,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        # Typer's usage errors, with the exit code and message of its own standalone mode in one line.
+        # Typer's usage errors, with the exit code and message of its own standalone mode in one line. Without a message
+        # nothing was asked, and the help is shown already.
         if hasattr(error, "format_message"):
-            print(f"error: {' '.join(error.format_message().split())}", file=sys.stderr)
+            if message := " ".join(error.format_message().split()):
+                print(f"error: {message}", file=sys.stderr)
             return 2
         raise
 

@@ -9,10 +9,10 @@ from typing import Annotated
 
 import typer
 
-EPILOG = "Example: [bold]muster simulate --devices 80 --data dbpedia14 --strategy uniform --rounds 40[/bold]"
+EPILOG = "Example: [bold]muster simulate --devices 40 --strategy legend --rounds 20[/bold]"
 DATA = (
-    "Folder (or name of one in MUSTER_DATA) with train.jsonl.gz, test.jsonl.gz and labels.json; or docstrings: those "
-    "of the installed packages."
+    "Folder with train.jsonl.gz, test.jsonl.gz and labels.json, or the name of one in the folder MUSTER_DATA; or "
+    "docstrings: those of the installed packages."
 )
 
 
@@ -21,10 +21,11 @@ def simulate(
     profile: Annotated[
         str,
         typer.Option(
-            help="Kind of fleet: jetson, jetson-roomy, equal, pair; emulated-mixed: devices as `muster emulate` has."
+            help="Kind of fleet: jetson, jetson-roomy, jetson-short, equal, pair; devices as `muster emulate` has: "
+            "emulated-mixed, emulated-light, emulated-equal, emulated-tiny."
         ),
     ] = "jetson",
-    data: Annotated[str, typer.Option(help=DATA)] = "dbpedia14",
+    data: Annotated[str, typer.Option(help=DATA)] = "docstrings",
     job: Annotated[Path | None, typer.Option(help="Job file; without it examples/simulate.toml.")] = None,
     strategy: Annotated[str, typer.Option(help="Planner, in place of the job file's.")] = "",
     aggregator: Annotated[str, typer.Option(help="Aggregator, in place of the job file's.")] = "",

@@ -41,9 +41,15 @@ def status_line(job: JobView) -> str:
 
 
 def outcome(job: JobView) -> str:
-    """How a job ended, from its base to its best round."""
+    """How a job ended: from its base to its best round, and to the last accepted one, whose adapter is the job's."""
     before = f", before training {quality(job.baseline)}" if job.baseline else ""
-    return status_line(job) + before
+    return status_line(job) + before + (f"; the adapter is {kept(job)}" if kept(job) else "")
+
+
+def kept(job: JobView) -> str:
+    """Which round the job's adapter is of, with its quality; "" where no round was accepted."""
+    accepted = [view for view in job.rounds if view.accepted]
+    return f"round {accepted[-1].round}'s, {quality(accepted[-1].metrics)}" if accepted else ""
 
 
 def jobs(found: Sequence[JobView]) -> Table:

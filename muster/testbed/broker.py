@@ -19,7 +19,7 @@ from types import TracebackType
 from muster import mosquitto
 from muster.testbed.machines import BROKER
 from shared.errors import UserError
-from shared.processes import die_with_parent
+from shared.processes import die_with_parent, how_it_ended
 from shared.settings import BrokerSettings
 
 _START_S = 10.0
@@ -106,9 +106,19 @@ class Broker:
         return self._process.pid if self._process and self._process.poll() is None else 0
 
     @property
+    def end(self) -> str:
+        """How it ended, in words; "" while it runs."""
+        return how_it_ended(self._process.poll() if self._process else None)
+
+    @property
+    def log_path(self) -> Path:
+        """Where mosquitto writes."""
+        return self.folder / "mosquitto.log"
+
+    @property
     def log(self) -> str:
         """What mosquitto has written."""
-        return (self.folder / "mosquitto.log").read_text("utf-8", errors="replace")
+        return self.log_path.read_text("utf-8", errors="replace")
 
     def settings(self, **changes: object) -> BrokerSettings:
         """How to reach it, with `changes` of the other fields."""
@@ -122,7 +132,7 @@ class Broker:
         self.folder.mkdir(parents=True, exist_ok=True)
         configuration = self.folder / "mosquitto.conf"
         configuration.write_text(self._configuration(), "utf-8")
-        with (self.folder / "mosquitto.log").open("ab") as log:
+        with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [find_mosquitto(), "-c", str(configuration)],
                 stdin=subprocess.DEVNULL,

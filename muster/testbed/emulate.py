@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from coordinator.web.views import JobView
 from muster.cli import tables as tables_of
 from muster.client import ENDED, Client, Unreachable
 from muster.testbed import inputs, live, partition, profiles, replay, report, toml
 from muster.testbed.broker import find_mosquitto
 from muster.testbed.cgroups import Available, GroupsFailed
-from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet
-from muster.testbed.runs import RunFailed, status, whole_or_nothing
+from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet, is_fleet
+from muster.testbed.runs import RunFailed, clear, status, whole_or_nothing
 from shared.errors import UserError
 from shared.jobs import JobSpec
 
@@ -107,11 +109,15 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
             DeviceSpec(s.name, s.cores, s.memory_bytes, {ready.spec.task.dataset: ready.shares[s.name]})
             for s in ready.shapes
         ]
+        clear(out)
         guarded = " (mutual TLS 1.3, access list)" if emulation.secure else ""
         shown.say(f"starting mosquitto{guarded}, the coordinator and {len(specs)} devices")
-        fleet = Fleet(out / "fleet", specs, ready.models, agent=ready.agent, secure=emulation.secure)
+        logs = out / "logs"
+        fleet = Fleet(out / "fleet", specs, ready.models, agent=ready.agent, secure=emulation.secure, logs=logs)
         try:
             with fleet:
+                if unlimited := _unlimited(fleet.available):
+                    shown.say(unlimited)
                 late = fleet.wait_until_able()
                 if late:
                     shown.say(f"not ready yet: {', '.join(late)}")
@@ -123,13 +129,13 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
         except GroupsFailed as error:
             raise UserError(f"the devices can't be limited: {error}") from error
         finally:
-            _tidy(out, keep=emulation.keep)
+            _tidy(fleet, keep=emulation.keep)
         outcome = Outcome(
             job, ready.spec, out, ready.shapes, ready.shares, ready.train, ready.models[ready.spec.base.model],
             time.monotonic() - started, followed.committed_s,
         )  # fmt: skip
         written = _report(outcome, ready, fleet.available, command, exported)
-        shown.say(tables_of.outcome(job))
+        shown.say(tables_of.outcome(_told(job)))
         shown.say(f"report: {written}" + (f", adapter: {out / 'adapter'}" if exported else ""))
     return outcome
 
@@ -139,6 +145,10 @@ def _checked(emulation: Emulation) -> tuple[toml.Table, Agent, dict[str, str]]:
     if emulation.agent not in ("torch", "numpy"):
         raise UserError(f"--agent {emulation.agent}: there are numpy, torch")
     agent: Agent = "numpy" if emulation.agent == "numpy" else "torch"
+    if agent == "numpy" and emulation.data == inputs.DOCSTRINGS:
+        raise UserError(
+            "--agent numpy works on points (rows with x and y), not on docstrings: name their folder, --data"
+        )
     profiles.kinds(emulation.profile)
     find_mosquitto()
     path = emulation.job or DEMO_JOB
@@ -149,8 +159,8 @@ def _checked(emulation: Emulation) -> tuple[toml.Table, Agent, dict[str, str]]:
         over["rounds"] = {"count": emulation.rounds}
     if emulation.seed is not None:
         over["seed"] = emulation.seed
-    tables = inputs.job_tables(path, over)
-    inputs.check_job(tables, str(path))
+    tables = inputs.with_time(inputs.job_tables(path, over))
+    inputs.check_job(tables, str(path), emulation.devices)
     inputs.check_data(emulation.data)
     given = inputs.named_folders(emulation.models)
     kind = tables["task"]["kind"]
@@ -165,9 +175,12 @@ def _prepare(
     emulation: Emulation, tables: toml.Table, agent: Agent, given: Mapping[str, str], out: Path, shown: live.Screen
 ) -> _Ready:
     data = inputs.data_files(emulation.data, out / "data", shown.say)
-    whole, spec = inputs.filled(tables, data, emulation.devices, str(emulation.job or DEMO_JOB))
+    source = str(emulation.job or DEMO_JOB)
+    whole, spec = inputs.filled(tables, data, emulation.devices, source)
     rows = inputs.rows_for(spec.task, data.train)
-    inputs.rows_for(spec.task, Path(spec.evaluation.data))
+    inputs.held_out(spec, source, data)
+    if remark := inputs.remark(spec, data):
+        shown.say(remark)
     model = spec.base.model
     folder = model if agent == "numpy" else str(inputs.base_model(model, given, emulation.lm, shown.say))
     dealt = inputs.shares(
@@ -208,7 +221,7 @@ class _Followed:
                         self.committed_s.setdefault(view.round, time.monotonic() - self._submitted)
                 devices = client.devices()
                 self.recorder.note(devices, time.monotonic() - self._submitted)
-                self._shown.show(job, devices)
+                self._shown.show(_told(job), devices)
                 if job.state in ENDED or job.state == "paused":
                     return job
                 if self._fleet.ended:
@@ -222,13 +235,24 @@ class _Followed:
             raise
 
 
+def _unlimited(available: Available) -> str:
+    """That the devices are not limited, where they are not, and what that means; else ""."""
+    if available.cpu and available.memory:
+        return ""
+    missing = " and ".join(name for name, there in (("CPU", available.cpu), ("memory", available.memory)) if not there)
+    speed = "" if available.cpu else "; they share this machine's cores, unequal by niceness alone"
+    return f"no limits on {missing} here, root could set them ({available.reason}){speed}"
+
+
+def _told(job: JobView) -> JobView:
+    """The job as it is shown: the coordinator's folder of the export goes with the fleet, ours is named at the end."""
+    return replace(job, reason="") if job.exported else job
+
+
 def _export(client: Client, job: JobView, out: Path) -> bool:
     if not job.exported:
         return False
-    folder = out / "adapter"
-    if (folder / "README.md").is_file():
-        shutil.rmtree(folder)  # of an earlier run
-    client.export(job.id, folder)
+    client.export(job.id, out / "adapter")
     return True
 
 
@@ -243,12 +267,12 @@ def _report(outcome: Outcome, ready: _Ready, available: Available, command: str,
     )  # fmt: skip
 
 
-def _tidy(out: Path, *, keep: bool) -> None:
+def _tidy(fleet: Fleet, *, keep: bool) -> None:
     """Logs stay; what the programs kept for themselves goes."""
-    fleet = out / "fleet"
-    logs = out / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    for path in fleet.glob("*.log"):
-        shutil.copyfile(path, logs / path.name)
+    if not is_fleet(fleet.folder):
+        return  # it has not even begun
+    fleet.logs.mkdir(parents=True, exist_ok=True)
+    for path in fleet.log_paths:
+        shutil.copyfile(path, fleet.logs / path.name)
     if not keep:
-        shutil.rmtree(fleet, ignore_errors=True)
+        shutil.rmtree(fleet.folder, ignore_errors=True)

@@ -34,7 +34,7 @@ from muster.testbed.machines import Machines, files
 from muster.testbed.relay import Relay
 from shared import settings, topics
 from shared.errors import UserError
-from shared.processes import lock_folder
+from shared.processes import how_it_ended, lock_folder
 
 Agent = Literal["torch", "numpy"]
 FLEET = "emulated"
@@ -48,6 +48,8 @@ WORKERS: Mapping[str, list[str]] = {
     "torch": [sys.executable, "-m", "coordinator.workers.model_worker"],
     "numpy": [sys.executable, "-m", "muster.testbed.numpy_worker"],
 }
+MARK = ".muster-fleet"
+"""The file that says that a fleet has made the folder."""
 START_WITHIN_S = 60.0
 STOP_WITHIN_S = 10.0
 
@@ -106,13 +108,31 @@ class Program:
             self._process.kill()
             self._process.wait()
 
+    @property
+    def end(self) -> str:
+        """How it ended, in words; "" while it runs or was never started."""
+        return how_it_ended(self._process.poll() if self._process is not None else None)
+
     def last_words(self) -> str:
         """The end of its log in one line."""
         try:
             lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         except OSError:
             return ""
-        return lines[-1][:300] if lines else ""
+        return _said(lines[-1])[:300] if lines else ""
+
+
+def _said(line: str) -> str:
+    """The text of a line that `shared.logs` wrote as JSON; another line as it is."""
+    try:
+        return str(json.loads(line)["text"])
+    except (ValueError, KeyError, TypeError):
+        return line
+
+
+def is_fleet(folder: Path) -> bool:
+    """Whether a fleet has made this folder, so that all in it may be removed."""
+    return (folder / MARK).is_file()
 
 
 def start_in(group: cgroups.DeviceGroup, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
@@ -133,7 +153,8 @@ class Fleet:
     `secure`: mutual TLS and the generated ACL. `coordinator`: over its settings, as in its file. `limits`: whether
     devices get control groups at all. `broker`: over its configuration. `relay`: each device has a link of its own in
     `relays`, which counts its bytes and can be made a bad one. `commands`: program name -> what is started in its place
-    (same arguments). `serve`: devices have no base model of their own and fetch it from the coordinator.
+    (same arguments). `serve`: devices have no base model of their own and fetch it from the coordinator. `logs`: where
+    the programs' output will be found once the fleet has ended, if not in `folder`.
     """
 
     def __init__(
@@ -150,8 +171,10 @@ class Fleet:
         broker: Mapping[str, str] | None = None,
         relay: bool = False,
         serve: bool = False,
+        logs: Path | None = None,
     ) -> None:
         self.folder = folder.resolve()
+        self.logs = logs or self.folder
         self.devices = list(devices)
         self.edges: dict[str, Program] = {}
         self._models = {name: str(place) for name, place in models.items()}
@@ -199,11 +222,20 @@ class Fleet:
 
     @property
     def ended(self) -> str:
-        """Which program ended by itself, with its last words; "" while all run."""
+        """Which program ended by itself, how, and where its log will be; "" while all run."""
+        if not self.broker.pid:
+            # First: without it the others end, too.
+            return f"mosquitto {self.broker.end}; its log: {self.logs / self.broker.log_path.name}"
         for program in (self.coordinator, *self.edges.values()):
             if not program.pid:
-                return f"{program.name} ended: {program.last_words()}"
-        return "" if self.broker.pid else f"mosquitto ended: {self.broker.folder / 'mosquitto.log'}"
+                words = f": {program.last_words()}" if "exit code" in program.end else ""
+                return f"{program.name} {program.end}{words}; its log: {self.logs / program.log.name}"
+        return ""
+
+    @property
+    def log_paths(self) -> list[Path]:
+        """The logs of all programs, the broker's included."""
+        return [path for path in sorted(self.folder.glob("**/*.log")) if path.is_file()]
 
     def _start(self) -> None:
         cgroups.clean_leftovers()
@@ -222,13 +254,16 @@ class Fleet:
         self._wait_for_devices()
 
     def _claim(self) -> None:
-        """An empty folder of our own; that of a killed run is emptied."""
+        """An empty folder of our own; that of a killed run is emptied, one that no fleet has made is left alone."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._stack.callback(os.close, lock_folder(self.folder, "fleet"))
+        self._stack.callback(os.close, lock_folder(self.folder, "fleet", "folder"))
+        if {path.name for path in self.folder.iterdir()} > {"lock"} and not is_fleet(self.folder):
+            raise UserError(f"{self.folder}: no fleet of Muster has made what lies there: move it away")
+        (self.folder / MARK).write_text("A fleet of Muster made this folder; the next one there empties it.\n")
         for path in self.folder.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            elif path.name not in ("lock", MARK):
                 path.unlink()
 
     def _groups(self) -> cgroups.Groups | None:

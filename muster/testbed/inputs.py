@@ -1,7 +1,7 @@
 """What an emulation works on, found and checked before anything is started: data, base model, job.
 
 The job file may leave out what the emulation knows: `base.model` (minilm), `task.dataset`, `task.labels`,
-`evaluation.data` and `rounds.min_devices`.
+`evaluation.data`, `rounds.min_devices` and `rounds.train_for_s`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from muster.testbed import corpus, partition, toml
 from muster.testbed.models import cut_bert, make_small_gpt2, minilm_folder
 from muster.testbed.rows import Row, read_rows
 from shared.errors import SettingsError, UserError
-from shared.jobs import JobSpec, TaskSpec
+from shared.jobs import JobSpec, RoundsSpec, TaskSpec
 from shared.settings import check, read_toml
 
 Tell = Callable[[str], None]
@@ -68,6 +68,19 @@ def job_tables(path: Path, over: Mapping[str, object]) -> toml.Table:
     return toml.merged(read_toml(path), over)
 
 
+def with_time(tables: toml.Table) -> toml.Table:
+    """The job with a bound on the time of training, where it names none: half of its deadline.
+
+    The devices share one machine with whatever else runs on it, so that the first plan can be wrong by a factor. What
+    is trained by then counts, and shows the planner the true speed; after the deadline both would be lost.
+    """
+    given = tables.get("rounds", {})
+    deadline = given.get("deadline_s", RoundsSpec().deadline_s) if isinstance(given, dict) else None
+    if not isinstance(deadline, int | float) or isinstance(deadline, bool):
+        return tables  # the check of the job says so
+    return toml.merged({"rounds": {"train_for_s": deadline / 2}}, tables)
+
+
 def filled(tables: toml.Table, data: DataFiles, devices: int, source: str) -> tuple[toml.Table, JobSpec]:
     """The job with all that the emulation knows. Raises `SettingsError` with every fault of it."""
     given = tables.get("task")
@@ -80,7 +93,21 @@ def filled(tables: toml.Table, data: DataFiles, devices: int, source: str) -> tu
         "evaluation": {"data": str(data.test.resolve())},
     }
     whole = toml.merged(known, tables)
-    return whole, check(JobSpec, whole, source)
+    spec = check(JobSpec, whole, source)
+    if spec.rounds.min_devices > devices:
+        fault = f"{spec.rounds.min_devices} wanted, and --devices is {devices}: no round would ever begin"
+        raise SettingsError(source, [f"rounds.min_devices: {fault}"])
+    return whole, spec
+
+
+def remark(spec: JobSpec, data: DataFiles) -> str:
+    """What looks like a mistake and need not be one, in a line; "": nothing."""
+    if spec.task.kind == "classification" and data.labels and list(spec.task.labels) != data.labels:
+        return (
+            f"note: task.labels of the job ({_some(spec.task.labels)}) are not those of the data's labels.json "
+            f"({_some(data.labels)}); labels that are numbers mean places in the job's list"
+        )
+    return ""
 
 
 def base_model(name: str, given: Mapping[str, str], texts: Path | None, tell: Tell) -> Path:
@@ -125,6 +152,17 @@ def rows_for(task: TaskSpec, path: Path) -> list[Row]:
         partition.column(rows, task.prompt_field, str(path))
         partition.column(rows, task.completion_field, str(path))
     return rows
+
+
+def held_out(spec: JobSpec, source: str, data: DataFiles) -> list[Row]:
+    """The rows that the coordinator evaluates on, checked. Raises `UserError`; names the key if the job gave it."""
+    path = Path(spec.evaluation.data)
+    try:
+        return rows_for(spec.task, path)
+    except UserError as error:
+        if path == data.test.resolve():
+            raise
+        raise UserError(f"{source}: evaluation.data: {error}; without that key it is {data.test}") from error
 
 
 def shares(
@@ -184,6 +222,10 @@ def _labels(path: Path) -> list[str]:
         raise UserError(f"{path}: expected a list of names, or an object with names: {error}") from error
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
 def _known(label: object, labels: Sequence[str]) -> bool:
     if isinstance(label, int) and not isinstance(label, bool):
         return 0 <= label < len(labels)
@@ -221,10 +263,10 @@ def _small_gpt2(folder: Path | None, tell: Tell) -> Path:
     return make_small_gpt2(out, texts, tell=tell)
 
 
-def check_job(tables: toml.Table, source: str) -> None:
+def check_job(tables: toml.Table, source: str, devices: int) -> None:
     """Raise `SettingsError` with every fault that does not depend on the data; writes nothing."""
     placeholder = DataFiles("data", Path("train"), Path("test"), ["a", "b"])
-    _, spec = filled(tables, placeholder, 1, source)
+    _, spec = filled(tables, placeholder, devices, source)
     faults = strategies.job_faults(spec)
     if faults:
         raise SettingsError(source, faults)

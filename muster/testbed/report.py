@@ -70,7 +70,8 @@ def _summary(run: Run) -> list[str]:
     lines = [
         f"- base {spec.base.model}, task {spec.task.kind} on {spec.task.dataset}, planner {spec.strategy.name}, "
         f"aggregator {name_of(spec.strategy)}",
-        f"- before training: {tables.quality(job.baseline)}; best round: {tables.quality(job.best)}",
+        f"- before training: {tables.quality(job.baseline)}; best round: {tables.quality(job.best)}"
+        + (f"; the adapter is {tables.kept(job)}" if run.adapter and tables.kept(job) else ""),
         f"- {len(job.rounds)} of {job.rounds_total} rounds in {run.seconds:.0f} s, start included",
     ]
     if run.adapter:

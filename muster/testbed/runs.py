@@ -7,13 +7,20 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from shared.errors import UserError
 from shared.processes import lock_folder
 
 INTERRUPTED = 130
+MARK = ".muster-run"
+"""The file that says that a run of Muster has made the folder."""
+INPUTS = ("data", "shares")
+PRODUCTS = (
+    *INPUTS, "adapter", "fleet", "logs", "report.md", "quality.png", "devices.png", "telemetry.jsonl", "result.json",
+)  # fmt: skip
+"""All that a run writes into its folder."""
 
 
 class RunFailed(UserError):
@@ -24,12 +31,19 @@ class RunFailed(UserError):
 def whole_or_nothing(out: Path, what: str) -> Iterator[None]:
     """Hold the folder for this run, a `what`.
 
-    A folder that was not there before is removed again where the input was at fault.
+    What lies there and no run has made is never touched: where a run would write over it, this one is refused. A folder
+    that was not there before is removed again where the input was at fault; of one that was, all but what was added.
     """
-    existed = out.exists()
     try:
+        existed = out.exists()
         out.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(out, what)
+        before = {path.name for path in out.iterdir()}
+        lock = lock_folder(out, what, "--out")
+        try:
+            _claim(out)
+        except BaseException:
+            _let_go(out, lock)
+            raise
     except OSError as error:
         raise UserError(f"--out {out}: can't be used: {error.strerror}") from error
     try:
@@ -37,14 +51,44 @@ def whole_or_nothing(out: Path, what: str) -> Iterator[None]:
     except RunFailed:
         raise
     except UserError:
-        if not existed:
-            shutil.rmtree(out, ignore_errors=True)
+        _clean(out, {MARK, *PRODUCTS} - before)
         raise
     finally:
-        (out / "lock").unlink(missing_ok=True)
-        os.close(lock)
-        if not existed and out.is_dir() and not any(out.iterdir()):
-            out.rmdir()  # interrupted before anything was written
+        _let_go(out, lock)
+        if {path.name for path in out.iterdir()} - before <= {MARK}:
+            _clean(out, {MARK} - before)  # it ended before anything was written
+        if not existed and not any(out.iterdir()):
+            out.rmdir()
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier run has left in this folder, which is held: it would be taken for this one's."""
+    _clean(out, set(PRODUCTS) - set(INPUTS))
+
+
+def _claim(out: Path) -> None:
+    mark = out / MARK
+    foreign = [] if mark.is_file() else [name for name in PRODUCTS if os.path.lexists(out / name)]
+    if foreign:
+        raise UserError(
+            f"--out {out}: no run of Muster has made {', '.join(foreign)} there, and this one would write over it: "
+            "move it away, or choose another folder"
+        )
+    mark.write_text(f"A run of Muster made this folder; the next one with it replaces {', '.join(PRODUCTS)}.\n")
+
+
+def _clean(out: Path, names: Collection[str]) -> None:
+    for name in names:
+        path = out / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _let_go(out: Path, lock: int) -> None:
+    (out / "lock").unlink(missing_ok=True)
+    os.close(lock)
 
 
 def status(carry_out: Callable[[], str], interrupted: str) -> int:

@@ -37,7 +37,7 @@ from muster.testbed import (
 from muster.testbed.cgroups import Available
 from muster.testbed.gradients import Workers
 from muster.testbed.rows import Row
-from muster.testbed.runs import RunFailed, status, whole_or_nothing
+from muster.testbed.runs import RunFailed, clear, status, whole_or_nothing
 from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
 from muster.testbed.virtual_nodes import SimulatedFleet, evaluator
 from shared.errors import UserError
@@ -47,6 +47,8 @@ from shared.jobs import JobSpec
 JOB = Path(__file__).parents[2] / "examples" / "simulate.toml"
 STEPS = Path(__file__).parent / "profiles" / "steps.json"
 RESULT = "result.json"
+INTERRUPTED = "interrupted"
+"""State of a job whose run was interrupted after some round."""
 SLICE_S = 5.0
 """Virtual seconds between two looks at the job."""
 STUCK_S = 3600.0
@@ -59,7 +61,7 @@ class Simulation:
 
     devices: int = 80
     profile: str = "jetson"
-    data: str = "dbpedia14"
+    data: str = inputs.DOCSTRINGS
     """Folder, name in `MUSTER_DATA`, or "docstrings"."""
     job: Path | None = None
     """None: the example's."""
@@ -128,7 +130,10 @@ def run(simulation: Simulation, *, command: str = "") -> int:
 
 
 def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | None = None) -> Finished:
-    """Carry it out and write report, result and plots. Raises `UserError` for bad input; then nothing is left."""
+    """Carry it out and write report, result and plots. Raises `UserError` for bad input; then nothing is left.
+
+    Interrupted, it writes them of the rounds so far, then raises `KeyboardInterrupt`.
+    """
     tables, given = _checked(simulation)
     out = simulation.out or Path("runs") / f"{tables.get('name', 'job')}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = time.monotonic()
@@ -136,11 +141,14 @@ def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | 
     tell = tell or shown.say
     with whole_or_nothing(out, "simulation"), tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
         ready = _prepare(simulation, tables, given, Path(scratch), tell)
+        clear(out)
         with Session(simulation.workers) as session:
             result, job, planned = _simulated(simulation, ready, session, Path(scratch), tell)
         write_whole(out / RESULT, msgspec.json.format(msgspec.json.encode(result), indent=1) + b"\n")
         written = _report(simulation, ready, result, job, out, command, planned)
     tell(f"{job.state}: {len(result.rounds)} rounds in {_last(result):.0f} virtual seconds; report: {written}")
+    if job.state == INTERRUPTED:
+        raise KeyboardInterrupt
     return Finished(result, out, ready.spec, time.monotonic() - started)
 
 
@@ -149,7 +157,10 @@ def result_of(simulation: Simulation, session: Session, tell: inputs.Tell) -> si
     tables, given = _checked(simulation)
     with tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
         ready = _prepare(simulation, tables, given, Path(scratch), tell)
-        return _simulated(simulation, ready, session, Path(scratch), tell)[0]
+        result = _simulated(simulation, ready, session, Path(scratch), tell)[0]
+    if result.state == INTERRUPTED:
+        raise KeyboardInterrupt
+    return result
 
 
 def _simulated(
@@ -188,7 +199,7 @@ def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
     if simulation.seed is not None:
         over["seed"] = simulation.seed
     tables = toml.merged(inputs.job_tables(path, over), simulation.over)
-    inputs.check_job(tables, str(path))
+    inputs.check_job(tables, str(path), simulation.devices)
     if tables["task"]["kind"] == "least_squares":
         raise UserError(f"{path}: task.kind least_squares: a simulation trains real models")
     inputs.check_data(simulation.data)
@@ -205,9 +216,12 @@ def _prepare(
     simulation: Simulation, tables: toml.Table, given: Mapping[str, str], scratch: Path, tell: inputs.Tell
 ) -> _Ready:
     data = inputs.data_files(simulation.data, scratch / "data", tell)
-    _, spec = inputs.filled(tables, data, simulation.devices, str(simulation.job or JOB))
+    source = str(simulation.job or JOB)
+    _, spec = inputs.filled(tables, data, simulation.devices, source)
     rows = inputs.rows_for(spec.task, data.train)
-    inputs.rows_for(spec.task, Path(spec.evaluation.data))
+    inputs.held_out(spec, source, data)
+    if remark := inputs.remark(spec, data):
+        tell(remark)
     folder = inputs.base_model(spec.base.model, given, simulation.lm, tell)
     models = virtual_fleets.fleet(simulation.profile, simulation.devices, spec.seed)
     names = [model.name for model in models]
@@ -263,7 +277,15 @@ class _Followed:
         self.id = fleet.submit(spec, spec.name)
 
     def to_the_end(self) -> JobView:
-        """Let time pass until the job ends or pauses, and say what happened."""
+        """Let time pass until the job ends, pauses, or is interrupted after a round, and say what happened."""
+        try:
+            return self._to_the_end()
+        except KeyboardInterrupt:
+            if not self._told:
+                raise
+            return msgspec.structs.replace(self._view(), state=INTERRUPTED, reason="the rounds so far")
+
+    def _to_the_end(self) -> JobView:
         fleet, network = self._fleet, self._fleet.network
         moved = network.now
         while True:
@@ -289,8 +311,8 @@ class _Followed:
         now = time.monotonic()
         new = [view for view in job.rounds if view.phase == "committed" and view.round > self._told]
         for view in new:
-            self._tell(f"{live.committed(view)} (virtual; {(now - self._last) / len(new):.1f} s here)")
             self._told = view.round
+            self._tell(f"{live.committed(view)} (virtual; {(now - self._last) / len(new):.1f} s here)")
         self._last = now
 
 

@@ -39,6 +39,8 @@ def place(tmp_path: Path) -> Iterator[Path]:
     ls.write_rows(data / "train.jsonl", ls.make_rows("16x8", 300, 1))
     ls.write_rows(data / "test.jsonl", ls.make_rows("16x8", 100, 2))
     (tmp_path / "job.toml").write_text(JOB.format(rounds=2))
+    (tmp_path / "held-out.toml").write_text(JOB.format(rounds=2) + '[evaluation]\ndata = "nowhere.jsonl"\n')
+    (tmp_path / "many.toml").write_text(JOB.format(rounds=2).replace("count", "min_devices = 4\ncount"))
     yield tmp_path
     assert _left(tmp_path) == []
 
@@ -79,12 +81,13 @@ def test_three_devices_work_on_a_job_to_its_report(place: Path) -> None:
     assert (code, errors) == (0, "")
     assert "round 2 committed: loss" in output
     assert "\x1b" not in output
+    assert "exported to" not in output  # a folder that is gone by now
     out = place / "run"
     assert "squares: finished" in (out / "report.md").read_text()
     assert (out / "adapter" / "adapter_config.json").is_file()
     assert (out / "quality.png").is_file()
     assert sorted(p.name for p in (out / "logs").iterdir()) == [
-        "coordinator.log", "edge-01.log", "edge-02.log", "edge-03.log",
+        "coordinator.log", "edge-01.log", "edge-02.log", "edge-03.log", "mosquitto.log",
     ]  # fmt: skip
     assert not (out / "fleet").exists()
     code, output, _ = _run(place, *options, "--keep", "--rounds", "1", "--seed", "5")
@@ -154,7 +157,10 @@ def test_a_killed_run_leaves_no_process_and_the_next_takes_its_folder(place: Pat
         (("--by-field", "site"), "has no plain value in field 'site'"),
         (("--devices", "100"), "300 rows are too few for 100 devices"),
         (("--agent", "torch"), "the numpy agent does least_squares"),
+        (("--data", "docstrings"), "--agent numpy works on points"),
         (("--devices", "none"), "Invalid value for '--devices'"),
+        (("--job", "held-out.toml"), "held-out.toml: evaluation.data: nowhere.jsonl: no such file; without that key"),
+        (("--job", "many.toml", "--devices", "3"), "many.toml: rounds.min_devices: 4 wanted, and --devices is 3"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(place: Path, options: tuple[str, ...], told: str) -> None:
@@ -200,8 +206,59 @@ def test_a_program_that_ends_by_itself_ends_the_run_and_leaves_its_log(place: Pa
     device.kill()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.startswith("error: edge-02 ended")
-    assert (place / "run" / "logs" / "edge-02.log").is_file()
+    log = Path("run/logs/edge-02.log")
+    assert errors == f"error: edge-02 was killed by signal 9; its log: {log}\n"
+    assert (place / log).is_file()
+
+
+def test_a_broker_that_is_killed_ends_the_run_and_leaves_its_log(place: Path) -> None:
+    (place / "job.toml").write_text(JOB.format(rounds=100000))
+    process = _start(place, "--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 1 committed"):
+            break
+    next(p for p in psutil.Process(process.pid).children() if "mosquitto.conf" in " ".join(p.cmdline())).kill()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    log = Path("run/logs/mosquitto.log")
+    assert errors == f"error: mosquitto was killed by signal 9; its log: {log}\n"
+    assert "mosquitto version" in (place / log).read_text()
+
+
+def test_work_that_the_deadline_would_cut_off_counts(place: Path) -> None:
+    rounds = "count = 1\nlocal_steps = 10000000\ndeadline_s = 16"
+    (place / "job.toml").write_text(JOB.format(rounds=1).replace("count = 1", rounds))
+    code, output, errors = _run(place, "--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
+    assert (code, errors) == (0, ""), output
+    assert "round 1 committed" in output
+    assert "2 of 2 updates" in output
+
+
+def test_an_interrupted_run_leaves_no_report_of_an_earlier_one(place: Path) -> None:
+    options = ("--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
+    assert _run(place, *options)[0] == 0
+    (place / "job.toml").write_text(JOB.format(rounds=100000))
+    process = _start(place, *options)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("round 1 committed"):
+            break
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert {p.name for p in (place / "run").iterdir()} == {".muster-run", "logs", "shares"}
+
+
+def test_the_users_own_folders_stay_as_they_are(place: Path) -> None:
+    for name in ("fleet", "adapter"):
+        (place / "run" / name).mkdir(parents=True)
+        (place / "run" / name / "README.md").write_text("mine")
+    before = sorted(str(p) for p in place.rglob("*"))
+    code, _, errors = _run(place, "--devices", "2", "--data", "points", "--job", "job.toml", "--out", "run")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "no run of Muster has made adapter, fleet there" in errors
+    assert sorted(str(p) for p in place.rglob("*")) == before
 
 
 def test_two_runs_do_not_share_a_folder(place: Path) -> None:
@@ -214,7 +271,7 @@ def test_two_runs_do_not_share_a_folder(place: Path) -> None:
             break
     code, _, errors = _run(place, *options)
     assert code == 2
-    assert "another emulation runs with this" in errors
+    assert "another emulation runs with this --out" in errors
     assert (place / "run" / "fleet" / "coordinator").is_dir()
     first.terminate()
     first.communicate(timeout=60)

@@ -209,7 +209,7 @@ def test_submit_of_a_job_that_the_coordinator_refuses(place: Path, address: list
     [
         ('[data]\ntexts = "{place}/none.jsonl"\n', "data.texts: {place}/none.jsonl: no such file"),
         ('[models]\nminilm = "{place}/texts"\n', "models.minilm: {place}/texts: no config.json there"),
-        ('log_level = "LOUD"\n', "log_level: invalid enum value 'LOUD'"),
+        ('log_level = "LOUD"\n', "log_level: expected one of DEBUG, INFO, WARNING, ERROR, got 'LOUD'"),
         ('[dta]\ntexts = "{place}/none.jsonl"\n', "dta: unknown key, did you mean 'data'?"),
     ],
 )
@@ -240,6 +240,22 @@ def coordinator_file(place: Path, more: str = "") -> str:
 )
 def test_coordinator_with_bad_settings(place: Path, more: str, told: str) -> None:
     assert told in refused(place, "muster-coordinator", "--config", coordinator_file(place, more))
+
+
+def test_coordinator_check_looks_at_its_models(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from coordinator import service
+
+    (place / "bare").mkdir()
+    config = coordinator_file(place, f'[models]\nhub = "someone/small"\nnone = "{place}/none"\nbare = "{place}/bare"\n')
+    said = refused(place, "muster-coordinator", "--check", "--config", config)
+    assert f"models.none: {place}/none: no such folder; models.bare: {place}/bare: no config.json there" in said
+    assert "hub" not in said
+    config = coordinator_file(place, '[models]\nhub = "someone/small"\n')
+    assert service.main(["--check", "--config", config]) == 0
+    assert capsys.readouterr().out == f"{config}: good (models: hub)\n"
+    with pytest.raises(SystemExit) as leaving:
+        service.main(["--version"])
+    assert leaving.value.code == 0
 
 
 def test_coordinator_without_settings(place: Path) -> None:

@@ -86,3 +86,25 @@ def test_without_apt_the_packages_are_named_too(place: Path) -> None:
     assert first.startswith("setup: this machine has no apt.")
     assert "mosquitto" in listed.split()
     assert names(place) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root: another user's clone")
+def test_in_another_users_clone_it_is_one_fault_and_nothing_is_touched(place: Path) -> None:
+    for name in ("mosquitto", "gcc", "pkg-config", "systemd-analyze", "systemd-nspawn"):
+        stub(place, name, "exit 0")
+    python = shutil.which("python3", path="/usr/bin") or shutil.which("python3")
+    assert python
+    for tool in (python, *(shutil.which(name) or "" for name in ("stat", "sort"))):
+        (place / "bin" / Path(tool).name).symlink_to(tool)
+    (place / ".venv" / "lib").mkdir(parents=True)
+    (place / ".venv" / "lib" / "module.py").write_text("")
+    (place / ".venv" / ".muster-setup").write_text("of another state")
+    for path in (place, place / "scripts"):
+        path.chmod(0o755)
+    before = names(place)
+    done = set_up(place)
+    assert done.returncode == 2, done.stderr
+    first, advice = done.stderr.splitlines()
+    assert "may not write there (it belongs to root)" in first
+    assert advice.endswith("clone the repository to a folder of your own, and run make there")
+    assert names(place) == before

@@ -176,3 +176,18 @@ def test_runs_of_one_session_do_not_touch_each_other_and_every_start_is_charged(
     for key in both:
         took = [one[key].trained_s / one[key].steps for one in work]
         assert took == sorted(took) and [one[key].peak for one in work] == sorted(one[key].peak for one in work)
+
+
+def test_an_interrupted_run_reports_the_rounds_so_far(asked: Simulation) -> None:
+    def interrupt(line: str) -> None:
+        if line.startswith("round 1 committed"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        carry_out(replace(asked, rounds=50), tell=interrupt)
+    assert asked.out is not None
+    result = json.loads((asked.out / "result.json").read_bytes())
+    assert result["state"] == "interrupted" and [one["round"] for one in result["rounds"]] == [1]
+    assert "tiny: interrupted" in (asked.out / "report.md").read_text()
+    with Session(0) as session, pytest.raises(KeyboardInterrupt):
+        result_of(replace(asked, rounds=50), session, interrupt)

@@ -108,7 +108,7 @@ def _alone_s(spot: Spot, device: str) -> float:
     rank = min(2, spot.job.strategy.rank)
     ranks = {one.name: min(rank, one.out, one.inp) for one in tuned(spot.scene.facts, spot.job)}
     need, seat = need_of(spot.scene.facts, spot.job, ranks, spot.round.bound), spot.round.seats[device]
-    alone = Free(seat.free.cores, 0.0, seat.free.cores, seat.free.gpu)
+    alone = Free(seat.free.cores, 0.0, seat.free.cores, seat.free.gpu, seat.free.flops)
     fixed, sample = spot.scene.fleet.pace(device, need, seat.bits, alone)
     return fixed + sample * _job_batch(spot.job)
 

@@ -122,7 +122,7 @@ NOTES: dict[str, str] = {
     "rank by bits": rf"{n('larger')} would leave memory for {n('fewer')} bits only, "
     rf"{n('rank')} leaves it for {n('bits')}",
     "rank by memory": rf"{n('larger')} would not fit \((?P<refused>memory: .+)\)",
-    "nothing measured": r"nothing was measured yet: cores and GPUs are taken to be equally fast",
+    "nothing measured": r"nothing was measured yet: devices are taken to be as fast as their probes, or alike",
     "not measured itself": r"not measured itself yet",
     "trial too large": rf"its memory does not hold the trial of depth {n('depth')}, width {n('width')}",
     "trial by bits": rf"the trial of depth {n('depth')}, width {n('width')} would leave memory for "

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +21,7 @@ from coordinator.web.desk import Conflict, NotFound
 from coordinator.web.shelf import Shelf
 from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
 from muster.cli import main as cli
+from muster.cli import tables
 from muster.client import Client, Unreachable
 from muster.testbed.broker import free_port
 from shared.errors import SettingsError, UserError
@@ -287,3 +291,141 @@ def test_bad_input_is_one_line_and_exit_code_2(
         assert said.err.startswith("error: ")
         assert said.err.count("\n") == 1
         assert reason in said.err
+
+
+def test_faults_of_a_job_are_told_of_its_file(
+    place: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, text in (("faulty.toml", JOB + "labls = []"), ("no.toml", "name = ")):
+        (tmp_path / name).write_text(text)
+        assert cli.main([*place, "submit", str(tmp_path / name)]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path / name}: ")
+
+
+@pytest.mark.parametrize("merged", [[], ["--merged"]])
+def test_an_export_to_where_nothing_can_be_made_is_one_line(
+    place: list[str], job_file: Path, merged: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*place, "submit", str(job_file)]) == 0
+    capsys.readouterr()
+    assert cli.main([*place, "export", "demo-0", "/proc/x/adapter", *merged]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: /proc/x/adapter: can't be made: ")
+    assert said.count("\n") == 1
+
+
+def test_an_address_without_a_token_says_what_to_do(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MUSTER_TOKEN_FILE", raising=False)
+    assert cli.main(["--url", url, "list"]) == 2
+    assert "--url goes with --token-file: name a file with the API's token" in capsys.readouterr().err
+
+
+def test_without_a_command_there_is_help_and_no_empty_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    said = capsys.readouterr()
+    assert "submit" in said.out + said.err
+    assert "error" not in said.err
+
+
+def test_the_list_shows_where_a_job_began(
+    place: list[str], desk: MemoryDesk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    metrics = Metrics(loss=2.5, rows=100, accuracy=0.125)
+    desk.found["demo-0"] = JobView(id="demo-0", name="demo", state="open", baseline=metrics)
+    assert cli.main([*place, "list"]) == 0
+    assert "accuracy 0.125" in capsys.readouterr().out
+
+
+def test_the_outcome_tells_the_best_round_and_the_one_that_the_adapter_is_of() -> None:
+    first, last = finished_round(), Metrics(loss=1.6, rows=100, accuracy=0.5)
+    rounds = [
+        first,
+        RoundView(round=2, phase="committed", metrics=last, accepted=True),
+        RoundView(round=3, phase="committed", metrics=Metrics(loss=9.0, rows=100), accepted=False),
+    ]
+    job = JobView(id="x", name="x", state="finished", round=3, rounds_total=3, best=first.metrics, rounds=rounds)
+    said = tables.outcome(job)
+    assert "best accuracy 0.625" in said
+    assert said.endswith("; the adapter is round 2's, accuracy 0.500, loss 1.600")
+    assert "adapter" not in tables.outcome(msgspec.structs.replace(job, rounds=rounds[2:]))
+
+
+# ---- waiting, with a coordinator that comes and goes -----------------------------------------------------------------
+
+
+class Server:
+    """The API over `desk` on a port of its own, which can be taken away and brought back."""
+
+    def __init__(self, desk: MemoryDesk, folder: Path) -> None:
+        self.port = free_port()
+        self._desk, self._folder = desk, folder
+        self.start()
+
+    def start(self) -> None:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", self.port))
+        listener.listen()
+        app = api.create(self._desk, TOKEN, Shelf(self._folder))
+        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+
+def waiting(server: Server, tmp_path: Path, job_file: Path, patience: float) -> subprocess.Popen[str]:
+    (tmp_path / "token").write_text(TOKEN)
+    options = ["--url", f"http://127.0.0.1:{server.port}", "--token-file", str(tmp_path / "token")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "muster.cli.main", *options, "submit", str(job_file), "--wait",
+         "--patience", str(patience)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert process.stderr.readline() == "demo-0\n"
+    assert "queued" in process.stderr.readline()
+    return process
+
+
+def test_waiting_goes_on_over_a_restart_of_the_coordinator(desk: MemoryDesk, tmp_path: Path, job_file: Path) -> None:
+    server = Server(desk, tmp_path)
+    process = waiting(server, tmp_path, job_file, 60.0)
+    assert process.stderr is not None
+    server.stop()
+    assert process.stderr.readline() == "the coordinator does not answer: waiting for it, 60 s at most\n"
+    desk.found["demo-0"] = msgspec.structs.replace(desk.found["demo-0"], state="finished")
+    server.start()
+    try:
+        output, errors = process.communicate(timeout=60)
+    finally:
+        server.stop()
+    assert (process.returncode, output.count("finished"), errors.count("finished")) == (0, 1, 1)
+
+
+def test_waiting_ends_where_the_coordinator_stays_away(desk: MemoryDesk, tmp_path: Path, job_file: Path) -> None:
+    server = Server(desk, tmp_path)
+    process = waiting(server, tmp_path, job_file, 1.5)
+    server.stop()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: no coordinator answers")
+    assert last.endswith("job demo-0 goes on; muster show demo-0 tells how it stands, muster cancel demo-0 ends it")
+
+
+def test_an_interrupt_says_that_the_job_goes_on(desk: MemoryDesk, tmp_path: Path, job_file: Path) -> None:
+    server = Server(desk, tmp_path)
+    process = waiting(server, tmp_path, job_file, 60.0)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=60)
+    finally:
+        server.stop()
+    assert process.returncode == 130
+    assert errors.startswith("interrupted: job demo-0 goes on; muster show demo-0 tells how it stands")
+    assert desk.found["demo-0"].state == "queued"

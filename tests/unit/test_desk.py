@@ -9,9 +9,16 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from coordinator.core import records as rec
+from coordinator.core.facts import Metrics
+from coordinator.core.job import Job, apply
+from coordinator.core.planning import registry
+from coordinator.web import history
 from coordinator.web.desk import Conflict, Desk, NotFound
 from muster.testbed.memory_fleet import MemoryFleet
 from shared.errors import SettingsError, UserError
+from shared.jobs import JobSpec
+from shared.settings import check, parse_toml
 
 JOB = """
 name = "texts"
@@ -152,3 +159,12 @@ def test_what_can_not_be_done_to_a_job_is_said(desk: Desk, held_out: Path) -> No
     assert desk.cancel(job).state == "cancelled"
     with pytest.raises(Conflict, match="has ended: it is cancelled"):
         desk.cancel(job)
+
+
+def test_a_job_in_the_list_keeps_its_quality_before_training() -> None:
+    spec = check(JobSpec, parse_toml(text("held-out.jsonl"), "job"), "job")
+    base, better = Metrics(loss=2.0, rows=10), Metrics(loss=1.0, rows=10)
+    job = Job(id="x", spec=spec, phase="baseline", planner=registry.create(spec.strategy))
+    job = apply(job, rec.BaselineEvaluated(job="x", metrics=base))
+    assert history.summary(job).baseline == base
+    assert history.summary(msgspec.structs.replace(job, judged=(better,))).baseline == base

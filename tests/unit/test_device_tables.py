@@ -92,3 +92,12 @@ def test_what_is_not_supported_is_a_dash() -> None:
 def test_a_gpu_that_gives_no_reading_is_still_there() -> None:
     told = shown(view([CARD], [], hung={"gpu": 40.0}))
     assert "NVIDIA L4, GPU-1" in told and "gpu for 40 s" in told
+
+
+def test_a_data_set_that_can_not_be_read_is_shown_with_the_reason() -> None:
+    device = view([], [])
+    assert device.info is not None and "can't" not in listed(device) + shown(device)
+    told = msgspec.structs.replace(device.info, faulty={"news": "news.jsonl: row 3 is not JSON"})
+    device = msgspec.structs.replace(device, info=told)
+    assert "can't read news: news.jsonl: row 3 is not JSON" in listed(device)
+    assert "can't be read" in shown(device) and "news: news.jsonl: row 3 is not JSON" in shown(device)

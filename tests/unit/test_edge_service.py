@@ -60,10 +60,17 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert capsys.readouterr().err == f"muster-edge: {tmp_path}/none.toml: no such file\n"
 
 
-def test_check_starts_nothing(tmp_path: Path) -> None:
+def test_check_starts_nothing_and_says_that_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "points.jsonl").write_text('{"x": [1], "y": [1]}\n', encoding="utf-8")
     assert service.main(["--config", str(written(tmp_path)), "--check"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/edge.toml: good (data sets: points; models: none)\n"
     assert not (tmp_path / "state").exists()
+
+
+def test_check_names_the_row_that_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "points.jsonl").write_text('{"x": [1], "y": [1]}\n\n{"x": [1], "y"\n', encoding="utf-8")
+    assert service.main(["--config", str(written(tmp_path)), "--check"]) == EX_CONFIG
+    assert f"data.points: {tmp_path}/points.jsonl: row 3 is no JSON object: " in capsys.readouterr().err
 
 
 MISSING = """

@@ -59,3 +59,20 @@ def test_what_is_no_file_or_can_not_be_read_is_named(tmp_path: Path) -> None:
     assert rows_fault(tmp_path) == f"{tmp_path}: not a file"
     # Its first page is never mapped: a reading error that root meets too.
     assert rows_fault(Path("/proc/self/mem")) == "/proc/self/mem: can't be read: Input/output error"
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b'{"a": 1}\n\n{"b": 2}', ""),
+        (b'{"a": 1}\n\nnothing\n', "row 3 is no JSON object"),
+        (b'{"a": 1}\n[1]\n', "row 2 is no JSON object"),
+        (b"\n \n", "no rows"),
+    ],
+)
+def test_looked_at_whole_the_damaged_row_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+    for name, data in (("rows.jsonl", content), ("rows.jsonl.gz", gzip.compress(content))):
+        path = tmp_path / name
+        path.write_bytes(data)
+        found = rows_fault(path, whole=True)
+        assert found.startswith(f"{path}: {told}") if told else found == ""

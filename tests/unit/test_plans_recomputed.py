@@ -63,7 +63,7 @@ def fleet(rng: random.Random, tight: int) -> list[Edge]:
         Edge(
             f"edge-{number}", cores=rng.choice([0.5, 1.0, 2.0]) * rng.uniform(0.9, 1.1),
             flops=rng.choice([4e9, 8e9, 8e9, 16e9]) * rng.uniform(0.9, 1.1), link=rng.uniform(1e5, 3e6),
-            overhead_s=rng.uniform(0.0, 0.05), rows=rng.choice([12, 700, 5000]),
+            overhead_s=rng.uniform(0.0, 0.05), rows=rng.choice([12, 700, 5000]), probed=number % 2 == 0,
         )
         for number in range(5)
     ]  # fmt: skip
@@ -73,7 +73,9 @@ def fleet(rng: random.Random, tight: int) -> list[Edge]:
         base = memory - int(rng.uniform(60, 76) * MIB)
         bits: tuple[Bits, ...] = (4, 8) if rng.random() < 0.5 else (4, 16, 32)
         edges.append(Edge(f"small-{number}", memory=memory, bits=bits, flops=9e9, base=base))
-    edges.append(Edge("gpu", cores=8.0, memory=8192 * MIB, gpu=True, flops=8e11, base=200 * MIB, overhead_s=1e-4))
+    edges.append(
+        Edge("gpu", cores=8.0, memory=8192 * MIB, gpu=True, flops=8e11, base=200 * MIB, overhead_s=1e-4, probed=True)
+    )
     edges.append(Edge("pair", cores=2.0, agents=2, flops=8e9 * rng.uniform(0.9, 1.1), rows=900))
     return [*edges, Edge("bare", bits=()), Edge("tiny", memory=180 * MIB)]
 

@@ -89,8 +89,9 @@ def fleet(rng: random.Random, small: int) -> list[Edge]:
         for memory in [rng.randrange(390, 560)]
     ]  # fmt: skip
     return [
-        Edge("fast", cores=4.0, flops=1.1e10), Edge("usual", flops=1e10), Edge("slow", cores=0.4, flops=7e9),
-        Edge("crawling", cores=0.05, flops=5e9), Edge("far", link=6e4), Edge("few", rows=3), Edge("some", rows=7),
+        Edge("fast", cores=4.0, flops=1.1e10, probed=True), Edge("usual", flops=1e10),
+        Edge("slow", cores=0.4, flops=7e9), Edge("crawling", cores=0.05, flops=5e9), Edge("creeping", cores=0.15),
+        Edge("far", link=6e4), Edge("few", rows=3), Edge("some", rows=7, probed=True),
         Edge("half", bits=(4, 8, 16)), Edge("unheard", unheard=True), Edge("void", memory=0),
         Edge("tight-unheard", memory=470 * MIB, unheard=True, base=380 * MIB),
         Edge("gpu", cores=8.0, memory=8192 * MIB, gpu=True, flops=8e11, base=200 * MIB, overhead_s=1e-4),

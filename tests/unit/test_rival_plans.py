@@ -129,7 +129,10 @@ def test_before_anything_is_measured_ranks_follow_what_devices_say_and_tell_so(n
     assert ranks_of(plan) == {"a": 16, "b": 8, "c": 4, "d": 2}
     for work in plan.participants.values():
         assert "(assumed speed)" in work.reasons["rank"]
-        assert "nothing was measured yet: cores and GPUs are taken to be equally fast" in work.reasons["rank"]
+        assert (
+            "nothing was measured yet: devices are taken to be as fast as their probes, or alike"
+            in work.reasons["rank"]
+        )
     assert "rank 2: " in plan.participants["d"].reasons["rank"]
     assert " exceeds " in plan.participants["d"].reasons["rank"]
     assert "the least rank all the same" in plan.participants["d"].reasons["rank"]

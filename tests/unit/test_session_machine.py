@@ -411,3 +411,17 @@ def test_a_restart_tidies_what_nothing_refers_to() -> None:
     (tidy,) = [command for command in again.all if isinstance(command, cmd.Tidy)]
     assert set(tidy.identities) == {FIRST, Identity("job-1", 2, 1)}
     assert set(tidy.shas) == {ADAPTER, UPDATE}
+
+
+def test_a_data_set_that_can_not_be_read_is_a_warning_and_told_to_the_fleet() -> None:
+    rig = Rig().up()
+    (name,) = SETTINGS.data
+    rig.gone()
+    rig.tick(60.0)
+    notes = {name: "notes.jsonl: row 3 is not JSON", "4": "no kernel"}
+    rig.feed(ev.AgentProbed, probed=protocol.Probed(bits=[32], notes=notes))
+    levels = {note.text: note.level for note in rig.did(cmd.Note)}
+    assert levels[f"probe: {name}: notes.jsonl: row 3 is not JSON"] == "warning"
+    assert levels["probe: 4: no kernel"] == "info"
+    (info,) = rig.said(DeviceInfo)
+    assert info.faulty == {name: "notes.jsonl: row 3 is not JSON"}

@@ -160,3 +160,7 @@ KEYS = ["name", "base", "task", "rounds", "model", "kind", "count", "lr", "train
 @given(data=st.dictionaries(st.sampled_from(KEYS) | st.text(max_size=9), tree, max_size=6))
 def test_anything_else_is_a_fault_and_never_a_crash(data: dict[str, Any]) -> None:
     assert all(": " in fault for fault in faults(JobSpec, data))
+
+
+def test_a_value_that_is_none_of_a_few_names_them() -> None:
+    assert job_faults("[strategy]\nbits = 5") == ["strategy.bits: expected one of auto, 4, 8, 16, 32, got 5"]

@@ -402,3 +402,9 @@ def test_a_slow_link_leaves_less_time_for_training() -> None:
     assert batches["a"] == batches["b"] > batches["c"]
     assert "0.25 MB/s" in plan.participants["c"].reasons["steps"]
     assert "link not yet measured" in first.participants["c"].reasons["steps"]
+
+
+def test_a_device_whose_data_can_not_be_read_is_left_out_with_its_reason() -> None:
+    broken = msgspec.structs.replace(device("x").info, datasets={}, faulty={"news": "news.jsonl: row 3 is not JSON"})
+    plan = _plan(device("a"), Candidate(device="b", info=broken))
+    assert plan.left_out == {"b": "data set 'news' can't be read there: news.jsonl: row 3 is not JSON"}

@@ -103,7 +103,7 @@ def memory_note(rank: int, bits: Bits, larger: int, refused: str | Bits) -> str:
 def unmeasured_note(source: str) -> str:
     """What the rank rests on where the device's own speed was never measured; `source` as in `Pace`."""
     if source == ASSUMED_SPEED:
-        return "nothing was measured yet: cores and GPUs are taken to be equally fast"
+        return "nothing was measured yet: devices are taken to be as fast as their probes, or alike"
     return "not measured itself yet" if source in (MEDIAN_SPEED, PROBED_SPEED) else ""
 
 

@@ -77,6 +77,8 @@ def seat(candidate: Candidate, job: JobSpec, fresh_s: float, model: CostModel) -
     if not info.bits:
         return "no precision proven yet"
     data = info.datasets.get(job.task.dataset)
+    if data is None and job.task.dataset in info.faulty:
+        return f"data set {job.task.dataset!r} can't be read there: {info.faulty[job.task.dataset]}"
     if data is None:
         has = ", ".join(sorted(info.datasets)[:5]) or "none"
         return f"no data set {job.task.dataset!r} (it has {has})"

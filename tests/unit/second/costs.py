@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from shared.jobs import JobSpec
@@ -115,9 +115,15 @@ class Free:
     foreign: float
     left: float
     gpu: bool
+    flops: float = 0.0
+    """Of the probe."""
 
 
 def free_of(info: DeviceInfo | None, load: Load | None, agents: int) -> Free:
+    return replace(_free_of(info, load, agents), flops=info.flops if info else 0.0)
+
+
+def _free_of(info: DeviceInfo | None, load: Load | None, agents: int) -> Free:
     if info.gpus if info is not None else load is not None and load.gpus:
         used = [0.0]
         for gpu in load.gpus if load else []:
@@ -137,6 +143,21 @@ def free_of(info: DeviceInfo | None, load: Load | None, agents: int) -> Free:
 # ---- what rounds taught
 
 
+def solved(told: list[tuple[float, float, float, float]], share: float, weight: float) -> tuple[float, float]:
+    """(overhead, per FLOP) by least squares of (weight, x0, x1, seconds), neither below 0."""
+    s00, s01, s11 = (sum(w * a * b for w, a, b in of) for of in (
+        [(w, u0, u0) for w, u0, _, _ in told], [(w, u0, u1) for w, u0, u1, _ in told],
+        [(w, u1, u1) for w, _, u1, _ in told],
+    ))  # fmt: skip
+    r0, r1 = sum(w * u0 * t for w, u0, _, t in told), sum(w * u1 * t for w, _, u1, t in told)
+    s00, r0 = (1 + weight) * s00, r0 + weight * share * r0
+    size = s00 * s11 - s01 * s01
+    overhead, per_flop = (r0 * s11 - s01 * r1) / size, (s00 * r1 - s01 * r0) / size
+    if overhead < 0:
+        return 0.0, r1 / s11
+    return (r0 / s00, 0.0) if per_flop < 0 else (overhead, per_flop)
+
+
 @dataclass
 class Speed:
     """Of one device at one precision: every observation kept, solved anew each time."""
@@ -145,7 +166,7 @@ class Speed:
     overhead: float = 0.0
     per_flop: float = 0.0
 
-    def learn(self, x0: float, x1: float, took: float) -> None:
+    def learn(self, x0: float, x1: float, took: float, share: float) -> None:
         expected = self.overhead * x0 + self.per_flop * x1 if self.seen else took
         if len(self.seen) > 1:
             took = min(max(took, expected / 2), 2 * expected)
@@ -153,19 +174,8 @@ class Speed:
         self.seen.append((x0 / expected, x1 / expected, took / expected, keep))
         weights = [math.prod(later[3] for later in self.seen[place + 1 :]) for place in range(len(self.seen))]
         told = [(w, u0, u1, t) for w, (u0, u1, t, _) in zip(weights, self.seen, strict=True)]
-        s00, s01, s11 = (sum(w * a * b for w, a, b in of) for of in (
-            [(w, u0, u0) for w, u0, _, _ in told], [(w, u0, u1) for w, u0, u1, _ in told],
-            [(w, u1, u1) for w, _, u1, _ in told],
-        ))  # fmt: skip
-        r0, r1 = sum(w * u0 * t for w, u0, _, t in told), sum(w * u1 * t for w, _, u1, t in told)
-        # The prior: a step of this length has 5 % overhead, with 5 % of the weight.
-        s00, r0 = 1.05 * s00, r0 + 0.05 * 0.05 * r0
-        size = s00 * s11 - s01 * s01
-        overhead, per_flop = (r0 * s11 - s01 * r1) / size, (s00 * r1 - s01 * r0) / size
-        if overhead < 0:
-            overhead, per_flop = 0.0, r1 / s11
-        elif per_flop < 0:
-            overhead, per_flop = r0 / s00, 0.0
+        # The prior: a step of this length has `share` overhead, with 5 % of the weight.
+        overhead, per_flop = solved(told, share, 0.05)
         held = len(self.seen) > 1 and 1 / 1.2 <= (overhead * x0 + per_flop * x1) / expected <= 1.2
         if not held:
             self.overhead, self.per_flop = overhead, per_flop
@@ -190,6 +200,8 @@ class Known:
     peaks: dict[int, Peak] = field(default_factory=dict)
     limits: dict[int, int] = field(default_factory=dict)
     gpu: bool = False
+    cores: float = 0.0
+    flops: float = 0.0
     busy: float = 1.0
     busy_now: float = 1.0
     scale: float = 0.0
@@ -219,6 +231,7 @@ class Fleet:
         self.facts, self.job = facts, job
         self.known: dict[str, Known] = {}
         self.usual = {False: (0.0, 1 / 8e9), True: (0.0, 1 / 5e12)}
+        self.pools: dict[bool, list[list[tuple[float, float, float]]]] = {False: [], True: []}
         self.scale = 1.0
         plain = need_of(facts, job, {})
         self.phi = dict.fromkeys(
@@ -241,10 +254,22 @@ class Fleet:
             other, speed = known.best()
             ratio = SLOWER[bits] / SLOWER[other]
             overhead, per_flop = speed.overhead * ratio, speed.per_flop * ratio
+        elif free.flops:
+            overhead, per_flop = (part * SLOWER[bits] / free.flops for part in self.pooled(free.gpu))
         else:
             overhead, per_flop = (part * SLOWER[bits] for part in self.usual[free.gpu])
         used = self.usable(device, free)
         return overhead / min(1.0, used), need.flop * per_flop / used
+
+    def pooled(self, gpu: bool) -> tuple[float, float]:
+        """What all devices that told their probe have in common; those of the other kind before nothing."""
+        pool = self.pools[gpu] or self.pools[not gpu]
+        told = [
+            (0.9 ** (len(pool) - 1 - age), x0 / took, x1 / took, 1.0)
+            for age, round in enumerate(pool)
+            for x0, x1, took in round
+        ]
+        return solved(told, 0.05, 0.001) if told else (0.0, 1.0)
 
     def memory(self, device: str, info: DeviceInfo, need: Need, bits: int, batch: int) -> float:
         known = self.known.get(device, Known())
@@ -267,6 +292,7 @@ class Fleet:
         return max(context + peak.bytes + more, min(context + peak.bytes, agent + need.base[bits]))
 
     def _learn(self, done: Done) -> None:
+        seen: list[tuple[Known, int, float, float, float]] = []
         for device, work in sorted(done.works.items()):
             result = done.results.get(device)
             known = self.known.get(device, Known())
@@ -276,7 +302,8 @@ class Fleet:
                 known.limits[bits] = min(limits)
             if result is not None:
                 need, load = need_of(self.facts, self.job, work.ranks), done.loads.get(device)
-                self._learn_speed(device, known, need, result, load, work.agents)
+                known.flops = done.infos[device].flops or known.flops
+                seen.append((known, result.bits, *self._timed(known, need, result, load, work.agents)))
                 self._learn_memory(known, need, result, load, work.agents)
                 if done.fetched >= 65536 and result.fetch_s >= 0.01:
                     rate = done.fetched / result.fetch_s
@@ -285,6 +312,19 @@ class Fleet:
                 known.own = result.peak_bytes or known.own
             if result is not None or limits:
                 self.known[device] = known
+        for gpu in (False, True):
+            pool = [
+                (x0 * SLOWER[bits] / one.flops, x1 * SLOWER[bits] / one.flops, took)
+                for one, bits, x0, x1, took in seen
+                if one.gpu == gpu and one.flops
+            ]
+            self.pools[gpu] += [pool] if pool else []
+        for one, bits, x0, x1, took in seen:
+            share = 0.05
+            if one.flops:
+                overhead, per_flop = self.pooled(one.gpu)
+                share = overhead * x0 / (overhead * x0 + per_flop * x1)
+            one.speeds.setdefault(bits, Speed()).learn(x0, x1, took, share)
         for gpu in (False, True):
             speeds = [one.best() for one in self.known.values() if one.speeds and one.gpu == gpu]
             if speeds:
@@ -305,11 +345,11 @@ class Fleet:
         assert load is not None
         return max(0.01, min(free.left, known.busy * free.cores))
 
-    def _learn_speed(
-        self, device: str, known: Known, need: Need, result: UpdateFacts, load: Load | None, agents: int
-    ) -> None:
+    def _timed(
+        self, known: Known, need: Need, result: UpdateFacts, load: Load | None, agents: int
+    ) -> tuple[float, float, float]:
         free = free_of(None, load, agents)
-        known.gpu = free.gpu
+        known.gpu, known.cores = free.gpu, free.cores
         if not free.gpu and result.cores_used > 0 and load is not None and free.foreign == 0:
             seen = min(1.0, result.cores_used / free.cores)
             if not known.speeds:
@@ -319,8 +359,7 @@ class Fleet:
                 if not 1 / 1.2 <= known.busy_now / known.busy <= 1.2:
                     known.busy = known.busy_now
         used = self._cores(known, result, load, agents)
-        speed = known.speeds.setdefault(result.bits, Speed())
-        speed.learn(1 / min(1.0, used), need.flop * result.batch / used, result.train_s / result.steps)
+        return 1 / min(1.0, used), need.flop * result.batch / used, result.train_s / result.steps
 
     def _learn_memory(self, known: Known, need: Need, result: UpdateFacts, load: Load | None, agents: int) -> None:
         if not result.peak_bytes:

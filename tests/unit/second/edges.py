@@ -48,6 +48,8 @@ class Edge:
     agents: int = 1
     gpu: bool = False
     flops: float = 1e10
+    probed: bool = False
+    """Whether it tells them."""
     overhead_s: float = 0.02
     link: float = 1e6
     base: int = 330 * MIB
@@ -67,6 +69,7 @@ class Edge:
         return DeviceInfo(
             epoch=1, cores=self.cores, memory_bytes=self.memory, bits=list(self.bits), agent_bytes=200 * MIB,
             agents=self.agents, gpus=gpus, datasets={self.data: DatasetFacts(rows=self.rows)},
+            flops=self.flops if self.probed else 0.0,
         )  # fmt: skip
 
     def load(self, seq: int) -> Load:

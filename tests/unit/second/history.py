@@ -21,6 +21,7 @@ class Done:
 
     round: int
     works: dict[str, Work]
+    infos: dict[str, DeviceInfo]
     loads: dict[str, Load]
     results: dict[str, UpdateFacts]
     limits: dict[str, int]
@@ -85,7 +86,9 @@ def read(path: Path) -> Story:
             case rec.RoundCommitted() | rec.RoundRepeated():
                 plan = story.plans[-1].record
                 kept = {device: facts for device, facts in results.items() if device in counted}
-                past.append(Done(record.round, plan.plan.participants, plan.loads, kept, dict(limits), adapter))
+                past.append(
+                    Done(record.round, plan.plan.participants, plan.infos, plan.loads, kept, dict(limits), adapter)
+                )
                 if isinstance(record, rec.RoundCommitted) and record.accepted:
                     adapter = folded
             case _:

@@ -118,9 +118,8 @@ def sizes_of(job: JobSpec) -> list[int]:
     """The batches to choose from, rising."""
     least, most = job.strategy.batch_min, max(job.strategy.batch_min, job.strategy.batch_max)
     middle = min(max(job.strategy.batch, least), most)
-    halves = [middle // 2**n for n in range(20) if middle % 2**n == 0]
-    found = {least, *halves, *(middle * 2**n for n in range(20))}
-    found = {size for size in found if least <= size <= most}
+    quarters = {math.floor(middle * 2.0**n * (1 + q / 4)) for n in range(-20, 20) for q in range(4)}
+    found = {least, middle, *(size for size in quarters if least <= size <= most)}
     return sorted([size for size in found if size % job.training.accumulation == 0] or found)
 
 
@@ -174,15 +173,21 @@ def median_s(scene: Scene, taking: list[Seat], needs: Sequence[Need]) -> float:
         alone = replace(seat.free, foreign=0.0, left=seat.free.cores)
         fixed, sample = scene.fleet.pace(seat.device, need, seat.bits, alone)
         times.append(steps * (fixed + sample * batch))
+    if scene.job.rounds.sample:
+        for device, known in scene.fleet.known.items():
+            if device not in {seat.device for seat in taking} and known.speeds:
+                alone = Free(known.cores, 0.0, known.cores, known.gpu)
+                fixed, sample = scene.fleet.pace(device, needs[0], known.best()[0], alone)
+                times.append(steps * (fixed + sample * batch))
     return statistics.median(times)
 
 
 def lefts(
     scene: Scene, taking: list[Seat], needs: Sequence[Need], ranks: Sequence[Mapping[str, int]], bound: int
 ) -> list[float]:
-    """Seconds that each has for its steps: the median's time undisturbed, + 20 %, less what its link takes too long."""
+    """Seconds that each has for its steps: the median's time undisturbed, + 5 %, less what its link takes too long."""
     moves = [transfer(scene, seat, own, bound) for seat, own in zip(taking, ranks, strict=True)]
-    target = 1.2 * median_s(scene, taking, needs)
+    target = 1.05 * median_s(scene, taking, needs)
     if scene.fleet.known:
         target = min(target, 0.9 * scene.job.rounds.deadline_s)
     return [max(0.0, target - max(0.0, took - statistics.median(moves))) for took in moves]

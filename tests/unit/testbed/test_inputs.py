@@ -89,10 +89,10 @@ def test_shares_go_by_label_by_field_or_at_random(folder: Path) -> None:
 def test_faults_of_a_job_are_found_before_there_is_data() -> None:
     tables = {"name": "try", "task": {"kind": "classification"}, "strategy": {"name": "magic", "aggregator": "sum"}}
     with pytest.raises(SettingsError) as error:
-        inputs.check_job(tables, "job.toml")
+        inputs.check_job(tables, "job.toml", 4)
     assert [fault.split(":")[0] for fault in error.value.faults] == ["strategy.name", "strategy.aggregator"]
     with pytest.raises(SettingsError, match="rounds.cuont: unknown key, did you mean 'count'"):
-        inputs.check_job({"name": "try", "task": {"kind": "causal"}, "rounds": {"cuont": 3}}, "job.toml")
+        inputs.check_job({"name": "try", "task": {"kind": "causal"}, "rounds": {"cuont": 3}}, "job.toml", 4)
 
 
 def test_base_models_are_found_by_name_or_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,3 +119,41 @@ def test_models_are_given_as_name_and_folder(tmp_path: Path) -> None:
         inputs.named_folders(["a"])
     with pytest.raises(UserError, match="no such folder"):
         inputs.named_folders(["a=/no/such"])
+
+
+def test_more_devices_wanted_than_there_are_is_refused(folder: Path, tmp_path: Path) -> None:
+    tables = {"name": "try", "task": {"kind": "classification"}, "rounds": {"min_devices": 5}}
+    with pytest.raises(SettingsError, match=r"rounds.min_devices: 5 wanted, and --devices is 4: no round"):
+        inputs.check_job(tables, "job.toml", 4)
+    inputs.check_job(tables, "job.toml", 5)
+
+
+def test_training_is_bounded_by_half_the_deadline_unless_the_job_says_otherwise() -> None:
+    assert inputs.with_time({"rounds": {"deadline_s": 120}})["rounds"] == {"deadline_s": 120, "train_for_s": 60.0}
+    assert inputs.with_time({"name": "try"})["rounds"] == {"train_for_s": 450.0}
+    for given in ({"deadline_s": 120, "train_for_s": 0}, {"train_for_s": 700}):
+        assert inputs.with_time({"rounds": given})["rounds"] == given
+    for wrong in ({"rounds": {"deadline_s": "soon"}}, {"rounds": 3}):
+        assert inputs.with_time(wrong) == wrong
+
+
+def test_held_out_rows_that_the_job_names_are_named_by_their_key(folder: Path, tmp_path: Path) -> None:
+    data = inputs.data_files(str(folder), tmp_path / "scratch", say)
+    tables = {"name": "try", "task": {"kind": "classification"}}
+    assert len(inputs.held_out(inputs.filled(tables, data, 4, "job.toml")[1], "job.toml", data)) == 60
+    _, spec = inputs.filled({**tables, "evaluation": {"data": "held-out.jsonl.gz"}}, data, 4, "job.toml")
+    told = r"job.toml: evaluation.data: held-out.jsonl.gz: no such file; without that key it is .*/test.jsonl.gz"
+    with pytest.raises(UserError, match=told):
+        inputs.held_out(spec, "job.toml", data)
+    (folder / "test.jsonl.gz").unlink()
+    with pytest.raises(UserError, match=r"^.*/test.jsonl.gz: no such file$"):
+        inputs.held_out(inputs.filled(tables, data, 4, "job.toml")[1], "job.toml", data)
+
+
+def test_labels_that_differ_from_those_of_the_data_are_remarked(folder: Path, tmp_path: Path) -> None:
+    data = inputs.data_files(str(folder), tmp_path / "scratch", say)
+    task: dict[str, object] = {"kind": "classification"}
+    assert inputs.remark(inputs.filled({"name": "try", "task": task}, data, 4, "job")[1], data) == ""
+    task["labels"] = ["yes", "no"]
+    said = inputs.remark(inputs.filled({"name": "try", "task": task}, data, 4, "job")[1], data)
+    assert "task.labels of the job (yes, no) are not those of the data's labels.json (no, yes)" in said

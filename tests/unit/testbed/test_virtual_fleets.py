@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 
+from muster.cli import emulate, simulate
 from muster.testbed import device_model as dm
 from muster.testbed import profiles, virtual_fleets
 from muster.testbed.simulate import load_steps
@@ -64,3 +68,10 @@ def test_memory_decides_what_fits() -> None:
     roomy, *_, tight = _devices("emulated-light", 4)
     work = Work(ranks=dict.fromkeys(LINEARS, 8), batch=16, bits=32, steps=1)
     assert roomy.would_fit(work, 16, 0.0) and not tight.would_fit(work, 16, 0.0)
+
+
+def test_the_commands_name_all_profiles() -> None:
+    hint = inspect.signature(simulate.simulate).parameters["profile"].annotation
+    assert all(re.search(rf"\b{name}\b(?!-)", str(hint)) for name in virtual_fleets.names())
+    hint = inspect.signature(emulate.emulate).parameters["profile"].annotation
+    assert all(re.search(rf"\b{name}\b", str(hint)) for name in profiles.PROFILES)

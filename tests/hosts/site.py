@@ -83,7 +83,8 @@ class Site:
             "muster_host_wheel_folders": SHARED,
             "muster_coordinator_settings": {
                 "worker": self._program("coordinator", "numpy_worker"),
-                "waits": {"period_s": 3.0},
+                # On a busy machine a service is back later than the 12 s for which the fleet waits by default.
+                "waits": {"period_s": 3.0, "silent_s": 60.0},
             },
             **self.server,
         }

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -385,6 +386,8 @@ def waiting(server: Server, tmp_path: Path, job_file: Path, patience: float) -> 
         [sys.executable, "-m", "muster.cli.main", *options, "submit", str(job_file), "--wait",
          "--patience", str(patience)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Where the tests run in the background of a shell, interrupts are ignored, which a child inherits.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stderr is not None
     assert process.stderr.readline() == "demo-0\n"

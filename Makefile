@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench bench-planning soak docs clean
+.PHONY: help setup demo test test-all check bench bench-planning soak wheelhouse docs clean
 
 PYTHON := .venv/bin/python
 MUSTER := .venv/bin/muster
@@ -18,9 +18,10 @@ test: setup ## What every change must pass: checks, then all tests but the slow 
 	@scripts/check
 	@scripts/test
 
-test-all: setup ## The same with the slow tests: long transfers, long runs
+test-all: setup ## The same with the slow tests: long transfers, long runs, the whole story on real hosts
+	@$(PYTHON) -m tests.hosts
 	@scripts/check
-	@scripts/test --all
+	@scripts/test --all $(TESTS)
 
 check: setup ## Lint, format, types, import contracts
 	@scripts/check
@@ -34,6 +35,9 @@ bench-planning: setup ## Strategies on a virtual fleet; resumable, writes docs/r
 soak: setup ## Many rounds on a small fleet; fails when memory or file descriptors grow
 	$(PYTHON) bench/run.py --soak
 
+wheelhouse: setup ## Wheels with hashes, from which hosts install without a network (docs/operations.md)
+	$(PYTHON) scripts/wheelhouse.py
+
 docs: setup ## Write the generated files anew: jobs, state-machines, wire-format, benchmarks, mosquitto.conf
 	$(PYTHON) scripts/settings_doc.py
 	$(PYTHON) scripts/machines_doc.py
@@ -42,5 +46,5 @@ docs: setup ## Write the generated files anew: jobs, state-machines, wire-format
 	$(PYTHON) bench/run.py --render
 
 clean: ## Remove .venv, caches, builds and runs
-	rm -rf .venv build dist runs .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf .venv build dist runs wheelhouse .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -205,6 +205,12 @@ class Runtime:
         name = topic.name(self.settings.fleet, **parts)
         self._waiting.append(base.Outgoing(topic, name, b"", token=name))
 
+    def forget(self, device: str) -> None:
+        """Take `device` out of the fleet: what the broker retains of it goes, an assignment too."""
+        for topic in (topics.ASSIGN, topics.INFO, topics.STATE):
+            self.clear(topic, device=device)
+        self.step(ev.Decommissioned(device=device, **self.now()))
+
     def stop(self) -> None:
         """Say goodbye and end the worker."""
         self._say_presence(online=False)

@@ -101,6 +101,10 @@ class Client:
         """Every device the coordinator knows."""
         return _decode(self._call("GET", "/v1/devices"), list[DeviceView])
 
+    def forget(self, device: str) -> None:
+        """Take a device out of the fleet, after it was stopped and its certificate was revoked."""
+        self._call("DELETE", f"/v1/devices/{device}")
+
     def export(self, job: str, folder: Path) -> Path:
         """Fetch the job's PEFT folder as `folder`, which must not exist or be empty; whole or not at all."""
         with writing(folder):

@@ -42,9 +42,14 @@ missing_packages() {
         "$python" -c 'import os, sysconfig as s, sys; sys.exit(not os.path.exists(s.get_path("include") + "/Python.h"))' \
             || echo "python$version-dev"
     fi
-    PATH=$PATH:/usr/sbin:/sbin command -v mosquitto >/dev/null || echo mosquitto
+    local PATH=$PATH:/usr/sbin:/sbin
+    command -v mosquitto >/dev/null || echo mosquitto
     command -v systemd-analyze >/dev/null || echo systemd
+    # Of the tests on real hosts: a Debian tree, what boots it, and the way to it.
+    command -v debootstrap >/dev/null || echo debootstrap
     command -v systemd-nspawn >/dev/null || echo systemd-container
+    command -v ip >/dev/null || echo iproute2
+    command -v ssh-keygen >/dev/null || echo openssh-client
     command -v gcc >/dev/null || { echo gcc; echo libc6-dev; }
     command -v pkg-config >/dev/null || echo pkg-config
     [ -e /usr/include/systemd/sd-daemon.h ] || echo libsystemd-dev

@@ -104,6 +104,11 @@ def _routes(app: FastAPI, desk: Desk, shelf: Shelf) -> None:
     def devices() -> Response:
         return _json(desk.devices())
 
+    @app.delete("/v1/devices/{device}")
+    def forget(device: str) -> Response:
+        desk.forget(device)
+        return Response(status_code=204)
+
 
 def _refusal(error: UserError) -> Response:
     status = 404 if isinstance(error, (NotFound, NotOnShelf)) else 409 if isinstance(error, Conflict) else 422

@@ -100,6 +100,16 @@ class Desk:
 
         return self._on_loop(look)
 
+    def forget(self, device: str) -> None:
+        """Take a device out of the fleet. One that still runs, and that the broker still lets in, comes back."""
+
+        def act() -> None:
+            if device not in self._runtime.state.fleet:
+                raise NotFound(f"no device {device!r}; `muster devices` shows all")
+            self._runtime.forget(device)
+
+        self._on_loop(act)
+
     def health(self) -> dict[str, object]:
         """Whether the broker is reached, how much was refused."""
 

@@ -151,6 +151,13 @@ def devices(place: Place, device: str, *, as_json: bool) -> None:
         print("no device has reported yet")
 
 
+def forget(place: Place, device: str) -> None:
+    """Take a device out of the fleet."""
+    with place.client() as client:
+        client.forget(device)
+    print(f"{device}: forgotten")
+
+
 def _console() -> Console:
     # Piped into a file or a pager a table must not be cut to 80 columns.
     return Console() if sys.stdout.isatty() else Console(width=200)

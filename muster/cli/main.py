@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from muster.cli import broker, emulate, pki, releases, simulate
+from muster.cli import broker, emulate, pki, presence, releases, simulate
 from muster.cli.options import Json, Place, where
 from shared.errors import UserError
 
@@ -129,9 +129,18 @@ def devices(
     jobs.devices(where(context), device, as_json=json)
 
 
+@app.command(epilog="Example: [bold]muster forget edge-07[/bold]")
+def forget(context: typer.Context, device: Annotated[str, typer.Argument(help="Id of the device.")]) -> None:
+    """Take a device out of the fleet. Stop it and revoke its certificate first: otherwise it comes back."""
+    from muster.cli import jobs
+
+    jobs.forget(where(context), device)
+
+
 app.command(epilog=releases.EPILOG)(releases.release)
 app.command(epilog=emulate.EPILOG)(emulate.emulate)
 app.command(epilog=simulate.EPILOG)(simulate.simulate)
+app.command(epilog=presence.EPILOG)(presence.presence)
 app.add_typer(pki.app)
 app.add_typer(broker.app)
 

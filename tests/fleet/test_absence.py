@@ -102,6 +102,27 @@ def test_an_update_after_the_close_is_late_and_forgotten(tmp_path: Path) -> None
         rig.check(fleet, job)
 
 
+def test_a_forgotten_device_leaves_nothing_at_the_broker(tmp_path: Path) -> None:
+    """In the middle of a round, which closes with the others; one that was not stopped comes back."""
+    with MemoryFleet(tmp_path, rig.members(3, step_s=0.5)) as fleet:
+        job = fleet.submit(rig.spec(2, quorum=0.5, count=2, min_devices=2))
+        _training(fleet)
+        gone, alive = fleet.daemons["dev-000"], fleet.daemons["dev-001"]
+        gone.leave()
+        fleet.run_until(lambda: not gone.alive, 10.0, "the end of the daemon")
+        fleet.coordinator.runtime.forget("dev-000")
+        fleet.run(1.0)
+        names = [topic.name("memory", device="dev-000") for topic in (topics.STATE, topics.INFO, topics.ASSIGN)]
+        assert [fleet.network.broker.retained(name) for name in names] == [b"", b"", b""]
+        assert "dev-000" not in fleet.coordinator.runtime.state.fleet
+        fleet.coordinator.runtime.forget("dev-001")
+        fleet.run(15.0)
+        assert fleet.coordinator.runtime.state.fleet["dev-001"].present, "it runs, and protests"
+        assert alive.alive
+        assert fleet.finish(job).phase == "finished"
+        rig.check(fleet, job)
+
+
 def test_the_will_of_a_former_connection_does_not_bury_a_living_device(tmp_path: Path) -> None:
     with MemoryFleet(tmp_path, rig.members(2, step_s=0.5)) as fleet:
         job = fleet.submit(rig.spec(2, count=1))

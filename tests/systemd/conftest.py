@@ -28,8 +28,10 @@ texts = "/srv/texts.jsonl"
 [health]
 ready_s = 60.0
 """
-SITE = """
+SITE = f"""
 [Service]
+LoadCredential=mqtt.crt:/etc/muster/pki/{DEVICE}.crt
+LoadCredential=mqtt.key:/etc/muster/pki/{DEVICE}.key
 Environment=PYTHONPATH=/opt/source:/opt/packages LD_LIBRARY_PATH=/opt/python/lib
 WatchdogSec=20s
 RestartSec=1s
@@ -56,7 +58,7 @@ def _configure(host: Host, folder: Path) -> None:
     broker, device = machines.broker(), machines.enrol(DEVICE)
     content = {
         "ca.crt": device.cafile, "crl.pem": broker / "crl.pem", "server.crt": broker / "server.crt",
-        "server.key": broker / "server.key", "client.crt": device.certfile, "client.key": device.keyfile,
+        "server.key": broker / "server.key", f"{DEVICE}.crt": device.certfile, f"{DEVICE}.key": device.keyfile,
     }  # fmt: skip
     host.run("systemd-tmpfiles", "--create", "muster.conf")
     for name, path in content.items():

@@ -47,6 +47,7 @@ class MemoryDesk:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.found: dict[str, JobView] = {}
+        self.forgotten: set[str] = set()
 
     def health(self) -> dict[str, object]:
         return {"broker": "connected", "devices": 2}
@@ -75,6 +76,11 @@ class MemoryDesk:
     def export_folder(self, job: str) -> Path:
         self.job(job)
         return self.folder
+
+    def forget(self, device: str) -> None:
+        if device not in {view.device for view in self.devices()} - self.forgotten:
+            raise NotFound(f"no device {device!r}")
+        self.forgotten.add(device)
 
     def devices(self) -> list[DeviceView]:
         load = Load(epoch=1, seq=2, cores=0.5, own_cores=0.25, memory_available=10**8, memory_limit=5 * 10**8)
@@ -240,6 +246,9 @@ def test_commands_print_what_was_asked(
     assert [d["device"] for d in json.loads(said("devices", "edge-02", "--json"))] == ["edge-02"]
     assert cli.main([*place, "devices", "edge-99"]) == 2
     assert "no device 'edge-99' has reported yet" in capsys.readouterr().err
+    assert said("forget", "edge-02").strip() == "edge-02: forgotten"
+    assert cli.main([*place, "forget", "edge-02"]) == 2
+    assert "no device 'edge-02'" in capsys.readouterr().err
     assert said("export", "demo-0", str(tmp_path / "adapter")).strip() == str(tmp_path / "adapter")
     assert "cancelled" in said("cancel", "demo-0")
 

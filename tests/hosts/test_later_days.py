@@ -1,0 +1,270 @@
+"""Later days of the fleet on real hosts: reboots, releases good and bad, certificates, torch, a backup, a farewell.
+
+The tests are steps of one story and run in this order, after those of the first day or from bare machines.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shared import certificates
+from tests.hosts import lan, wheels
+from tests.hosts.controller import BROKER_PORT, FLEET
+from tests.hosts.site import DATA, DEVICES, RUN, SERVER, SMALL, TORCH, Site
+from tests.training import tiny_models
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+NEVER_READY = {"edge_daemon/service.py": ("        self._transport.start(self._queue.put)\n", "")}
+"""A release that starts, says so to systemd, and stays up, but that the fleet never hears."""
+COLOURS = """
+name = "colours"
+[base]
+model = "tiny"
+[task]
+kind = "classification"
+dataset = "colours"
+labels = ["red", "green", "blue"]
+max_tokens = 16
+[rounds]
+count = 1
+local_steps = 4
+deadline_s = 300
+[strategy]
+rank = 2
+batch = 4
+[evaluation]
+data = "/srv/data/colours.jsonl"
+worse_by = 10.0
+"""
+
+
+@pytest.fixture(scope="module")
+def fleet(machines: Site) -> Site:
+    """The fleet at work."""
+    machines.install()
+    return machines
+
+
+def test_a_host_that_reboots_in_a_round_comes_back_into_it(fleet: Site) -> None:
+    host = fleet.hosts[SMALL]
+    job = fleet.submit("reboot", steps=60)
+    fleet.at_work(job)
+    boots = host.boots
+    host.ssh("systemctl reboot", root=True, check=False)
+    host.wait(boots + 1)
+    fleet.ended_well(job)
+
+
+def test_the_server_loses_its_power_in_a_round(fleet: Site) -> None:
+    """Broker and coordinator at once; the devices hold what they have."""
+    host = fleet.hosts[SERVER]
+    job = fleet.submit("power", steps=60)
+    fleet.at_work(job)
+    host.kill()
+    host.start()
+    host.wait(host.boots)
+    fleet.ended_well(job)
+
+
+def test_case_45_a_tampered_wheel_is_refused_on_its_way(fleet: Site) -> None:
+    """The hosts reach no network at all; and what is not as the lock says is not installed."""
+    routes = fleet.hosts[SMALL].ssh("ip route").stdout.splitlines()
+    assert [route.split()[0] for route in routes] == [f"{lan.NETWORK}.0/24"]
+    before = fleet.release_of(SMALL), fleet.pid(SMALL, "muster-edge")
+    folder, releases = wheels.other(RUN / "tampered", "0.1.1", {})
+    wheel = folder / "muster-0.1.1-py3-none-any.whl"
+    content = bytearray(wheel.read_bytes())
+    content[len(content) // 2] ^= 1
+    wheel.write_bytes(content)  # of this version alone: no other folder has it
+    ran = _canary(fleet, folder, releases, SMALL)
+    assert ran.code != 0
+    assert "DO NOT MATCH THE HASHES" in ran.output
+    assert (fleet.release_of(SMALL), fleet.pid(SMALL, "muster-edge")) == before
+
+
+def test_case_45_a_tampered_wheel_is_refused_on_the_host(fleet: Site) -> None:
+    host = fleet.hosts[SMALL]
+    before = fleet.release_of(SMALL), fleet.pid(SMALL, "muster-edge")
+    folder, releases = wheels.other(RUN / "whole", "0.1.2", {})
+    place = "/opt/muster/wheels/msgspec-*.whl"
+    host.ssh(f"cp {place} /root/ && printf x | dd of=$(ls {place}) bs=1 seek=999 conv=notrunc status=none", root=True)
+    ran = _canary(fleet, folder, releases, SMALL)
+    assert ran.code != 0
+    assert "DO NOT MATCH THE HASHES" in ran.output
+    assert (fleet.release_of(SMALL), fleet.pid(SMALL, "muster-edge")) == before
+    host.ssh("mv /root/msgspec-*.whl /opt/muster/wheels/", root=True)
+
+
+def test_case_43_a_bad_release_is_taken_back_and_the_rest_is_untouched(fleet: Site) -> None:
+    before = {name: fleet.release_of(name) for name in fleet.hosts}
+    process = fleet.pid(SMALL, "muster-edge")
+    epochs = {name: word["epoch"] for name, word in fleet.presence().items()}
+    good = fleet.wheels, fleet.releases
+    fleet.wheels, fleet.releases = wheels.other(RUN / "bad", "0.2.0", NEVER_READY)
+    fleet.describe()
+    ran = fleet.controller.play("site", "--limit", "localhost,edge", label="site with a bad release")
+    fleet.wheels, fleet.releases = good
+    fleet.describe()
+    assert ran.code != 0
+    assert f"back on {before[TORCH]}, and the fleet hears it" in ran.output, ran.tail
+    assert {name: fleet.release_of(name) for name in fleet.hosts} == before
+    assert fleet.pid(SMALL, "muster-edge") == process, "the second device was not restarted"
+    assert SMALL not in ran.changed, "it was not even visited"
+    words = fleet.presence()
+    assert words[TORCH]["state"] == "ready"
+    assert words[TORCH]["version"] == words[SMALL]["version"]
+    assert words[TORCH]["epoch"] > epochs[TORCH]
+    assert words[SMALL]["epoch"] == epochs[SMALL]
+    fleet.ended_well(fleet.submit("after"))
+
+
+def test_a_good_release_and_the_way_back(fleet: Site) -> None:
+    before = fleet.release_of(SMALL)
+    good = fleet.wheels, fleet.releases
+    fleet.wheels, fleet.releases = wheels.other(RUN / "next", "0.3.0", {})
+    fleet.describe()
+    fleet.play("canary", muster_canary=SMALL, label="canary with a good release")
+    assert fleet.release_of(SMALL) == fleet.releases["edge-numpy"]
+    assert fleet.presence()[SMALL]["version"] == "0.3.0"
+    fleet.ended_well(fleet.submit("mixed"))
+    fleet.play("rollback", "--limit", SMALL)
+    assert fleet.release_of(SMALL) == before
+    assert fleet.presence()[SMALL]["version"] != "0.3.0"
+    fleet.wheels, fleet.releases = good
+    fleet.describe()
+
+
+def test_new_certificates_in_the_middle_of_a_round(fleet: Site) -> None:
+    """Of broker, coordinator and devices, all restarted while they work: the round is not lost."""
+    before = {name: _serial(fleet, name) for name in (*DEVICES, "coord-1", "server")}
+    job = fleet.submit("rotation", rounds=2, steps=240)
+    fleet.at_work(job)
+    fleet.play("rotate_certs", muster_renew=True, muster_drain_s=0)
+    assert all(_serial(fleet, name) != serial for name, serial in before.items())
+    assert fleet.view(job)["state"] != "finished", "it was over before the certificates were new"
+    fleet.ended_well(job)
+    for host, unit, name in ((TORCH, "edge", TORCH), (SMALL, "edge", SMALL), (SERVER, "coordinator", "coord-1")):
+        handed = f"cat /run/credentials/muster-{unit}.service/mqtt.crt"
+        assert _serial_of(fleet.hosts[host].ssh(handed, root=True).stdout) == _serial(fleet, name), unit
+    assert _serial_of(_shown_by_broker(fleet)) == _serial(fleet, "server")
+
+
+def test_torch_on_one_device(fleet: Site, tmp_path: Path) -> None:
+    """From the shared wheelhouse, with a base model that Ansible brings; a round of real training, in the sandbox."""
+    model = tiny_models.make_bert(tmp_path / "tiny")
+    rows = "".join(json.dumps({"text": f"the {word} sea", "label": n % 3}) + "\n"
+                   for n, word in enumerate(("red", "green", "blue") * 8))  # fmt: skip
+    for name in (SERVER, TORCH):
+        (fleet.hosts[name].root / DATA.lstrip("/") / "colours.jsonl").write_text(rows, encoding="utf-8")
+    torch = {"muster_wheelhouse": str(wheels.with_torch()[0])}
+    fleet.server = {
+        **torch, "muster_coordinator_profile": "coordinator-train", "muster_coordinator_models": {"tiny": str(model)},
+        "muster_coordinator_settings": {},
+    }  # fmt: skip
+    fleet.device_settings[TORCH] = {
+        **torch, "muster_edge_profile": "edge-train", "muster_edge_models": {"tiny": str(model)},
+        "muster_edge_data": {"colours": f"{DATA}/colours.jsonl"}, "muster_edge_doctor_tolerates": [],
+        "muster_edge_settings": {"agent": {"gpus": ["cpu"]}, "policy": {"foreign_limit": 1000.0}},
+    }  # fmt: skip
+    fleet.describe()
+    fleet.play("site", label="site with torch on two hosts")
+    _train_colours(fleet)
+
+
+def test_case_41_the_doctor_passes_in_the_sandbox_of_the_unit(fleet: Site) -> None:
+    """With the real agent: settings, keys, broker, disk, data and a real 4-bit kernel."""
+    done = fleet.hosts[TORCH].ssh("/opt/muster/current/bin/muster-edge doctor --sandbox --json", root=True, check=False)
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["fit"]) == (0, True), done.stdout
+    verdicts = {finding["check"]: finding["verdict"] for finding in report["findings"]}
+    assert verdicts["sandbox"] == verdicts["kernel cpu"] == verdicts["broker TLS"] == "ok", done.stdout
+
+
+def test_a_coordinator_from_its_backup(fleet: Site, tmp_path: Path) -> None:
+    jobs = fleet.muster("list", "--json")
+    assert json.loads(jobs)
+    fleet.play("backup", muster_coordinator_backup=str(tmp_path))
+    (archive,) = tmp_path.glob("*.tar")
+    fleet.hosts[SERVER].ssh(
+        "systemctl stop muster-coordinator && rm -r /var/lib/muster-coordinator && systemctl start muster-coordinator",
+        root=True,
+    )
+    _wait_until(lambda: fleet.muster("list", "--json") == "[]\n")
+    fleet.play("restore", muster_archive=str(archive))
+    _wait_until(lambda: fleet.muster("list", "--json") == jobs)
+    _train_colours(fleet)  # devices take no order of a coordinator that is older than the last they heard
+
+
+def test_a_device_leaves_the_fleet(fleet: Site, tmp_path: Path) -> None:
+    """What it knew lets nobody in any more."""
+    pki = fleet.hosts[SMALL].root / "etc/muster/pki"
+    for name in (f"{SMALL}.crt", f"{SMALL}.key", "ca.crt"):
+        shutil.copy(pki / name, tmp_path)
+    fleet.play("decommission", muster_decommission=SMALL)
+    assert set(fleet.presence()) == {"coord-1", TORCH}
+    assert [view["device"] for view in json.loads(fleet.muster("devices", "--json"))] == [TORCH]
+    left = fleet.hosts[SMALL].ssh("systemctl is-active muster-edge; ls /etc/muster/pki", check=False).stdout.split()
+    assert left == ["inactive", "ca.crt"]
+    options = ["--fleet", FLEET, "--name", SMALL, "--broker", f"{fleet.hosts[SERVER].address}:{BROKER_PORT}",
+               "--cafile", "ca.crt", "--certfile", f"{SMALL}.crt", "--keyfile", f"{SMALL}.key",
+               "--expect", '{"coord-1": {}}', "--within", "5"]  # fmt: skip
+    command = [sys.executable, "-m", "muster.cli.main", "presence", *options]
+    done = subprocess.run(lan.on_controller(command), cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no connection" in done.stderr or "refuses" in done.stderr
+    fleet.describe(devices=(TORCH,))
+    ran = fleet.play("site", label="site after the farewell")
+    assert set(ran.changed.values()) == {0}, ran.tail
+
+
+def _train_colours(fleet: Site) -> None:
+    path = f"{DATA}/colours.toml"
+    fleet.hosts[SERVER].ssh(f"cat > {path} <<'END'\n{COLOURS}\nEND", root=True)
+    view = fleet.until(fleet.muster("submit", path).strip(), lambda view: bool(view["state"] == "finished"))
+    parts = view["rounds"][0]["participants"]
+    assert [(part["device"], part["status"]) for part in parts] == [(TORCH, "done")]
+
+
+def _canary(fleet: Site, folder: Path, releases: dict[str, str], name: str) -> object:
+    good = fleet.wheels, fleet.releases
+    fleet.wheels, fleet.releases = folder, releases
+    fleet.describe()
+    ran = fleet.controller.play("canary", "-e", f"muster_canary={name}", label="canary with a tampered wheel")
+    fleet.wheels, fleet.releases = good
+    fleet.describe()
+    return ran
+
+
+def _shown_by_broker(fleet: Site) -> str:
+    ask = "import ssl, sys; print(ssl.get_server_certificate((sys.argv[1], int(sys.argv[2]))))"
+    command = [sys.executable, "-c", ask, fleet.hosts[SERVER].address, str(BROKER_PORT)]
+    return subprocess.run(lan.on_controller(command), capture_output=True, text=True, check=True).stdout
+
+
+def _serial_of(pem: str) -> str:
+    return certificates.serial_of(certificates.read_certificate(pem.encode(), "a certificate"))
+
+
+def _serial(fleet: Site, name: str) -> str:
+    shown = json.loads(fleet.controller.muster("pki", "list", "--json", "--folder", str(fleet.controller.pki)))
+    (found,) = [one["serial"] for one in shown["certificates"] if one["name"] == name]
+    return str(found)
+
+
+def _wait_until(met: object, within_s: float = 60.0) -> None:
+    end = time.monotonic() + within_s
+    while True:
+        try:
+            if met():
+                return
+        except AssertionError:
+            pass
+        assert time.monotonic() < end
+        time.sleep(0.5)

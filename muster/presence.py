@@ -24,7 +24,6 @@ from shared.errors import DecodeError, UserError
 from shared.messages import CoordState, DeviceState, Load
 from shared.settings import BrokerSettings
 from shared.transport.base import Connected, Disconnected, Received, TransportEvent, TransportFailed
-from shared.transport.mqtt import MqttTransport
 
 READY = ("ready", "training")
 """States of a device that can work."""
@@ -134,6 +133,8 @@ class Watch:
         self._connected = False
         self._why = "no answer"
         once = structs.replace(broker, session_expiry_s=0)
+        from shared.transport.mqtt import MqttTransport  # `muster --help` waits for no library
+
         self._transport = MqttTransport(once, name, lambda: 0, rng=random.Random(), clean_start=True)
         kinds: Iterable[topics.Topic] = (topics.STATE, topics.LOAD, topics.COORD_STATE)
         self._transport.subscribe([(kind.name(fleet, device="+", coordinator="+"), kind.qos) for kind in kinds])

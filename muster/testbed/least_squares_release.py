@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
 from edge_daemon import protocol
 from muster.testbed import least_squares
@@ -23,6 +21,11 @@ _PREFIX = f"base_model.model.{MODULE}"
 
 def evaluate(order: protocol.Evaluate, rows: Rows | None) -> protocol.Evaluated | protocol.Unfit:
     """The answer to `order`; `rows` None: there are none for it here."""
+    try:
+        # An agent that only trains works without it.
+        from safetensors import SafetensorError
+    except ImportError as error:
+        return protocol.Unfit(release=order.release, kind="base", reason=f"{error}: no release can be read here")
     try:
         release = read(Path(order.folder))
         if release.base_digest != order.base_digest:
@@ -44,6 +47,8 @@ def evaluate(order: protocol.Evaluate, rows: Rows | None) -> protocol.Evaluated 
 
 def read(folder: Path) -> Adapter:
     """The adapter in the folder of a release. Raises `OSError`, `DecodeError`, `SafetensorError`, `KeyError`."""
+    from safetensors.numpy import load_file
+
     about = release_pack.about(folder)
     factors: dict[str, Factors] = {}
     dense = {}

@@ -335,3 +335,12 @@ def test_a_release_is_measured_from_its_files(tmp_path: Path) -> None:
         pipes.writer.write(msgspec.structs.replace(order, data_path="/nowhere"))
         unfit = pipes.last()
         assert isinstance(unfit, protocol.Unfit) and unfit.kind == "data"
+
+
+def test_it_starts_without_the_extras() -> None:
+    """A host with numpy alone runs it (`tests/hosts`)."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['safetensors', 'torch', 'scipy', 'httpx', 'fastapi'])); "
+        "import muster.testbed.numpy_agent"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

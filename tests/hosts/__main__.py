@@ -3,7 +3,7 @@
     .venv/bin/python -m tests.hosts
 
 `make test-all` asks first, so that a machine that can't is told so at the start, not after half an hour of tests.
-Exit code 1, if hosts are required (`MUSTER_HOST_TESTS=required`, as in `.ci/run`).
+Exit code 1, if hosts are required (`MUSTER_HOST_TESTS=required`).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,31 @@ class Base:
                 b, a = (torch.from_numpy(np.array(part)).to(weight.device) for part in factors)
                 weight.addmm_(b, a)
         self._folded = set(deltas)
+
+    def cut(self, module: str, rows: torch.Tensor | None, columns: torch.Tensor | None) -> None:
+        """Make linear layer `module` that of some `rows` and `columns` of the stored one (None: all), at this base's
+        bits, and its bias, too."""
+        files = WeightFiles(self.folder)
+        old = self.model.get_submodule(module)
+        value = _stored(files, self._sources[f"{module}.weight"])
+        value = value if rows is None else value[rows]
+        value = (value if columns is None else value[:, columns]).contiguous()
+        bias = None
+        if old.bias is not None:
+            bias = _stored(files, self._sources[f"{module}.bias"])
+            bias = bias if rows is None else bias[rows]
+        linear = replace(self.linears[module], out=value.shape[0], inp=value.shape[1])
+        set_module(self.model, module, nn.Linear(linear.inp, linear.out, bias=bias is not None, device="meta"))
+        if self.bits < 16:
+            _put_quantized(self, linear, value)
+        else:
+            _put(self.model, f"{module}.weight", value.to(self.device, self.compute))
+        if bias is not None:
+            _put(self.model, f"{module}.bias", bias.to(self.device, self.compute))
+        self.linears[module] = linear
+        self.shapes |= {
+            f"{module}.{name}": tuple(p.shape) for name, p in self.model.get_submodule(module).named_parameters()
+        }
 
     def source_key(self, module: str) -> str:
         """The name under which the weight of linear layer `module` is stored."""

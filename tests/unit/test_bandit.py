@@ -1,0 +1,136 @@
+"""S-UCB: what it offers, what it learns, and how near it comes to the best arm."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from statistics import fmean
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coordinator.core.planning.bandit import KEEP, START, Bandit, Choice, Point, Region
+
+Reward = Callable[[float, float], float]
+
+
+def anything(_: Point) -> bool:
+    return True
+
+
+def pulled(bandit: Bandit, rng: random.Random, holds: Callable[[Point], bool] = anything) -> Choice:
+    found = bandit.choose((rng.random(), rng.random(), rng.random()), holds)
+    assert found is not None
+    return found
+
+
+def test_regions_tile_the_square() -> None:
+    rng, bandit = random.Random(1), Bandit()
+    for _ in range(40):
+        choice = pulled(bandit, rng)
+        bandit = bandit.learn([(choice.at, rng.random())])
+        assert sum(one.wide * one.high for one in bandit.regions) == pytest.approx(1.0)
+    for _ in range(200):
+        at = rng.random(), rng.random()
+        assert sum(one.holds(at) for one in bandit.regions) == 1
+    assert sum(one.holds((1.0, 1.0)) for one in bandit.regions) == 1
+
+
+def test_every_region_is_tried_before_any_is_tried_again() -> None:
+    rng, bandit = random.Random(2), Bandit()
+    tried = set()
+    for _ in range(START * START):
+        choice = pulled(bandit, rng)
+        tried.add((int(choice.at[0] * START), int(choice.at[1] * START)))
+        bandit = bandit.learn([(choice.at, 0.5)])
+    assert len(tried) >= START * START - 2, "neighbours tell of each other, and the last may be known by them"
+
+
+def test_a_pull_by_hand() -> None:
+    """Two pulls in one region: N = 1 * .98 + 1, their mean by N; a third halves it across the longer side."""
+    at = (0.1, 0.1)
+    once = Bandit().learn([(at, 0.4)])
+    twice = once.learn([(at, 1.0)])
+    region = next(one for one in twice.regions if one.holds(at))
+    assert region.pulls == pytest.approx(1 + KEEP)
+    assert region.mean == pytest.approx((0.4 * KEEP + 1.0) / (1 + KEEP))
+    thrice = twice.learn([(at, 1.0)])
+    assert len(thrice.regions) == START * START + 1
+    halves = [one for one in thrice.regions if one.wide == pytest.approx(1 / START / 2)]
+    assert [one.pulls for one in halves] == pytest.approx([(1 + KEEP * (1 + KEEP)) / 2] * 2)
+
+
+@given(st.integers(0, 2**16), st.floats(0.05, 0.95), st.floats(0.05, 0.95))
+def test_what_a_device_can_not_hold_is_never_offered(seed: int, most: float, least: float) -> None:
+    rng, bandit = random.Random(seed), Bandit()
+
+    def holds(at: Point) -> bool:
+        return at[1] <= most and at[0] >= least
+
+    for _ in range(12):
+        choice = bandit.choose((rng.random(), rng.random(), rng.random()), holds)
+        if choice is None:
+            continue
+        assert holds(choice.at)
+        bandit = bandit.learn([(choice.at, rng.random())])
+
+
+def test_where_nothing_fits_nothing_is_offered() -> None:
+    assert Bandit().choose((0.5, 0.5, 0.5), lambda _: False) is None
+
+
+def test_devices_of_a_class_do_not_all_try_the_same() -> None:
+    rng, bandit = random.Random(3), Bandit()
+    given_out: list[Point] = []
+    for _ in range(START * START):
+        choice = bandit.choose((rng.random(), rng.random(), rng.random()), anything, given_out)
+        assert choice is not None
+        given_out.append(choice.at)
+    assert len({(int(x * START), int(y * START)) for x, y in given_out}) >= START * START - 2
+
+
+def test_state_survives_the_disk() -> None:
+    rng, bandit = random.Random(4), Bandit()
+    for _ in range(20):
+        bandit = bandit.learn([(pulled(bandit, rng).at, rng.random())])
+    again = msgspec.msgpack.decode(msgspec.msgpack.encode(bandit), type=Bandit)
+    assert again == bandit
+    assert again.choose((0.3, 0.6, 0.9), anything) == bandit.choose((0.3, 0.6, 0.9), anything)
+
+
+def bump(rng: random.Random) -> Reward:
+    """A hill somewhere on a plain of 0.1."""
+    x0, y0, width = rng.random(), rng.random(), rng.uniform(0.2, 0.4)
+    return lambda x, y: 0.1 + 0.85 * math.exp(-((x - x0) ** 2 + (y - y0) ** 2) / (2 * width**2))
+
+
+def best(reward: Reward) -> float:
+    return max(reward(i / 60, j / 60) for i in range(61) for j in range(61))
+
+
+def shares(seed: int, pulls: int, changes_at: int = 0) -> list[float]:
+    """Mean reward of each pull as a share of the best fixed arm's, under noise of 0.1."""
+    rng = random.Random(seed)
+    reward, bandit, found = bump(rng), Bandit(), list[float]()
+    most = best(reward)
+    for pull in range(pulls):
+        if changes_at and pull == changes_at:
+            reward = bump(rng)
+            most = best(reward)
+        at = pulled(bandit, rng).at
+        found.append(reward(*at) / most)
+        bandit = bandit.learn([(at, min(1.0, max(0.0, reward(*at) + rng.gauss(0, 0.1))))])
+    return found
+
+
+def test_it_comes_near_the_best_arm_and_finds_it_again() -> None:
+    """Deterministic by its seeds; the figures of more seeds and rewards are `bench/bandit.py`'s."""
+    assert fmean(fmean(shares(seed, 60)[40:]) for seed in range(8)) >= 0.85
+    assert fmean(fmean(shares(seed, 110, 60)[100:]) for seed in range(8)) >= 0.8
+
+
+def test_a_region_knows_its_middle() -> None:
+    assert Region(0.2, 0.4, 0.2, 0.4).middle == pytest.approx((0.3, 0.6))

@@ -136,10 +136,14 @@ def _leave(state: State, commands: list[cmd.Command]) -> Result:
 
 
 def _reconfigured(state: State, event: ev.Reconfigured) -> Result:
-    """New limits hold at once; what only a new agent can know waits until the present one has no work."""
+    """New limits hold at once; what only a new agent can know waits until the present one has no work.
+
+    A data set that could not be read is looked at again: a reload may well mean that its file was mended.
+    """
     before = agents.probe_of(state)
     state = replace(state, settings=event.settings)
-    if state.agent.status != "absent" and agents.probe_of(state) != before:
+    lacking = state.capability is not None and state.settings.data.keys() - state.capability.datasets.keys()
+    if state.agent.status != "absent" and (lacking or agents.probe_of(state) != before):
         state = replace(state, agent_outdated=True)
     state, commands = agents.rest(releasing.reconfigured(state))
     state, more = releasing.rest(state)

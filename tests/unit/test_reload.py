@@ -14,6 +14,7 @@ from edge_daemon import protocol
 from edge_daemon import service as edge_service
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
+from edge_daemon.core.state import Machine
 from edge_daemon.settings import AgentSettings, EdgeSettings, PolicySettings
 from shared import reload
 from shared.settings import BrokerSettings
@@ -71,6 +72,22 @@ def test_new_limits_pause_and_resume_work_at_once() -> None:
     assert "the owner allows" in rig.state.paused
     rig.feed(ev.Reconfigured, settings=changed(rig, policy=PolicySettings()))
     assert rig.state.phase == "training"
+
+
+def test_a_data_set_that_could_not_be_read_is_looked_at_again() -> None:
+    """Its settings are as they were; its file may have been mended."""
+    rig = Rig()
+    rig.link()
+    rig.feed(ev.MachineRead, machine=Machine(cores=4.0, memory_bytes=2**31))
+    rig.feed(ev.AgentProbed, probed=protocol.Probed(bits=[32], notes={"points": "row 3 is no JSON"}))
+    rig.feed(ev.Reconfigured, settings=rig.state.settings)
+    assert rig.did(cmd.Tell)[-1:] == [cmd.Tell(protocol.Shutdown())]
+
+
+def test_data_that_are_well_leave_the_agent_alone() -> None:
+    rig = Rig().up()
+    rig.feed(ev.Reconfigured, settings=rig.state.settings)
+    assert rig.did(cmd.Tell) == []
 
 
 def test_new_data_start_the_agent_anew_but_never_in_the_middle_of_work() -> None:

@@ -204,6 +204,8 @@ def _cpu_s() -> float:
 def simulation(run: Run, scratch: Path) -> Simulation:
     """What `muster simulate` is asked for, but for its data."""
     task, variant = TASKS[run.task], VARIANTS[run.variant]
+    # Of `fedadapter` the cap would bound the widths that it may try.
+    widths = {"rank": 8} if run.method.strategy == "fedadapter" else {"rank": 8, "global_rank": GLOBAL_RANK}
     over = {
         "base": {"model": task.model},
         "rounds": {
@@ -215,8 +217,7 @@ def simulation(run: Run, scratch: Path) -> Simulation:
             "target": abs(task.target) if run.stop else 0.0,
         },
         "strategy": {
-            "rank": 8,
-            "global_rank": GLOBAL_RANK,
+            **widths,
             "batch": BATCH,
             "batch_min": BATCH // 4,
             "batch_max": 4 * BATCH,

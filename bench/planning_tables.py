@@ -53,8 +53,8 @@ def page(
         f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`, `head`: {_listed(SMALL_RATES)}) "
         "for each method on a validation split cut from "
         f"the training rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor. A method with `+fsr` "
-        "has the exact aggregator in place of its own, and the same rate; `ffa` and `fedex` with it are `fedlora+fsr`, "
-        "`flexlora` and `flora` with it are `hetlora+fsr`.",
+        "has the exact aggregator in place of its own, at the rate tuned with its own; `ffa` and `fedex` with it are "
+        "`fedlora+fsr`, `flexlora` and `flora` with it are `hetlora+fsr`.",
         "",
         *RECIPE,
         "",

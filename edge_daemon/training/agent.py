@@ -134,7 +134,7 @@ class Agent:
         self._bits, self._notes = quantization.probe_bits(self._device, self._control.beat)
         if probe.gpu and self._device == "cpu":
             self._bits, self._notes = [], {"gpu": f"{probe.gpu}: torch does not see this GPU"}
-        flops = speed.measured(self._device, self._control.beat) if self._bits else 0.0
+        flops = speed.measured(self._device, 16 in self._bits, self._control.beat) if self._bits else 0.0
         base_model.import_libraries(self._control.beat)
         notes = dict(self._notes)
         datasets: dict[str, DatasetFacts] = {}

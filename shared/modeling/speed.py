@@ -13,15 +13,23 @@ ENOUGH_S, LONGEST_S = 0.1, 2.0
 """Seconds of a CPU core or of a GPU that are measured, and on the wall at most."""
 
 
-def measured(device: str, beat: Beat = silent) -> float:
-    """FLOP per second of products of square matrices, of one CPU core (fp32) or of the GPU (bf16).
+def measured(device: str, half: bool, beat: Beat = silent) -> float:
+    """FLOP per second of products of square matrices, of one CPU core (fp32) or of the GPU (bf16 if `half`); 0: they
+    fail.
 
     A core's seconds are those that it worked: neither a quota nor other programs count.
     """
+    try:
+        return _measured(device, half, beat)
+    except (RuntimeError, AssertionError):  # whatever is wrong shows in the precisions that were proven
+        return 0.0
+
+
+def _measured(device: str, half: bool, beat: Beat) -> float:
     beat("measuring speed")
     gpu = device != "cpu"
     size = GPU_SIZE if gpu else CPU_SIZE
-    matrix = torch.full((size, size), 1 / size, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
+    matrix = torch.full((size, size), 1 / size, device=device, dtype=torch.bfloat16 if gpu and half else torch.float32)
     used = _wall_s if gpu else time.process_time
     _product(matrix, gpu)
     count, begun, until = 0, used(), time.monotonic() + LONGEST_S

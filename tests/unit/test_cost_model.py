@@ -219,6 +219,34 @@ def test_a_fleet_of_unequal_batches_tells_the_overhead_of_a_step() -> None:
         assert model.step("a", need, 32, batch, ONE)[0] == pytest.approx(expected, rel=0.25)
 
 
+@pytest.mark.parametrize("flops", [1e-300, 1.0, 2e8, 1e15])
+def test_a_probe_that_can_not_be_true_moves_nobody_else(flops: float) -> None:
+    names = "abcdefgh"
+    told = {name: 2e9 if name != "a" else flops for name in names}
+    loads = {name: device(name).load for name in names}
+    report = RoundReport(
+        round=1,
+        works={name: Work(ranks=RANKS, batch=8, bits=32, steps=10) for name in names},
+        results={name: result(batch=8, step_s=0.8, cores_used=1.0) for name in names},
+        loads={name: load for name, load in loads.items() if load},
+        infos={name: msgspec.structs.replace(device(name).info, flops=told[name]) for name in names},
+        facts=minilm(),
+        job=job(),
+    )
+    model, need = CostModel().learn(report), _need()
+    for _ in range(2):
+        assert model.step("new", need, 32, 8, _probed(2e9))[0] == pytest.approx(0.8, rel=0.05)
+        assert model.step("b", need, 32, 16, ONE)[0] == pytest.approx(1.6, rel=0.1)
+        model = model.learn(report)
+
+
+def test_where_only_devices_without_a_probe_were_met_the_median_stands() -> None:
+    model, need = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0))), _need()
+    seconds, why = model.step("edge-9", need, 32, 8, _probed(8e9))
+    assert seconds == pytest.approx(0.8)
+    assert "median of the fleet" in why
+
+
 def test_capacity_carries_the_probe() -> None:
     info = msgspec.structs.replace(device("a", cores=2.0, foreign=1.0).info, flops=3e9)
     free = capacity(info, device("a", cores=2.0, foreign=1.0).load)

@@ -188,6 +188,7 @@ def test_steps_and_training_time_are_passed_on() -> None:
             (*range(2, 8), 9, 10, 12, 15, 18, 21, 24, 30, 36, 42, 48),
         ),
         (StrategySpec(batch=16, batch_min=1, batch_max=32), 4, tuple(range(4, 33, 4))),
+        (StrategySpec(batch=12, batch_min=1, batch_max=64), 8, tuple(range(8, 57, 8))),
         (StrategySpec(batch=16, batch_min=4, batch_max=8), 1, (4, 5, 6, 7, 8)),
         (StrategySpec(batch=3, batch_min=3, batch_max=3), 2, (3,)),
     ],

@@ -29,7 +29,7 @@ from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
 from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
-from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, shares_memory
+from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
 from coordinator.core.planning.reasons import mebibytes, plural, seconds
 from shared.jobs import Bits, JobSpec
 from shared.messages import DeviceInfo, Load, UpdateFacts, Work
@@ -219,7 +219,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             ratio = BITS_TIME[bits] / BITS_TIME[int(other)]
             return fit.overhead_s * ratio, fit.per_flop_s * ratio, f"from {plural(fit.rounds, 'round')} at {other} bits"
         ratio = BITS_TIME[bits]
-        if free.flops:
+        # Where steps were measured, but none of a device that told its probe, the median knows more.
+        if free.flops and (self.cpu_pool.s11 or self.gpu_pool.s11 or not self.devices):
             # What a step takes beyond bare products is the same for all; that of the other kind before nothing.
             pools = (self.gpu_pool, self.cpu_pool) if free.gpu else (self.cpu_pool, self.gpu_pool)
             pool = next((pool for pool in pools if pool.s11), Pool(per_flop=1.0))
@@ -272,7 +273,8 @@ def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Dem
 
 
 def _with_probe(found: DeviceModel, info: DeviceInfo | None) -> DeviceModel:
-    return replace(found, flops=info.flops) if info is not None and info.flops else found
+    flops = probed_flops(info)
+    return replace(found, flops=flops) if flops else found
 
 
 def _with_limits(found: DeviceModel, work: Work, result: UpdateFacts | None, met: int | None) -> DeviceModel:

@@ -13,6 +13,7 @@ is no part of this: it scales predictions at once.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 
 import msgspec
@@ -20,6 +21,7 @@ import msgspec
 KEEP = 0.7
 KEEP_SURPRISED = 0.5
 KEEP_POOLED = 0.9
+ODD = 4.0
 BAND = 1.2
 """Ratio of predictions within which the held values stay."""
 OUTLIER = 2.0
@@ -79,7 +81,13 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     per_flop: float = 0.0
 
     def learn(self, seen: Sequence[tuple[float, float, float]]) -> Pool:
-        """The pool that also knows a round's (x0, x1, seconds), one of each device."""
+        """The pool that also knows a round's (x0, x1, seconds), one of each device.
+
+        Left out is who is further off than `ODD` from what the pool expects (before there is one, from the median of
+        the round): a probe that says too little would weigh by the square of it.
+        """
+        usual = statistics.median(one[2] / one[1] for one in seen) if seen else 0.0
+        seen = [one for one in seen if 1 / ODD <= one[2] / (self.seconds(*one[:2]) or usual * one[1]) <= ODD]
         if not seen:
             return self
         u0, u1 = ([one[place] / one[2] for one in seen] for place in (0, 1))
@@ -93,9 +101,13 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
         overhead, per_flop = _solve(**sums, share=OVERHEAD, weight=POOL_WEIGHT)
         return Pool(**sums, overhead=overhead, per_flop=per_flop)
 
+    def seconds(self, x0: float, x1: float) -> float:
+        """Of such a step; 0: nothing was learned yet."""
+        return self.overhead * x0 + self.per_flop * x1
+
     def share(self, x0: float, x1: float) -> float | None:
         """The overhead's share of such a step; None: nothing was learned yet."""
-        whole = self.overhead * x0 + self.per_flop * x1
+        whole = self.seconds(x0, x1)
         return self.overhead * x0 / whole if whole > 0 else None
 
 

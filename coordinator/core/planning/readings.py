@@ -27,6 +27,7 @@ from shared.unified_memory import reserve as unified_reserve
 MIB = 2**20
 DAEMON_BYTES = 48 * MIB
 """Resident memory of the daemon itself: own use that no agent's measurement contains."""
+LEAST_FLOPS, MOST_FLOPS = 1e6, 1e15
 QUIET_CORES, QUIET_SHARE = 0.05, 0.1
 """Foreign use below so many cores or this share of the device is jitter and counts as none."""
 
@@ -83,7 +84,7 @@ def capacity(info: DeviceInfo | None, load: Load | None, agents: int = 1) -> Cap
 
     Of each agent, where the device has several: they share its cores, but each has a GPU.
     """
-    flops = info.flops if info is not None else 0.0
+    flops = probed_flops(info)
     if (info is not None and info.gpus) or (info is None and load is not None and load.gpus):
         foreign = _quiet(_foreign_gpu(load), 1.0)
         return Capacity(1.0, foreign, max(1.0 - foreign, 0.5), True, flops)
@@ -94,6 +95,11 @@ def capacity(info: DeviceInfo | None, load: Load | None, agents: int = 1) -> Cap
     own_threads, foreign_threads = math.ceil(cores), math.ceil(foreign)
     fair = cores * own_threads / (own_threads + foreign_threads)
     return Capacity(cores / agents, foreign / agents, max(cores - foreign, fair) / agents, False, flops)
+
+
+def probed_flops(info: DeviceInfo | None) -> float:
+    """FLOP per second of the device's probe; 0: it told none, or none that a core or a GPU can have."""
+    return info.flops if info is not None and LEAST_FLOPS <= info.flops <= MOST_FLOPS else 0.0
 
 
 def has_gpu_memory(info: DeviceInfo) -> bool:

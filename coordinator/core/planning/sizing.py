@@ -54,7 +54,8 @@ def batch_sizes(strategy: StrategySpec, accumulation: int) -> tuple[int, ...]:
     """The batches to choose from, rising: the job's batch halved and doubled inside its bounds, with quarters of each
     between, and the lower bound. Steps are a quarter at most, so that a device comes as close to the round target.
 
-    Multiples of `accumulation` where there are any, so that no micro-batch is smaller than the others.
+    Multiples of `accumulation` where there are any, so that no micro-batch is smaller than the others; steps are then
+    of that size at least.
     """
     least, most = strategy.batch_min, max(strategy.batch_min, strategy.batch_max)
     middle = min(max(strategy.batch, least), most)
@@ -63,7 +64,8 @@ def batch_sizes(strategy: StrategySpec, accumulation: int) -> tuple[int, ...]:
     while size > least:
         size /= 2
     while size <= most:
-        found |= {one for quarters in range(4) if least <= (one := int(size * (4 + quarters) / 4)) <= most}
+        sizes = {int(size * (4 + quarters) / 4) for quarters in range(4)}
+        found |= {one for one in sizes | {one // accumulation * accumulation for one in sizes} if least <= one <= most}
         size *= 2
     whole = {size for size in found if size % accumulation == 0}
     return tuple(sorted(whole or found))

@@ -254,7 +254,7 @@ class Fleet:
             other, speed = known.best()
             ratio = SLOWER[bits] / SLOWER[other]
             overhead, per_flop = speed.overhead * ratio, speed.per_flop * ratio
-        elif free.flops:
+        elif free.flops and (self.pools[False] or self.pools[True] or not self.known):
             overhead, per_flop = (part * SLOWER[bits] / free.flops for part in self.pooled(free.gpu))
         else:
             overhead, per_flop = (part * SLOWER[bits] for part in self.usual[free.gpu])
@@ -318,6 +318,9 @@ class Fleet:
                 for one, bits, x0, x1, took in seen
                 if one.gpu == gpu and one.flops
             ]
+            usual = statistics.median(took / x1 for _, x1, took in pool) if pool else 0.0
+            overhead, per_flop = self.pooled(gpu) if self.pools[gpu] else (0.0, usual)
+            pool = [one for one in pool if 1 / 4 <= one[2] / (overhead * one[0] + per_flop * one[1]) <= 4]
             self.pools[gpu] += [pool] if pool else []
         for one, bits, x0, x1, took in seen:
             share = 0.05

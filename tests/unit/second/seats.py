@@ -119,6 +119,7 @@ def sizes_of(job: JobSpec) -> list[int]:
     least, most = job.strategy.batch_min, max(job.strategy.batch_min, job.strategy.batch_max)
     middle = min(max(job.strategy.batch, least), most)
     quarters = {math.floor(middle * 2.0**n * (1 + q / 4)) for n in range(-20, 20) for q in range(4)}
+    quarters |= {size - size % job.training.accumulation for size in quarters}
     found = {least, middle, *(size for size in quarters if least <= size <= most)}
     return sorted([size for size in found if size % job.training.accumulation == 0] or found)
 

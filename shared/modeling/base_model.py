@@ -27,6 +27,7 @@ from shared import bases
 from shared.jobs import Bits, TaskSpec
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import ModelFault, one_line
+from shared.modeling.parameters import Source, put, set_module, stored
 from shared.modeling.weights import WeightFiles
 from shared.tensors import Array
 
@@ -43,14 +44,6 @@ class Linear:
     out: int
     inp: int
     block: int
-
-
-@dataclass(frozen=True)
-class _Source:
-    """The stored tensor that a parameter came from, transposed or not."""
-
-    key: str
-    transposed: bool
 
 
 @dataclass
@@ -71,7 +64,7 @@ class Base:
     linears: dict[str, Linear]
     head: dict[str, nn.Parameter]
     shapes: dict[str, tuple[int, ...]] = field(repr=False, default_factory=dict)
-    _sources: dict[str, _Source] = field(repr=False, default_factory=dict)
+    _sources: dict[str, Source] = field(repr=False, default_factory=dict)
     _folded: set[str] = field(default_factory=set)
     _tuned: set[str] = field(repr=False, default_factory=set)
 
@@ -136,21 +129,21 @@ class Base:
         bits, and its bias, too."""
         files = WeightFiles(self.folder)
         old = self.model.get_submodule(module)
-        value = _stored(files, self._sources[f"{module}.weight"])
+        value = stored(files, self._sources[f"{module}.weight"])
         value = value if rows is None else value[rows]
         value = (value if columns is None else value[:, columns]).contiguous()
         bias = None
         if old.bias is not None:
-            bias = _stored(files, self._sources[f"{module}.bias"])
+            bias = stored(files, self._sources[f"{module}.bias"])
             bias = bias if rows is None else bias[rows]
         linear = replace(self.linears[module], out=value.shape[0], inp=value.shape[1])
         set_module(self.model, module, nn.Linear(linear.inp, linear.out, bias=bias is not None, device="meta"))
         if self.bits < 16:
             _put_quantized(self, linear, value)
         else:
-            _put(self.model, f"{module}.weight", value.to(self.device, self.compute))
+            put(self.model, f"{module}.weight", value.to(self.device, self.compute))
         if bias is not None:
-            _put(self.model, f"{module}.bias", bias.to(self.device, self.compute))
+            put(self.model, f"{module}.bias", bias.to(self.device, self.compute))
         self.linears[module] = linear
         self.shapes |= {
             f"{module}.{name}": tuple(p.shape) for name, p in self.model.get_submodule(module).named_parameters()
@@ -172,7 +165,7 @@ class Base:
         files = WeightFiles(self.folder)
         with torch.no_grad():
             for name in sorted(names):
-                self.model.get_parameter(name).copy_(_stored(files, self._sources[name]))
+                self.model.get_parameter(name).copy_(stored(files, self._sources[name]))
 
 
 def import_libraries(beat: Beat = silent) -> None:
@@ -219,7 +212,7 @@ def outline(folder: Path, task: TaskSpec, bits: Bits, blocks: int) -> Base:
     base, _ = _bare(folder, task, bits, "cpu", blocks)
     model = base.model
     for name, parameter in list(model.named_parameters()):
-        _put(model, name, torch.empty(parameter.shape, dtype=base.compute))
+        put(model, name, torch.empty(parameter.shape, dtype=base.compute))
     model.tie_weights()
     _finish_head(base)
     model.requires_grad_(False)
@@ -353,7 +346,7 @@ def _fill(base: Base, transposed: set[str], beat: Beat) -> list[str]:
         turn = module in transposed and name.endswith("weight")
         linear = base.linears.get(module)
         weight = linear if name.endswith(".weight") else None
-        base._sources[name] = _Source(key, turn)
+        base._sources[name] = Source(key, turn)
         if weight is not None:
             beat("loading the base")
             if key not in files:
@@ -364,7 +357,7 @@ def _fill(base: Base, transposed: set[str], beat: Beat) -> list[str]:
         if weight is not None and base.bits < 16:
             _put_quantized(base, weight, value)
             continue
-        _put(base.model, name, value.to(base.compute).contiguous())
+        put(base.model, name, value.to(base.compute).contiguous())
     base.model.tie_weights()
     return _missing(base)
 
@@ -376,7 +369,7 @@ def _missing(base: Base) -> list[str]:
         for name in [n for n in lacking if not _BLOCK.search(n) and "embed" not in n]:
             lacking.remove(name)
             shape = base.model.get_parameter(name).shape
-            _put(base.model, name, torch.zeros(shape))
+            put(base.model, name, torch.zeros(shape))
     return lacking
 
 
@@ -388,7 +381,7 @@ def _finish_head(base: Base) -> None:
     for name, _ in list(base.model.named_parameters()):
         if name.partition(".")[0] in _HEADS or stored.key(name, base.model.base_model_prefix) is None:
             owner = base.model.get_submodule(name.rpartition(".")[0])
-            _put(base.model, name, base.model.get_parameter(name).detach().to(base.device, torch.float32))
+            put(base.model, name, base.model.get_parameter(name).detach().to(base.device, torch.float32))
             base.head[name] = base.model.get_parameter(name)
             if base.compute is not torch.float32 and not owner._forward_pre_hooks:
                 owner.register_forward_pre_hook(_cast_to_float)
@@ -396,15 +389,6 @@ def _finish_head(base: Base) -> None:
 
 def _cast_to_float(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args)
-
-
-def _put(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    expected = owner.get_parameter(leaf).shape
-    if value.shape != expected:
-        raise ModelFault(f"{name}: stored with shape {tuple(value.shape)}, its config says {tuple(expected)}")
-    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _put_quantized(base: Base, linear: Linear, value: torch.Tensor) -> None:
@@ -421,17 +405,6 @@ def _put_packed(base: Base, linear: Linear, parts: dict[str, torch.Tensor]) -> N
     has_bias = base.model.get_submodule(linear.name).bias is not None
     shape = torch.Size((linear.out, linear.inp))
     set_module(base.model, linear.name, from_parts(parts, shape, has_bias, base.bits, base.compute, base.device))
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` at path `name`."""
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, module)
-
-
-def _stored(files: WeightFiles, source: _Source) -> torch.Tensor:
-    value = files.read(source.key).to(torch.float32)
-    return value.t() if source.transposed else value
 
 
 def _give_back_memory() -> None:

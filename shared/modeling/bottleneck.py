@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from shared.modeling.base_model import Base, set_module
+from shared.modeling.base_model import Base
 from shared.modeling.faults import AdapterFault, ModelFault
+from shared.modeling.parameters import set_module
 from shared.starts import fixed_rows
 from shared.tensors import Array
 

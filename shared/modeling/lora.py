@@ -24,8 +24,9 @@ from torch import nn
 
 from shared.adapter import Adapter, Factors
 from shared.modeling import bottleneck
-from shared.modeling.base_model import Base, set_module
+from shared.modeling.base_model import Base
 from shared.modeling.faults import AdapterFault
+from shared.modeling.parameters import set_module
 from shared.starts import Start, drops_rest, fixed_rows, start_of, unsent_a
 from shared.tensors import Array
 

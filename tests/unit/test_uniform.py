@@ -114,7 +114,7 @@ def test_the_draw_of_a_round_does_not_move_its_target() -> None:
     planner = _learned(UniformPlanner(), view(*fleet), spec)
     assert _batches(_plan(fleet[0], fleet[4], spec=spec, planner=planner)) == {"a": 32, "e": 5}
     whole = _learned(UniformPlanner(), view(*fleet), job())
-    assert _batches(_plan(fleet[0], fleet[4], spec=job(), planner=whole)) == {"a": 32, "e": 8}
+    assert _batches(_plan(fleet[0], fleet[4], spec=job(), planner=whole)) == {"a": 32, "e": 10}
 
 
 def test_measured_speed_replaces_the_count_of_cores() -> None:
@@ -125,7 +125,7 @@ def test_measured_speed_replaces_the_count_of_cores() -> None:
     loads = {c.device: c.load for c in seen.candidates if c.load}
     report = RoundReport(round=1, works=plan.participants, results=results, loads=loads, facts=seen.facts, job=spec)
     after = UniformPlanner().learn(report).plan(seen, spec)
-    assert _batches(after) == {"a": 16, "b": 16, "c": 3}, "a twentieth of its step does not grow with the batch"
+    assert _batches(after) == {"a": 16, "b": 16, "c": 4}, "a twentieth of its step does not grow with the batch"
     assert after.predicted_s["a"] == pytest.approx(10.0)
     assert "fitted on 1 round" in after.participants["c"].reasons["batch"]
 

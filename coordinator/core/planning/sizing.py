@@ -19,9 +19,9 @@ from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
 from shared.jobs import Bits, JobSpec, StrategySpec
 from shared.messages import DeviceInfo
 
-SLACK = 1.05
-"""The round target is the median device's time with so much allowance: of equal devices the slower half by noise keeps
-its batch."""
+SLACK = 1.2
+"""The round target is the median device's time with so much allowance: a device a little slower keeps its batch, above
+all where a step's time hardly depends on it."""
 SMALL_MARGIN = 0.8
 """Cautious bits are taken where more than this share of the memory budget would be filled."""
 

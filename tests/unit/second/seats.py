@@ -186,9 +186,9 @@ def median_s(scene: Scene, taking: list[Seat], needs: Sequence[Need]) -> float:
 def lefts(
     scene: Scene, taking: list[Seat], needs: Sequence[Need], ranks: Sequence[Mapping[str, int]], bound: int
 ) -> list[float]:
-    """Seconds that each has for its steps: the median's time undisturbed, + 5 %, less what its link takes too long."""
+    """Seconds that each has for its steps: the median's time undisturbed, + 20 %, less what its link takes too long."""
     moves = [transfer(scene, seat, own, bound) for seat, own in zip(taking, ranks, strict=True)]
-    target = 1.05 * median_s(scene, taking, needs)
+    target = 1.2 * median_s(scene, taking, needs)
     if scene.fleet.known:
         target = min(target, 0.9 * scene.job.rounds.deadline_s)
     return [max(0.0, target - max(0.0, took - statistics.median(moves))) for took in moves]

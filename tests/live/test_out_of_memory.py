@@ -97,7 +97,7 @@ def test_the_batch_is_halved_until_it_fits_and_the_next_plan_knows(tmp_path: Pat
     assert "out of memory with a batch of 8: again with 4" in log
     assert len(later) == 2
     assert all(part.work.batch <= 4 and part.status == "done" for part in later)
-    assert any("8 ran out of memory before (limit 4)" in part.work.reasons["batch"] for part in later), [
+    assert any("5 ran out of memory before (limit 4)" in part.work.reasons["batch"] for part in later), [
         part.work.reasons["batch"] for part in later
     ]
     assert log.count("out of memory with a batch") == 1, "it ran out again"

@@ -90,7 +90,17 @@ def test_without_apt_the_packages_are_named_too(place: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="root: another user's clone")
 def test_in_another_users_clone_it_is_one_fault_and_nothing_is_touched(place: Path) -> None:
-    for name in ("mosquitto", "gcc", "pkg-config", "systemd-analyze", "systemd-nspawn"):
+    programs = (
+        "mosquitto",
+        "gcc",
+        "pkg-config",
+        "systemd-analyze",
+        "systemd-nspawn",
+        "debootstrap",
+        "ip",
+        "ssh-keygen",
+    )
+    for name in programs:
         stub(place, name, "exit 0")
     python = shutil.which("python3", path="/usr/bin") or shutil.which("python3")
     assert python

@@ -49,6 +49,8 @@ class Trial:
             return self._unfit("base", error)
         except DataFault as error:
             return self._unfit("data", error)
+        except OSError as error:  # a file of the base or the disk: not the release's fault
+            return self._unfit("base", error)
         except Stopped as stop:
             return self._unfit("stopped", stop)
         except (MemoryError, RuntimeError) as error:
@@ -90,16 +92,18 @@ class Trial:
         return folder
 
     def _before(self, base: Path | None) -> Base | None:
-        """What is in use now, if it is for the same task; else the untuned base."""
+        """What is in use now, if it is for the same task and base; else the untuned base.
+
+        Of another base the loss is no measure: it counts other tokens.
+        """
         order, poll = self.order, self.control.poll
         if order.previous:
             previous = Path(order.previous)
             try:
                 about = release_pack.about(previous)
-                if about.task == order.task:
-                    its_base = base if about.base_digest == order.base_digest else released.base_of(previous)
-                    return released.opened(previous, about.kind, its_base, order.task, order.bits, self.device, poll)
-            except (DecodeError, AdapterFault, ModelFault) as error:
+                if (about.task, about.base_digest) == (order.task, order.base_digest):
+                    return released.opened(previous, about.kind, base, order.task, order.bits, self.device, poll)
+            except (DecodeError, AdapterFault, ModelFault, OSError, ValueError) as error:
                 log.warning("what is in use can't be opened, the untuned base is compared with: %s", error)
         return released.untuned(base, order.task, order.bits, self.device, order.seed, poll) if base else None
 

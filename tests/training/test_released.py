@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -182,6 +183,21 @@ def order(folder: Path, base: Path, data: Path | str, **changes: Any) -> protoco
         "base_path": str(base), "base_digest": about.base_digest, "bits": 32, "data_path": str(data), **changes,
     }  # fmt: skip
     return protocol.Evaluate(**values)
+
+
+def test_what_is_for_another_base_is_not_compared_with(
+    agent: Agent, bert: Path, made: Path, colours: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer counts other tokens: the untuned base stands for it, and nothing of it is read."""
+    other = tmp_path / "other"
+    shutil.copytree(made, other)
+    about = json.loads((other / "muster.json").read_text())
+    about["base_digest"] = "0" * 64
+    (other / "muster.json").write_text(json.dumps(about))
+    agent.ask(probe(colours), protocol.Probed)
+    untuned = agent.ask(order(made, bert, colours), protocol.Evaluated)
+    found = agent.ask(order(made, bert, colours, previous=str(other)), protocol.Evaluated)
+    assert found.before == untuned.before
 
 
 def test_the_agent_measures_a_release_beside_what_it_replaces(

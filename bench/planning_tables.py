@@ -14,8 +14,9 @@ Figure = Callable[[simulated.Result], float | None]
 
 
 RECIPE = (
-    "The same for all: rank 8, at most 16 in the global adapter, batch 8 (2 to 32 where a method moves it), Adam with "
-    "LoRA+ (factors A learn at an eighth of the rate), 256 rows evaluated a round. Rivals have one batch, as in their "
+    "The same for all: rank 8, at most 16 in the global adapter (of `fedadapter` any width), batch 8 (2 to 32 where a "
+    "method moves it), Adam with LoRA+ (factors A learn at an eighth of the rate), 256 rows evaluated a round. Rivals "
+    "have one batch, as in their "
     "papers ([decision 0020](decisions/0020-rivals-have-one-batch.md)); every planner knows the devices' probes "
     "([0022](decisions/0022-a-probe-tells-devices-apart.md)).",
     "",

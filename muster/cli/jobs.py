@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import typer
 from rich.console import Console
 
 from coordinator.web.views import JobView
-from muster.cli import device_tables, tables
+from muster.cli import device_tables, following, tables
 from muster.cli.options import Place
 from muster.cli.options import as_json as _json
-from muster.client import ENDED, Unreachable, beside
+from muster.client import ENDED, beside
 from shared.errors import UserError
 from shared.settings import parse_toml
-
-_LOOK_EVERY_S = 1.0
 
 
 def submit(place: Place, file: Path, *, wait: bool, patience_s: float, as_json: bool) -> None:
@@ -50,25 +47,10 @@ def follow(place: Place, job_id: str, patience_s: float) -> JobView:
 
     A coordinator that does not answer is waited for; raises `Unreachable` after `patience_s`.
     """
-    said, gone_at = "", None
-    while True:
-        try:
-            # Found anew each time: one that was restarted may have another port.
-            with place.client() as client:
-                job = client.job(job_id)
-        except Unreachable as error:
-            gone_at = gone_at or time.monotonic()
-            if time.monotonic() - gone_at > patience_s:
-                raise Unreachable(f"{error}; {_goes_on(job_id)}") from error
-            line = f"the coordinator does not answer: waiting for it, {patience_s:.0f} s at most"
-        else:
-            gone_at, line = None, tables.status_line(job)
-        if line != said:
-            print(line, file=sys.stderr)
-            said = line
-        if gone_at is None and (job.state in ENDED or job.state == "paused"):
-            return job
-        time.sleep(_LOOK_EVERY_S)
+    return following.follow(
+        place, lambda client: client.job(job_id), tables.status_line,
+        lambda job: job.state in ENDED or job.state == "paused", _goes_on(job_id), patience_s,
+    )  # fmt: skip
 
 
 def _goes_on(job_id: str) -> str:

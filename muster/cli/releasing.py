@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-import time
 
 import typer
 from rich.console import Console
 
 from coordinator.web.release_asks import ReleaseAsk
 from coordinator.web.views import ReleaseView
+from muster.cli import following
 from muster.cli import release_tables as tables
 from muster.cli.options import Place, as_json
-from muster.client import Unreachable
 
 ENDED = frozenset({"finished", "rolled_back", "failed"})
-_LOOK_EVERY_S = 1.0
 
 
 def start(place: Place, ask: ReleaseAsk, *, wait: bool, patience_s: float, json: bool) -> None:
@@ -75,25 +73,10 @@ def follow(place: Place, name: str, patience_s: float) -> ReleaseView:
 
     A coordinator that does not answer is waited for; raises `Unreachable` after `patience_s`.
     """
-    said, gone_at = "", None
-    while True:
-        try:
-            # Found anew each time: one that was restarted may have another port.
-            with place.client() as client:
-                view = client.release_status(name)
-        except Unreachable as error:
-            gone_at = gone_at or time.monotonic()
-            if time.monotonic() - gone_at > patience_s:
-                raise Unreachable(f"{error}; {_goes_on(name)}") from error
-            line = f"the coordinator does not answer: waiting for it, {patience_s:.0f} s at most"
-        else:
-            gone_at, line = None, tables.progress(view)
-        if line != said:
-            print(line, file=sys.stderr)
-            said = line
-        if gone_at is None and view.state in ENDED:
-            return view
-        time.sleep(_LOOK_EVERY_S)
+    return following.follow(
+        place, lambda client: client.release_status(name), tables.progress, lambda view: view.state in ENDED,
+        _goes_on(name), patience_s,
+    )  # fmt: skip
 
 
 def _goes_on(name: str) -> str:

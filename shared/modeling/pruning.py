@@ -134,6 +134,12 @@ def _tell_attention(model: nn.Module, group: Group, heads: int) -> None:
         owner.all_head_size = heads * owner.attention_head_size
 
 
+def _channels(block: int, modules: Mapping[str, Any], makers: Sequence[str], reader: str) -> Group:
+    """The FFN channels that the layers `makers` make, one row each, and `reader` reads."""
+    slices = (*(Slice(name, "out", 1) for name in makers), Slice(reader, "in", 1))
+    return Group(f"{block}.channels", block, "channels", modules[makers[0]].out_features, slices)
+
+
 def _bert(modules: Mapping[str, Any]) -> Iterator[Group]:
     for name, module in modules.items():
         if name.endswith(".attention.self") and hasattr(module, "query"):
@@ -146,9 +152,7 @@ def _bert(modules: Mapping[str, Any]) -> Iterator[Group]:
                     Slice(f"{layer}.attention.output.dense", "in", width),
                 ),
             )  # fmt: skip
-            first, second = f"{layer}.intermediate.dense", f"{layer}.output.dense"
-            count = modules[first].out_features
-            yield Group(f"{block}.channels", block, "channels", count, (Slice(first, "out", 1), Slice(second, "in", 1)))
+            yield _channels(block, modules, [f"{layer}.intermediate.dense"], f"{layer}.output.dense")
 
 
 def _gpt2(modules: Mapping[str, Any]) -> Iterator[Group]:
@@ -161,9 +165,7 @@ def _gpt2(modules: Mapping[str, Any]) -> Iterator[Group]:
                 f"{block}.heads", block, "heads", module.num_heads,
                 (Slice(f"{name}.c_attn", "out", width, starts), Slice(f"{name}.c_proj", "in", width)),
             )  # fmt: skip
-            first, second = f"{layer}.mlp.c_fc", f"{layer}.mlp.c_proj"
-            count = modules[first].out_features
-            yield Group(f"{block}.channels", block, "channels", count, (Slice(first, "out", 1), Slice(second, "in", 1)))
+            yield _channels(block, modules, [f"{layer}.mlp.c_fc"], f"{layer}.mlp.c_proj")
 
 
 def _llama(modules: Mapping[str, Any]) -> Iterator[Group]:
@@ -180,10 +182,7 @@ def _llama(modules: Mapping[str, Any]) -> Iterator[Group]:
                 ),
             )  # fmt: skip
             gate, up, down = (f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down"))
-            yield Group(
-                f"{block}.channels", block, "channels", modules[up].out_features,
-                (Slice(gate, "out", 1), Slice(up, "out", 1), Slice(down, "in", 1)),
-            )  # fmt: skip
+            yield _channels(block, modules, [gate, up], down)
 
 
 _ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], Iterator[Group]]] = {

@@ -15,11 +15,11 @@ import pytest
 
 pytest.importorskip("torch")
 from coordinator.core.release_records import Canaries  # noqa: E402 - after the package that may be missing
-from coordinator.web.release_asks import ReleaseAsk  # noqa: E402
-from coordinator.web.views import ReleaseView  # noqa: E402
-from muster.testbed.fleet import DeviceSpec, Fleet  # noqa: E402
-from muster.testbed.models import minilm_folder  # noqa: E402
-from tests.live.rig import LABELS, ended, wait_for, wait_until_heard, write_texts  # noqa: E402
+from coordinator.web.release_asks import ReleaseAsk  # noqa: E402 - the same
+from coordinator.web.views import ReleaseView  # noqa: E402 - the same
+from muster.testbed.fleet import DeviceSpec, Fleet  # noqa: E402 - the same
+from muster.testbed.models import minilm_folder  # noqa: E402 - the same
+from tests.live.rig import LABELS, ended, wait_for, wait_until_heard, write_texts  # noqa: E402 - the same
 
 JOB = """
 name = "{name}"

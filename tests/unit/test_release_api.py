@@ -22,8 +22,8 @@ from coordinator.web.desk import Desk
 from coordinator.web.release_asks import ReleaseAsk
 from coordinator.web.shelf import Shelf
 from edge_daemon import protocol
+from muster.cli import following, releasing
 from muster.cli import main as cli
-from muster.cli import releasing
 from muster.cli.options import Place
 from muster.client import Client, Unreachable
 from muster.testbed.memory_fleet import MemoryFleet
@@ -84,7 +84,7 @@ class Served:
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
-    monkeypatch.setattr(releasing, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(following, "LOOK_EVERY_S", 0.05)
     made = Served(tmp_path)
     yield made
     made.close()
@@ -197,7 +197,7 @@ def test_a_command_that_makes_no_sense_is_told_so(
 def test_a_coordinator_that_is_away_is_waited_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(releasing, "_LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(following, "LOOK_EVERY_S", 0.05)
     (tmp_path / "token").write_text(TOKEN)
     nowhere = Place(url="http://127.0.0.1:1", token_file=str(tmp_path / "token"), config="")
     with pytest.raises(Unreachable, match="release a.r1-1 goes on; muster release --status a.r1-1 tells"):

@@ -30,7 +30,7 @@ def test_what_can_not_be_written_leaves_the_old_file(tmp_path: Path) -> None:
 
 def damaged() -> bytes:
     """A gzip file with a byte turned over behind its header, which zlib notices and not gzip."""
-    data = bytearray(gzip.compress(b'{"text": "a", "label": 0}\n' * 500))
+    data = bytearray(gzip.compress(b'{"text": "a", "label": 0}\n' * 500, mtime=0))
     data[20] ^= 0xFF
     return bytes(data)
 
@@ -39,11 +39,11 @@ def damaged() -> bytes:
     ("name", "content", "told"),
     [
         ("good.jsonl", b"\n" * 200_000 + b"{}\n", ""),
-        ("good.jsonl.gz", gzip.compress(b"{}\n"), ""),
+        ("good.jsonl.gz", gzip.compress(b"{}\n", mtime=0), ""),
         ("empty.jsonl", b"", "no rows"),
-        ("empty.jsonl.gz", gzip.compress(b""), "no rows"),
+        ("empty.jsonl.gz", gzip.compress(b"", mtime=0), "no rows"),
         ("blank.jsonl", b" \n\n", "no rows"),
-        ("cut.jsonl.gz", gzip.compress(b"{}\n" * 99)[:12], "can't be read: Compressed file ended"),
+        ("cut.jsonl.gz", gzip.compress(b"{}\n" * 99, mtime=0)[:12], "can't be read: Compressed file ended"),
         ("damaged.jsonl.gz", damaged(), "can't be read: Error -3 while decompressing"),
     ],
 )
@@ -71,7 +71,7 @@ def test_what_is_no_file_or_can_not_be_read_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_looked_at_whole_the_damaged_row_is_named(tmp_path: Path, content: bytes, told: str) -> None:
-    for name, data in (("rows.jsonl", content), ("rows.jsonl.gz", gzip.compress(content))):
+    for name, data in (("rows.jsonl", content), ("rows.jsonl.gz", gzip.compress(content, mtime=0))):
         path = tmp_path / name
         path.write_bytes(data)
         found = rows_fault(path, whole=True)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from edge_daemon.core.rollout import installed
 from edge_daemon.core.state import Journal
 from edge_daemon.settings import EdgeSettings
 from shared import settings
@@ -67,5 +68,5 @@ def _bits(root: Path) -> int:
         rollout = msgspec.msgpack.decode((root / "journal").read_bytes(), type=Journal).rollout
     except (OSError, msgspec.MsgspecError):
         return 32
-    known = rollout.wanted is not None and rollout.wanted.id == rollout.active
-    return rollout.bits or 32 if known else 32
+    known = installed(rollout, rollout.active)
+    return known.bits or 32 if known else 32

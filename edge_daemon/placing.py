@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from typing_extensions import assert_never
 
 from edge_daemon import protocol
-from edge_daemon.adapters.releases import Broken, Full
+from edge_daemon.adapters.releases import Broken, Full, Gone
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
 
@@ -81,9 +81,9 @@ class Placer:
         runtime = self._runtime
         try:
             runtime.ports.store.releases.activate(release)
-        except (Broken, Full) as error:
-            now = runtime.ports.clock()
-            runtime.step(ev.ReleaseProblem(now=now, release=release, reason=str(error), fault="disk"))
+        except (Gone, Full) as error:
+            now, fault = runtime.ports.clock(), "gone" if isinstance(error, Gone) else "disk"
+            runtime.step(ev.ReleaseProblem(now=now, release=release, reason=str(error), fault=fault))  # type: ignore[arg-type]  # one of its words
             return
         runtime.step(ev.ReleaseActivated(now=runtime.ports.clock(), release=release))
 

@@ -75,6 +75,12 @@ MOST = 1e15
 """A loss above is no number that a message may hold."""
 
 
+def number_of(release: str) -> int:
+    """The number at the end of a release's id, such as 2 of `demo-3f2a1c.r3-2`; 0: it has none."""
+    number = release.rpartition("-")[2]
+    return int(number) if number.isascii() and number.isdecimal() and len(number) < 10 else 0
+
+
 class Score(msgspec.Struct, frozen=True, kw_only=True):
     """A model on the device's own rows: mean loss per row (classification) or completion token (causal)."""
 
@@ -83,6 +89,8 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     accuracy: Share | None = None
     trained_on: bool = False
     """The device trains on these rows, too: it keeps none aside."""
+    of: Text = ""
+    """What was measured: a release's id, or "base", the model as it came."""
 
 
 class ReleaseState(Message, frozen=True, kw_only=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import msgspec
@@ -16,7 +16,7 @@ from coordinator.core.job import BrokenLog, Job
 from coordinator.core.release_records import Canaries, PartState
 from shared.jobs import Bits
 from shared.messages import BlobRef
-from shared.release_messages import ReleaseKind, ReleaseSpec, Score
+from shared.release_messages import ReleaseKind, ReleaseSpec, ReleaseState, Score, number_of
 
 Phase = Literal["packing", "canary", "rest", "finished", "rolling_back", "rolled_back", "failed"]
 ENDED: frozenset[str] = frozenset({"finished", "rolled_back", "failed"})
@@ -136,6 +136,17 @@ def standing(releases: Releases) -> Release | None:
 def last(releases: Releases) -> Release | None:
     """The only one that may be rolled back now: the one under way, else the newest that stands."""
     return under_way(releases) or standing(releases)
+
+
+def next_number(releases: Releases, reports: Iterable[ReleaseState]) -> int:
+    """The number of the next release: above every one here and every one a device speaks of.
+
+    A coordinator restored from an older copy has forgotten releases; were a number given twice, a device would take
+    the new release for the old one that it has.
+    """
+    here = (release.number for release in releases.values())
+    there = (number_of(name) for report in reports for name in (report.release, report.active))
+    return 1 + max((*here, *there), default=0)
 
 
 def kept_blobs(releases: Releases, keep: int) -> set[str]:

@@ -34,7 +34,7 @@ class ReleaseDesk:
         def begin() -> ReleaseView:
             runtime, state = self._runtime, self._runtime.state
             self._refuse(state, ask.canaries)
-            count = len(state.releases) + 1
+            count = releases.next_number(state.releases, state.release_reports.values())
             release = f"{ask.job}.r{number}-{count}"
             runtime.step(
                 ev.ReleaseRequested(
@@ -71,17 +71,26 @@ class ReleaseDesk:
         return view
 
     def roll_back(self, name: str) -> ReleaseView:
-        """Give every device back what it had before a release; "last": before the newest that stands."""
+        """Give every device back what it had before a release; "last": before the newest.
+
+        Where the newest was withdrawn already, "last" is refused: whoever asks after a canary has stopped a release
+        means that one, and must not lose the good one below it.
+        """
 
         def act() -> ReleaseView:
             runtime = self._runtime
             newest = releases.last(runtime.state.releases)
-            release = newest if name == "last" else _find(runtime.state, name)
-            if release is None:
+            if newest is None:
                 raise Conflict("no release stands: there is nothing to roll back")
+            release = _find(runtime.state, name)
+            if name == "last" and release.id != newest.id:
+                raise Conflict(
+                    f"the last release {release.id} is {release.phase.replace('_', ' ')} already ({release.reason}); "
+                    f"in force is {newest.id}: name it to roll that one back, too"
+                )
             if release.phase not in (*releases.STANDS, "packing"):
                 raise Conflict(f"release {release.id} does not stand any more: it is {release.phase}")
-            if newest is not None and newest.id != release.id:
+            if newest.id != release.id:
                 word = "stands" if newest.phase == "finished" else f"is {newest.phase}"
                 raise Conflict(f"release {newest.id} {word} above {release.id}: roll that one back first")
             runtime.step(ev.RollbackRequested(release=release.id, **runtime.now()))

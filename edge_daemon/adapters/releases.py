@@ -8,7 +8,6 @@ A folder appears whole (written beside, flushed, renamed) or not at all; `curren
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
@@ -19,7 +18,6 @@ from shared.errors import DecodeError
 from shared.files import sync_folder
 from shared.releases import CURRENT, FILE_MODE, FOLDER, in_use
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _FOLDER_MODE = 0o755
 
 
@@ -27,8 +25,12 @@ class Broken(Exception):
     """It is not the release it should be; the text is the one-line reason."""
 
 
+class Gone(Exception):
+    """Its folder is not there."""
+
+
 class Full(Exception):
-    """The disk does not take it now."""
+    """The disk does not take it now: it is full, read-only, broken, or not ours to write."""
 
 
 class ReleaseFolder:
@@ -84,16 +86,16 @@ class ReleaseFolder:
         except DecodeError as error:
             raise Broken(str(error)) from error
         except OSError as error:
-            raise _fault(error) from error
+            raise _full(error) from error
 
     def activate(self, release: str) -> None:
-        """Have `current` point to `release`; "": to nothing. Raises `Broken` where its folder is not there, `Full`."""
+        """Have `current` point to `release`; "": to nothing. Raises `Gone` and `Full`."""
         current = self.root / CURRENT
         try:
             if not release:
                 current.unlink(missing_ok=True)
             elif not self.folder(release).is_dir():
-                raise Broken(f"the folder of {release} is gone")
+                raise Gone(f"the folder of {release} is gone")
             else:
                 new = self.root / f".{CURRENT}.new"
                 new.unlink(missing_ok=True)
@@ -102,7 +104,7 @@ class ReleaseFolder:
             if self.root.is_dir():
                 self._sync()
         except OSError as error:
-            raise _fault(error) from error
+            raise _full(error) from error
 
     def drop(self, release: str) -> None:
         """Remove the folder of a release; never the one in use."""
@@ -133,6 +135,5 @@ def _open_to_readers(folder: Path) -> None:
         path.chmod(FILE_MODE)
 
 
-def _fault(error: OSError) -> Exception:
-    text = f"{error.filename or 'the disk'}: {os.strerror(error.errno) if error.errno else error}"
-    return Full(text) if error.errno in _NO_ROOM else Broken(text)
+def _full(error: OSError) -> Full:
+    return Full(f"{error.filename or 'the disk'}: {os.strerror(error.errno) if error.errno else error}")

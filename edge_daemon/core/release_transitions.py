@@ -25,6 +25,7 @@ MOVES: tuple[Transition, ...] = (
     _row("staged", "AgentEvaluated", ("staged", "failed"), "measured on the device's own rows: not worse, or worse"),
     _row("staged", "AgentUnfit", ("staged", *_BROKEN), "it does not load, or this device can't try it"),
     _row("staged", "AgentGone", ("staged", *_BROKEN), "the agent died over it: again, at fewer bits if memory ran out"),
+    _row("staged", "ReleaseProblem", ("wanted",), "its folder is gone: it is fetched again"),
     _row("staged", "ReleaseActivated", ("active", "committed"), "`current` points to it"),
     _row("wanted", "ReleaseActivated", ("active", "committed"), "it had come to stay here before: no second trial"),
     _row("active", "ReleaseReceived", ("active", "committed"), "it is to stay"),

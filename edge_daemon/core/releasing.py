@@ -237,13 +237,18 @@ def staged(state: State, event: ev.ReleaseStaged) -> Result:
 def problem(state: State, event: ev.ReleaseProblem) -> Result:
     """What was asked for can't be done."""
     rollout = state.journal.rollout
-    if event.fault == "disk":
-        return _later(state, event.reason)
     wanted = rollout.wanted
-    if wanted is None or event.release != wanted.id or rollout.stage not in ("received", "verified"):
-        return state, []
+    mine = wanted is not None and event.release == wanted.id
     if event.fault == "gone":
-        return replace(_with(state, stage="wanted"), release_task=""), []
+        # A folder that is to come back was removed by other hands: the next best takes its place, and it is fetched.
+        rest = tuple(one for one in rollout.installed if one.id != event.release)
+        again = {"stage": "wanted", "tried": False} if mine and rollout.stage not in OVER - {"committed"} else {}
+        return replace(_with(state, installed=rest, **again), release_task=""), []
+    if event.fault == "disk":
+        # About a release that is not wanted any more there is nothing to wait for.
+        return _later(state, event.reason) if mine or event.release == due(rollout) else (state, [])
+    if not mine or rollout.stage not in ("received", "verified"):
+        return state, []
     return _end(state, "failed", event.reason)
 
 
@@ -254,7 +259,7 @@ def activated(state: State, event: ev.ReleaseActivated) -> Result:
     wanted = rollout.wanted
     commands: list[cmd.Command] = []
     if wanted is not None and event.release == wanted.id and rollout.stage in ("wanted", "staged"):
-        known = installed(rollout, wanted.id) or Installed(id=wanted.id, number=wanted.number)
+        known = installed(rollout, wanted.id) or Installed(id=wanted.id, number=wanted.number, bits=rollout.bits)
         rest = tuple(one for one in rollout.installed if one.id != wanted.id)
         state = _with(state, stage="active", installed=(*rest, known))
         if rollout.commit:

@@ -10,7 +10,7 @@ import math
 
 import msgspec
 
-from shared.release_messages import ReleaseSpec, Score, Stage
+from shared.release_messages import ReleaseSpec, Score, Stage, number_of
 
 OVER: frozenset[Stage] = frozenset({"none", "committed", "failed", "skipped"})
 """Nothing is left to do for the release that is wanted."""
@@ -22,6 +22,8 @@ class Installed(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     number: int
     committed: bool = False
+    bits: int = 0
+    """Precision that its trial went well at; 0: not known."""
 
 
 class Rollout(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,10 +57,10 @@ def installed(rollout: Rollout, release: str) -> Installed | None:
 
 def found(rollout: Rollout, active: str) -> tuple[Installed, ...]:
     """What `current` points to where the journal knows of no release: it was lost, for this had passed its trial."""
-    number = active.rpartition("-")[2]
-    if rollout.term or rollout.installed or not number.isdecimal():
+    number = number_of(active)
+    if rollout.term or rollout.installed or not number:
         return ()
-    return (Installed(id=active, number=int(number), committed=True),)
+    return (Installed(id=active, number=number, committed=True),)
 
 
 def room_needed(wanted: ReleaseSpec) -> int:

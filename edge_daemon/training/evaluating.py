@@ -62,7 +62,7 @@ class Trial:
     def _measure(self) -> Evaluated | Unfit:
         order = self.order
         base = self._base()
-        before = self._score(self._before(base)) if order.data_path else None
+        before = self._score(*self._before(base)) if order.data_path else None
         gc.collect()
         folder = Path(order.folder)
         model = released.opened(
@@ -70,7 +70,7 @@ class Trial:
         )  # fmt: skip
         if not all(map(math.isfinite, released.says(model))):
             return self._unfit("score", "it answers with what is no number")
-        after = self._score(model) if order.data_path else None
+        after = self._score(model, order.release) if order.data_path else None
         if order.data_path and after is None:
             return self._unfit("score", "its loss is no number")
         if base is not None:
@@ -91,8 +91,8 @@ class Trial:
             raise ModelFault(f"{folder}: digest {digest[:12]}, the release is for {order.base_digest[:12]}")
         return folder
 
-    def _before(self, base: Path | None) -> Base | None:
-        """What is in use now, if it is for the same task and base; else the untuned base.
+    def _before(self, base: Path | None) -> tuple[Base | None, str]:
+        """What is in use now, if it is for the same task and base; else the untuned base. With its name.
 
         Of another base the loss is no measure: it counts other tokens.
         """
@@ -102,12 +102,15 @@ class Trial:
             try:
                 about = release_pack.about(previous)
                 if (about.task, about.base_digest) == (order.task, order.base_digest):
-                    return released.opened(previous, about.kind, base, order.task, order.bits, self.device, poll)
+                    opened = released.opened(previous, about.kind, base, order.task, order.bits, self.device, poll)
+                    return opened, about.release
             except (DecodeError, AdapterFault, ModelFault, OSError, ValueError) as error:
                 log.warning("what is in use can't be opened, the untuned base is compared with: %s", error)
-        return released.untuned(base, order.task, order.bits, self.device, order.seed, poll) if base else None
+        if base is None:
+            return None, ""
+        return released.untuned(base, order.task, order.bits, self.device, order.seed, poll), "base"
 
-    def _score(self, model: Base | None) -> Score | None:
+    def _score(self, model: Base | None, of: str) -> Score | None:
         """None: there is no model, or it gives no number."""
         if model is None:
             return None
@@ -121,7 +124,7 @@ class Trial:
         found = evaluation.evaluate(model, data, _BATCH, self.control.poll)
         if not found.loss <= MOST:
             return None  # NaN among them
-        return Score(loss=found.loss, rows=found.rows, accuracy=found.accuracy, trained_on=trained_on)
+        return Score(loss=found.loss, rows=found.rows, accuracy=found.accuracy, trained_on=trained_on, of=of)
 
     def _unfit(self, kind: str, reason: object) -> Unfit:
         return Unfit(release=self.order.release, kind=kind, reason=str(reason)[:500])  # type: ignore[arg-type]  # one of its words

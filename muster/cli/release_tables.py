@@ -52,10 +52,15 @@ def devices(view: ReleaseView) -> Table:
     table = tables.table("device", "canary", "state", "before", "after", "rows", "in use", "reason")
     for device in view.devices:
         table.add_row(
-            device.device, "yes" if device.canary else "", _word(device), score(device.before), score(device.after),
+            device.device, "yes" if device.canary else "", _word(device), _before(device.before), score(device.after),
             _rows(device.after), device.active or "-", device.reason,
         )  # fmt: skip
     return table
+
+
+def _before(found: Score | None) -> str:
+    """What was in use, with its name: a loss alone does not say what the release was compared with."""
+    return score(found) + (f" of {'the base' if found.of == 'base' else found.of}" if found and found.of else "")
 
 
 def _rows(found: Score | None) -> str:

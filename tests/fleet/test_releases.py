@@ -277,7 +277,11 @@ def test_an_operator_rolls_back_a_finished_release(tmp_path: Path) -> None:
         assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], first)
         assert fleet.coordinator.runtime.sender.sent_chunks == sent, "its files were still there"
         rel.check(fleet, second)
-        rel.desk(fleet).releases.roll_back("last")
+        # Whoever says it once more, or after a canary has stopped a release, must not lose the good one.
+        refused = rf"last release {second} is rolled back already .*in force is {first}: name it"
+        with pytest.raises(Conflict, match=refused):
+            rel.desk(fleet).releases.roll_back("last")
+        rel.desk(fleet).releases.roll_back(first)
         assert rel.ended(fleet, first).phase == "rolled_back"
         assert rel.in_use(fleet) == dict.fromkeys(FOUR[:3], "")
         rel.check(fleet, first)

@@ -317,6 +317,17 @@ def test_a_device_without_a_release_says_so(config: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_the_precision_is_that_of_the_trial_after_a_rollback_too(tmp_path: Path) -> None:
+    from edge_daemon import asking
+    from edge_daemon.core.rollout import Installed, Rollout
+
+    there = (Installed(id="tiny.r1-1", number=1, bits=4), Installed(id="tiny.r2-2", number=2, bits=16))
+    for active, bits in (("tiny.r1-1", 4), ("tiny.r2-2", 16), ("other.r1-1", 32)):
+        journal = Journal(rollout=Rollout(active=active, installed=there))
+        write_whole(tmp_path / "journal", msgspec.msgpack.encode(journal))
+        assert asking._bits(tmp_path) == bits
+
+
 def test_classify_answers_with_a_label(config: Path, made: Path, bert: Path) -> None:
     put_in_use(config, made, bert)
     done = ask(config, "classify", "red red red the sea", "the green hill green")

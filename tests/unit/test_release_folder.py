@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_daemon.adapters.releases import Broken, ReleaseFolder
+from edge_daemon.adapters.releases import Broken, Full, Gone, ReleaseFolder
 from shared import release_pack
 from shared.releases import in_use
 
@@ -83,8 +83,16 @@ def test_what_is_not_the_release_is_refused(releases: ReleaseFolder, tmp_path: P
     release_pack.write(tmp_path / "files", tmp_path / "plain")
     with pytest.raises(Broken, match="there is no muster.json in it"):
         releases.check(tmp_path / "plain")
-    with pytest.raises(Broken, match="the folder of job-1.r1-2 is gone"):
+    with pytest.raises(Gone, match="the folder of job-1.r1-2 is gone"):
         releases.activate(SECOND)
+
+
+def test_a_disk_that_is_not_ours_to_write_is_no_fault_of_the_release(releases: ReleaseFolder, tmp_path: Path) -> None:
+    packed = content(tmp_path, FIRST)
+    releases.root.parent.mkdir(parents=True, exist_ok=True)
+    releases.root.write_text("a file in its place")
+    with pytest.raises(Full, match="File exists"):
+        releases.stage(packed, FIRST)
 
 
 def test_leftovers_of_a_crash_go(releases: ReleaseFolder) -> None:

@@ -347,6 +347,15 @@ def test_blobs_that_a_device_may_ask_for_are_kept(rig: ReleaseRig) -> None:
     assert {blobs[2], blobs[3]} <= kept
 
 
+def test_a_number_that_a_device_knows_is_not_given_twice(rig: ReleaseRig) -> None:
+    """A coordinator restored from an older copy has forgotten releases that devices have."""
+    name = finished(rig)
+    known = list(rig.state.release_reports.values())
+    assert releases.next_number(rig.state.releases, known) == rig.found(name).number + 1
+    assert releases.next_number({}, known) == rig.found(name).number + 1
+    assert releases.next_number({}, []) == 1
+
+
 # ---- in any order
 
 

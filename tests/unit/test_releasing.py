@@ -263,6 +263,37 @@ def test_what_was_skipped_is_tried_once_its_owner_allows_it() -> None:
     assert device.rollout.stage == "wanted"
 
 
+def test_a_folder_that_other_hands_removed_does_not_keep_what_was_withdrawn_in_use(device: Device) -> None:
+    device.in_use(1)
+    device.in_use(2)
+    assert kinds(device.want(spec(1), commit=True)) == ["ActivateRelease"]
+    device.feed(ev.ReleaseProblem, release=R1, reason="the folder is gone", fault="gone")
+    assert [one.release for one in device.did(cmd.ActivateRelease)] == [""], "nothing older is here"
+    assert kinds(device.activated("")) == ["DropRelease", "Fetch"]
+    assert (device.rollout.stage, device.rollout.active, device.rollout.installed) == ("wanted", "", ())
+    device.fetched()
+    device.checked()
+    device.staged()
+    assert device.state.agent.status == "evaluating", "what comes anew is tried anew"
+
+
+def test_a_disk_that_fails_for_a_release_of_before_holds_nothing_up(device: Device) -> None:
+    device.want(spec(1))
+    device.fetched()
+    device.want(spec(2))
+    device.feed(ev.ReleaseProblem, release=R1, reason="No space left on device", fault="disk")
+    assert device.state.release_retry_at == 0.0
+
+
+def test_the_precision_of_a_trial_stays_with_the_release(device: Device) -> None:
+    device.tried(1, commit=True)
+    device.unfit("memory")
+    device.evaluated()
+    device.activated(R1)
+    device.in_use(2)
+    assert [(one.id, one.bits) for one in device.rollout.installed] == [(R1, 16), (R2, 32)]
+
+
 def test_a_broken_gpu_is_waited_for(device: Device) -> None:
     device.want(spec(1))
     device.fetched()

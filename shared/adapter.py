@@ -16,6 +16,8 @@ from typing import Annotated, Literal
 
 import msgpack
 import msgspec
+import numpy as np
+import numpy.typing as npt
 from msgspec import Meta
 
 from shared import tensors
@@ -27,6 +29,9 @@ from shared.tensors import Array, WireTensor
 Kind = Literal["global", "update"]
 MAX_PARTS = 16_384
 """Modules, and dense tensors, of one file; a file of more tiny ones would take many times its size in memory."""
+MAX_SIDE = 2**20
+"""Rows or columns of a layer that was pruned."""
+Places = npt.NDArray[np.intp]
 _Text = Annotated[str, Meta(max_length=1000)]
 
 
@@ -36,7 +41,8 @@ class Factors:
 
     b (out x rank), a (rank x in), sigma (rank) or None for all ones; float32. `trained`: in an update, how many of the
     global adapter's directions (its first, the largest) are contained in it and so must leave the rest. An update under
-    the start `frozen_a` has an a without columns where the global adapter holds all its rows.
+    the start `frozen_a` has an a without columns where the global adapter holds all its rows. `rows`, `columns`: in an
+    update of a pruned device, which of the whole layer's b's rows and a's columns are; None: all.
     """
 
     b: Array
@@ -44,6 +50,8 @@ class Factors:
     scaling: float = 1.0
     sigma: Array | None = None
     trained: int = 0
+    rows: Places | None = None
+    columns: Places | None = None
 
     @property
     def rank(self) -> int:
@@ -73,6 +81,9 @@ class _WireModule(msgspec.Struct, frozen=True, kw_only=True):
     b: WireTensor
     a: WireTensor
     sigma: WireTensor | None = None
+    rows: Annotated[bytes, Meta(max_length=MAX_SIDE // 8)] = b""
+    columns: Annotated[bytes, Meta(max_length=MAX_SIDE // 8)] = b""
+    """Bits, lowest first; empty: all."""
 
 
 class _WireAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,16 +111,18 @@ def write(adapter: Adapter, codec: Codec = "fp32") -> bytes:
     modules = []
     for name in sorted(adapter.factors):
         part = adapter.factors[name]
-        modules.append(
-            {
-                "name": name,
-                "scaling": float(part.scaling),
-                "trained": part.trained,
-                "b": _plain(tensors.encode(part.b, codec)),
-                "a": _plain(tensors.encode(part.a, codec)),
-                "sigma": None if part.sigma is None else _plain(tensors.encode(part.sigma)),
-            }
-        )
+        module = {
+            "name": name,
+            "scaling": float(part.scaling),
+            "trained": part.trained,
+            "b": _plain(tensors.encode(part.b, codec)),
+            "a": _plain(tensors.encode(part.a, codec)),
+            "sigma": None if part.sigma is None else _plain(tensors.encode(part.sigma)),
+        }
+        for side, where in (("rows", part.rows), ("columns", part.columns)):
+            if where is not None:
+                module[side] = bits_of(where)
+        modules.append(module)
     packed = msgpack.packb(
         {
             "schema": SCHEMA,
@@ -178,7 +191,22 @@ def _factors(module: _WireModule) -> Factors:
         raise DecodeError(f"module {module.name!r:.100}: scaling {module.scaling}")
     if not 0 <= module.trained <= a.shape[0]:
         raise DecodeError(f"module {module.name!r:.100}: {module.trained} trained directions of rank {a.shape[0]}")
-    return Factors(b=b, a=a, scaling=module.scaling, sigma=sigma, trained=module.trained)
+    rows, columns = indices(module.rows), indices(module.columns)
+    if (rows is not None and len(rows) != len(b)) or (columns is not None and len(columns) != a.shape[1]):
+        raise DecodeError(f"module {module.name!r:.100}: its rows and columns are not those of b and a")
+    return Factors(b=b, a=a, scaling=module.scaling, sigma=sigma, trained=module.trained, rows=rows, columns=columns)
+
+
+def bits_of(where: Places) -> bytes:
+    """Rising places as bits, lowest first."""
+    bits = np.zeros(int(where[-1]) + 1 if len(where) else 0, dtype=np.uint8)
+    bits[where] = 1
+    return np.packbits(bits, bitorder="little").tobytes()
+
+
+def indices(bits: bytes) -> Places | None:
+    """What `bits_of` was given; None: no bits, which stands for all places."""
+    return np.flatnonzero(np.unpackbits(np.frombuffer(bits, np.uint8), bitorder="little")) if bits else None
 
 
 def _plain(tensor: WireTensor) -> list[object]:

@@ -191,6 +191,25 @@ class Load(Message, frozen=True, kw_only=True):
 # ---- work --------------------------------------------------------------------------------------------------------
 
 
+UnitBytes = Annotated[dict[Text, Annotated[bytes, Meta(max_length=2**17)]], Meta(max_length=1024)]
+"""Group of heads or channels -> bits of the units that stay, or a byte for the score of each (`shared.units`)."""
+
+
+class Pruning(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a device prunes its model in one round, bit by bit, with tuning in between."""
+
+    ratio: Annotated[float, Meta(ge=0.0, lt=1.0)]
+    """Share of each group's units that is gone at the end of the round."""
+    kept: UnitBytes = {}
+    """Units that are there at its beginning; {}: all."""
+    every: Annotated[int, Meta(ge=1)] = 20
+    """Optimizer steps for each pruning, at least one pruning a round."""
+    criterion: Literal["lora", "magnitude"] = "lora"
+    """What goes first: units of the least importance by LoRA gradients, or of the smallest weights."""
+    scores: UnitBytes = {}
+    """What the fleet found of the units so far, which counts as much as what the device finds; {}: nothing."""
+
+
 class Work(msgspec.Struct, frozen=True, kw_only=True):
     """What the plan asks of one device in one round."""
 
@@ -206,6 +225,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds by the device's monotonic clock from receipt; 0: no limit."""
     score: bool = False
     """Whether the device tells `UpdateFacts.importance`."""
+    prune: Pruning | None = None
+    """None: the model stays whole."""
     reasons: dict[str, str] = {}
     """Name of a number above, or "depth" (blocks tuned) -> the reading, the bound it met, the number it produced."""
 
@@ -319,6 +340,12 @@ class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
     importance: Annotated[dict[str, Share], Meta(max_length=4096)] = {}
     """Tuned module -> its share of what all of them matter to the loss, with sum 1; asked for by `Work.score`,
     and empty where nothing could be observed."""
+    kept: UnitBytes = {}
+    """Units that are left; {}: the model is whole."""
+    unit_scores: UnitBytes = {}
+    """What they matter to the loss here, 0 for those that are gone."""
+    requantized: Amount = 0.0
+    """At 8 and 4 bits: relative error that quantizing the smaller layers anew adds to their weights."""
 
 
 # ---- blobs -------------------------------------------------------------------------------------------------------

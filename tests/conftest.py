@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -117,8 +118,16 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             continue
+    if hasattr(session.config, "workeroutput"):  # one of several processes: the first one tells of it
+        session.config.workeroutput["strays"] = _strays
     if _strays:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object | None) -> None:  # noqa: ARG001  # the hook's arguments
+    """What one of several processes left behind fails the run, too."""
+    _strays.extend(getattr(node, "workeroutput", {}).get("strays", []))
 
 
 # ---- what the reader sees --------------------------------------------------------------------------------------------

@@ -51,7 +51,6 @@ if TYPE_CHECKING:  # they import torch, which is loaded once the pipe is open
     from edge_daemon.training.loop import Loop
     from shared.modeling.base_model import Base
     from shared.modeling.data import DataStore, TokenData
-    from shared.modeling.lora import Carried
 
 log = logging.getLogger(__name__)
 Kind = Literal["memory", "data", "model", "bits", "adapter", "stopped", "internal"]
@@ -197,18 +196,21 @@ class Agent:
         return Trial(order, self._control, self._device, self._store).run()
 
     def _work(self, request: Train) -> Trained:
-        from edge_daemon.training import loop
+        from edge_daemon.training import carrying, loop
 
         assignment = request.assignment
         gauge = MemoryGauge(self._device)
         started = time.monotonic()
         loaded, fresh = self._load(request)
         data, data_fresh = self._data(request, loaded)
-        carried = self._carry(request, loaded)
+        try:
+            carried, pruner = carrying.carry(request, loaded.base)
+        except carrying.Unfit as error:
+            raise Refused(error.kind, str(error)) from error
         load_s = time.monotonic() - started if fresh or data_fresh else 0.0
         work = loop.Loop(
             loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir), request.batch_limit,
-            request.part, request.parts,
+            request.part, request.parts, pruner,
         )  # fmt: skip
         # Not before: work whose time is over has to be loaded to deliver what its checkpoint holds.
         self._control.deadline = started + request.train_for_s if request.train_for_s > 0 else None
@@ -222,7 +224,7 @@ class Agent:
             raise Stopped(ended)
         work.forget_moments()
         self._control.beat("saving")
-        return self._deliver(request, carried, work, ended, load_s, gauge.peak(), loaded)
+        return self._deliver(request, work, ended, load_s, gauge.peak(), loaded)
 
     def _load(self, request: Train) -> tuple[_Loaded, bool]:
         """The base the work wants, loaded now (True) or still there (False)."""
@@ -276,42 +278,22 @@ class Agent:
             raise Refused("data", str(error)) from error
         return data.learned(request.hold_out), self._store.loads > before
 
-    def _carry(self, request: Train, loaded: _Loaded) -> Carried:
-        from shared import adapter
-        from shared.modeling import lora
-        from shared.modeling.faults import AdapterFault
-
-        assignment = request.assignment
-        try:
-            given = adapter.read_file(Path(request.adapter_path))
-            if given.base_digest != loaded.digest:
-                raise Refused("adapter", f"{request.adapter_path}: made for another base")
-            return lora.carry(
-                loaded.base, given, assignment.work.ranks, alpha_ratio=assignment.training.alpha_ratio,
-                seed=assignment.seed, round=assignment.round,
-            )  # fmt: skip
-        except (AdapterFault, DecodeError) as error:
-            raise Refused("adapter", str(error)) from error
-        except OSError as error:
-            raise Refused("adapter", f"{request.adapter_path}: can't be read: {error.strerror}") from error
-
-    def _deliver(
-        self, request: Train, carried: Carried, work: Loop, ended: str, load_s: float, peak: int, loaded: _Loaded
-    ) -> Trained:
+    def _deliver(self, request: Train, work: Loop, ended: str, load_s: float, peak: int, loaded: _Loaded) -> Trained:
         from edge_daemon.training.loop import mean_ends
         from edge_daemon.training.merging import norm
-        from shared import adapter
+        from shared import adapter, units
         from shared.modeling import lora
 
         assignment, position = request.assignment, work.position
         update = lora.read_update(
-            carried, job=assignment.job, round=assignment.round, attempt=assignment.attempt,
+            work.carried, job=assignment.job, round=assignment.round, attempt=assignment.attempt,
             base_digest=assignment.base_digest, device=request.device,
         )  # fmt: skip
         # A part of several is merged here, at full precision: only what travels is coded.
         content = adapter.write(update, assignment.training.codec if request.parts == 1 else "fp32")
         write_whole(Path(request.update_path), content)
         first, last = mean_ends(position.losses)
+        pruner = work.pruner
         facts = UpdateFacts(
             samples=position.samples,
             steps=position.step,
@@ -330,6 +312,9 @@ class Agent:
             ended="complete" if ended == "complete" else "time" if ended == "time" else "drain",
             norm=norm(update),
             importance=work.importance,
+            kept=units.pack(pruner.known, pruner.kept) if pruner else {},
+            unit_scores=units.pack_scores(pruner.scores) if pruner else {},
+            requantized=pruner.requantized if pruner else 0.0,
         )
         return Trained(
             job=assignment.job, round=assignment.round, attempt=assignment.attempt,

@@ -22,6 +22,7 @@ from edge_daemon.protocol import Progressed
 from edge_daemon.training.checkpoint import Position, identity, load_checkpoint, save_checkpoint
 from edge_daemon.training.control import Control, PipeClosed, Stopped
 from edge_daemon.training.memory import is_out_of_memory
+from edge_daemon.training.pruner import Pruner
 from shared.jobs import TrainingSpec
 from shared.messages import Assignment
 from shared.modeling import half
@@ -60,7 +61,8 @@ def learning_rate(training: TrainingSpec, step: int, steps: int) -> float:
 class Loop:
     """Trains `carried` on `data` as `assignment` says. `batch_limit`: largest batch known to fit, 0 if not known.
 
-    `part` of `parts`: which of the samples are this agent's, as in `protocol.Train`.
+    `part` of `parts`: which of the samples are this agent's, as in `protocol.Train`. `pruner`: made `carried`, where
+    the work prunes.
     """
 
     base: Base
@@ -72,6 +74,7 @@ class Loop:
     batch_limit: int = 0
     part: int = 0
     parts: int = 1
+    pruner: Pruner | None = None
 
     def __post_init__(self) -> None:
         self.position = Position(batch=self.assignment.work.batch)
@@ -127,6 +130,8 @@ class Loop:
                 tensors[f"{moment}/{name}"] = torch.as_tensor(value)
         if self._scorer is not None:
             tensors |= {f"{_SCORE}{name}": state for name, state in self._scorer.save().items()}
+        if self.pruner is not None:
+            tensors |= self.pruner.save()
         save_checkpoint(self.checkpoint_dir, self._work, self.position, tensors)
 
     def forget_moments(self) -> None:
@@ -151,7 +156,22 @@ class Loop:
             self.position.losses.append(loss)
             self.position.step_seconds.append(seconds)
             self.position.train_s += seconds
+            self._prune()
             return
+
+    def _prune(self) -> None:
+        """Make the model smaller, where it is time to; the optimizer goes on with what is left of its moments."""
+        step = self.position.step
+        if self.pruner is None or not self.pruner.due(step):
+            return
+        self.control.poll("pruning")
+        moments = {name: self._optimizer.state[tensor] for name, tensor in self.carried.named().items()}
+        self.carried, left = self.pruner.prune(step, self.carried, moments)
+        self._optimizer = self._make_optimizer()
+        for name, tensor in self.carried.named().items():
+            if left[name]:
+                self._optimizer.state[tensor] = left[name]
+        self.base.model.train()
 
     def _halve(self, error: BaseException) -> None:
         batch = self.position.batch
@@ -182,6 +202,8 @@ class Loop:
         mean = float(total)
         if not math.isfinite(mean):
             raise Diverged(f"the loss became {mean} at step {self.position.step + 1}")
+        if self.pruner is not None:
+            self.pruner.learn(self.carried, self._rate())
         seen = sensitivities(self.carried.factors, self.carried.scaling) if self._scorer is not None else {}
         if training.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(self.carried.parameters(), training.max_grad_norm)
@@ -216,6 +238,9 @@ class Loop:
         if found is None:
             return
         position, tensors = found
+        if self.pruner is not None:
+            self.carried = self.pruner.restore(tensors, self.carried)
+            self._optimizer = self._make_optimizer()
         named = self.carried.named()
         if any(f"value/{name}" not in tensors for name in named):
             log.warning("checkpoint lacks tensors, the work starts again")

@@ -15,7 +15,7 @@ import logging
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ import torch
 from torch import nn
 
 from shared import bases
+from shared.adapter import Places
 from shared.jobs import Bits, TaskSpec
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import ModelFault, one_line
 from shared.modeling.parameters import Source, put, set_module, stored
 from shared.modeling.weights import WeightFiles
 from shared.tensors import Array
+from shared.units import Group
 
 log = logging.getLogger(__name__)
 _BLOCK = re.compile(r"\.(\d+)\.")
@@ -65,6 +67,12 @@ class Base:
     head: dict[str, nn.Parameter]
     shapes: dict[str, tuple[int, ...]] = field(repr=False, default_factory=dict)
     _sources: dict[str, Source] = field(repr=False, default_factory=dict)
+    cuts: dict[str, tuple[Places | None, Places | None]] = field(repr=False, default_factory=dict)
+    """Pruned layer -> its rows and columns in the stored one (None: all)."""
+    whole: dict[str, Linear] = field(repr=False, default_factory=dict)
+    """Pruned layer -> what it was."""
+    groups: list[Group] = field(repr=False, default_factory=list)
+    """What can be pruned of the whole model, once that was asked for."""
     _folded: set[str] = field(default_factory=set)
     _tuned: set[str] = field(repr=False, default_factory=set)
 
@@ -124,30 +132,26 @@ class Base:
                 weight.addmm_(b, a)
         self._folded = set(deltas)
 
-    def cut(self, module: str, rows: torch.Tensor | None, columns: torch.Tensor | None) -> None:
-        """Make linear layer `module` that of some `rows` and `columns` of the stored one (None: all), at this base's
-        bits, and its bias, too."""
-        files = WeightFiles(self.folder)
-        old = self.model.get_submodule(module)
-        value = stored(files, self._sources[f"{module}.weight"])
-        value = value if rows is None else value[rows]
-        value = (value if columns is None else value[:, columns]).contiguous()
-        bias = None
-        if old.bias is not None:
-            bias = stored(files, self._sources[f"{module}.bias"])
-            bias = bias if rows is None else bias[rows]
-        linear = replace(self.linears[module], out=value.shape[0], inp=value.shape[1])
-        set_module(self.model, module, nn.Linear(linear.inp, linear.out, bias=bias is not None, device="meta"))
-        if self.bits < 16:
-            _put_quantized(self, linear, value)
-        else:
-            put(self.model, f"{module}.weight", value.to(self.device, self.compute))
-        if bias is not None:
-            put(self.model, f"{module}.bias", bias.to(self.device, self.compute))
-        self.linears[module] = linear
-        self.shapes |= {
-            f"{module}.{name}": tuple(p.shape) for name, p in self.model.get_submodule(module).named_parameters()
-        }
+    def whole_size(self, module: str) -> tuple[int, int]:
+        """(out, in) of linear layer `module` before anything of it was pruned."""
+        linear = self.whole.get(module, self.linears[module])
+        return linear.out, linear.inp
+
+    def value(self, files: WeightFiles, name: str) -> torch.Tensor:
+        """The stored value of a parameter, float32; of a pruned layer what is left of it."""
+        module, _, leaf = name.rpartition(".")
+        source = self._sources[name]
+        if source.key in files:
+            value = stored(files, source)
+        else:  # packed: what it says is all there is
+            from shared.modeling.quantization import from_parts
+
+            shape = torch.Size(self.whole_size(module))
+            layer: Any = from_parts(files.parts(source.key), shape, False, self.bits, self.compute, self.device)
+            value = layer.dequantized().float().cpu()
+        rows, columns = self.cuts.get(module, (None, None))
+        value = value if rows is None else value[torch.from_numpy(rows)]
+        return value if columns is None or leaf != "weight" else value[:, torch.from_numpy(columns)]
 
     def source_key(self, module: str) -> str:
         """The name under which the weight of linear layer `module` is stored."""
@@ -165,7 +169,7 @@ class Base:
         files = WeightFiles(self.folder)
         with torch.no_grad():
             for name in sorted(names):
-                self.model.get_parameter(name).copy_(stored(files, self._sources[name]))
+                self.model.get_parameter(name).copy_(self.value(files, name))
 
 
 def import_libraries(beat: Beat = silent) -> None:
@@ -355,7 +359,7 @@ def _fill(base: Base, transposed: set[str], beat: Beat) -> list[str]:
         value = files.read(key)
         value = value.t() if turn else value
         if weight is not None and base.bits < 16:
-            _put_quantized(base, weight, value)
+            put_quantized(base, weight, value)
             continue
         put(base.model, name, value.to(base.compute).contiguous())
     base.model.tie_weights()
@@ -391,7 +395,8 @@ def _cast_to_float(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arg.float() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
-def _put_quantized(base: Base, linear: Linear, value: torch.Tensor) -> None:
+def put_quantized(base: Base, linear: Linear, value: torch.Tensor) -> None:
+    """Make `value` (out x in) the weight of `linear`, at the base's bits."""
     from shared.modeling.quantization import quantized
 
     old = base.model.get_submodule(linear.name)

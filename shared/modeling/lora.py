@@ -15,14 +15,14 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from shared.adapter import Adapter, Factors
+from shared.adapter import Adapter, Factors, Places
 from shared.modeling import bottleneck
 from shared.modeling.base_model import Base
 from shared.modeling.faults import AdapterFault
@@ -30,6 +30,7 @@ from shared.modeling.parameters import set_module
 from shared.starts import Start, drops_rest, fixed_rows, start_of, unsent_a
 from shared.tensors import Array
 
+Cuts = dict[str, tuple[Places | None, Places | None]]
 OWN = "own"
 REST = "rest"
 _RANK_STEP = 16
@@ -57,6 +58,8 @@ class Carried:
     """Tensors that are trained themselves: the head with bottleneck adapters, or every parameter of the base."""
     trains_a: bool = True
     """False: every A is the job's and stays as it is."""
+    cuts: Cuts = field(default_factory=dict)
+    """Module of a pruned base -> the rows and columns of the whole layer that it has (None: all)."""
 
     def trained_factors(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """The factors that an optimizer may move: every B, and every A where they are trained."""
@@ -83,9 +86,10 @@ def check_adapter(base: Base, adapter: Adapter) -> None:
         linear = base.linears.get(name)
         if linear is None:
             raise AdapterFault(f"adapter of round {adapter.round}: the base has no linear layer {name}")
-        if (part.b.shape[0], part.a.shape[1]) != (linear.out, linear.inp):
+        out, inp = base.whole_size(name)
+        if (part.b.shape[0], part.a.shape[1]) != (out, inp):
             raise AdapterFault(
-                f"adapter of round {adapter.round}: {name} is {linear.out}x{linear.inp}, "
+                f"adapter of round {adapter.round}: {name} is {out}x{inp}, "
                 f"its factors are for {part.b.shape[0]}x{part.a.shape[1]}"
             )
     shapes = _dense_shapes(base, adapter)
@@ -109,6 +113,13 @@ def _dense_shapes(base: Base, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     return base.shapes
 
 
+def left_of(base: Base, name: str, part: Factors) -> Factors:
+    """What is left of a module's global factors on a base that was pruned."""
+    rows, columns = base.cuts.get(name, (None, None))
+    b = part.b if rows is None else part.b[rows]
+    return replace(part, b=b, a=part.a if columns is None else part.a[:, columns])
+
+
 def product(part: Factors, start: int = 0) -> tuple[Array, Array]:
     """b and a whose product is what directions `start` and later of an adapter add to W."""
     b = part.b[:, start:] * np.float32(part.scaling)
@@ -125,7 +136,7 @@ def merge(base: Base, adapter: Adapter) -> None:
         _with_bottlenecks(base, adapter, _widths(base, adapter), 0)
         return
     base.tune_densely(adapter.dense)
-    base.fold({name: product(part) for name, part in adapter.factors.items() if part.rank})
+    base.fold({name: product(left_of(base, name, part)) for name, part in adapter.factors.items() if part.rank})
     base.set_dense(adapter.dense)
 
 
@@ -170,9 +181,13 @@ def carry(
     wanted = {name: rank for name, rank in sorted(ranks.items()) if rank > 0}
     splits = {}
     for name in sorted(wanted.keys() | adapter.factors.keys()):
-        out, inp, rank = base.linears[name].out, base.linears[name].inp, wanted.get(name, 0)
+        rank, inp = wanted.get(name, 0), base.whole_size(name)[1]
         fresh = fixed_rows(seed, name, rank, inp) if start == "frozen_a" else _fresh_rows(seed, round, name, rank, inp)
-        splits[name] = split(adapter.factors.get(name), out, fresh, alpha_ratio, start)
+        columns = base.cuts.get(name, (None, None))[1]
+        fresh = fresh if columns is None else fresh[:, columns]
+        part = adapter.factors.get(name)
+        part = None if part is None else left_of(base, name, part)
+        splits[name] = split(part, base.linears[name].out, fresh, alpha_ratio, start)
     rests = {name: part.rest for name, part in splits.items() if part.rest is not None}
     if base.bits == 32:
         base.fold(rests)
@@ -189,6 +204,7 @@ def carry(
         scaling=alpha_ratio,
         dense=base.dense,
         trains_a=start != "frozen_a",
+        cuts=dict(base.cuts),
     )
     return _thawed(base, carried)
 
@@ -236,9 +252,11 @@ def read_update(
     for name, (b, a) in carried.factors.items():
         trained = carried.trained[name]
         known = not carried.trains_a and trained == len(a)
+        rows, columns = carried.cuts.get(name, (None, None))
         factors[name] = Factors(
-            b=_array(b), a=unsent_a(trained) if known else _array(a), scaling=carried.scaling, trained=trained
-        )
+            b=_array(b), a=unsent_a(trained) if known else _array(a), scaling=carried.scaling, trained=trained,
+            rows=rows, columns=columns,
+        )  # fmt: skip
     return Adapter(
         kind="update", job=job, round=round, base_digest=base_digest, factors=factors,
         dense={name: _array(tensor) for name, tensor in carried.dense.items()},

@@ -12,44 +12,20 @@ each group stays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from shared.modeling.base_model import Base
+from shared import units
+from shared.adapter import Places
+from shared.modeling.base_model import Base, put_quantized
 from shared.modeling.faults import ModelFault
-
-Side = Literal["out", "in"]
-Kept = Mapping[str, Sequence[int]]
-"""Group -> the units that stay, rising; a group that is not named stays whole."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A unit's part of one linear layer: `width` rows or columns for each unit, from each of `starts`."""
-
-    module: str
-    side: Side
-    width: int
-    starts: tuple[int, ...] = (0,)
-
-    def places(self, units: Sequence[int]) -> torch.Tensor:
-        """Indices of the rows or columns of these units, in the order of the layer."""
-        own = torch.as_tensor(units, dtype=torch.long)[:, None] * self.width + torch.arange(self.width)[None, :]
-        return torch.cat([start + own.flatten() for start in self.starts])
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units that are alike: the heads, or the FFN channels, of one block."""
-
-    name: str
-    block: int
-    kind: Literal["heads", "channels"]
-    count: int
-    slices: tuple[Slice, ...]
+from shared.modeling.parameters import put, set_module
+from shared.modeling.weights import WeightFiles
+from shared.units import Group, Kept, Side, Slice
 
 
 def groups(model: Any) -> list[Group]:
@@ -61,27 +37,18 @@ def groups(model: Any) -> list[Group]:
     return list(_ARCHITECTURES[kind](modules))
 
 
+def groups_of(base: Base) -> list[Group]:
+    """Those of the whole model of a base with no adapter on it, looked up once."""
+    if not base.groups:
+        base.groups = groups(base.model)
+    return base.groups
+
+
 def check_kept(known: Sequence[Group], kept: Kept) -> None:
     """Raise `ModelFault` unless `kept` names groups of the model, and in each at least one unit, rising."""
-    counts = {group.name: group.count for group in known}
-    for name, units in kept.items():
-        if name not in counts:
-            raise ModelFault(f"there is no group {name} to prune")
-        if not units:
-            raise ModelFault(f"{name}: at least one unit has to stay")
-        if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= counts[name]:
-            raise ModelFault(f"{name}: units have to rise from 0 to {counts[name] - 1}")
-
-
-def places(known: Sequence[Group], kept: Kept) -> dict[str, dict[Side, torch.Tensor]]:
-    """Module -> side -> the rows or columns of the whole layer that stay, for the layers that become smaller."""
-    check_kept(known, kept)
-    found: dict[str, dict[Side, torch.Tensor]] = {}
-    for group in known:
-        if group.name in kept and len(kept[group.name]) < group.count:
-            for one in group.slices:
-                found.setdefault(one.module, {})[one.side] = one.places(kept[group.name])
-    return found
+    reason = units.fault(known, kept)
+    if reason:
+        raise ModelFault(reason)
 
 
 def masked(model: nn.Module, known: Sequence[Group], kept: Kept) -> None:
@@ -92,7 +59,8 @@ def masked(model: nn.Module, known: Sequence[Group], kept: Kept) -> None:
             gone = sorted(set(range(group.count)) - set(kept.get(group.name, range(group.count))))
             for one in group.slices if gone else ():
                 if one.side == "in":
-                    model.get_submodule(one.module).get_parameter("weight")[:, one.places(gone)] = 0.0
+                    places = torch.from_numpy(one.places(gone))
+                    model.get_submodule(one.module).get_parameter("weight")[:, places] = 0.0
 
 
 def prune(base: Base, kept: Kept) -> None:
@@ -101,26 +69,59 @@ def prune(base: Base, kept: Kept) -> None:
 
 
 def prune_known(base: Base, known: Sequence[Group], kept: Kept) -> None:
-    """`prune`, also of a base that was pruned before; `known`: the groups of the whole one."""
-    cut = places(known, kept)
-    for name, sides in cut.items():
-        base.cut(name, sides.get("out"), sides.get("in"))
+    """`prune`, also of a base that was pruned before, be it more or less; `known`: the groups of the whole one."""
+    check_kept(known, kept)
+    wanted = units.places(known, kept)
+    for name in sorted(wanted.keys() | base.cuts.keys()):
+        sides = wanted.get(name, {})
+        _cut(base, name, sides.get("out"), sides.get("in"))
     for group in known:
-        if group.kind == "heads" and group.name in kept:
-            _tell_attention(base.model, group, len(kept[group.name]))
+        if group.kind == "heads":
+            _tell_attention(base.model, group, len(kept.get(group.name, range(group.count))))
 
 
-def share(known: Sequence[Group], kept: Kept, sizes: Mapping[str, tuple[int, int]]) -> float:
-    """The share of the groups' weights that is gone. `sizes`: (out, in) of each whole layer."""
-    names = {one.module for group in known for one in group.slices}
-    whole = sum(sizes[name][0] * sizes[name][1] for name in names)
-    left = 0
-    cut = places(known, kept)
-    for name in names:
-        sides = cut.get(name, {})
-        out = len(sides["out"]) if "out" in sides else sizes[name][0]
-        left += out * (len(sides["in"]) if "in" in sides else sizes[name][1])
-    return 1 - left / whole
+def _cut(base: Base, module: str, rows: Places | None, columns: Places | None) -> None:
+    """Make linear layer `module` that of some `rows` and `columns` of the stored one (None: all), at the base's bits,
+    and its bias, too. Nothing is done where it is that already."""
+    if all(_same(*pair) for pair in zip(base.cuts.get(module, (None, None)), (rows, columns), strict=True)):
+        return
+    base.whole.setdefault(module, base.linears[module])
+    base.cuts.pop(module, None)
+    if rows is not None or columns is not None:
+        base.cuts[module] = (rows, columns)
+    files = WeightFiles(base.folder)
+    old = base.model.get_submodule(module)
+    value = base.value(files, f"{module}.weight").contiguous()
+    bias = base.value(files, f"{module}.bias") if old.bias is not None else None
+    linear = replace(base.linears[module], out=value.shape[0], inp=value.shape[1])
+    set_module(base.model, module, nn.Linear(linear.inp, linear.out, bias=bias is not None, device="meta"))
+    if base.bits < 16:
+        put_quantized(base, linear, value)
+    else:
+        put(base.model, f"{module}.weight", value.to(base.device, base.compute))
+    if bias is not None:
+        put(base.model, f"{module}.bias", bias.to(base.device, base.compute))
+    base.linears[module] = linear
+    base.shapes |= {
+        f"{module}.{name}": tuple(p.shape) for name, p in base.model.get_submodule(module).named_parameters()
+    }
+
+
+def requantized(base: Base) -> float:
+    """Relative error of the pruned layers' weights against the stored ones, mean over the layers; 0 from 16 bits on."""
+    if base.bits >= 16 or not base.cuts:
+        return 0.0
+    files, errors = WeightFiles(base.folder), []
+    for name in base.cuts:
+        layer: Any = base.model.get_submodule(name)
+        layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        exact = base.value(files, f"{name}.weight")
+        errors.append(float((layer.dequantized().float().cpu() - exact).norm() / exact.norm().clamp_min(1e-30)))
+    return sum(errors) / len(errors)
+
+
+def _same(one: Places | None, other: Places | None) -> bool:
+    return one is other or (one is not None and other is not None and np.array_equal(one, other))
 
 
 def _tell_attention(model: nn.Module, group: Group, heads: int) -> None:
@@ -136,8 +137,14 @@ def _tell_attention(model: nn.Module, group: Group, heads: int) -> None:
 
 def _channels(block: int, modules: Mapping[str, Any], makers: Sequence[str], reader: str) -> Group:
     """The FFN channels that the layers `makers` make, one row each, and `reader` reads."""
-    slices = (*(Slice(name, "out", 1) for name in makers), Slice(reader, "in", 1))
-    return Group(f"{block}.channels", block, "channels", modules[makers[0]].out_features, slices)
+    slices = (*(_slice(name, "out", 1) for name in makers), _slice(reader, "in", 1))
+    return Group(
+        name=f"{block}.channels", block=block, kind="channels", count=modules[makers[0]].out_features, slices=slices
+    )
+
+
+def _slice(module: str, side: Side, width: int, starts: tuple[int, ...] = (0,)) -> Slice:
+    return Slice(module=module, side=side, width=width, starts=starts)
 
 
 def _bert(modules: Mapping[str, Any]) -> Iterator[Group]:
@@ -146,10 +153,10 @@ def _bert(modules: Mapping[str, Any]) -> Iterator[Group]:
             layer = name.removesuffix(".attention.self")
             block, width = int(layer.rpartition(".")[2]), module.attention_head_size
             yield Group(
-                f"{block}.heads", block, "heads", module.num_attention_heads,
-                (
-                    *(Slice(f"{name}.{part}", "out", width) for part in ("query", "key", "value")),
-                    Slice(f"{layer}.attention.output.dense", "in", width),
+                name=f"{block}.heads", block=block, kind="heads", count=module.num_attention_heads,
+                slices=(
+                    *(_slice(f"{name}.{part}", "out", width) for part in ("query", "key", "value")),
+                    _slice(f"{layer}.attention.output.dense", "in", width),
                 ),
             )  # fmt: skip
             yield _channels(block, modules, [f"{layer}.intermediate.dense"], f"{layer}.output.dense")
@@ -162,8 +169,8 @@ def _gpt2(modules: Mapping[str, Any]) -> Iterator[Group]:
             block, width = int(layer.rpartition(".")[2]), module.head_dim
             starts = (0, module.split_size, 2 * module.split_size)
             yield Group(
-                f"{block}.heads", block, "heads", module.num_heads,
-                (Slice(f"{name}.c_attn", "out", width, starts), Slice(f"{name}.c_proj", "in", width)),
+                name=f"{block}.heads", block=block, kind="heads", count=module.num_heads,
+                slices=(_slice(f"{name}.c_attn", "out", width, starts), _slice(f"{name}.c_proj", "in", width)),
             )  # fmt: skip
             yield _channels(block, modules, [f"{layer}.mlp.c_fc"], f"{layer}.mlp.c_proj")
 
@@ -175,10 +182,11 @@ def _llama(modules: Mapping[str, Any]) -> Iterator[Group]:
             block, width = int(layer.rpartition(".")[2]), module.head_dim
             shared = module.num_key_value_groups * width
             yield Group(
-                f"{block}.heads", block, "heads", modules[f"{name}.k_proj"].out_features // width,
-                (
-                    Slice(f"{name}.q_proj", "out", shared), Slice(f"{name}.k_proj", "out", width),
-                    Slice(f"{name}.v_proj", "out", width), Slice(f"{name}.o_proj", "in", shared),
+                name=f"{block}.heads", block=block, kind="heads",
+                count=modules[f"{name}.k_proj"].out_features // width,
+                slices=(
+                    _slice(f"{name}.q_proj", "out", shared), _slice(f"{name}.k_proj", "out", width),
+                    _slice(f"{name}.v_proj", "out", width), _slice(f"{name}.o_proj", "in", shared),
                 ),
             )  # fmt: skip
             gate, up, down = (f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down"))

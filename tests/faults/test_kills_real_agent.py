@@ -92,9 +92,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize(
     ("program", "command"),
     [
-        ("coordinator", trap("coordinator", "open", "done")),
-        ("broker", trap("coordinator", "open", "done", "{scene.victim}")),
-        ("daemon", trap("edge", "training", "done")),
+        pytest.param("coordinator", trap("coordinator", "open", "done"), marks=pytest.mark.slow),
+        pytest.param("broker", trap("coordinator", "open", "done", "{scene.victim}"), marks=pytest.mark.slow),
+        pytest.param("daemon", trap("edge", "training", "done"), marks=pytest.mark.slow),
         ("agent", trap("edge", "training", "done", "agent")),
     ],
 )

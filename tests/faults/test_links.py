@@ -103,7 +103,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.timeout(360)  # the run over good links is part of the first
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_bad_links_leave_no_trace(tmp_path: Path, undisturbed: str, seed: int) -> None:
     with _fleet(tmp_path) as fleet:
         links = [

@@ -28,7 +28,7 @@ def _cuts(fleet: MemoryFleet, seed: int) -> None:
     fleet.network.partition([COORDINATOR], rng.uniform(5, 40), 8.0)
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 3))])
 def test_fifty_devices_on_a_bad_network_commit_every_round(tmp_path: Path, seed: int) -> None:
     """Rounds close on half of the updates: of the others each one is settled too, with its reason."""
     spec = rig.spec(50, count=5, quorum=0.5, deadline_s=60.0, min_devices=25)
@@ -42,7 +42,7 @@ def test_fifty_devices_on_a_bad_network_commit_every_round(tmp_path: Path, seed:
         assert ends["refused"] == 0, "a bad network makes no update wrong"
 
 
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, *(pytest.param(more, marks=pytest.mark.slow) for more in (2, 3))])
 def test_fifty_devices_that_are_waited_for_lose_no_update(tmp_path: Path, seed: int) -> None:
     """With a quorum of all and ample time every update that was trained is in its round's fold, once."""
     spec = rig.spec(50, count=5, quorum=1.0, deadline_s=600.0)

@@ -48,7 +48,7 @@ max_grad_norm = 0.0
 """
 NAMES = ("edge-01", "edge-02", "edge-03")
 PATIENCE_S = 300.0
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.slow]  # on fleets in memory the same is part of `make test`
 
 
 class Place(NamedTuple):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from coordinator.core import records as rec
 from muster.testbed.fleet import DeviceSpec, Fleet
 from shared import bases
@@ -60,6 +62,7 @@ def test_devices_fetch_the_base_that_they_lack(tmp_path: Path) -> None:
             assert bases.read(folder) == manifests[32]
 
 
+@pytest.mark.slow
 def test_a_device_whose_owner_lists_no_host_says_so(tmp_path: Path) -> None:
     base = make_bert(tmp_path / "base")
     data = {"texts": write_texts(tmp_path / "train.jsonl", 40, 1)}

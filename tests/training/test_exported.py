@@ -121,8 +121,9 @@ def test_the_export_reproduces_the_coordinators_evaluation(tmp_path: Path, make:
 @pytest.mark.parametrize(
     ("make", "task", "strategy", "lr"),
     [
-        (make_bert, CLASSES, "full", 0.002), (make_gpt2, 'kind = "causal"', "full", 0.002),
-        (make_bert, CLASSES, "fedadapter", 0.01), (make_gpt2, 'kind = "causal"', "fedadapter", 0.01),
+        (make_bert, CLASSES, "full", 0.002), (make_gpt2, 'kind = "causal"', "fedadapter", 0.01),
+        pytest.param(make_gpt2, 'kind = "causal"', "full", 0.002, marks=pytest.mark.slow),
+        pytest.param(make_bert, CLASSES, "fedadapter", 0.01, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_what_is_no_lora_is_exported_in_its_own_form(

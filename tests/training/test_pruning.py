@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from shared import units
 from shared.modeling import base_model, pruning
 from shared.modeling.base_model import Base
 from shared.modeling.faults import ModelFault
-from shared.modeling.pruning import Group
+from shared.units import Group
 from tests.training.tiny_models import COLOURS, STORIES
 
 ARCHITECTURES = ["bert", "gpt2", "llama"]
@@ -74,7 +75,7 @@ def test_groups_by_hand(name: str, request: pytest.FixtureRequest) -> None:
 
 
 def test_places_by_hand() -> None:
-    one = pruning.Slice("c_attn", "out", 2, (0, 6, 12))
+    one = units.Slice(module="c_attn", side="out", width=2, starts=(0, 6, 12))
     assert one.places([0, 2]).tolist() == [0, 1, 4, 5, 6, 7, 10, 11, 12, 13, 16, 17]
 
 
@@ -102,9 +103,9 @@ def test_the_share_that_is_gone(request: pytest.FixtureRequest) -> None:
     base = loaded("bert", request)
     known = pruning.groups(base.model)
     sizes = {name: (linear.out, linear.inp) for name, linear in base.linears.items()}
-    assert pruning.share(known, {}, sizes) == 0.0
+    assert units.share(known, {}, sizes) == 0.0
     half = {g.name: list(range(g.count // 2)) for g in known}
-    assert pruning.share(known, half, sizes) == pytest.approx(0.5)
+    assert units.share(known, half, sizes) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(

@@ -49,8 +49,6 @@ def by_hand(current: Factors, parts: list[Part]) -> np.ndarray:  # type: ignore[
         assert current.sigma is not None
         k = given.trained
         begun = product(Factors(b=current.b[:, :k], a=current.a[:k], sigma=current.sigma[:k]))
-            Factors(b=current.b[:, : given.trained], a=current.a[: given.trained], sigma=current.sigma[: given.trained])
-        )  # type: ignore[index]  # a triplet
         change += part.weight * (own - mask * begun)
         covered += part.weight * mask
     return whole + change / np.where(covered >= COVERED - 1e-12, np.maximum(covered, 1e-9), 1.0)

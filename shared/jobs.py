@@ -113,6 +113,9 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """Share of the heads and FFN channels of every block that is gone in the end (strategies that prune)."""
     prune_step: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.1
     """The largest such share that goes on a device in one round."""
+    prune_heads: bool = True
+    """Whether attention heads go, too; else FFN channels alone. The config of BERT and GPT-2 can't say that heads are
+    fewer: an export of these brings a file of model code unless this is off."""
     prune_every: Positive = 20
     """Optimizer steps between two prunings within a round; where a round is shorter, one in its middle."""
     energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99

@@ -112,7 +112,7 @@ class ModelWorker:
             other_params=others,
             blocks=1 + max(linear.block for linear in base.linears.values()),
             activations=dict(self._held.counted),
-            groups=_groups(base) if job.strategy.name in PRUNING else [],
+            groups=_groups(base, heads=job.strategy.prune_heads) if job.strategy.name in PRUNING else [],
             config=base_model.whole_config(base, job.task) if start == "dense" else "",
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),
@@ -200,13 +200,13 @@ def _modules(base: Any, job: JobSpec, start: Start) -> list[ModuleSpec]:
     return [ModuleSpec(name=one.name, out=one.out, inp=one.inp, block=one.block) for one in tuned]
 
 
-def _groups(base: Any) -> list[Group]:
+def _groups(base: Any, *, heads: bool) -> list[Group]:
     """What can be pruned of the whole base. Raises `UserError` naming the architectures where this is none."""
     from shared.modeling import lora, pruning
 
     lora.detach(base)
-    pruning.prune_known(base, pruning.groups_of(base), {})
-    return pruning.groups_of(base)
+    pruning.prune(base, {})
+    return pruning.chosen(pruning.groups_of(base), heads=heads)
 
 
 def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:

@@ -137,8 +137,7 @@ def merge(base: Base, adapter: Adapter) -> None:
     check_adapter(base, adapter)
     detach(base)
     if adapter.kept or base.cuts:
-        known = pruning.groups_of(base)
-        pruning.prune_known(base, known, units.unpack(known, adapter.kept))
+        pruning.prune(base, units.unpack(pruning.groups_of(base), adapter.kept))
     if start_of(adapter.notes) == "bottleneck":
         _with_bottlenecks(base, adapter, _widths(base, adapter), 0)
         return

@@ -222,7 +222,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         every = job.rounds.local_steps if self.name in _AT_ONCE else job.strategy.prune_every
         order = Pruning(
             ratio=round(arm.ratio, 6), kept=kept, every=every, criterion="magnitude" if magnitude else "lora",
-            scores={} if magnitude else self.scores,
+            heads=job.strategy.prune_heads, scores={} if magnitude else self.scores,
         )  # fmt: skip
         return replace(work, prune=order, agents=1, reasons={**work.reasons, "prune": _prune_reason(arm, job)})
 

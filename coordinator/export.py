@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
+import base64
 import glob
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from coordinator.core.aggregation.base import column_weights, narrow
@@ -24,8 +26,9 @@ from coordinator.export_tensors import tensor_file
 from shared.adapter import Adapter, Factors
 from shared.errors import UserError
 from shared.files import sync_folder
-from shared.jobs import JobSpec, TaskKind
+from shared.jobs import JobSpec, TaskKind, TaskSpec
 from shared.tensors import Array
+from shared.units import Group
 
 _PREFIX = "base_model.model."
 _TASK_TYPES: dict[TaskKind, str | None] = {"classification": "SEQ_CLS", "causal": "CAUSAL_LM", "least_squares": None}
@@ -37,10 +40,32 @@ CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transform
 """Model types whose linear layers are transformers' Conv1D, which stores W as (in x out)."""
 
 
-def export_peft(adapter: Adapter, folder: Path, *, spec: JobSpec, base: str, metrics: Metrics | None = None) -> None:
+PRUNING_FILE = "pruning.json"
+
+
+class PruningFile(msgspec.Struct, kw_only=True):
+    """What a smaller model of any size is made from, beside an exported adapter. Bits and bytes in base64."""
+
+    job: str
+    round: int
+    task: TaskSpec
+    groups: list[Group]
+    kept: dict[str, str]
+    """Group -> bits of the units of the job's own model."""
+    scores: dict[str, str]
+    """Group -> a byte for what each unit matters to the fleet."""
+    classes: dict[str, float] = {}
+    """Class of devices -> the share of the units that is gone there."""
+
+
+def export_peft(
+    adapter: Adapter, folder: Path, *, spec: JobSpec, base: str, metrics: Metrics | None = None,
+    groups: Sequence[Group] = (), classes: Mapping[str, float] | None = None,
+) -> None:  # fmt: skip
     """Write `adapter` to `folder`, whole or not at all; a former export there is replaced.
 
-    `metrics`: the held-out evaluation to quote in the README. Raises `UserError` where `folder` can't be written.
+    `metrics`: the held-out evaluation to quote in the README. `groups`, `classes`: of a job that prunes. Raises
+    `UserError` where `folder` can't be written.
     """
     factors = {name: part for name, part in sorted(adapter.factors.items()) if part.rank > 0}
     files = {
@@ -50,7 +75,20 @@ def export_peft(adapter: Adapter, folder: Path, *, spec: JobSpec, base: str, met
     }
     if spec.task.labels:
         files["labels.json"] = as_json({"id2label": {str(i): label for i, label in enumerate(spec.task.labels)}})
+    if groups and adapter.kept:
+        files[PRUNING_FILE] = _pruning_file(adapter, spec.task, groups, classes or {})
     write_folder(folder, files)
+
+
+def _pruning_file(adapter: Adapter, task: TaskSpec, groups: Sequence[Group], classes: Mapping[str, float]) -> bytes:
+    def text(found: Mapping[str, bytes]) -> dict[str, str]:
+        return {name: base64.b64encode(content).decode() for name, content in sorted(found.items())}
+
+    told = PruningFile(
+        job=adapter.job, round=adapter.round, task=task, groups=list(groups), kept=text(adapter.kept),
+        scores=text(adapter.scores), classes=dict(sorted(classes.items())),
+    )  # fmt: skip
+    return msgspec.json.encode(told)
 
 
 def split(part: Factors) -> tuple[Array, Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coordinator.core.planning.fedspine import FedSpinePlanner
 from coordinator.export import export_peft
 from coordinator.export_bottleneck import export_bottleneck
 from coordinator.export_whole import export_whole
@@ -29,4 +30,6 @@ def export_job(job: Job, adapter: Path, base: str, folder: Path) -> None:
         assert job.facts is not None
         export_whole(given, folder, spec=job.spec, facts=job.facts, base=base, metrics=metrics)
     else:
-        export_peft(given, folder, spec=job.spec, base=base, metrics=metrics)
+        groups = job.facts.groups if job.facts is not None else []
+        classes = job.planner.ratios if isinstance(job.planner, FedSpinePlanner) else {}
+        export_peft(given, folder, spec=job.spec, base=base, metrics=metrics, groups=groups, classes=classes)

@@ -72,7 +72,7 @@ def _merged(adapter: Path, base: Path, task: str) -> tuple[Any, Any]:
 
     from shared.modeling.faults import one_line
 
-    labels = _labels(adapter)
+    labels = labels_of(adapter)
     given: dict[str, Any] = {"num_labels": len(labels)} if task == "SEQ_CLS" else {}
     name = "AutoModelForSequenceClassification" if task == "SEQ_CLS" else "AutoModelForCausalLM"
     factory: Any = getattr(transformers, name)
@@ -106,7 +106,8 @@ def _graph(model: Any) -> list[tuple[str, str, str]]:
     ]
 
 
-def _labels(adapter: Path) -> list[str]:
+def labels_of(adapter: Path) -> list[str]:
+    """Names of the classes in an exported adapter's folder; [] where it is no classifier."""
     path = adapter / "labels.json"
     if not path.is_file():
         return []

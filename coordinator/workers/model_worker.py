@@ -83,7 +83,7 @@ class ModelWorker:
 
     def _prepare(self, request: Prepare) -> ModelFacts:
         from shared import adapter
-        from shared.modeling import base_model
+        from shared.modeling import base_model, stored_form
 
         job = request.job
         base = self._base(job, request.base_path)
@@ -113,7 +113,7 @@ class ModelWorker:
             blocks=1 + max(linear.block for linear in base.linears.values()),
             activations=dict(self._held.counted),
             groups=_groups(base, heads=job.strategy.prune_heads) if job.strategy.name in PRUNING else [],
-            config=base_model.whole_config(base, job.task) if start == "dense" else "",
+            config=stored_form.whole_config(base, job.task) if start == "dense" else "",
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),
             intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),

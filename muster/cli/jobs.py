@@ -100,19 +100,32 @@ def resume(place: Place, job_id: str) -> None:
         print(tables.status_line(client.resume(job_id)))
 
 
-def export(place: Place, job_id: str, folder: Path, *, merged: bool = False, base: str = "") -> None:
-    """Fetch the adapter of a finished job; `merged`: as the whole model, on the base that it names or `base`."""
-    if base and not merged:
-        raise UserError("--base says what to merge into: it goes with --merged")
+def export(
+    place: Place, job_id: str, folder: Path, *, merged: bool = False, base: str = "", ratio: float | None = None,
+    device_class: str = "", data: str = "",
+) -> None:  # fmt: skip
+    """Fetch the adapter of a finished job; `merged`: as the whole model, on the base that it names or `base`.
+
+    With `ratio` or `device_class` as a smaller model, measured on the rows in `data`.
+    """
+    smaller = ratio is not None or bool(device_class)
+    if base and not merged and not smaller:
+        raise UserError("--base says what to merge into: it goes with --merged, --ratio and --device-class")
+    if data and not smaller:
+        raise UserError("--data says what to measure a smaller model on: it goes with --ratio and --device-class")
     with place.client() as client:
-        if not merged:
+        if not merged and not smaller:
             print(client.export(job_id, folder))
             return
         from muster.merged import merge
+        from muster.smaller import make
 
         with beside(folder) as temporary:
             adapter = client.export(job_id, temporary / "adapter")
-            print(merge(adapter, folder, base))
+            if smaller:
+                print(make(adapter, folder, base=base, ratio=ratio, device_class=device_class, data=data))
+            else:
+                print(merge(adapter, folder, base))
 
 
 def devices(place: Place, device: str, *, as_json: bool) -> None:

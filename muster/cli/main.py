@@ -109,12 +109,22 @@ def export(
     merged: Annotated[
         bool, typer.Option("--merged", help="The whole model, the adapter added to its weights.")
     ] = False,
-    base: Annotated[str, typer.Option(help="With --merged: the base here, if not as the adapter names it.")] = "",
+    base: Annotated[str, typer.Option(help="With these: the base here, if not as the adapter names it.")] = "",
+    ratio: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=0.99, help="Of a job that prunes: a smaller model, this share of its units gone."),
+    ] = None,
+    device_class: Annotated[
+        str, typer.Option("--device-class", help="The same, as small as it is on devices of this class.")
+    ] = "",
+    data: Annotated[str, typer.Option(help="With these two: JSONL file of rows to measure the smaller model on.")] = "",
 ) -> None:
     """Fetch a finished job's adapter: a folder that PeftModel.from_pretrained loads."""
     from muster.cli import jobs
 
-    jobs.export(where(context), job, folder, merged=merged, base=base)
+    jobs.export(
+        where(context), job, folder, merged=merged, base=base, ratio=ratio, device_class=device_class, data=data
+    )
 
 
 @app.command(epilog="Example: [bold]muster devices edge-01[/bold]")

@@ -6,7 +6,6 @@ every architecture: GPT-2's transposed `Conv1D` becomes an ordinary linear layer
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
 import importlib
@@ -153,6 +152,10 @@ class Base:
         value = value if rows is None else value[torch.from_numpy(rows)]
         return value if columns is None or leaf != "weight" else value[:, torch.from_numpy(columns)]
 
+    def is_transposed(self, module: str) -> bool:
+        """Whether the weight of linear layer `module` is stored (in x out)."""
+        return self._sources[f"{module}.weight"].transposed
+
     def source_key(self, module: str) -> str:
         """The name under which the weight of linear layer `module` is stored."""
         return self._sources[f"{module}.weight"].key
@@ -246,21 +249,6 @@ def fresh_head(base: Base, seed: int) -> dict[str, Array]:
         else:
             values[name] = np.full(shape, 0.0 if name.endswith("bias") else 1.0, dtype=np.float32)
     return values
-
-
-def whole_config(base: Base, task: TaskSpec) -> str:
-    """`config.json` of an ordinary model folder for the whole model, head included."""
-    import transformers
-
-    stored = transformers.AutoConfig.from_pretrained(str(base.folder), trust_remote_code=False)
-    config = copy.deepcopy(base.model.config)
-    config.architectures = [type(base.model).__name__]
-    if hasattr(stored, "use_cache"):
-        config.use_cache = stored.use_cache  # off for training alone
-    if task.labels:
-        config.id2label = dict(enumerate(task.labels))
-        config.label2id = {label: index for index, label in enumerate(task.labels)}
-    return str(config.to_json_string(use_diff=False))
 
 
 def count_parameters(base: Base) -> tuple[int, int]:

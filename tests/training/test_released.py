@@ -26,7 +26,7 @@ from shared import release_pack
 from shared.adapter import Adapter
 from shared.files import write_whole
 from shared.jobs import BaseSpec, Bits, JobSpec, TaskSpec
-from shared.modeling import base_model, bottleneck, evaluation, lora, released, weights
+from shared.modeling import base_model, bottleneck, evaluation, lora, released, stored_form, weights
 from shared.modeling.base_model import Base
 from shared.modeling.data import TokenData, tokenize
 from shared.modeling.faults import AdapterFault, ModelFault
@@ -125,7 +125,7 @@ def _facts(folder: Path, task: TaskSpec) -> Any:
     return ModelFacts(
         modules=[ModuleSpec(name=one.name, out=one.out, inp=one.inp, block=one.block) for one in base.linears.values()],
         base_digest=weights.base_digest(folder), linear_params=1, other_params=1, blocks=2, hidden=32,
-        config=base_model.whole_config(base, task),
+        config=stored_form.whole_config(base, task),
     )  # fmt: skip
 
 

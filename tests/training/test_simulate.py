@@ -59,6 +59,7 @@ def _silent(_line: str) -> None:
     pass
 
 
+@pytest.mark.timeout(300)
 def test_equal_seeds_give_equal_bytes_whatever_the_number_of_processes(asked: Simulation, tmp_path: Path) -> None:
     one = carry_out(asked, tell=_silent)
     two = carry_out(replace(asked, workers=2, out=tmp_path / "two"), tell=_silent)

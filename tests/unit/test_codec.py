@@ -49,10 +49,13 @@ def value(info: msgspec.inspect.Type) -> st.SearchStrategy[Any]:
             return strategy(cls)
         case msgspec.inspect.IntType(ge=low, le=high):
             return st.integers(-(2**63) if low is None else low, 2**53 if high is None else high)
-        case msgspec.inspect.FloatType(gt=above, ge=low, le=high):
-            return st.floats(low if above is None else above, high, exclude_min=above is not None, allow_nan=False)
+        case msgspec.inspect.FloatType(gt=above, ge=low, le=high, lt=below):
+            most, least = high if below is None else below, low if above is None else above
+            return st.floats(least, most, exclude_min=above is not None, exclude_max=below is not None, allow_nan=False)
         case msgspec.inspect.BoolType():
             return st.booleans()
+        case msgspec.inspect.BytesType():
+            return st.binary(max_size=40)
         case msgspec.inspect.StrType(pattern=None):
             return text
         case msgspec.inspect.StrType(pattern=str(pattern)):

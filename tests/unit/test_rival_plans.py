@@ -67,10 +67,10 @@ def test_unequal_ranks_and_an_aggregator_of_one_rank_are_a_fault() -> None:
 
 
 def test_directions_are_drawn_only_where_devices_train_any() -> None:
-    for aggregator in ("fsr", "legend"):
-        assert strategies.faults(StrategySpec(aggregator=aggregator, directions="sampled")) == []
+    for name, aggregator in (("uniform", "fsr"), ("uniform", "legend"), ("fedspine", "")):
+        assert strategies.faults(StrategySpec(name=name, aggregator=aggregator, directions="sampled")) == []
     (fault,) = strategies.faults(StrategySpec(aggregator="fresh", directions="sampled"))
-    assert fault == "strategy.directions: devices of fresh train none, only those of fsr, legend"
+    assert fault == "strategy.directions: devices of fresh train none, only those of fedspine, fsr, legend"
 
 
 def test_a_cap_of_shares_is_refused_where_sample_counts_weigh_nothing() -> None:

@@ -13,6 +13,7 @@ from coordinator.core.aggregation.bottleneck import Bottleneck
 from coordinator.core.aggregation.dense import Dense
 from coordinator.core.aggregation.fedex import FedEx
 from coordinator.core.aggregation.fedit import FedIt
+from coordinator.core.aggregation.fedspine import FedSpine
 from coordinator.core.aggregation.ffa import Ffa
 from coordinator.core.aggregation.flexlora import FlexLora
 from coordinator.core.aggregation.flora import Flora
@@ -102,7 +103,7 @@ def test_the_registry_knows_every_aggregator_by_its_name() -> None:
     assert {name: type(made[name]) for name in made} == {
         "fsr": FoldStackRecompress, "fresh": Fresh, "fedit": FedIt, "hetlora": HetLora, "flexlora": FlexLora,
         "flora": Flora, "ffa": Ffa, "fedex": FedEx, "legend": Legend, "dense": Dense,
-        "bottleneck": Bottleneck,
+        "bottleneck": Bottleneck, "fedspine": FedSpine,
     }  # fmt: skip
     assert all(aggregator.name == name for name, aggregator in made.items())
     assert isinstance(made["fsr"], FoldStackRecompress) and made["fsr"].energy == 0.5

@@ -1,0 +1,110 @@
+"""A pruned job's export: plain transformers loads it, says what the masked model says, and it is smaller."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from coordinator import export
+from muster import smaller
+from shared import units
+from shared.adapter import Adapter
+from shared.errors import UserError
+from shared.jobs import BaseSpec, JobSpec, TaskSpec
+from shared.modeling import base_model, lora, pruning, weights
+from tests.training.tiny_models import COLOURS, STORIES, global_adapter
+
+TASKS = [("bert", COLOURS), ("gpt2", STORIES), ("llama", STORIES)]
+
+
+def exported(base: Path, folder: Path, task: TaskSpec, *, heads: bool = True) -> tuple[Path, Adapter]:
+    """The PEFT folder of a job that pruned half."""
+    loaded = base_model.load(base, task)
+    known = pruning.chosen(pruning.groups_of(loaded), heads=heads)
+    rng = np.random.default_rng(3)
+    scores = {group.name: rng.uniform(0.1, 1.0, group.count) for group in known}
+    kept = units.pack(known, units.best(known, scores, 0.5))
+    adapter = replace(
+        global_adapter(loaded, 3, size=0.3), base_digest=weights.base_digest(base), kept=kept,
+        scores=units.pack_scores(scores),
+    )  # fmt: skip
+    spec = JobSpec(name="tiny", base=BaseSpec(model="tiny"), task=task)
+    export.export_peft(adapter, folder, spec=spec, base=str(base), groups=known, classes={"Orin": 0.25, "T4": 0.5})
+    return folder, adapter
+
+
+@pytest.mark.parametrize(("name", "task"), TASKS)
+@pytest.mark.parametrize("heads", [True, False])
+def test_plain_transformers_says_what_the_coordinator_evaluated(
+    name: str, task: TaskSpec, heads: bool, tmp_path: Path, request: pytest.FixtureRequest, colours: Path, stories: Path
+) -> None:
+    base: Path = request.getfixturevalue(name)
+    folder, adapter = exported(base, tmp_path / "adapter", task, heads=heads)
+    rows = colours if name == "bert" else stories
+    made = smaller.make(folder, tmp_path / "small", data=str(rows))
+    ours = base_model.load(base, task)
+    whole = sum(p.numel() for p in ours.model.parameters())
+    lora.merge(ours, adapter)
+    tokens = torch.tensor([[5, 6, 7, 8, 9, 10], [9, 4, 4, 6, 5, 8]])
+    with torch.no_grad():
+        wanted = ours.model(input_ids=tokens).logits
+    # In a process that knows nothing of Muster.
+    code = (
+        "import sys, torch, transformers\n"
+        f"kind = transformers.AutoModelFor{'SequenceClassification' if name == 'bert' else 'CausalLM'}\n"
+        f"model = kind.from_pretrained(sys.argv[1], trust_remote_code={heads and name != 'llama'}).eval()\n"
+        f"tokens = torch.tensor({tokens.tolist()})\n"
+        "torch.save((model(input_ids=tokens).logits, sum(p.numel() for p in model.parameters())), sys.argv[2])\n"
+        "transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert not any(name.split('.')[0] in ('shared', 'muster') for name in sys.modules)\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(made), str(tmp_path / "said")], check=True, cwd=tmp_path, timeout=100
+    )
+    said, count = torch.load(tmp_path / "said")
+    assert said.detach().numpy() == pytest.approx(wanted.numpy(), abs=2e-5)
+    measured = json.loads((made / "measured.json").read_text())
+    assert measured["smaller"]["parameters"] == count < whole == measured["whole"]["parameters"]
+    assert measured["smaller"]["loss"] > 0 and set(measured["smaller"]["latency_ms"]) == {"1", "16"}
+    card = (made / "README.md").read_text()
+    assert f"| parameters | {whole:,} | {count:,} |" in card and "tiny" not in card.split("\n")[0]
+    assert (made / smaller.CODE).is_file() == (heads and name != "llama")
+
+
+def test_any_size_and_that_of_a_class(bert: Path, tmp_path: Path) -> None:
+    folder, _ = exported(bert, tmp_path / "adapter", COLOURS)
+    counts = {}
+    for label, asked in {
+        "0": {"ratio": 0.0},
+        "own": {},
+        "Orin": {"device_class": "Orin"},
+        ".75": {"ratio": 0.75},
+    }.items():
+        made = smaller.make(folder, tmp_path / label, **asked)  # type: ignore[arg-type]  # keywords of it
+        counts[label] = json.loads((made / "measured.json").read_text())["smaller"]["parameters"]
+    assert counts["0"] > counts["Orin"] > counts["own"] > counts[".75"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "reason"),
+    [
+        ({"ratio": 0.5, "device_class": "T4"}, "exclude each other"),
+        ({"device_class": "X9"}, "no device class 'X9' took part; there are Orin, T4"),
+    ],
+)
+def test_what_can_not_be_made_is_said(asked: dict[str, Any], reason: str, bert: Path, tmp_path: Path) -> None:
+    folder, _ = exported(bert, tmp_path / "adapter", COLOURS)
+    with pytest.raises(UserError, match=reason):
+        smaller.make(folder, tmp_path / "small", **asked)
+    assert not (tmp_path / "small").exists()
+    (folder / "pruning.json").unlink()
+    with pytest.raises(UserError, match="the job pruned nothing"):
+        smaller.make(folder, tmp_path / "small", ratio=0.5)

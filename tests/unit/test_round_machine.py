@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -413,3 +414,27 @@ def test_a_job_name_that_is_a_path_does_not_decode(job: str) -> None:
     rig.open()
     with pytest.raises(DecodeError):
         unpack(pack(replace(rig.manifest("dev-a", A), job=job)), Manifest)
+
+
+def test_the_grace_after_a_restart_is_a_setting() -> None:
+    rig = _to("open")
+    rig.state = dataclasses.replace(rig.state, waits=dataclasses.replace(rig.state.waits, grace_s=3.0, silent_s=60.0))
+    rig.now += 3600
+    rig.restart()
+    round = rig.job.round
+    rig.now += 2.9
+    rig.feed(ev.Tick)
+    assert rig.job.round == round
+    rig.now += 0.2
+    rig.feed(ev.Tick)
+    assert rig.job.round != round
+
+
+def test_when_an_assignment_is_said_again_is_a_setting() -> None:
+    rig = Rig()
+    rig.open()
+    rig.state = dataclasses.replace(rig.state, waits=dataclasses.replace(rig.state.waits, remind_s=1.0))
+    rig.now += 0.9
+    assert not of(rig.feed(ev.Tick), cmd.PublishAssign)
+    rig.now += 0.2
+    assert {c.device for c in of(rig.feed(ev.Tick), cmd.PublishAssign)} == {"dev-a", "dev-b"}

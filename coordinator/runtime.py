@@ -209,6 +209,7 @@ class Runtime:
         """Take `device` out of the fleet: what the broker retains of it goes, an assignment too."""
         for topic in (topics.ASSIGN, topics.INFO, topics.STATE):
             self.clear(topic, device=device)
+        self._forget_session(device)
         self.step(ev.Decommissioned(device=device, **self.now()))
 
     def stop(self) -> None:
@@ -263,6 +264,7 @@ class Runtime:
         elif parsed.topic is topics.UP_BLOB:
             self._on_blob(device, unpack(received.payload, cast(type[messages.BlobMessage], messages.BlobMessage)))
         elif parsed.topic.retain and not received.payload:
+            self._forget_session(device)
             self.step(ev.Decommissioned(device=device, **self.now()))
         else:
             message: Any = unpack(received.payload, cast(type[Any], parsed.topic.message))

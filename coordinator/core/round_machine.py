@@ -131,6 +131,7 @@ def _on_device(turn: Turn, event: ev.FromDevice | ev.Heard | ev.Decommissioned) 
             turn.update(fleet=fleet.hear(before, event.device, event.now))
         case ev.Decommissioned():
             turn.update(fleet={d: p for d, p in before.items() if d != event.device})
+            collecting.on_left(turn, event.device)
             release_machine.forget(turn, event.device)
         case ev.FromDevice():
             _on_message(turn, event)

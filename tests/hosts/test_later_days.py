@@ -16,7 +16,7 @@ import pytest
 
 from shared import certificates
 from tests.hosts import lan, wheels
-from tests.hosts.controller import BROKER_PORT, FLEET
+from tests.hosts.controller import BROKER_PORT, FLEET, PASSPHRASE
 from tests.hosts.site import DATA, DEVICES, RUN, SERVER, SMALL, TORCH, Site
 from tests.training import tiny_models
 
@@ -156,6 +156,23 @@ def test_new_certificates_in_the_middle_of_a_round(fleet: Site) -> None:
     assert _serial_of(_shown_by_broker(fleet)) == _serial(fleet, "server")
 
 
+def test_case_33_a_suspended_device_is_out_of_the_round_until_it_is_resumed(fleet: Site) -> None:
+    """Its update is not aggregated; resumed, it works on with the key that it has."""
+    job = fleet.submit("suspended", steps=60, quorum=0.5)
+    fleet.at_work(job)
+    _tell_broker(fleet, "suspend")
+    passphrase = {"MUSTER_PKI_PASSPHRASE": PASSPHRASE}
+    where = ["--host", fleet.hosts[SERVER].address, "--port", str(BROKER_PORT), "--folder", str(fleet.controller.pki)]
+    fleet.controller.muster("broker", "kick", SMALL, *where, env=passphrase)
+    view = fleet.until(job, lambda view: bool(view["state"] == "finished"))
+    ends = {part["device"]: part["status"] for part in view["rounds"][0]["participants"]}
+    assert (ends.pop(TORCH), len(ends), "done" in ends.values()) == ("done", 1, False)
+    assert fleet.presence()[SMALL]["state"] != "ready"
+    _tell_broker(fleet, "resume")
+    _wait_until(lambda: fleet.presence()[SMALL]["state"] == "ready")
+    fleet.ended_well(fleet.submit("resumed"))
+
+
 def test_torch_on_one_device(fleet: Site, tmp_path: Path) -> None:
     """From the shared wheelhouse, with a base model that Ansible brings; a round of real training, in the sandbox."""
     model = tiny_models.make_bert(tmp_path / "tiny")
@@ -240,6 +257,19 @@ def _canary(fleet: Site, folder: Path, releases: dict[str, str], name: str) -> o
     fleet.wheels, fleet.releases = good
     fleet.describe()
     return ran
+
+
+def _tell_broker(fleet: Site, word: str) -> None:
+    """`muster pki suspend` or `resume`, and what the papers say of the list: by a rename, then a reload."""
+    folder = fleet.controller.pki
+    fleet.controller.muster("pki", word, SMALL, "--folder", str(folder), env={"MUSTER_PKI_PASSPHRASE": PASSPHRASE})
+    host = fleet.hosts[SERVER]
+    shutil.copy(folder / "crl.pem", host.root / "etc/mosquitto/pki/crl.new")
+    host.ssh(
+        "cd /etc/mosquitto/pki && openssl crl -in crl.new -noout && chown mosquitto crl.new && chmod 644 crl.new"
+        " && mv crl.new crl.pem && systemctl reload mosquitto",
+        root=True,
+    )
 
 
 def _shown_by_broker(fleet: Site) -> str:

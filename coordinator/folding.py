@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coordinator.core.aggregation import registry
 from coordinator.core.aggregation.base import Expectation
 from coordinator.core.job import Job
+from coordinator.core.planning.fedspine import FedSpinePlanner
 from coordinator.fold import Reported, fold_round
 from shared import adapter as adapter_files
 from shared.blob_folder import BlobFolder
@@ -73,8 +74,13 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
         max_share=job.spec.strategy.max_share,
         server_lr=job.spec.strategy.server_lr,
     )
+    adapter = result.adapter
+    if isinstance(job.planner, FedSpinePlanner):
+        told = {device: job.round.participants[device].facts for device in job.round.counted}
+        kept, scores = job.planner.model_left({d: facts for d, facts in told.items() if facts}, job.facts)
+        adapter = replace(adapter, kept=kept, scores=scores)
     return Made(
-        adapter=blobs.put(adapter_files.write(result.adapter)),
+        adapter=blobs.put(adapter_files.write(adapter)),
         residual=blobs.put(adapter_files.write(result.residual)) if result.residual else None,
         ranks={name: stats.rank for name, stats in result.modules.items()},
         lost_energy=result.lost_energy,

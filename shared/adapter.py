@@ -33,6 +33,7 @@ MAX_SIDE = 2**20
 """Rows or columns of a layer that was pruned."""
 Places = npt.NDArray[np.intp]
 _Text = Annotated[str, Meta(max_length=1000)]
+_Units = Annotated[dict[_Text, Annotated[bytes, Meta(max_length=2**17)]], Meta(max_length=1024)]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Adapter:
     attempt: int = 0
     device: str = ""
     notes: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, bytes] = field(default_factory=dict)
+    """Of a global adapter: the heads and channels of the smaller model that it is for, as bits; {}: the whole base."""
+    scores: dict[str, bytes] = field(default_factory=dict)
+    """What the fleet found of all of them, a byte each: from it the model can be made of any size."""
 
 
 class _WireModule(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,6 +102,8 @@ class _WireAdapter(msgspec.Struct, frozen=True, kw_only=True):
     attempt: int = 0
     device: _Text = ""
     notes: Annotated[dict[_Text, str], Meta(max_length=1000)] = {}
+    kept: _Units = {}
+    scores: _Units = {}
 
 
 class _Version(msgspec.Struct, frozen=True):
@@ -123,6 +130,7 @@ def write(adapter: Adapter, codec: Codec = "fp32") -> bytes:
             if where is not None:
                 module[side] = bits_of(where)
         modules.append(module)
+    units = (("kept", adapter.kept), ("scores", adapter.scores))
     packed = msgpack.packb(
         {
             "schema": SCHEMA,
@@ -135,6 +143,7 @@ def write(adapter: Adapter, codec: Codec = "fp32") -> bytes:
             "attempt": adapter.attempt,
             "device": adapter.device,
             "notes": dict(sorted(adapter.notes.items())),
+            **{key: dict(sorted(found.items())) for key, found in units if found},
         },
         use_bin_type=True,
     )
@@ -161,6 +170,7 @@ def read(data: bytes | memoryview | mmap.mmap) -> Adapter:
     return Adapter(
         kind=wire.kind, job=wire.job, round=wire.round, base_digest=wire.base_digest, factors=factors,
         dense=dense, attempt=wire.attempt, device=wire.device, notes=wire.notes,
+        kept=wire.kept, scores=wire.scores,
     )  # fmt: skip
 
 

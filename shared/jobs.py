@@ -109,6 +109,15 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     directions: Literal["largest", "sampled"] = "largest"
     """Which of the global adapter's directions a device of smaller rank trains: those of the largest singular values,
     or a draw in proportion to them, anew in each round."""
+    prune: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.5
+    """Share of the heads and FFN channels of every block that is gone in the end (strategies that prune)."""
+    prune_step: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.1
+    """The largest such share that goes on a device in one round."""
+    prune_heads: bool = True
+    """Whether attention heads go, too; else FFN channels alone. The config of BERT and GPT-2 can't say that heads are
+    fewer: an export of these brings a file of model code unless this is off."""
+    prune_every: Positive = 20
+    """Optimizer steps between two prunings within a round; where a round is shorter, one in its middle."""
     energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99
     """Share of the squared singular values that recompression keeps."""
 

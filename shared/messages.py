@@ -206,6 +206,8 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True):
     """Optimizer steps for each pruning, at least one pruning a round."""
     criterion: Literal["lora", "magnitude"] = "lora"
     """What goes first: units of the least importance by LoRA gradients, or of the smallest weights."""
+    heads: bool = True
+    """Whether attention heads go, too; else FFN channels alone."""
     scores: UnitBytes = {}
     """What the fleet found of the units so far, which counts as much as what the device finds; {}: nothing."""
 

@@ -24,7 +24,8 @@ from shared.errors import DecodeError
 Side = Literal["out", "in"]
 Kept = Mapping[str, Sequence[int]]
 """Group -> the units that stay, rising; a group that is not named stays whole."""
-Scores = Mapping[str, npt.NDArray[np.float64]]
+FloatArray = npt.NDArray[np.float64]
+Scores = Mapping[str, FloatArray]
 """Group -> what each of its units matters, by its number in the whole model."""
 _STEPS = 254
 _DECADES = 4.0

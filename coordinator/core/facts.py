@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from shared.messages import BaseSource
+from shared.units import Group
 
 
 class ModuleSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +48,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """As counted on the architecture, for computing in fp32 ("32") and bf16 ("16"); {}: not counted."""
     config: str = ""
     """`config.json` of a folder with the whole model; empty where the base is not tuned itself."""
+    groups: list[Group] = []
+    """Heads and FFN channels that can be pruned; [] where the job prunes nothing."""
     served: dict[str, BaseSource] = {}
     """Bits as text -> where devices can fetch the base at these; {}: nowhere."""
 

@@ -36,6 +36,8 @@ def faults(strategy: StrategySpec) -> list[str]:
         aggregator in aggregators.WITHOUT_LORA or aggregators.OWN.get(strategy.name) in aggregators.WITHOUT_LORA
     ):
         found.append(f"strategy.aggregator: {aggregator} can't fold what {strategy.name} trains")
+    if (aggregator == "fedspine") != (strategy.name in planners.PRUNING):
+        found.append(f"strategy.aggregator: {aggregator} can't fold what {strategy.name} trains, which prunes or not")
     if strategy.batch_min > strategy.batch_max:
         found.append("strategy.batch_min: larger than strategy.batch_max")
     return found
@@ -46,6 +48,10 @@ def job_faults(job: JobSpec) -> list[str]:
     found, name = faults(job.strategy), job.strategy.name
     if name == "head" and job.task.kind != "classification":
         found.append(f"strategy.name: task.kind {job.task.kind} has no head to train alone")
+    if name in planners.PRUNING and job.base.targets:
+        found.append(f"base.targets: {name} prunes and tunes whole blocks; leave it empty")
+    if name in planners.PRUNING and job.task.kind == "least_squares":
+        found.append("task.kind: least_squares has no heads or FFN channels to prune")
     if aggregators.name_of(job.strategy) not in aggregators.WITHOUT_LORA:
         return found
     if job.base.targets:

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from coordinator.core.aggregation.registry import create
 from coordinator.core.facts import ActivationFacts, Metrics, ModelFacts, ModuleSpec
+from coordinator.core.planning.registry import PRUNING
 from coordinator.workers.protocol import (
     Evaluate,
     Evaluated,
@@ -35,6 +36,7 @@ from shared.jobs import Bits, JobSpec
 from shared.messages import MAX_BLOB_BYTES
 from shared.starts import START_NOTE, Start
 from shared.tensors import Array
+from shared.units import Group
 
 log = logging.getLogger(__name__)
 BEAT_S = 2.0
@@ -110,6 +112,7 @@ class ModelWorker:
             other_params=others,
             blocks=1 + max(linear.block for linear in base.linears.values()),
             activations=dict(self._held.counted),
+            groups=_groups(base, heads=job.strategy.prune_heads) if job.strategy.name in PRUNING else [],
             config=base_model.whole_config(base, job.task) if start == "dense" else "",
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),
@@ -195,6 +198,15 @@ def _modules(base: Any, job: JobSpec, start: Start) -> list[ModuleSpec]:
         return [ModuleSpec(name=one.block, out=one.hidden, inp=one.hidden, block=one.index) for one in found]
     tuned = base.tunable(job.base.targets)
     return [ModuleSpec(name=one.name, out=one.out, inp=one.inp, block=one.block) for one in tuned]
+
+
+def _groups(base: Any, *, heads: bool) -> list[Group]:
+    """What can be pruned of the whole base. Raises `UserError` naming the architectures where this is none."""
+    from shared.modeling import lora, pruning
+
+    lora.detach(base)
+    pruning.prune(base, {})
+    return pruning.chosen(pruning.groups_of(base), heads=heads)
 
 
 def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:

@@ -54,6 +54,6 @@ def _pruner(base: Base, given: Adapter, work: Assignment) -> Pruner | None:
         return None
     lora.detach(base)
     if order is not None:
-        return Pruner(base, pruning.groups_of(base), order, given, work)
-    pruning.prune_known(base, pruning.groups_of(base), {})
+        return Pruner(base, pruning.chosen(pruning.groups_of(base), heads=order.heads), order, given, work)
+    pruning.prune(base, {})
     return None

@@ -68,7 +68,7 @@ class Pruner:
         self._before = units.ratio_of(self.known, self.kept)
         self._points = points(self.assignment.work.steps, self.order.every)
         self._fleet = units.unpack_scores(self.order.scores)
-        pruning.prune_known(self.base, self.known, self.kept)
+        pruning.prune(self.base, self.kept)
 
     def carry(self) -> Carried:
         """The global adapter on what is left of the base, with the work's LoRA."""
@@ -126,7 +126,7 @@ class Pruner:
         before, old = dict(carried.cuts), {name: tensor.detach().clone() for name, tensor in carried.named().items()}
         lora.detach(self.base)
         self.kept = kept
-        pruning.prune_known(self.base, self.known, kept)
+        pruning.prune(self.base, kept)
         fresh = self.carry()
         sliced: Moments = {}
         with torch.no_grad():

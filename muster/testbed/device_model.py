@@ -169,6 +169,8 @@ class StepWork:
     lowest: int
     factors: int
     whole: bool = False
+    left: float = 1.0
+    """Share of the parameters in linear layers that was not pruned."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class StepTable:
     def seconds(self, work: StepWork, shape: Shape, quota: float) -> float:
         """Seconds of an undisturbed step on `quota` cores of the recording machine."""
         steps = self.steps
-        size = shape.linear_params / steps.linear_params
+        size = shape.linear_params * work.left / steps.linear_params
         per_sample = math.exp(_interpolated(self._curve, math.log(work.batch)))
         depth = steps.blocks * (shape.blocks - work.lowest) / shape.blocks
         usual = self._rank * steps.factor_params * depth / steps.blocks

@@ -18,6 +18,7 @@ import msgspec
 
 from coordinator.core.aggregation.registry import create, name_of
 from coordinator.core.job import TERMINAL
+from coordinator.core.planning.registry import PRUNING
 from coordinator.core.records import RoundPlanned
 from coordinator.web.history import job_view
 from coordinator.web.views import JobView
@@ -250,7 +251,7 @@ def load_steps() -> dm.Steps:
 
 
 def _base(folder: Path, spec: JobSpec) -> Base:
-    from shared.modeling import base_model, bottleneck
+    from shared.modeling import base_model, bottleneck, pruning
 
     base = base_model.load(folder, spec.task)
     linear, other = base_model.count_parameters(base)
@@ -258,11 +259,13 @@ def _base(folder: Path, spec: JobSpec) -> Base:
     start = create(spec.strategy).start
     linears = {name: (one.out, one.inp, one.block) for name, one in base.linears.items()}
     lora = sum(out + inp for out, inp, _ in linears.values())
+    prunes = spec.strategy.name in PRUNING
     if start == "bottleneck":
         linears = {one.block: (one.hidden, one.hidden, one.index) for one in bottleneck.sites(base).values()}
     return Base(
         dm.Shape(blocks, spec.task.max_tokens, linear, other), linears,
         sum(tensor.numel() for tensor in base.head.values()), lora, whole=start == "dense",
+        groups=tuple(pruning.chosen(pruning.groups_of(base), heads=spec.strategy.prune_heads)) if prunes else (),
     )  # fmt: skip
 
 

@@ -6,13 +6,18 @@ crash ends programs, not the heat of the machine nor what lies on its disk.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
+
+from coordinator.core.planning.pruned import ratio_of
 from edge_daemon.core.state import Machine
 from muster.testbed import device_model as dm
 from muster.testbed.replay import Replay
+from shared import units
 from shared.jobs import Bits
 from shared.messages import Assignment, Load, Work
+from shared.units import Group
 
 PROBE_S, LOAD_S = 1.0, 0.25
 """Seconds of a probe, and of loading a base, on one core of the recording machine; slower devices take longer."""
@@ -34,6 +39,17 @@ class Base:
     lora: int
     """Parameters of factors of rank 1 on every linear layer: what memory limits leave room for, whatever is tuned."""
     whole: bool = False
+    groups: tuple[Group, ...] = ()
+    """What can be pruned of it."""
+
+    def left(self, ratio: float) -> float:
+        """Share of the parameters in linear layers that stays where `ratio` of each group goes."""
+        if not self.groups or ratio <= 0.0:
+            return 1.0
+        scores = {group.name: np.zeros(group.count) for group in self.groups}
+        sizes = {name: (out, inp) for name, (out, inp, _) in self.linears.items()}
+        left = units.sizes_left(self.groups, units.best(self.groups, scores, ratio), sizes)
+        return sum(out * inp for out, inp in left.values()) / sum(out * inp for out, inp in sizes.values())
 
 
 @dataclass
@@ -183,7 +199,10 @@ class VirtualDevice:
 
     def peak_bytes(self, work: Work, batch: int) -> int:
         """Resident bytes of the agent at the worst moment of `work`."""
-        return self.clock.memory.peak(self.clock.base.shape, self._step(work, batch))
+        base = self.clock.base
+        left = 1.0 if work.prune is None else base.left(ratio_of(base.groups, work.prune.kept))
+        shape = replace(base.shape, linear_params=round(left * base.shape.linear_params))
+        return self.clock.memory.peak(shape, self._step(work, batch))
 
     def would_fit(self, work: Work, batch: int, now: float) -> bool:
         """Whether `work` at `batch` fits beside what others hold."""
@@ -245,4 +264,8 @@ class VirtualDevice:
         tuned = [(base.linears[name], rank) for name, rank in work.ranks.items() if rank > 0]
         factors = base.dense + sum(rank * (out + inp) for (out, inp, _), rank in tuned)
         lowest = min((block for (_, _, block), _ in tuned), default=base.shape.blocks)
-        return dm.StepWork(work.bits, batch, lowest, factors)
+        left = 1.0
+        if work.prune is not None:
+            # As it is in the middle of the round.
+            left = base.left(round((ratio_of(base.groups, work.prune.kept) + work.prune.ratio) / 2, 2))
+        return dm.StepWork(work.bits, batch, lowest, round(left * factors), left=left)

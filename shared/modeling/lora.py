@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from shared import units
 from shared.adapter import Adapter, Factors, Places
-from shared.modeling import bottleneck
+from shared.modeling import bottleneck, pruning
 from shared.modeling.base_model import Base
 from shared.modeling.faults import AdapterFault
 from shared.modeling.parameters import set_module
@@ -129,9 +130,14 @@ def product(part: Factors, start: int = 0) -> tuple[Array, Array]:
 
 
 def merge(base: Base, adapter: Adapter) -> None:
-    """Make `base` (fp32) the global model: every direction folded, the dense tensors set."""
+    """Make `base` (fp32) the global model: the units cut that are gone, every direction folded, the dense tensors set.
+
+    Raises `DecodeError` and `ModelFault` where the units are not the base's.
+    """
     check_adapter(base, adapter)
     detach(base)
+    if adapter.kept or base.cuts:
+        pruning.prune(base, units.unpack(pruning.groups_of(base), adapter.kept))
     if start_of(adapter.notes) == "bottleneck":
         _with_bottlenecks(base, adapter, _widths(base, adapter), 0)
         return

@@ -38,10 +38,15 @@ def groups(model: Any) -> list[Group]:
 
 
 def groups_of(base: Base) -> list[Group]:
-    """Those of the whole model of a base with no adapter on it, looked up once."""
+    """Those of the whole model of a base with no adapter on it, looked up once, before anything is pruned."""
     if not base.groups:
         base.groups = groups(base.model)
     return base.groups
+
+
+def chosen(known: Sequence[Group], *, heads: bool) -> list[Group]:
+    """The groups that a job prunes: FFN channels, and `heads`, if wanted."""
+    return [group for group in known if heads or group.kind == "channels"]
 
 
 def check_kept(known: Sequence[Group], kept: Kept) -> None:
@@ -64,12 +69,11 @@ def masked(model: nn.Module, known: Sequence[Group], kept: Kept) -> None:
 
 
 def prune(base: Base, kept: Kept) -> None:
-    """Make the layers of a whole `base`, with no adapter on it, those of the units that stay. Raises `ModelFault`."""
-    prune_known(base, groups(base.model), kept)
+    """Make the layers of `base`, with no adapter on it, those of the units that stay, be they more or less than now.
 
-
-def prune_known(base: Base, known: Sequence[Group], kept: Kept) -> None:
-    """`prune`, also of a base that was pruned before, be it more or less; `known`: the groups of the whole one."""
+    Raises `ModelFault`.
+    """
+    known = groups_of(base)
     check_kept(known, kept)
     wanted = units.places(known, kept)
     for name in sorted(wanted.keys() | base.cuts.keys()):

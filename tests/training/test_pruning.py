@@ -91,10 +91,9 @@ def test_at_fewer_bits_the_stored_values_are_cut_and_quantized_again(bits: int, 
 
 def test_pruning_in_steps_gives_the_same_as_at_once(request: pytest.FixtureRequest) -> None:
     steps, once = loaded("bert", request), loaded("bert", request)
-    known = pruning.groups(once.model)
     last = {"0.heads": [1], "1.channels": list(range(8))}
-    pruning.prune_known(steps, known, {"1.channels": list(range(32))})
-    pruning.prune_known(steps, known, last)
+    pruning.prune(steps, {"1.channels": list(range(32))})
+    pruning.prune(steps, last)
     pruning.prune(once, last)
     assert torch.equal(logits(steps), logits(once))
 

@@ -12,21 +12,25 @@ from collections.abc import Iterable
 import numpy as np
 
 from coordinator.core.aggregation.base import Expectation, Wide, column_weights
-from shared.adapter import Adapter, Factors
+from shared.adapter import Adapter, Factors, Places
 from shared.tensors import Array
 
 _SCALING_ERROR = 1e-6
 
 
-def refusal(update: Adapter, expected: Expectation, *, trains_directions: bool) -> str | None:
+def refusal(
+    update: Adapter, expected: Expectation, *, trains_directions: bool, may_be_pruned: bool = False
+) -> str | None:
     """Why `update` must be refused, or None.
 
     `trains_directions`: the update contains the first min(assigned rank, global rank) directions of the global adapter.
+    `may_be_pruned`: its factors may lack rows and columns of the whole layers, which they name.
     """
     return (
         identity_fault(update, expected)
         or names_fault("module", update.factors, (name for name, rank in expected.ranks.items() if rank > 0))
         or names_fault("dense tensor", update.dense, expected.before.dense)
+        or _places_fault(update, expected, may_be_pruned)
         or _modules_fault(update, expected, trains_directions)
         or _dense_fault(update, expected)
         or _numbers_fault(update, expected)
@@ -74,6 +78,17 @@ def names_fault(word: str, found: Iterable[str], wanted: Iterable[str]) -> str |
     return None
 
 
+def _places_fault(update: Adapter, expected: Expectation, may_be_pruned: bool) -> str | None:
+    for name in sorted(update.factors):
+        part, module = update.factors[name], expected.modules[name]
+        for word, where, size in (("rows", part.rows, module.out), ("columns", part.columns, module.inp)):
+            if where is not None and not may_be_pruned:
+                return f"module {name!r:.100}: it is pruned, which was not asked for"
+            if where is not None and int(where[-1]) >= size:
+                return f"module {name!r:.100}: {word} up to {int(where[-1])} of a layer of {module.out} x {module.inp}"
+    return None
+
+
 def _modules_fault(update: Adapter, expected: Expectation, trains_directions: bool) -> str | None:
     for name in sorted(update.factors):
         part, module, given = update.factors[name], expected.modules[name], expected.ranks[name]
@@ -83,7 +98,10 @@ def _modules_fault(update: Adapter, expected: Expectation, trains_directions: bo
         fault = None
         if part.rank != rank:
             fault = f"rank {part.rank}, expected {rank}"
-        elif part.b.shape != (module.out, rank) or part.a.shape != (rank, module.inp):
+        elif part.b.shape != (_side(part.rows, module.out), rank) or part.a.shape != (
+            rank,
+            _side(part.columns, module.inp),
+        ):
             fault = f"b {part.b.shape} and a {part.a.shape} for a layer of {module.out} x {module.inp}"
         elif part.sigma is not None:
             fault = "an update has no sigma"
@@ -94,6 +112,10 @@ def _modules_fault(update: Adapter, expected: Expectation, trains_directions: bo
         if fault:
             return f"module {name!r:.100}: {fault}"
     return None
+
+
+def _side(where: Places | None, size: int) -> int:
+    return size if where is None else len(where)
 
 
 def _dense_fault(update: Adapter, expected: Expectation) -> str | None:
@@ -126,8 +148,10 @@ def _change_square(part: Factors, before: Factors | None) -> float:
     left, right = part.b.astype(np.float64) * part.scaling, part.a.astype(np.float64)
     if before is not None and part.trained > 0:
         start = before.b[:, : part.trained] * column_weights(before)[: part.trained]
+        start = start if part.rows is None else start[part.rows]
+        taken = before.a[: part.trained]
         left = np.concatenate([left, -start], axis=1)
-        right = np.concatenate([right, before.a[: part.trained]])
+        right = np.concatenate([right, taken if part.columns is None else taken[:, part.columns]])
     return _product_square(left, right)
 
 

@@ -9,6 +9,7 @@ from coordinator.core.aggregation.bottleneck import Bottleneck
 from coordinator.core.aggregation.dense import Dense
 from coordinator.core.aggregation.fedex import FedEx
 from coordinator.core.aggregation.fedit import FedIt
+from coordinator.core.aggregation.fedspine import FedSpine
 from coordinator.core.aggregation.ffa import Ffa
 from coordinator.core.aggregation.flexlora import FlexLora
 from coordinator.core.aggregation.flora import Flora
@@ -33,11 +34,16 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "legend": lambda spec: Legend(
         spec.energy, spec.global_rank, spec.max_share, spec.server_lr, sampled=spec.directions == "sampled"
     ),
+    "fedspine": lambda spec: FedSpine(
+        spec.energy, spec.global_rank, spec.server_lr, sampled=spec.directions == "sampled"
+    ),
     "dense": lambda _spec: Dense(),
     "bottleneck": lambda spec: Bottleneck(spec.global_rank),
 }
 
 DEFAULT = "fsr"
+PRUNING = ("fedspine", "fedspine-fixed", "fedspine-once", "loraprune", "llmpruner", "magprune")
+"""Strategies whose devices prune; what they send no other aggregator can fold."""
 OWN: dict[str, str] = {
     "fedlora": "fedit",
     "hetlora": "hetlora",
@@ -46,6 +52,7 @@ OWN: dict[str, str] = {
     "ffa": "ffa",
     "fedex": "fedex",
     "legend": "legend",
+    **dict.fromkeys(PRUNING, "fedspine"),
     "full": "dense",
     "fedadapter": "bottleneck",
 }
@@ -55,9 +62,9 @@ WITHOUT_LORA = frozenset({"dense", "bottleneck"})
 EQUAL_RANKS = frozenset({"fedit", "fedex"})
 """Aggregators that refuse an update of another rank than the job's."""
 
-MOVES_FURTHER = frozenset({"fsr", "fresh", "legend"})
+MOVES_FURTHER = frozenset({"fsr", "fresh", "legend", "fedspine"})
 """Aggregators that know `strategy.server_lr`."""
-TRAINS_DIRECTIONS = frozenset({"fsr", "legend"})
+TRAINS_DIRECTIONS = frozenset({"fsr", "legend", "fedspine"})
 """Aggregators whose devices train directions of the global adapter, so that `strategy.directions` means something."""
 
 

@@ -29,6 +29,7 @@ from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
 from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
+from coordinator.core.planning.pruned import facts_of
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
 from coordinator.core.planning.reasons import mebibytes, plural, seconds
 from shared.jobs import Bits, JobSpec
@@ -264,6 +265,8 @@ Needs = dict[int | tuple[tuple[str, int], ...], Demand]
 
 def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Demand:
     """The demand of `work`; most works of a round share one."""
+    if work.prune is not None:
+        return demand(facts_of(facts, work), job, work.ranks)
     found = known.get(id(work.ranks))
     if found is None:
         key = tuple(sorted(work.ranks.items()))

@@ -9,6 +9,7 @@ from functools import partial
 from coordinator.core.planning.base import Planner
 from coordinator.core.planning.fedadapter import FedAdapterPlanner
 from coordinator.core.planning.fedpipe import FedPipePlanner
+from coordinator.core.planning.fedspine import FedSpinePlanner
 from coordinator.core.planning.head import HeadPlanner
 from coordinator.core.planning.legend import LegendPlanner
 from coordinator.core.planning.uniform import UniformPlanner
@@ -16,6 +17,8 @@ from shared.errors import UserError
 from shared.jobs import StrategySpec
 
 EQUAL = ("fedlora", "ffa", "fedex")
+PRUNING = ("fedspine", "fedspine-fixed", "fedspine-once", "loraprune", "llmpruner", "magprune")
+"""Strategies whose devices prune their model."""
 UNEQUAL = ("hetlora", "flexlora", "flora")
 """Strategies that are ways to aggregate; their planner differs by its ranks alone."""
 PLANNERS: Mapping[str, Callable[[], Planner]] = {
@@ -26,6 +29,7 @@ PLANNERS: Mapping[str, Callable[[], Planner]] = {
     "fedadapter": FedAdapterPlanner,
     "fedpipe": FedPipePlanner,
     "legend": LegendPlanner,
+    **{name: partial(FedSpinePlanner, name=name) for name in PRUNING},
     "head": HeadPlanner,
 }
 """Name -> a planner that has seen nothing yet."""

@@ -1,0 +1,307 @@
+"""`fedspine` (FedSpine, arXiv 2501.02438): how much each device prunes and at which rank it tunes, learned by a bandit.
+
+**The paper's** (a public note): a pair (pruning ratio, rank) per device and round is an arm of an online bandit that
+knows nothing of the devices beforehand; its reward is made of the gain in local loss, the progress of pruning, the
+importance of the LoRA update and the completion time relative to the others. **Our reading**:
+
+* an arm is (share that goes in this round, rank): dp in [0, `strategy.prune_step`], rank 2 to `strategy.rank` by its
+  logarithm. There is a bandit (`bandit`) for each class of machine, whose devices share what they learn.
+* reward = (0.5 dF + 0.3 dp/dp_max + 0.2 Q) / (1 + 2 |T - T_mean| / T_mean): dF the share of the local loss that the
+  round took away over the 90 % quantile of those seen, Q the norm of the update over the largest seen, T seconds of
+  training.
+* a class has one ratio, which never falls: that of its devices in their last round, the mean. A device that joins
+  late, or was away, begins there: what it lacks goes by the fleet's scores, so that it holds what the others hold.
+* what is left of a device is what it told with its last update; the fleet's scores are the mean of the devices' by
+  samples, smoothed over rounds. They go out with the work and count as much as what the device finds.
+* batch by speed and live load, bits by memory: as `uniform`, over the model that is left. Of several GPUs one trains:
+  their models would not be alike.
+
+The rivals are this planner without the bandit (`fedspine-fixed`: an equal share a round, the job's rank), without
+iteration (`fedspine-once`: all of it in a device's first round, the rank by the bandit), and others' ways to prune,
+all with the job's rank and batch: LoRAPrune (arXiv 2305.18403: uniform ratios that rise over the first half of the
+job), LLM-Pruner (arXiv 2305.11627: at once, by first-order importance) and magnitude (at once, by the smallest
+weights).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import msgspec
+from msgspec.structs import replace
+
+from coordinator.core.facts import ModelFacts
+from coordinator.core.planning.bandit import Bandit, Choice, Point
+from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundReport
+from coordinator.core.planning.common import global_rank, nobody
+from coordinator.core.planning.cost_model import CostModel
+from coordinator.core.planning.demand import demand
+from coordinator.core.planning.drafts import Draft, batches_to_the_jobs
+from coordinator.core.planning.pruned import class_of, cut_to, facts_at, merged, ratio_of
+from coordinator.core.planning.ranks import LEAST, Ranked, of_modules
+from coordinator.core.planning.reasons import word
+from coordinator.core.planning.sizing import Seat, choose_bits, seat
+from coordinator.core.planning.uniform import Seated, plan_of
+from shared.errors import UserError
+from shared.jobs import Bits, JobSpec
+from shared.messages import Pruning, UpdateFacts, Work
+
+GAIN, PROGRESS, NORM, LATENESS = 0.5, 0.3, 0.2, 2.0
+SEEN = 100
+"""Gains that the quantile is taken of."""
+_AT_ONCE = ("fedspine-once", "llmpruner", "magprune")
+_BANDIT = ("fedspine", "fedspine-once")
+_ONE_BATCH = ("loraprune", "llmpruner", "magprune")
+
+
+class Arm(NamedTuple):
+    """What a device is to do: from ratio to ratio, at a rank, and why."""
+
+    before: float
+    ratio: float
+    rank: int
+    choice: Choice | None
+
+
+class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
+    """See the module."""
+
+    name: str = "fedspine"
+    model: CostModel = CostModel()
+    bandits: dict[str, Bandit] = {}
+    """Class -> what is known of its arms."""
+    ratios: dict[str, float] = {}
+    """Class -> the share that is gone."""
+    kept: dict[str, dict[str, bytes]] = {}
+    """Device -> the units that are left, as it told last."""
+    scores: dict[str, bytes] = {}
+    """The fleet's."""
+    gains: tuple[float, ...] = ()
+    norm: float = 0.0
+    """The largest of an update so far."""
+
+    # ---- learning
+
+    def learn(self, report: RoundReport) -> FedSpinePlanner:
+        """The planner that also knows this round."""
+        planner = replace(self, model=self.model.learn(report))
+        told = {device: facts for device, facts in sorted(report.results.items()) if facts.kept}
+        if report.facts is None or report.job is None or not told:
+            return planner
+        groups = report.facts.groups
+        ratios = dict(self.ratios)
+        by_class: dict[str, list[str]] = {}
+        for device in told:
+            by_class.setdefault(class_of(report.infos[device]), []).append(device)
+        for kind, devices in by_class.items():
+            mean = statistics.fmean(ratio_of(groups, told[device].kept) for device in devices)
+            ratios[kind] = max(ratios.get(kind, 0.0), mean)
+        gains = (*self.gains, *(_gain(facts) for facts in told.values()))[-SEEN:]
+        planner = replace(
+            planner, ratios=ratios, gains=gains, norm=max(self.norm, *(facts.norm for facts in told.values())),
+            kept={**self.kept, **{device: facts.kept for device, facts in told.items()}},
+            scores=merged(groups, self.scores, told),
+        )  # fmt: skip
+        return replace(planner, bandits=planner._rewarded(report, told, by_class))
+
+    def _rewarded(
+        self, report: RoundReport, told: Mapping[str, UpdateFacts], by_class: Mapping[str, list[str]]
+    ) -> dict[str, Bandit]:
+        assert report.job is not None and report.facts is not None
+        mean_s = statistics.fmean(facts.train_s for facts in told.values())
+        bandits = dict(self.bandits)
+        for kind, devices in by_class.items():
+            seen = []
+            for device in devices:
+                work = report.works[device]
+                if work.prune is None:
+                    continue
+                before = ratio_of(report.facts.groups, work.prune.kept)
+                at = _point(report.job, work.prune.ratio - before, max(work.ranks.values(), default=1))
+                seen.append((at, self.reward(told[device], at[0], mean_s)))
+            bandits[kind] = bandits.get(kind, Bandit()).learn(seen)
+        return bandits
+
+    def reward(self, facts: UpdateFacts, progress: float, mean_s: float) -> float:
+        """In [0, 1]; `progress`: share of the largest pruning; `mean_s`: seconds of training of the round's devices."""
+        quantile = sorted(self.gains)[math.ceil(0.9 * len(self.gains)) - 1] if self.gains else 0.0
+        gain = min(1.0, _gain(facts) / quantile) if quantile > 0 else 0.0
+        norm = facts.norm / self.norm if self.norm > 0 else 0.0
+        lateness = abs(facts.train_s - mean_s) / mean_s if mean_s > 0 else 0.0
+        return (GAIN * gain + PROGRESS * progress + NORM * norm) / (1.0 + LATENESS * lateness)
+
+    # ---- planning
+
+    def plan(self, view: FleetView, job: JobSpec) -> Plan:
+        """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
+        bound = global_rank(view, job, job.strategy.rank)
+        needs = Needs(view.facts, job, bound)
+        seated: list[Seated] = []
+        arms: dict[str, Arm] = {}
+        left_out: dict[str, str] = {}
+        pending: dict[str, list[Point]] = {}
+        for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):
+            place = seat(candidate, job, view.fresh_s, self.model)
+            found = place if isinstance(place, str) else self._seated(place, candidate, view, job, needs, pending)
+            if isinstance(found, str):
+                left_out[candidate.device] = found
+                continue
+            arms[candidate.device], one = found
+            seated.append(one)
+        if not seated:
+            raise UserError(nobody(job, left_out))
+        plan = plan_of(view, job, self.model, seated, left_out, bound, one_batch=self.name in _ONE_BATCH)
+        works = {
+            device: self._pruning(work, arms[device], device, view.facts, job)
+            for device, work in plan.participants.items()
+        }
+        classes = ", ".join(f"{kind} {ratio:.0%}" for kind, ratio in sorted(self.ratios.items()))
+        return replace(plan, participants=works, reason=f"{plan.reason}; pruned so far: {classes or 'nothing'}")
+
+    def _seated(
+        self, place: Seat, candidate: Candidate, view: FleetView, job: JobSpec, needs: Needs,
+        pending: dict[str, list[Point]],
+    ) -> tuple[Arm, Seated] | str:  # fmt: skip
+        """A participant with its arm; a text: why it takes no part."""
+        kind, sizes = class_of(candidate.info), batches_to_the_jobs(job)
+        own = ratio_of(view.facts.groups, self.kept.get(place.device, {}))
+        # By the smallest weights every device prunes the same units by itself.
+        before = own if self.name == "magprune" else max(own, self.ratios.get(kind, 0.0))
+        least = min((sizes[-1] if self.name in _ONE_BATCH else sizes[0]), place.rows)
+        bits: dict[int, tuple[Bits, str] | str] = {}
+
+        def held(rank: int) -> tuple[Bits, str] | str:
+            if rank not in bits:
+                bits[rank] = choose_bits(place, needs.of(before, rank).need, job, self.model, least)
+            return bits[rank]
+
+        arm = self._arm(place.device, kind, before, view, job, held, pending)
+        chosen = held(arm.rank) if arm is not None else held(LEAST)
+        if arm is None or isinstance(chosen, str):
+            return chosen if isinstance(chosen, str) else "no arm of its bandit fits its memory"
+        # Its speed is that of the model in the middle of the round.
+        ranked = needs.of((arm.before + arm.ratio) / 2, arm.rank)
+        place = place._replace(agents=1)
+        return arm, Seated(Draft(place, *chosen, least), ranked, _rank_reason(arm, job, kind))
+
+    def _arm(
+        self, device: str, kind: str, before: float, view: FleetView, job: JobSpec, held: Held,
+        pending: dict[str, list[Point]],
+    ) -> Arm | None:  # fmt: skip
+        target, strategy = max(before, job.strategy.prune), job.strategy
+        choice = None
+        rank, dp = strategy.rank, strategy.prune_step / 2
+        if self.name in _BANDIT:
+            choice = self.bandits.get(kind, Bandit()).choose(
+                _draw(job.seed, view.round, device), lambda at: not isinstance(held(_rank(job, at[1])), str),
+                pending.setdefault(kind, []),
+            )  # fmt: skip
+            if choice is None:
+                return None
+            pending[kind].append(choice.at)
+            rank, dp = _rank(job, choice.at[1]), choice.at[0] * strategy.prune_step
+        if self.name in _AT_ONCE:
+            ratio = target
+        elif self.name == "loraprune":
+            done = min(1.0, view.round / max(1.0, job.rounds.count / 2))
+            ratio = max(before, target * (1.0 - (1.0 - done) ** 3))
+        else:
+            ratio = min(target, before + dp)
+        return Arm(before, ratio, rank, choice)
+
+    def _pruning(self, work: Work, arm: Arm, device: str, facts: ModelFacts, job: JobSpec) -> Work:
+        """`work` with what it prunes."""
+        kept = self.kept.get(device, {})
+        magnitude = self.name == "magprune"
+        if arm.before > ratio_of(facts.groups, kept):
+            kept = cut_to(facts.groups, kept, self.scores, arm.before)
+        every = job.rounds.local_steps if self.name in _AT_ONCE else job.strategy.prune_every
+        order = Pruning(
+            ratio=round(arm.ratio, 6), kept=kept, every=every, criterion="magnitude" if magnitude else "lora",
+            heads=job.strategy.prune_heads, scores={} if magnitude else self.scores,
+        )  # fmt: skip
+        return replace(work, prune=order, agents=1, reasons={**work.reasons, "prune": _prune_reason(arm, job)})
+
+    def model_left(
+        self, results: Mapping[str, UpdateFacts], facts: ModelFacts
+    ) -> tuple[dict[str, bytes], dict[str, bytes]]:
+        """(units, fleet's scores) of the model that a round with these results gives: the mean ratio of its devices."""
+        told = {device: one for device, one in sorted(results.items()) if one.kept and one.samples}
+        scores = merged(facts.groups, self.scores, told)
+        if not told:
+            return {}, scores
+        total = sum(one.samples for one in told.values())
+        mean = sum(one.samples * ratio_of(facts.groups, one.kept) for one in told.values()) / total
+        return cut_to(facts.groups, {}, scores, max(mean, *self.ratios.values()) if self.ratios else mean), scores
+
+
+class Held(Protocol):
+    """Bits that hold a rank, with the reason; a text: none do."""
+
+    def __call__(self, rank: int) -> tuple[Bits, str] | str:
+        """For this rank."""
+
+
+class Needs:
+    """Costs by ratio and rank, each worked out once in a plan."""
+
+    def __init__(self, facts: ModelFacts, job: JobSpec, bound: int) -> None:
+        self._facts, self._job, self._bound = facts, job, bound
+        self._left: dict[float, ModelFacts] = {}
+        self._known: dict[tuple[float, int], Ranked] = {}
+
+    def of(self, ratio: float, rank: int) -> Ranked:
+        """What a model with `ratio` gone and factors of `rank` asks."""
+        key = round(ratio, 2), rank
+        if key not in self._known:
+            left = self._left.setdefault(key[0], facts_at(self._facts, key[0]))
+            ranks, note = of_modules(left.modules, rank)
+            self._known[key] = Ranked(rank, ranks, demand(left, self._job, ranks, self._bound), note)
+        return self._known[key]
+
+
+def _gain(facts: UpdateFacts) -> float:
+    """dF: the share of its loss that a device's round took away."""
+    first, last = facts.loss_first, facts.loss_last
+    return min(1.0, max(0.0, (first - last) / first)) if first > 0 else 0.0
+
+
+def _rank(job: JobSpec, height: float) -> int:
+    """The rank at a height of the unit square: 2 at its bottom, the job's at its top, by the logarithm."""
+    most = max(LEAST, job.strategy.rank)
+    return min(most, round(LEAST * math.pow(most / LEAST, height)))
+
+
+def _point(job: JobSpec, dp: float, rank: int) -> Point:
+    """Where an arm lies in the unit square."""
+    most = max(LEAST, job.strategy.rank)
+    height = math.log(max(rank, LEAST) / LEAST) / math.log(most / LEAST) if most > LEAST else 0.0
+    return min(1.0, max(0.0, dp / job.strategy.prune_step)), min(1.0, height)
+
+
+def _draw(seed: int, round: int, device: str) -> tuple[float, float, float]:
+    """Three numbers in [0, 1) for a device and round."""
+    digest = hashlib.sha256(f"{seed}/{round}/{device}/arm".encode()).digest()
+    one, two, three = (int.from_bytes(digest[start : start + 6], "little") / 2**48 for start in (0, 6, 12))
+    return one, two, three
+
+
+def _why(arm: Arm, kind: str) -> str:
+    if arm.choice is None:
+        return "the same for every device"
+    bonus = "unknown" if math.isinf(arm.choice.bonus) else f"{arm.choice.bonus:.3f}"
+    at = f"({arm.choice.at[0]:.2f}, {arm.choice.at[1]:.2f})"
+    return f"arm {at} of {kind}: estimate {arm.choice.estimate:.3f} + bonus {bonus}"
+
+
+def _rank_reason(arm: Arm, job: JobSpec, kind: str) -> str:
+    return word("rank", arm.rank, _why(arm, kind), f"{max(LEAST, job.strategy.rank)} at most")
+
+
+def _prune_reason(arm: Arm, job: JobSpec) -> str:
+    reading = f"{arm.before:.1%} was gone, {arm.ratio - arm.before:.1%} goes"
+    return word("prune", round(100 * arm.ratio), reading, f"{max(arm.before, job.strategy.prune):.0%} in the end")

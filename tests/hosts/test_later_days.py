@@ -82,7 +82,10 @@ def test_case_45_a_tampered_wheel_is_refused_on_its_way(fleet: Site) -> None:
     folder, releases = _whole_release()
     wheel = folder / "muster-0.1.1-py3-none-any.whl"
     whole = wheel.read_bytes()
-    wheel.write_bytes(_tampered(whole))  # of this version alone: no other folder has it
+    at = len(whole) // 2
+    wheel.write_bytes(
+        whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
+    )  # this version alone: no other folder has it
     ran = _canary(fleet, folder, releases, SMALL)
     assert ran.code != 0
     wheel.write_bytes(whole)
@@ -99,6 +102,9 @@ def test_case_45_a_tampered_wheel_is_refused_on_the_host(fleet: Site) -> None:
     ran = _canary(fleet, folder, releases, SMALL)
     assert ran.code != 0
     assert _refused(ran, "msgspec-"), ran.tail
+    wheel = next(folder.glob("muster-*.whl"))
+    there = host.root / "opt/muster/wheels" / wheel.name
+    assert there.read_bytes() == wheel.read_bytes(), "what an earlier build of this version left, of the same size"
     assert (fleet.release_of(SMALL), fleet.pid(SMALL, "muster-edge")) == before
     host.ssh("mv /root/msgspec-*.whl /opt/muster/wheels/", root=True)
 
@@ -131,9 +137,6 @@ def test_a_good_release_and_the_way_back(fleet: Site) -> None:
     good = fleet.wheels, fleet.releases
     fleet.wheels, fleet.releases = wheels.other(RUN / "next", "0.3.0", {})
     fleet.describe()
-    wheel = next(fleet.wheels.glob("muster-*.whl"))
-    old = fleet.hosts[SMALL].root / "opt/muster/wheels" / wheel.name
-    old.write_bytes(_tampered(wheel.read_bytes()))  # as another build of the same version may have left it
     fleet.play("canary", muster_canary=SMALL, label="canary with a good release")
     assert fleet.release_of(SMALL) == fleet.releases["edge-numpy"]
     assert fleet.presence()[SMALL]["version"] == "0.3.0"
@@ -257,12 +260,6 @@ def _whole_release() -> tuple[Path, dict[str, str]]:
         return wheels.other(folder, "0.1.1", {})
     described = json.loads((folder / "wheels/wheelhouse.json").read_text(encoding="utf-8"))
     return folder / "wheels", {name: profile["release"] for name, profile in described["profiles"].items()}
-
-
-def _tampered(content: bytes) -> bytes:
-    """One bit is another."""
-    at = len(content) // 2
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 def _train_colours(fleet: Site) -> None:

@@ -84,7 +84,7 @@ class Runtime:
         """Blobs of the latest committed rounds."""
         jobs, released = _replay(ports.log, self._recent)
         self.state = State(
-            waits=_waits(settings),
+            waits=waits_of(settings),
             term=self.term,
             jobs=jobs,
             releases=released,
@@ -161,7 +161,7 @@ class Runtime:
         """Take over new settings; what they change of identity, broker and folders is for a new process."""
         self.settings = settings
         self.ports.worker.limit_silence(settings.waits.worker_silence_s)
-        self.step(ev.Reconfigured(waits=_waits(settings), **self.now()))
+        self.step(ev.Reconfigured(waits=waits_of(settings), **self.now()))
 
     def step(self, event: ev.AnyEvent) -> bool:
         """One decision: durable records first, then commands. Whether anything was written down."""
@@ -209,6 +209,7 @@ class Runtime:
         """Take `device` out of the fleet: what the broker retains of it goes, an assignment too."""
         for topic in (topics.ASSIGN, topics.INFO, topics.STATE):
             self.clear(topic, device=device)
+        self._forget_session(device)
         self.step(ev.Decommissioned(device=device, **self.now()))
 
     def stop(self) -> None:
@@ -263,6 +264,7 @@ class Runtime:
         elif parsed.topic is topics.UP_BLOB:
             self._on_blob(device, unpack(received.payload, cast(type[messages.BlobMessage], messages.BlobMessage)))
         elif parsed.topic.retain and not received.payload:
+            self._forget_session(device)
             self.step(ev.Decommissioned(device=device, **self.now()))
         else:
             message: Any = unpack(received.payload, cast(type[Any], parsed.topic.message))
@@ -335,11 +337,13 @@ class Runtime:
             self.ports.blobs.remove(sha)
 
 
-def _waits(settings: CoordinatorSettings) -> Waits:
+def waits_of(settings: CoordinatorSettings) -> Waits:
+    """The waits of the machine."""
     waits = settings.waits
     return Waits(
         silent_s=waits.silent_s, absent_s=waits.absent_s, fresh_s=waits.cautious_periods * waits.period_s,
-        gather_s=waits.gather_s, repeat_s=waits.repeat_s,
+        gather_s=waits.gather_s, repeat_s=waits.repeat_s, grace_s=waits.grace_s, remind_s=waits.remind_s,
+        release_look_s=waits.release_look_s, release_remind_s=waits.release_remind_s, patience=waits.patience,
     )  # fmt: skip
 
 

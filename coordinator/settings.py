@@ -44,11 +44,21 @@ class WaitSettings(Section, frozen=True, kw_only=True):
     """After enough devices are ready, how long to wait for more before planning."""
     repeat_s: Seconds = 2.0
     """Pause before a round that failed is planned again; doubles with every failure, up to a minute."""
+    patience: Annotated[float, Meta(ge=1)] = 5.0
+    """Where devices keep coming and going: planned all the same after so many times `gather_s`."""
+    grace_s: Seconds = 30.0
+    """After a restart or an outage nothing ends by its deadline before the devices had so long to be heard again."""
+    remind_s: Seconds = 10.0
+    """An assignment that shows no effect is published again: a broker may drop what it acknowledged."""
     retry_s: Seconds = 5.0
     """A wanted chunk that did not come is wanted again."""
     release_s: Seconds = 1800.0
     """How long the canaries of a release, then the rest, then a rollback may take; `muster release --deadline` says
     otherwise. A device tries a release between two rounds."""
+    release_look_s: Seconds = 1.0
+    """Between two looks at the devices of a release, where nothing came from them."""
+    release_remind_s: Seconds = 30.0
+    """A desired release that shows no effect is published again."""
     worker_silence_s: Seconds = 600.0
     """A model worker that says nothing for so long is killed and started again."""
 

@@ -140,6 +140,23 @@ def on_checked(turn: Turn, event: ev.UpdateChecked) -> None:
     turn.do(cmd.Settle(event.device, event.sha, "stored"))
 
 
+def on_left(turn: Turn, device: str) -> None:
+    """A device was taken out of the fleet: what it has under way to us is not counted, nor what it may still send for
+    this attempt. An update that is counted already stays."""
+    _forget(turn, device)
+    job = turn.state.active
+    round = job.round if job is not None and job.phase == "open" else None
+    if job is None or round is None or device not in round.participants:
+        return
+    if round.participants[device].outcome == "assigned":
+        turn.record(
+            rec.UpdateRefused(
+                job=job.id, round=round.number, attempt=round.attempt, device=device, sha="",
+                reason="the device left the fleet",
+            )
+        )  # fmt: skip
+
+
 def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
     """Participant -> assigned, accepted, done, refused, failed or silent (a silent one's update is still taken)."""
     round = job.round

@@ -16,8 +16,6 @@ from shared.errors import UserError
 
 REPEAT_CAP_S = 60.0
 """Longest pause before a round is planned once more."""
-PATIENCE = 5.0
-"""Times `gather_s` after which a restless fleet is planned all the same."""
 
 
 def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
@@ -31,7 +29,7 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
     gather = state.waits.gather_s
     if job.attempt > 0 and event.now - state.since < min(REPEAT_CAP_S, state.waits.repeat_s * 2.0 ** (job.attempt - 1)):
         return
-    if event.now - state.settled_at < gather and event.now - state.since < PATIENCE * gather:
+    if event.now - state.settled_at < gather and event.now - state.since < state.waits.patience * gather:
         return
     rounds = job.spec.rounds
     # Of a sample one able device is enough: more were ready to be drawn from.

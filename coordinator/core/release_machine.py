@@ -20,15 +20,6 @@ from shared import machines
 from shared.release_messages import Release as Desired
 from shared.release_messages import ReleaseState
 
-LOOK_EVERY_S = 1.0
-"""Between two looks at the devices of a release, where nothing came from them."""
-REMIND_EVERY_S = 30.0
-"""A desired release that shows no effect is published again: a broker may drop what it acknowledged."""
-PATIENCE = 5.0
-"""Times `gather_s` after which a restless fleet counts as heard all the same."""
-GRACE_S = 30.0
-"""A phase lasts at least so long after we began to hear the devices again."""
-
 
 def on_event(turn: Turn, event: ev.ReleaseEvent) -> None:
     """Take what an operator or the packing has to say."""
@@ -135,10 +126,10 @@ def _returned(turn: Turn, release: Release, device: str, report: ReleaseState, e
 
 
 def on_tick(turn: Turn, event: ev.Tick) -> None:
-    """Decide about the phase of the release under way, at most once a `LOOK_EVERY_S` where nothing came."""
+    """Decide about the phase of the release under way, at most once a `release_look_s` where nothing came."""
     state = turn.state
     release = releases.under_way(state.releases)
-    if release is None or event.now - state.release_looked_at < LOOK_EVERY_S:
+    if release is None or event.now - state.release_looked_at < state.waits.release_look_s:
         return
     turn.update(release_looked_at=event.now)
     over = _is_over(state, release, event.now)
@@ -206,7 +197,7 @@ def _begin_if_heard(turn: Turn, release: Release, event: ev.Tick) -> None:
     with_data = [device for device in able if dataset in _datasets(state.fleet[device])]
     chosen = releases.choose(able, with_data, release.canaries)
     complete = bool(chosen) and set(chosen) >= set(release.canaries.devices)
-    if not complete and now - max(state.restarted_at, state.release_since) < GRACE_S:
+    if not complete and now - max(state.restarted_at, state.release_since) < state.waits.grace_s:
         return
     if not chosen:
         why = "; ".join(f"{device}: {reason}" for device, reason in sorted(left_out.items())[:5])
@@ -337,14 +328,14 @@ def _hears(state: State, now: float) -> bool:
     """Whether the fleet is known as it is: after a start or an outage the devices tell us anew that they are there."""
     gather = state.waits.gather_s
     quiet = now - max(state.settled_at, state.restarted_at) >= gather
-    return not state.cut_off and (quiet or now - state.restarted_at >= PATIENCE * gather)
+    return not state.cut_off and (quiet or now - state.restarted_at >= state.waits.patience * gather)
 
 
 def _is_gone(state: State, device: str, now: float) -> bool:
     """Whether nothing is to be expected of a device; it will hear what it is to have once it is back."""
     known = state.fleet.get(device)
     if known is None or known.state is None:
-        return now - state.restarted_at >= GRACE_S
+        return now - state.restarted_at >= state.waits.grace_s
     return not known.present or now - known.heard_at > state.waits.absent_s
 
 
@@ -352,7 +343,7 @@ def _is_over(state: State, release: Release, now: float) -> bool:
     """Whether the phase's time is up. Who was cut off, or began anew, hears the devices first."""
     deadline_at = state.release_since + release.deadline_s
     if state.restarted_at > state.release_since:
-        deadline_at = max(deadline_at, state.restarted_at + GRACE_S)
+        deadline_at = max(deadline_at, state.restarted_at + state.waits.grace_s)
     return now >= deadline_at and not state.cut_off
 
 
@@ -368,8 +359,9 @@ def _remind(turn: Turn, now: float) -> None:
 
 def _repeat(turn: Turn, device: str, now: float) -> None:
     """Say it again where the last word shows no effect; a device tells now and then what it goes by."""
-    told, report = turn.state.release_told.get(device), turn.state.release_reports.get(device)
-    if told is None or now - told[1] < REMIND_EVERY_S:
+    state = turn.state
+    told, report = state.release_told.get(device), state.release_reports.get(device)
+    if told is None or now - told[1] < state.waits.release_remind_s:
         return
     heard = report is not None and report.release == told[0][0]
     pending = told[0][1] and report is not None and report.stage == "active"  # the word to keep it got lost

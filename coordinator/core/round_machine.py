@@ -35,10 +35,6 @@ from shared.messages import (
 from shared.release_messages import ReleaseState
 
 REBIRTH_EVERY_S = 10.0
-GRACE_S = 30.0
-"""A round stays open at least so long after we began to hear the devices again."""
-REMIND_EVERY_S = 10.0
-"""An assignment that shows no effect is published again: a broker may drop what it acknowledged."""
 ATTEMPTS = 8
 """Times a round is tried before the job pauses for an operator."""
 
@@ -135,6 +131,7 @@ def _on_device(turn: Turn, event: ev.FromDevice | ev.Heard | ev.Decommissioned) 
             turn.update(fleet=fleet.hear(before, event.device, event.now))
         case ev.Decommissioned():
             turn.update(fleet={d: p for d, p in before.items() if d != event.device})
+            collecting.on_left(turn, event.device)
             release_machine.forget(turn, event.device)
         case ev.FromDevice():
             _on_message(turn, event)
@@ -247,7 +244,7 @@ def _close_if_due(turn: Turn, job: Job, event: ev.Tick) -> None:
     # After a restart or an outage the updates that wait on the devices get a chance first.
     deadline_at = turn.state.since + round.plan.deadline_s
     if turn.state.restarted_at > turn.state.since:
-        deadline_at = max(deadline_at, turn.state.restarted_at + GRACE_S)
+        deadline_at = max(deadline_at, turn.state.restarted_at + turn.state.waits.grace_s)
     verdict, reason = closing(found, job.spec.rounds.quorum, event.now, deadline_at)
     if verdict == "wait":
         _remind(turn, job, found, event.now)
@@ -268,7 +265,7 @@ def _remind(turn: Turn, job: Job, found: dict[str, Status], now: float) -> None:
     due = [
         device
         for device, status in found.items()
-        if now - max(state.reminded.get(device, state.since), state.restarted_at) >= REMIND_EVERY_S
+        if now - max(state.reminded.get(device, state.since), state.restarted_at) >= state.waits.remind_s
         and collecting.idle(state, job, device, status)
     ]
     if due:

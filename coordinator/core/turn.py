@@ -25,6 +25,12 @@ class Waits:
     fresh_s: float = 30.0
     gather_s: float = 2.0
     repeat_s: float = 2.0
+    grace_s: float = 30.0
+    remind_s: float = 10.0
+    release_look_s: float = 1.0
+    release_remind_s: float = 30.0
+    patience: float = 5.0
+    """Times `gather_s`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,24 @@ def revoke(
     print(f"{name}: {len(found)} revoked; copy {authority.crlfile} to the broker, then reload it")
 
 
+@app.command(epilog="Example: [bold]muster pki suspend edge-07[/bold]")
+def suspend(name: Name, folder: Folder = _HERE, passphrase_file: Passphrase = "") -> None:
+    """Keep a name out until you resume it: its certificates are on the list meanwhile, and nothing is renewed."""
+    authority = open_authority(folder, passphrase_file)
+    found = authority.revoke(name, _now(), reason=rules.HOLD)
+    if not found and not rules.suspended(authority.register, name):
+        raise UserError(f"{name}: its certificates were revoked, which is for good")
+    print(f"{name}: suspended; copy {authority.crlfile} to the broker, reload it, then muster broker kick {name}")
+
+
+@app.command(epilog="Example: [bold]muster pki resume edge-07[/bold]")
+def resume(name: Name, folder: Folder = _HERE, passphrase_file: Passphrase = "") -> None:
+    """Let a suspended name in again, with the certificate and key that it has."""
+    authority = open_authority(folder, passphrase_file)
+    authority.resume(name, _now())
+    print(f"{name}: resumed; copy {authority.crlfile} to the broker, then reload it")
+
+
 @app.command(epilog="Example: [bold]muster pki crl[/bold]")
 def crl(folder: Folder = _HERE, passphrase_file: Passphrase = "") -> None:
     """Write the revocation list anew. A broker whose list has expired refuses everyone."""
@@ -168,7 +186,7 @@ def crl(folder: Folder = _HERE, passphrase_file: Passphrase = "") -> None:
 def list_names(folder: Folder = _HERE, json: Json = False) -> None:
     """List the newest certificate of each name, and until when the revocation list is good."""
     register = open_authority(folder).register
-    newest = {entry.name: entry for entry in sorted(register.entries, key=lambda entry: entry.revoked_at is None)}
+    newest = {entry.name: entry for entry in sorted(register.entries, key=_standing)}
     _table(register, [entry for _, entry in sorted(newest.items())], as_json=json)
 
 
@@ -180,6 +198,11 @@ def show(name: Name, folder: Folder = _HERE, json: Json = False) -> None:
     if not found:
         raise UserError(f"{name}: no certificate of this name was issued here")
     _table(register, found, as_json=json, serials=True)
+
+
+def _standing(entry: Entry) -> tuple[bool, bool]:
+    """The higher, the more it says of its name: in force, suspended, revoked."""
+    return entry.revoked_at is None, entry.reason == rules.HOLD
 
 
 def _tell(issued: Sequence[Issued], *, as_json: bool) -> None:

@@ -179,6 +179,14 @@ class Authority:
             self._list(signer, now)
         return revoked
 
+    def resume(self, name: str, now: datetime.datetime) -> list[Entry]:
+        """Take a suspension of `name` (a revocation for `rules.HOLD`) back, and write the list."""
+        with self._turn() as signer:
+            changed, resumed = rules.resume(self.register, name)
+            self._save(changed)
+            self._list(signer, now)
+        return resumed
+
     def refresh(self, now: datetime.datetime) -> Path:
         """Write the revocation list anew, so that it does not expire. Returns its path."""
         with self._turn() as signer:

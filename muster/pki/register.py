@@ -18,8 +18,11 @@ Role = Literal["device", "coordinator", "reader", "gate", "server"]
 """What a name is: `reader` may read the whole fleet (a dashboard), `gate` its presence alone (a health gate), and
 `server` is a broker's own certificate. It decides what a certificate may be used for, and the access list."""
 ROLES: tuple[Role, ...] = get_args(Role)
-Reason = Literal["unspecified", "key_compromise", "cessation_of_operation", "superseded"]
-REASONS: tuple[Reason, ...] = get_args(Reason)
+Reason = Literal["unspecified", "key_compromise", "cessation_of_operation", "superseded", "certificate_hold"]
+HOLD: Reason = "certificate_hold"
+"""The one reason that can be taken back: the name is suspended."""
+REASONS: tuple[Reason, ...] = tuple(reason for reason in get_args(Reason) if reason != HOLD)
+"""Of a revocation, which is for good."""
 Days = Annotated[int, Meta(ge=1, le=36500)]
 
 SKEW = datetime.timedelta(minutes=5)
@@ -120,8 +123,10 @@ def admit(register: Register, wanted: Wanted, now: datetime.datetime) -> None:
             raise UserError(f"{name}: the name was given to a {entry.role}; a {wanted.role} needs another")
         if entry.key == wanted.key and entry.name != name:
             raise UserError(f"{name}: its key is {entry.name}'s too (a copied disk?): make a new one on the node")
-        if entry.key == wanted.key and entry.revoked_at is not None and entry.reason != "superseded":
+        if entry.key == wanted.key and entry.revoked_at is not None and entry.reason not in ("superseded", HOLD):
             raise UserError(f"{name}: its key was revoked: make a new one on the node")
+    if suspended(register, name):
+        raise UserError(f"{name}: it is suspended: muster pki resume {name}, or revoke it")
     last = current(register, name)
     if wanted.renew and last is None:
         raise UserError(f"{name}: nothing to renew: it has no certificate that was not revoked")
@@ -169,8 +174,8 @@ def revoke(
 ) -> tuple[Register, list[Entry]]:
     """The register with every certificate of `name` revoked, and which were not so before.
 
-    Expired ones too, else they would be renewed. `only_old`: all but the newest. Raises `UserError` for a name that was
-    never given.
+    Expired ones too, else they would be renewed. `only_old`: all but the newest. Who was suspended can be revoked.
+    Raises `UserError` for a name that was never given.
     """
     if not any(entry.name == name for entry in register.entries):
         raise UserError(f"{name}: no certificate of this name was issued here")
@@ -178,8 +183,29 @@ def revoke(
     found: list[Entry] = []
     entries = []
     for entry in register.entries:
-        if entry.name == name and entry.revoked_at is None and entry != newest:
+        held = entry.reason == HOLD and reason != HOLD
+        if entry.name == name and (entry.revoked_at is None or held) and entry != newest:
             entry = structs.replace(entry, revoked_at=_whole(now), reason=reason)
+            found.append(entry)
+        entries.append(entry)
+    return structs.replace(register, entries=tuple(entries)), found
+
+
+def suspended(register: Register, name: str) -> bool:
+    """Whether the certificates of `name` are withheld for a while."""
+    return any(entry.name == name and entry.reason == HOLD for entry in register.entries)
+
+
+def resume(register: Register, name: str) -> tuple[Register, list[Entry]]:
+    """The register with what `suspended` says taken back; the certificates that are good again, or were until they
+    expired. Raises `UserError` for a name that is not suspended."""
+    if not suspended(register, name):
+        raise UserError(f"{name}: it is not suspended")
+    found: list[Entry] = []
+    entries = []
+    for entry in register.entries:
+        if entry.name == name and entry.reason == HOLD:
+            entry = structs.replace(entry, revoked_at=None, reason="unspecified")
             found.append(entry)
         entries.append(entry)
     return structs.replace(register, entries=tuple(entries)), found
@@ -210,9 +236,9 @@ def next_list(register: Register, now: datetime.datetime) -> Register:
 
 
 def state_of(register: Register, entry: Entry, now: datetime.datetime) -> str:
-    """revoked, expired, replaced (by a newer one), due (for renewal) or good."""
+    """suspended, revoked, expired, replaced (by a newer one), due (for renewal) or good."""
     if entry.revoked_at is not None:
-        return "revoked"
+        return "suspended" if entry.reason == HOLD else "revoked"
     if now >= entry.not_after:
         return "expired"
     if entry != current(register, entry.name):

@@ -20,6 +20,7 @@ _FLAGS: dict[Reason, x509.ReasonFlags] = {
     "key_compromise": x509.ReasonFlags.key_compromise,
     "cessation_of_operation": x509.ReasonFlags.cessation_of_operation,
     "superseded": x509.ReasonFlags.superseded,
+    "certificate_hold": x509.ReasonFlags.certificate_hold,
 }
 """An unspecified reason is told by saying none (RFC 5280, 5.3.1)."""
 

@@ -44,7 +44,7 @@ def publish(owner: Owner, topic: topics.Topic, **parts: object) -> str:
     return owner.wait(Published, before + 1)[-1].reason
 
 
-def test_30_the_acl_lets_each_side_do_its_part_and_surfaces_what_it_denies(secure: Secure, own: Own) -> None:
+def test_case_30_the_acl_lets_each_side_do_its_part_and_surfaces_what_it_denies(secure: Secure, own: Own) -> None:
     """Cases 9 and 30: denied once, named, not tried again."""
     coordinator = own(secure.settings("coord-1", "coordinator"), "coord-1", topics.coordinator_filters(FLEET))
     coordinator.wait(Connected)
@@ -72,7 +72,7 @@ def test_30_the_acl_lets_each_side_do_its_part_and_surfaces_what_it_denies(secur
 
 
 @pytest.mark.parametrize(("name", "role"), [("coord-1", "coordinator"), ("board", "reader"), ("gate-1", "gate")])
-def test_30_who_is_no_device_is_none_of_its_own_name_either(secure: Secure, own: Own, name: str, role: str) -> None:
+def test_case_30_who_is_no_device_is_none_of_its_own_name(secure: Secure, own: Own, name: str, role: str) -> None:
     """Case 30: patterns of an access list hold for every user; without deny lines a dashboard could play a device."""
     other = own(secure.settings(name, role), name)
     other.wait(Connected)
@@ -84,7 +84,7 @@ def test_30_who_is_no_device_is_none_of_its_own_name_either(secure: Secure, own:
         assert publish(other, topics.STATE, device="dev-1") == "Not authorized"
 
 
-def test_30_a_gate_sees_presence_and_nothing_else(secure: Secure, own: Own) -> None:
+def test_case_30_a_gate_sees_presence_and_nothing_else(secure: Secure, own: Own) -> None:
     """Case 30."""
     everything = [(f"{topics.PREFIX}/{FLEET}/#", 1)]
     gate = own(secure.settings("gate-1", "gate"), "gate-1", everything)
@@ -110,7 +110,7 @@ def test_the_certificate_names_the_client(secure: Secure, own: Own) -> None:
     assert len(first.events) == 1
 
 
-def test_33_a_revoked_certificate_is_refused_after_a_reload(secure: Secure, own: Own) -> None:
+def test_case_33_a_revoked_certificate_is_refused_after_a_reload(secure: Secure, own: Own) -> None:
     """Case 33: the connection that stands ends when it is kicked or by itself; then there is no way back."""
     device = own(secure.settings("dev-1", reconnect_max_s=0.2), "dev-1", DEVICE)
     other = own(secure.settings("dev-2"), "dev-2")
@@ -129,7 +129,26 @@ def test_33_a_revoked_certificate_is_refused_after_a_reload(secure: Secure, own:
     assert other.of(Disconnected) == []
 
 
-def test_33_what_a_kick_used_is_worth_nothing_after_the_next_list(secure: Secure, own: Own) -> None:
+def test_case_33_a_suspended_device_is_out_until_it_is_resumed(secure: Secure, own: Own) -> None:
+    """With the certificate and the key that it has; what was queued for it meanwhile is gone."""
+    device = own(secure.settings("dev-1", reconnect_max_s=0.2), "dev-1", DEVICE)
+    device.wait(Connected)
+    folder = ["--folder", str(secure.authority.folder)]
+    assert main(["pki", "suspend", "dev-1", *folder]) == 0
+    secure.reload()
+    where = ["--host", "127.0.0.1", "--port", str(secure.broker.port)]
+    assert main(["broker", "kick", "dev-1", *where, *folder]) == 0
+    device.wait(Disconnected)
+    assert "revoked" in device.wait(TransportFailed)[0].reason.lower()
+    device.rest(1.0)
+    assert len(device.of(Connected)) == 1
+    assert main(["pki", "resume", "dev-1", *folder]) == 0
+    secure.reload()
+    device.wait(Connected, 2)
+    assert publish(device, topics.STATE, device="dev-1") == ""
+
+
+def test_case_33_what_a_kick_used_is_worth_nothing_after_the_next_list(secure: Secure, own: Own) -> None:
     """Case 33."""
     device = own(secure.settings("dev-1"), "dev-1", DEVICE)
     device.wait(Connected)
@@ -145,7 +164,7 @@ def test_33_what_a_kick_used_is_worth_nothing_after_the_next_list(secure: Secure
     again.wait(Connected)
 
 
-def test_33_a_second_revocation_within_the_same_second_counts(secure: Secure, own: Own) -> None:
+def test_case_33_a_second_revocation_within_the_same_second_counts(secure: Secure, own: Own) -> None:
     """Case 33."""
     for name in ("dev-1", "dev-2"):
         secure.settings(name)
@@ -168,7 +187,7 @@ def test_a_kick_needs_a_broker_and_a_name(secure: Secure) -> None:
     assert not list(secure.authority.folder.glob(".kick*"))
 
 
-def test_34_a_client_without_a_good_certificate_is_refused(secure: Secure, own: Own) -> None:
+def test_case_34_a_client_without_a_good_certificate_is_refused(secure: Secure, own: Own) -> None:
     """Case 34: of another authority, none, expired, not yet valid, a broker's."""
     stranger = Machines(secure.place / "stranger", FLEET).authority
     good = str(secure.authority.cafile)
@@ -186,7 +205,7 @@ def test_34_a_client_without_a_good_certificate_is_refused(secure: Secure, own: 
         assert owner.of(Connected) == []
 
 
-def test_34_nothing_below_tls_1_3_is_spoken(secure: Secure) -> None:
+def test_case_34_nothing_below_tls_1_3_is_spoken(secure: Secure) -> None:
     """Case 34."""
     settings = secure.settings("dev-1")
     context = ssl.create_default_context(cafile=settings.cafile)
@@ -215,7 +234,7 @@ def impostor(place: Path, authority_of: Machines, certificate: Path, **overrides
         ("another authority", "self-signed certificate in certificate chain"),
     ],
 )
-def test_34_our_client_refuses_a_broker_that_is_not_its_own(secure: Secure, own: Own, what: str, told: str) -> None:
+def test_case_34_our_client_refuses_a_broker_not_its_own(secure: Secure, own: Own, what: str, told: str) -> None:
     """Case 34, the other way round."""
     machines = secure.machines
     if what == "another authority":
@@ -236,7 +255,7 @@ def test_34_our_client_refuses_a_broker_that_is_not_its_own(secure: Secure, own:
         assert "New client connected" not in fake.log
 
 
-def test_34_our_client_speaks_nothing_below_tls_1_3(secure: Secure, own: Own) -> None:
+def test_case_34_our_client_speaks_nothing_below_tls_1_3(secure: Secure, own: Own) -> None:
     """Case 34: to a broker that knows TLS 1.2 alone: `openssl s_server`, since mosquitto would offer 1.3 beside it."""
     folder, port = secure.machines.folder / "server", free_port()
     server = subprocess.Popen(
@@ -254,7 +273,7 @@ def test_34_our_client_speaks_nothing_below_tls_1_3(secure: Secure, own: Own) ->
         server.wait()
 
 
-def test_34_a_revoked_broker_is_refused_by_clients_that_have_the_list(secure: Secure, own: Own) -> None:
+def test_case_34_a_revoked_broker_is_refused_by_clients_that_have_the_list(secure: Secure, own: Own) -> None:
     """Cases 33 and 34."""
     secure.authority.revoke("server", now(), reason="key_compromise")
     crl = str(secure.authority.crlfile)

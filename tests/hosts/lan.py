@@ -67,7 +67,7 @@ def remove(folder: Path) -> None:
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     names = [line.split()[0] for line in listed.splitlines() if line.startswith(PREFIX)]
     until = time.monotonic() + _KILL_WITHIN_S
-    while (pids := [pid for name in names for pid in _pids(name)]) and time.monotonic() < until:
+    while (pids := [pid for name in names for pid in processes(name)]) and time.monotonic() < until:
         for pid in pids:
             _kill(pid)
         time.sleep(0.05)
@@ -77,7 +77,8 @@ def remove(folder: Path) -> None:
         run("ip", "netns", "delete", name)
 
 
-def _pids(name: str) -> list[int]:
+def processes(name: str) -> list[int]:
+    """Ids of all that runs in a namespace."""
     listed = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True, check=False).stdout
     return [int(pid) for pid in listed.split()]
 

@@ -7,6 +7,9 @@ a kernel of its own.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import threading
 import time
@@ -24,6 +27,7 @@ BOOT_WITHIN_S = 180.0
 _REBOOT = 133
 """nspawn's exit code when the host asked for a reboot."""
 _LOOK_EVERY_S = 0.2
+_KILL_WITHIN_S = 20.0
 
 
 class HostFailed(Exception):
@@ -102,12 +106,21 @@ class Host:
         raise HostFailed(f"{self.name} did not boot in {BOOT_WITHIN_S:.0f} s ({state}): {self.last_words()}")
 
     def kill(self) -> None:
-        """Cut its power."""
+        """Cut its power. Raises `HostFailed` if anything of it runs on: beside it, another boot would prove nothing."""
         self._stopping = True
         if self._process is not None:
-            self._process.kill()
+            # Not nspawn itself: without it the host runs on. With its first process all others of the host end.
+            for pid in _children(self._process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         if self._watcher is not None:
-            self._watcher.join()
+            self._watcher.join(_KILL_WITHIN_S)
+        name = lan.namespace(self.number)
+        until = time.monotonic() + _KILL_WITHIN_S
+        while left := lan.processes(name):
+            if time.monotonic() > until:
+                raise HostFailed(f"{self.name}: processes {left} run on without power")
+            time.sleep(_LOOK_EVERY_S)
 
     def ssh(self, command: str, *, check: bool = True, root: bool = False) -> subprocess.CompletedProcess[str]:
         """Run a line of shell on it, over SSH. `check`: raises `HostFailed` where it fails."""
@@ -146,6 +159,11 @@ class Host:
         options = ["--quiet", "--register=no", "--keep-unit", "--console=pipe", "--resolv-conf=off", "--timezone=off"]
         place = [f"--directory={self.root}", f"--machine={self.name}", where]
         return ["systemd-nspawn", *options, "--boot", *place, *mounts]
+
+
+def _children(pid: int) -> list[int]:
+    listed = [path.read_text(encoding="ascii") for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(child) for child in " ".join(listed).split()]
 
 
 def _quoted(command: str) -> str:

@@ -40,7 +40,7 @@ dataset = "points"
 [rounds]
 count = {rounds}
 min_devices = 2
-quorum = 1.0
+quorum = {quorum}
 local_steps = {steps}
 deadline_s = 120
 [strategy]
@@ -97,10 +97,10 @@ class Site:
         assert ran.code == 0, f"{name}: exit code {ran.code}\n{ran.tail}"
         return ran
 
-    def submit(self, name: str, *, rounds: int = 1, steps: int = 4) -> str:
+    def submit(self, name: str, *, rounds: int = 1, steps: int = 4, quorum: float = 1.0) -> str:
         """Submit a small job on the coordinator's host, as its operator does; its id."""
         path = f"{DATA}/{name}.toml"
-        text = JOB.format(name=name, rounds=rounds, steps=steps)
+        text = JOB.format(name=name, rounds=rounds, steps=steps, quorum=quorum)
         self.hosts[SERVER].ssh(f"cat > {path} <<'END'\n{text}\nEND", root=True)
         return self.muster("submit", path).strip()
 
@@ -170,6 +170,7 @@ class Site:
             # The test agent has no 4-bit kernel.
             "muster_edge_doctor_tolerates": ["kernel cpu"],
             "muster_edge_data": {"points": f"{DATA}/points.jsonl"},
+            "muster_edge_release": {"hold_out": 0.125, "share": 0.25},
             "muster_edge_settings": {
                 "agent": {"command": self._program("edge-numpy", "numpy_agent"), "gpus": ["cpu"]},
                 "models": {MODEL: MODEL},

@@ -34,6 +34,8 @@ def test_a_site_from_bare_machines(machines: Site) -> None:
     assert states == {"coord-1": "online", TORCH: "ready", SMALL: "ready"}
     keys = [machines.hosts[name].ssh(f"stat -c '%a %U' /etc/muster/pki/{name}.key").stdout.split() for name in DEVICES]
     assert keys == [["400", "root"]] * 2
+    settings = machines.hosts[SMALL].ssh("cat /etc/muster/edge.toml", root=True).stdout
+    assert "[release]\nhold_out = 0.125\nshare = 0.25\n" in settings
 
 
 def test_case_42_a_second_run_changes_nothing(machines: Site) -> None:

@@ -73,7 +73,7 @@ def test_a_machine_enrols(authority: Authority, machine: Enrolment) -> None:
     assert machine.check(day(60.1)).state == "due"
 
 
-def test_40_a_key_is_for_its_owner_alone_from_the_first_byte_on(authority: Authority, machine: Enrolment) -> None:
+def test_case_40_a_key_is_for_its_owner_alone_from_the_first_byte_on(authority: Authority, machine: Enrolment) -> None:
     before = os.umask(0)
     try:
         enrolled(authority, machine)
@@ -201,7 +201,7 @@ def test_a_name_that_can_not_be_read_is_a_fault_in_one_line(authority: Authority
 
 
 @pytest.mark.parametrize("name", ["Edge-01", "edge/01", "../x", "e", "a" * 64])
-def test_35_a_name_that_is_no_device_id_is_refused(tmp_path: Path, name: str) -> None:
+def test_case_35_a_name_that_is_no_device_id_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match="use 2 to 63 of a-z"):
         Enrolment(tmp_path, name)
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ from coordinator.core import release_records as rec
 from coordinator.core import releases
 from coordinator.core.release_records import Canaries
 from coordinator.core.release_transitions import TABLE
+from coordinator.core.turn import Waits
 from coordinator.performing import line
 from shared import machines
-from shared.messages import DeviceState
+from shared.messages import BlobRef, DeviceState
 from tests.unit.release_machine_rig import DEVICES, SCORES, ReleaseRig
 
 
@@ -418,3 +420,61 @@ def test_the_walks_reach_every_phase() -> None:
         _turn(rig, draw)
         seen |= {one.phase for one in rig.state.releases.values()}
     assert seen == set(machines.phases(TABLE))
+
+
+@pytest.mark.parametrize("waits", [Waits(gather_s=2.0), Waits(gather_s=0.2, grace_s=3.0, release_look_s=0.1)])
+def test_the_grace_of_a_release_after_a_restart_is_a_setting(waits: Waits) -> None:
+    """The second is a tenth of the first."""
+    rig = ReleaseRig()
+    rig.fleet()
+    rig.state = replace(rig.state, waits=waits)
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]), deadline_s=0.1)
+    rig.now += 1.0
+    rig.restart()
+    rig.wait(waits.grace_s - 0.1)
+    assert rig.found(name).phase == "canary", "the devices may not have been heard yet"
+    rig.wait(0.2)
+    rig.wait(waits.release_look_s)
+    assert rig.found(name).phase == "rolled_back", "nobody is known, so there is nobody to wait for"
+
+
+def test_how_often_devices_are_reminded_of_a_release_is_a_setting(rig: ReleaseRig) -> None:
+    rig.state = replace(rig.state, waits=Waits(gather_s=0.0, release_remind_s=3.0))
+    begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.told.clear()
+    rig.wait(2.0)
+    assert rig.told == {}
+    rig.wait(1.1)
+    assert set(rig.told) == {"dev-a"}
+
+
+@pytest.mark.parametrize("look_s", [1.0, 0.1])
+def test_how_often_a_release_is_looked_at_is_a_setting(rig: ReleaseRig, look_s: float) -> None:
+    rig.state = replace(rig.state, waits=Waits(gather_s=0.0, release_look_s=look_s))
+    begun(rig, canaries=Canaries(devices=["dev-a"]))
+    rig.feed(ev.Tick)
+    seen = rig.state.release_looked_at
+    rig.now += 0.5 * look_s
+    rig.feed(ev.Tick)
+    assert rig.state.release_looked_at == seen
+    rig.now += 0.6 * look_s
+    rig.feed(ev.Tick)
+    assert rig.state.release_looked_at == rig.now
+
+
+@pytest.mark.parametrize("patience", [5.0, 2.0])
+def test_a_restless_fleet_counts_as_heard_after_a_while_that_is_a_setting(rig: ReleaseRig, patience: float) -> None:
+    rig.state = replace(rig.state, waits=Waits(gather_s=2.0, patience=patience))
+    rig.restart()
+    name = rig.release(canaries=Canaries(devices=["dev-a"]))
+    rig.feed(ev.Packed, release=name, blob=BlobRef(sha=f"{1:064x}", size=50), kind="lora")
+    began = rig.now
+    epoch = 2
+    while rig.found(name).phase == "packing":
+        assert rig.now - began < 20.0
+        for device in DEVICES:  # again and again one comes
+            rig.feed(ev.FromDevice, device=device, message=DeviceState(s="lost", epoch=epoch))
+            rig.birth(device, epoch=epoch + 1)
+        epoch += 2
+        rig.wait(1.0)
+    assert rig.now - began == pytest.approx(2.0 * patience, abs=1.0)

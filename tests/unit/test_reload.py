@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import msgspec
 import pytest
 
@@ -9,7 +11,8 @@ from coordinator import service as coordinator_service
 from coordinator.core import events as coordinator_events
 from coordinator.core.round_machine import step
 from coordinator.core.turn import State, Waits
-from coordinator.settings import CoordinatorSettings
+from coordinator.runtime import waits_of
+from coordinator.settings import CoordinatorSettings, WaitSettings
 from edge_daemon import protocol
 from edge_daemon import service as edge_service
 from edge_daemon.core import commands as cmd
@@ -116,3 +119,15 @@ def test_the_coordinators_waits_change_without_a_restart() -> None:
     result = step(State(), coordinator_events.Reconfigured(now=1.0, ts=1.0, waits=waits))
     assert result.state.waits == waits
     assert result.records == []
+
+
+def test_every_wait_of_the_machine_comes_from_the_settings() -> None:
+    """By the same name and as it is by default; one that was changed arrives changed."""
+    settings = WaitSettings()
+    for field in dataclasses.fields(Waits):
+        if field.name == "fresh_s":  # of two settings: periods of telemetry
+            continue
+        assert getattr(Waits(), field.name) == getattr(settings, field.name)
+        changed = WaitSettings(**{field.name: getattr(settings, field.name) + 1.0})
+        waits = waits_of(CoordinatorSettings(fleet="lab", waits=changed))
+        assert getattr(waits, field.name) == getattr(changed, field.name)

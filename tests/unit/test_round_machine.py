@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -413,3 +414,59 @@ def test_a_job_name_that_is_a_path_does_not_decode(job: str) -> None:
     rig.open()
     with pytest.raises(DecodeError):
         unpack(pack(replace(rig.manifest("dev-a", A), job=job)), Manifest)
+
+
+def test_the_grace_after_a_restart_is_a_setting() -> None:
+    rig = _to("open")
+    rig.state = dataclasses.replace(rig.state, waits=dataclasses.replace(rig.state.waits, grace_s=3.0, silent_s=60.0))
+    rig.now += 3600
+    rig.restart()
+    round = rig.job.round
+    rig.now += 2.9
+    rig.feed(ev.Tick)
+    assert rig.job.round == round
+    rig.now += 0.2
+    rig.feed(ev.Tick)
+    assert rig.job.round != round
+
+
+def test_when_an_assignment_is_said_again_is_a_setting() -> None:
+    rig = Rig()
+    rig.open()
+    rig.state = dataclasses.replace(rig.state, waits=dataclasses.replace(rig.state.waits, remind_s=1.0))
+    rig.now += 0.9
+    assert not of(rig.feed(ev.Tick), cmd.PublishAssign)
+    rig.now += 0.2
+    assert {c.device for c in of(rig.feed(ev.Tick), cmd.PublishAssign)} == {"dev-a", "dev-b"}
+
+
+@pytest.mark.parametrize("known", ["announced", "stored", "not yet announced"])
+def test_case_33_what_a_device_that_left_the_fleet_has_under_way_is_not_aggregated(known: str) -> None:
+    """Its certificate was revoked, and it was forgotten; the broker may still hold messages of it."""
+    rig = Rig()
+    rig.open()
+    manifest = rig.manifest("dev-b", B)
+    where = {"job": manifest.job, "round": manifest.round, "attempt": manifest.attempt}
+    if known != "not yet announced":
+        rig.feed(ev.FromDevice, device="dev-b", message=manifest)
+    if known == "stored":
+        rig.feed(ev.UpdateStored, device="dev-b", sha=B)
+    rig.feed(ev.Decommissioned, device="dev-b")
+    rig.feed(ev.Decommissioned, device="dev-b")
+    assert [record.reason for record in records(rig, rec.UpdateRefused)] == ["the device left the fleet"]
+    assert not of(rig.feed(ev.FromDevice, device="dev-b", message=manifest), cmd.Pull)
+    rig.feed(ev.UpdateStored, device="dev-b", sha=B)
+    rig.feed(ev.UpdateChecked, device="dev-b", sha=B, reason="", **where)
+    rig.deliver("dev-a", A)
+    assert not records(rig, rec.RoundFolded)
+    assert {record.device for record in records(rig, rec.UpdateAdmitted)} <= {"dev-a"}
+
+
+def test_a_device_that_leaves_takes_nothing_back_that_is_counted() -> None:
+    rig = Rig()
+    rig.open()
+    rig.deliver("dev-b", B)
+    rig.feed(ev.Decommissioned, device="dev-b")
+    rig.deliver("dev-a", A)
+    assert rig.job.phase == "folding"
+    assert not records(rig, rec.UpdateRefused)

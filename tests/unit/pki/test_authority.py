@@ -149,7 +149,7 @@ NAMES_35 = [
 
 
 @pytest.mark.parametrize("name", NAMES_35)
-def test_35_a_common_name_that_is_no_device_id_is_refused(authority: Authority, name: str) -> None:
+def test_case_35_a_common_name_that_is_no_device_id_is_refused(authority: Authority, name: str) -> None:
     """In the request, and as the operator's word."""
     with pytest.raises(UserError, match="^name .*: use 2 to 63 of a-z, 0-9 and '-'"):
         authority.sign(name, request("edge-01"), "device", NOW)
@@ -162,7 +162,7 @@ def test_35_a_common_name_that_is_no_device_id_is_refused(authority: Authority, 
 
 
 @pytest.mark.parametrize("name", ["ed", "edge-01", "e" * 63, "9-", "coord-1-top"])
-def test_35_a_device_id_is_taken(authority: Authority, name: str) -> None:
+def test_case_35_a_device_id_is_taken(authority: Authority, name: str) -> None:
     certificate = load(authority.sign(name, request(name), "device", NOW))
     assert certificates.name_of(certificate, "certificate") == name
 
@@ -250,7 +250,7 @@ def test_a_request_that_was_answered_gets_the_same_certificate(authority: Author
         authority.sign("edge-01", data, "device", day(2))
 
 
-def test_40_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
+def test_case_40_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     before = os.umask(0)  # the worst that a shell can have
     try:
         authority = Authority.create(tmp_path / "deep" / "pki", "fleet1", NOW, passphrase=PASSPHRASE)
@@ -270,7 +270,7 @@ def test_40_keys_are_for_their_owner_alone(tmp_path: Path) -> None:
     assert not list(authority.folder.rglob(".*"))
 
 
-def test_40_an_open_key_is_refused(authority: Authority) -> None:
+def test_case_40_an_open_key_is_refused(authority: Authority) -> None:
     (authority.folder / "ca.key").chmod(0o440)
     with pytest.raises(UserError, match=r"ca.key: others may read it: chmod 400"):
         authority.issue("edge-01", "device", NOW)

@@ -78,6 +78,26 @@ def test_from_an_authority_to_a_revoked_device(run: Run, fleet: Path) -> None:
     assert run("pki", "crl")[1].startswith("pki/crl.pem is good until ")
 
 
+def test_a_device_is_suspended_and_resumed(run: Run, fleet: Path) -> None:
+    assert run("pki", "sign", "edge-01", "--request", "edge/edge-01.csr")[0] == 0
+    assert run("pki", "suspend", "edge-01")[1].startswith("edge-01: suspended; copy pki/crl.pem to the broker")
+    assert listed(run) == {"edge-01": "suspended"}
+    assert run("pki", "suspend", "edge-01")[0] == 0  # again changes nothing
+    assert run("pki", "rotate", "edge-01")[0] == 1
+    code, _, errors = run("pki", "sign", "edge-01", "--request", "edge/edge-01.csr")
+    assert (code, errors) == (2, "error: edge-01: it is suspended: muster pki resume edge-01, or revoke it\n")
+    assert run("pki", "resume", "edge-01")[1].startswith("edge-01: resumed; copy pki/crl.pem to the broker")
+    assert listed(run) == {"edge-01": "good"}
+    assert run("pki", "resume", "edge-01")[::2] == (2, "error: edge-01: it is not suspended\n")
+    assert run("pki", "revoke", "edge-01")[0] == 0
+    assert run("pki", "suspend", "edge-01")[::2] == (
+        2,
+        "error: edge-01: its certificates were revoked, which is for good\n",
+    )
+    code, _, errors = run("pki", "revoke", "edge-01", "--reason", "certificate_hold")
+    assert (code, "--reason certificate_hold: there are unspecified" in errors) == (2, True)
+
+
 def test_a_collected_folder_of_requests_renews_keys(run: Run, fleet: Path) -> None:
     machine = Enrolment(fleet / "edge", "edge-01")
     assert run("pki", "sign", "edge-01", "--request", str(machine.request_file))[0] == 0
@@ -91,7 +111,7 @@ def test_a_collected_folder_of_requests_renews_keys(run: Run, fleet: Path) -> No
     )
 
 
-def test_40_a_passphrase_comes_from_a_file_or_the_environment_alone(
+def test_case_40_a_passphrase_comes_from_a_file_or_the_environment_alone(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "passphrase"

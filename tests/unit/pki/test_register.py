@@ -146,6 +146,30 @@ def test_a_revocation_takes_all_of_a_name_and_is_done_once() -> None:
         rules.revoke(both, "edge-09", day(61), "superseded")
 
 
+def test_a_suspension_is_taken_back_and_lets_nobody_enrol_meanwhile() -> None:
+    both = issued(issued(ONE, "edge-01", 60, key="new", renew=True), "edge-02", 60)
+    held = revoked(both, "edge-01", 61, rules.HOLD)
+    assert [rules.state_of(held, entry, day(62)) for entry in held.entries] == ["suspended", "suspended", "good"]
+    assert [entry.name for entry in rules.listed(held, day(62))] == ["edge-01", "edge-01"]
+    assert "edge-01" not in [entry.name for entry in rules.due(held, day(200))]
+    for key in ("new", "a third"):
+        with pytest.raises(UserError, match="edge-01: it is suspended: muster pki resume edge-01, or revoke it"):
+            issued(held, "edge-01", 62, key=key)
+    again, found = rules.resume(held, "edge-01")
+    assert [entry.serial for entry in found] == ["1", "2"]
+    assert again == both
+    with pytest.raises(UserError, match="edge-02: it is not suspended"):
+        rules.resume(held, "edge-02")
+
+
+def test_a_revocation_of_a_suspended_name_is_for_good() -> None:
+    gone = revoked(revoked(ONE, "edge-01", 1, rules.HOLD), "edge-01", 2)
+    assert [(entry.reason, entry.revoked_at) for entry in gone.entries] == [("key_compromise", day(2))]
+    assert revoked(gone, "edge-01", 3, rules.HOLD) == gone
+    with pytest.raises(UserError, match="edge-01: it is not suspended"):
+        rules.resume(gone, "edge-01")
+
+
 def test_the_list_forgets_what_has_expired_anyway() -> None:
     gone = revoked(ONE, "edge-01", 1)
     assert [entry.serial for entry in rules.listed(gone, day(90.9))] == ["1"]

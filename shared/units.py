@@ -113,8 +113,8 @@ def best(known: Sequence[Group], scores: Scores, ratio: float, within: Kept | No
 
 
 def ratio_of(known: Sequence[Group], kept: Kept) -> float:
-    """The share of the units that is gone, as the mean over the groups."""
-    return float(np.mean([1 - len(kept.get(group.name, range(group.count))) / group.count for group in known]))
+    """The ratio that `kept` was pruned to: the largest share that is gone of a group, for small groups lag behind."""
+    return max((1.0 - len(kept.get(group.name, range(group.count))) / group.count for group in known), default=0.0)
 
 
 # ---- on the wire

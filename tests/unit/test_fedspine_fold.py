@@ -115,6 +115,6 @@ def test_bits_and_places() -> None:
     scores = {"0.channels": np.arange(11.0), "0.heads": np.array([0.5, 0.5, 0.1])}
     assert units.best(groups, scores, 0.5) == {"0.channels": [5, 6, 7, 8, 9, 10], "0.heads": [0, 1]}
     assert units.best(groups, scores, 0.9, kept) == {"0.channels": [3, 10], "0.heads": [1]}
-    assert units.ratio_of(groups, kept) == pytest.approx((8 / 11 + 2 / 3) / 2)
+    assert units.ratio_of(groups, kept) == pytest.approx(8 / 11)
     sizes = {"up": (11, 4), "down": (4, 11), "qkv": (18, 4), "other": (2, 2)}
     assert units.sizes_left(groups, kept, sizes) == {"up": (3, 4), "down": (4, 3), "qkv": (6, 4), "other": (2, 2)}

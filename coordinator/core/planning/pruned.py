@@ -41,12 +41,14 @@ def facts_of(facts: ModelFacts, work: Work) -> ModelFacts:
 
 
 def ratio_of(groups: Sequence[Group], packed: Mapping[str, bytes]) -> float:
-    """The share of the units that is gone, the mean over the groups."""
+    """The ratio that a model of `packed` units was pruned to: as `units.ratio_of`."""
     counts = {group.name: group.count for group in groups}
-    left = [
-        int.from_bytes(bits, "little").bit_count() / counts[name] for name, bits in packed.items() if name in counts
+    gone = [
+        1.0 - int.from_bytes(bits, "little").bit_count() / counts[name]
+        for name, bits in packed.items()
+        if name in counts
     ]
-    return sum(1.0 - share for share in left) / len(counts) if counts else 0.0
+    return max(gone, default=0.0)
 
 
 def merged(

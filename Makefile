@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench bench-planning soak wheelhouse docs clean
+.PHONY: help setup demo test test-all check bench bench-planning bench-fedspine soak wheelhouse docs clean
 
 PYTHON := .venv/bin/python
 MUSTER := .venv/bin/muster
@@ -31,6 +31,9 @@ bench: setup ## Measure; writes bench/results.json and docs/benchmarks.md (keep 
 
 bench-planning: setup ## Strategies on a virtual fleet; resumable, writes docs/results.md (PROFILE=full for the whole grid)
 	$(PYTHON) -m bench.planning --profile $(or $(PROFILE),standard)
+
+bench-fedspine: setup ## FedSpine against its rivals on a virtual fleet; resumable, writes docs/results-fedspine.md
+	$(PYTHON) -m bench.fedspine
 
 soak: setup ## Many rounds on a small fleet; fails when memory or file descriptors grow
 	$(PYTHON) bench/run.py --soak

@@ -41,6 +41,15 @@ VARIANTS: dict[str, Variant] = {
     "every5": Variant(tables={"strategy": {"rescore_every": 5}}),
     "pair": Variant(fields={"profile": "pair", "devices": 2}, tables={"rounds": {"sample": 2, "min_devices": 2}}),
     **{
+        name: Variant(
+            tables={
+                "strategy": {"prune": share, "prune_step": 0.2, "rank": 8},
+                "rounds": {"local_steps": 20},
+            }
+        )
+        for name, share in (("half", 0.5), ("third", 0.3))
+    },
+    **{
         f"{directions}{energy}": Variant(tables={"strategy": {"directions": directions, "energy": energy}})
         for directions in ("largest", "sampled")
         for energy in (0.99, 0.999)

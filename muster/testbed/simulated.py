@@ -39,6 +39,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     params: int
     """Parameters that it trains: factors and head, or the whole base."""
     steps: int
+    pruned: float = 0.0
+    """Share of its heads and channels that is to be gone at the end."""
 
 
 class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +62,9 @@ class RoundResult(msgspec.Struct, frozen=True, kw_only=True):
     prediction_error: float | None
     """Mean of |predicted - trained| / trained seconds over the devices that delivered; None: none did."""
     devices: list[Outcome]
+    pruned: float = 0.0
+    """Share of the units that the model which was evaluated lacks, as planned: that of its devices, the mean; never
+    less than in a round before."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
@@ -160,6 +165,7 @@ def round_results(
     """The committed rounds. `kinds`: of each device; `expected`: by round and device."""
     found: list[RoundResult] = []
     before = (0, 0)
+    pruned = 0.0
     for view in job.rounds:
         if view.round not in watched.committed_at:
             continue
@@ -167,6 +173,8 @@ def round_results(
         now = watched.bytes_at[view.round]
         done = [one for one in devices if one.own_s > 0]
         metrics = view.metrics
+        if done:
+            pruned = max(pruned, _rounded(sum(one.pruned for one in done) / len(done)))
         found.append(
             RoundResult(
                 round=view.round, seconds=_rounded(watched.committed_at[view.round] - watched.planned_at[view.round]),
@@ -174,7 +182,7 @@ def round_results(
                 accuracy=metrics.accuracy if metrics else None, perplexity=metrics.perplexity if metrics else None,
                 accepted=bool(view.accepted), bytes_up=now[0] - before[0], bytes_down=now[1] - before[1],
                 waiting=_rounded(waiting_share([one.own_s for one in done])),
-                prediction_error=_error(done), devices=devices,
+                prediction_error=_error(done), devices=devices, pruned=pruned,
             )
         )  # fmt: skip
         before = now
@@ -198,6 +206,7 @@ def _outcomes(
                 batch=facts.batch if facts else part.work.batch, bits=part.work.bits,
                 rank=max(ranks.values(), default=0), modules=len(ranks),
                 params=need.params, steps=facts.steps if facts else 0,
+                pruned=part.work.prune.ratio if part.work.prune else 0.0,
             )
         )  # fmt: skip
     return found

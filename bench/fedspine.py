@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from bench import planning
+from bench import bandit, planning
 from bench.planning_grid import RATES, TASKS, TUNING_SEED, Method, Run
 from bench.planning_tables import interval
 from coordinator.core.planning.registry import PRUNING
@@ -132,6 +132,7 @@ def page() -> str:
             mine = found.get((name, "half" if name == WHOLE else variant), [])
             lines.append(_row(name, mine, 0.0 if name == WHOLE else share))
         lines.append("")
+    lines += ["## The bandit on synthetic rewards", "", "`python -m bench.bandit`", "", *bandit.table(), ""]
     return "\n".join(lines)
 
 

@@ -2,9 +2,9 @@
 
     python -m bench.bandit
 
-A reward is a bump over the unit square, or a ridge, with noise of 0.05; the best arm's is 0.95. "Before": the mean reward
-at pulls 40-60 over that of the best arm. "After": the same, 40 pulls after the bump has moved to another place. Random:
-pulls at random, for comparison.
+A reward is a bump over the unit square, or a ridge, with noise of 0.05; the best arm's is 0.95. "Before": the mean
+reward at pulls 40-60 over that of the best arm. "After": the same, 40 pulls after the bump has moved to another
+place. Random: pulls at random, for comparison.
 """
 
 from __future__ import annotations

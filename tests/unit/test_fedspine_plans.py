@@ -253,6 +253,23 @@ def test_the_model_of_a_round_is_as_small_as_its_devices() -> None:
     assert FedSpinePlanner().model_left({}, facts())[0] == {}
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"kept": {"0.heads": b"\x01"}}, {"kept": {**told(0.0).kept, "0.heads": b"\x00\x00"}},
+        {"kept": {**told(0.0).kept, "0.heads": b"\x01" * 9}}, {"unit_scores": {"x": b"\x01"}}, {"unit_scores": {}},
+    ],
+)  # fmt: skip
+def test_what_a_device_says_of_its_units_is_its_own_claim(odd: dict[str, dict[str, bytes]]) -> None:
+    given, planner = spec(), FedSpinePlanner()
+    at = seen(machine("a"), machine("b"))
+    plan = planner.plan(at, given)
+    known = planner.learn(report(plan, at, given, {"a": told(0.25), "b": replace(told(0.25), **odd)}))
+    alone = planner.learn(report(plan, at, given, {"a": told(0.25)}))
+    assert (known.kept, known.scores, known.ratios) == (alone.kept, alone.scores, alone.ratios)
+    assert known.plan(seen(machine("a"), machine("b"), round=2), given).participants.keys() == {"a", "b"}
+
+
 def test_the_class_is_the_gpu_else_the_hardware() -> None:
     assert class_of(machine("a", "Jetson Orin Nano").info) == "Jetson Orin Nano"
     assert class_of(device("a").info) == "unknown"

@@ -41,7 +41,7 @@ from coordinator.core.planning.common import global_rank, nobody
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand
 from coordinator.core.planning.drafts import Draft, batches_to_the_jobs
-from coordinator.core.planning.pruned import class_of, cut_to, facts_at, merged, ratio_of
+from coordinator.core.planning.pruned import class_of, cut_to, facts_at, merged, ratio_of, sound
 from coordinator.core.planning.ranks import LEAST, Ranked, of_modules
 from coordinator.core.planning.reasons import word
 from coordinator.core.planning.sizing import Seat, choose_bits, seat
@@ -89,7 +89,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
     def learn(self, report: RoundReport) -> FedSpinePlanner:
         """The planner that also knows this round."""
         planner = replace(self, model=self.model.learn(report))
-        told = {device: facts for device, facts in sorted(report.results.items()) if facts.kept}
+        told = sound(report.facts.groups, report.results) if report.facts is not None else {}
         if report.facts is None or report.job is None or not told:
             return planner
         groups = report.facts.groups
@@ -230,7 +230,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         self, results: Mapping[str, UpdateFacts], facts: ModelFacts
     ) -> tuple[dict[str, bytes], dict[str, bytes]]:
         """(units, fleet's scores) of the model that a round with these results gives: the mean ratio of its devices."""
-        told = {device: one for device, one in sorted(results.items()) if one.kept and one.samples}
+        told = sound(facts.groups, results)
         scores = merged(facts.groups, self.scores, told)
         if not told:
             return {}, scores

@@ -9,6 +9,7 @@ from msgspec.structs import replace
 
 from coordinator.core.facts import ModelFacts
 from shared import units
+from shared.errors import DecodeError
 from shared.messages import DeviceInfo, UpdateFacts, Work
 from shared.units import Group
 
@@ -51,19 +52,33 @@ def ratio_of(groups: Sequence[Group], packed: Mapping[str, bytes]) -> float:
     return max(gone, default=0.0)
 
 
+def sound(groups: Sequence[Group], results: Mapping[str, UpdateFacts]) -> dict[str, UpdateFacts]:
+    """Those that trained and tell of their units what can be: what a device says of itself is its own claim."""
+    counts = {group.name: group.count for group in groups}
+    found = {}
+    for device, facts in sorted(results.items()):
+        told = {name: len(scores) for name, scores in facts.unit_scores.items()}
+        if facts.samples and facts.kept.keys() == counts.keys() and told == counts:
+            try:
+                units.unpack(groups, facts.kept)
+            except DecodeError:
+                continue
+            found[device] = facts
+    return found
+
+
 def merged(
     groups: Sequence[Group], before: Mapping[str, bytes], results: Mapping[str, UpdateFacts]
 ) -> dict[str, bytes]:
     """The fleet's scores after a round: of each device's, in which a unit that is gone has 0, the mean by samples."""
-    told = {device: facts for device, facts in sorted(results.items()) if facts.unit_scores and facts.samples}
+    told = sound(groups, results)
     total = sum(facts.samples for facts in told.values())
     if not total:
         return dict(before)
     found = {group.name: np.zeros(group.count) for group in groups}
     for facts in told.values():
         for name, values in units.unpack_scores(facts.unit_scores).items():
-            if name in found and len(values) == len(found[name]):
-                found[name] += values * (facts.samples / total)
+            found[name] += values * (facts.samples / total)
     old = units.unpack_scores(before)
     mixed = {
         name: SMOOTHING * _scaled(old[name]) + (1 - SMOOTHING) * _scaled(values) if name in old else values

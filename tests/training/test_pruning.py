@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from shared import units
-from shared.modeling import base_model, pruning
+from shared.modeling import base_model, packing, pruning
 from shared.modeling.base_model import Base
 from shared.modeling.faults import ModelFault
 from shared.units import Group
@@ -129,3 +129,20 @@ def test_other_architectures_are_refused_by_name(tmp_path: Path) -> None:
     config = OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=20)
     with pytest.raises(ModelFault, match="not written for opt models; it is for bert, gpt2, llama"):
         pruning.groups(OPTModel(config))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_a_served_base_is_pruned_from_what_it_says(bits: int, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """A device that fetched a quantized base has no other values; quantizing again adds little to that."""
+    exact = loaded("llama", request)
+    folder: Path = request.getfixturevalue("llama")
+    packing.pack(folder, STORIES, bits, tmp_path)  # type: ignore[arg-type]  # one of `Bits`
+    (packed,) = [path for path in tmp_path.iterdir() if path.is_dir()]
+    base = base_model.load(packed, STORIES, bits=bits)  # type: ignore[arg-type]  # one of `Bits`
+    kept = {"0.heads": [0], "1.channels": list(range(0, exact.linears["model.layers.1.mlp.up_proj"].out, 2))}
+    pruning.prune(exact, kept)
+    pruning.prune(base, kept)
+    error = (logits(base).float() - logits(exact)).square().mean() / logits(exact).square().mean()
+    assert float(error) < {16: 1e-3, 8: 4e-3, 4: 0.3}[bits]
+    pruning.prune(base, {})
+    assert base.cuts == {} and base.linears == base_model.load(packed, STORIES, bits=bits).linears  # type: ignore[arg-type]  # one of `Bits`

@@ -21,7 +21,7 @@ from typing import Any
 from bench import bandit, planning
 from bench.planning_grid import RATES, TASKS, TUNING_SEED, Method, Run
 from bench.planning_tables import interval
-from coordinator.core.planning.registry import PRUNING
+from coordinator.core.aggregation.registry import PRUNING
 from muster.testbed import simulated
 from muster.testbed.simulate import Session
 from shared.files import write_whole

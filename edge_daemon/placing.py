@@ -82,8 +82,9 @@ class Placer:
         try:
             runtime.ports.store.releases.activate(release)
         except (Gone, Full) as error:
-            now, fault = runtime.ports.clock(), "gone" if isinstance(error, Gone) else "disk"
-            runtime.step(ev.ReleaseProblem(now=now, release=release, reason=str(error), fault=fault))  # type: ignore[arg-type]  # one of its words
+            fault: Literal["gone", "disk"] = "gone" if isinstance(error, Gone) else "disk"
+            problem = ev.ReleaseProblem(now=runtime.ports.clock(), release=release, reason=str(error), fault=fault)
+            runtime.step(problem)
             return
         runtime.step(ev.ReleaseActivated(now=runtime.ports.clock(), release=release))
 

@@ -22,8 +22,7 @@ def merge(adapter: Path, folder: Path, base: str = "") -> Path:
     `base`: folder or hub id of the base model; empty: as the adapter names it. Whole or not at all. Raises `UserError`
     with a one-line reason where there is nothing to merge into.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already and is not an empty folder")
+    check_new(folder)
     if (adapter / "config.json").is_file():
         raise UserError("the job trained the whole model: its export is one already, leave out --merged")
     if (adapter / "bottleneck_config.json").is_file():
@@ -40,6 +39,12 @@ def merge(adapter: Path, folder: Path, base: str = "") -> Path:
         tokenizer.save_pretrained(str(made))
         made.replace(folder)
     return folder
+
+
+def check_new(folder: Path) -> None:
+    """Raise `UserError` where `folder` holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: exists already and is not an empty folder")
 
 
 def _base_folder(adapter: Path, base: str, config: Mapping[str, Any]) -> Path:

@@ -48,8 +48,7 @@ def make(
     `ratio`: None: as far as devices of `device_class`, or else the job, pruned. `data`: file of rows to measure on.
     Raises `UserError` with a one-line reason.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: exists already and is not an empty folder")
+    merged.check_new(folder)
     told = _read(adapter)
     wanted = _ratio(told, ratio, device_class)
     folder.parent.mkdir(parents=True, exist_ok=True)

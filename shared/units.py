@@ -10,6 +10,7 @@ On the wire the units that stay are bits (`pack`), their scores bytes (`pack_sco
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -96,6 +97,12 @@ def share(known: Sequence[Group], kept: Kept, sizes: Mapping[str, tuple[int, int
     return 1 - sum(out * inp for out, inp in left.values()) / sum(out * inp for out, inp in whole.values())
 
 
+def sizes_at(known: Sequence[Group], ratio: float, sizes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The same where `ratio` of each group goes, whichever units these are."""
+    alike = {group.name: np.zeros(group.count) for group in known}
+    return sizes_left(known, best(known, alike, ratio), sizes)
+
+
 def best(known: Sequence[Group], scores: Scores, ratio: float, within: Kept | None = None) -> dict[str, list[int]]:
     """The units that stay where `ratio` of each group goes, the least of them first, at least one stays.
 
@@ -166,6 +173,13 @@ def unpack_scores(packed: Mapping[str, bytes]) -> dict[str, npt.NDArray[np.float
         values = np.frombuffer(level, np.uint8).astype(np.float64)
         found[name] = np.where(values > 0, 10.0 ** (_DECADES * ((values - 1) / _STEPS - 1)), 0.0)
     return found
+
+
+def left_of(factors: Factors, rows: Places | None, columns: Places | None) -> Factors:
+    """Factors of a whole layer as those of a smaller one that has only these rows and columns (None: all)."""
+    b = factors.b if rows is None else factors.b[rows]
+    a = factors.a if columns is None else factors.a[:, columns]
+    return dataclasses.replace(factors, b=b, a=a, rows=rows, columns=columns)
 
 
 def expanded(factors: Factors, out: int, inp: int) -> Factors:

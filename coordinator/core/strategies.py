@@ -33,11 +33,9 @@ def faults(strategy: StrategySpec) -> list[str]:
         known = ", ".join(sorted(aggregators.TRAINS_DIRECTIONS))
         found.append(f"strategy.directions: devices of {aggregator} train none, only those of {known}")
     if aggregator != aggregators.OWN.get(strategy.name) and (
-        aggregator in aggregators.WITHOUT_LORA or aggregators.OWN.get(strategy.name) in aggregators.WITHOUT_LORA
+        aggregator in aggregators.EXCLUSIVE or aggregators.OWN.get(strategy.name) in aggregators.EXCLUSIVE
     ):
         found.append(f"strategy.aggregator: {aggregator} can't fold what {strategy.name} trains")
-    if (aggregator == "fedspine") != (strategy.name in planners.PRUNING):
-        found.append(f"strategy.aggregator: {aggregator} can't fold what {strategy.name} trains, which prunes or not")
     if strategy.batch_min > strategy.batch_max:
         found.append("strategy.batch_min: larger than strategy.batch_max")
     return found
@@ -48,9 +46,9 @@ def job_faults(job: JobSpec) -> list[str]:
     found, name = faults(job.strategy), job.strategy.name
     if name == "head" and job.task.kind != "classification":
         found.append(f"strategy.name: task.kind {job.task.kind} has no head to train alone")
-    if name in planners.PRUNING and job.base.targets:
+    if name in aggregators.PRUNING and job.base.targets:
         found.append(f"base.targets: {name} prunes and tunes whole blocks; leave it empty")
-    if name in planners.PRUNING and job.task.kind == "least_squares":
+    if name in aggregators.PRUNING and job.task.kind == "least_squares":
         found.append("task.kind: least_squares has no heads or FFN channels to prune")
     if aggregators.name_of(job.strategy) not in aggregators.WITHOUT_LORA:
         return found

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from coordinator.core.aggregation.registry import create
+from coordinator.core.aggregation.registry import PRUNING, create
 from coordinator.core.facts import ActivationFacts, Metrics, ModelFacts, ModuleSpec
-from coordinator.core.planning.registry import PRUNING
 from coordinator.workers.protocol import (
     Evaluate,
     Evaluated,

@@ -15,7 +15,7 @@ Matrices become physically smaller, rows of B and columns of A with their Adam m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,21 +145,20 @@ def gradient_scores(
     base: Base, known: Sequence[Group], kept: units.Kept, carried: Carried, lr: float
 ) -> dict[str, npt.NDArray[np.float64]]:
     """Group -> importance of the units that are there, by the LoRA gradients of one step."""
-    found: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for name, (b, a) in carried.factors.items():
-            if b.grad is None or a.grad is None:
-                continue
-            change = b.grad @ a + b @ a.grad - lr * (b.grad @ a.grad)
-            found[name] = change.mul_(_weight(base, name) + carried.scaling * (b @ a)).abs_()
-    return _by_unit(known, kept, found)
+
+    def matrix(name: str) -> torch.Tensor | None:
+        b, a = carried.factors.get(name, (None, None))
+        if b is None or a is None or b.grad is None or a.grad is None:
+            return None
+        change = b.grad @ a + b @ a.grad - lr * (b.grad @ a.grad)
+        return change.mul_(pruning.frozen(base, name) + carried.scaling * (b @ a)).abs_()
+
+    return _by_unit(known, kept, matrix)
 
 
 def magnitude_scores(base: Base, known: Sequence[Group], kept: units.Kept) -> dict[str, npt.NDArray[np.float64]]:
     """Group -> sum of the absolute weights of each unit of the whole model, 0 for those that are gone."""
-    names = {one.module for group in known for one in group.slices}
-    with torch.no_grad():
-        there = _by_unit(known, kept, {name: _weight(base, name).abs() for name in names})
+    there = _by_unit(known, kept, lambda name: pruning.frozen(base, name).abs())
     found = {}
     for group in known:
         found[group.name] = np.zeros(group.count)
@@ -167,28 +166,26 @@ def magnitude_scores(base: Base, known: Sequence[Group], kept: units.Kept) -> di
     return found
 
 
+@torch.no_grad()
 def _by_unit(
-    known: Sequence[Group], kept: units.Kept, matrices: Mapping[str, torch.Tensor]
+    known: Sequence[Group], kept: units.Kept, matrix: Callable[[str], torch.Tensor | None]
 ) -> dict[str, npt.NDArray[np.float64]]:
-    """Sums over the rows and columns of each unit that is there, of L2 norm one in each matrix, over its matrices."""
+    """Sums over the rows and columns of each unit that is there, of L2 norm one in each matrix, over its matrices.
+
+    `matrix`: of a module, None: it has none. One at a time is held: together they are as large as the whole model.
+    """
     found = {}
     for group in known:
         total = np.zeros(len(kept[group.name]))
         for one in group.slices:
-            if one.module not in matrices:
+            values = matrix(one.module)
+            if values is None:
                 continue
-            sums = matrices[one.module].sum(1 if one.side == "out" else 0)
+            sums = values.sum(1 if one.side == "out" else 0)
             of_units = sums.view(len(one.starts), len(total), one.width).sum((0, 2)).double().cpu().numpy()
             total += of_units / max(float(np.linalg.norm(of_units)), 1e-30)
         found[group.name] = total
     return found
-
-
-def _weight(base: Base, name: str) -> torch.Tensor:
-    layer: Any = base.model.get_submodule(name)
-    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-    weight: torch.Tensor = layer.dequantized() if hasattr(layer, "dequantized") else layer.weight
-    return weight.detach().float()
 
 
 def _cut_of(value: torch.Tensor, name: str, before: lora.Cuts, after: lora.Cuts) -> torch.Tensor:

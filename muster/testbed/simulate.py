@@ -16,9 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.core.aggregation.registry import create, name_of
+from coordinator.core.aggregation.registry import PRUNING, create, name_of
 from coordinator.core.job import TERMINAL
-from coordinator.core.planning.registry import PRUNING
 from coordinator.core.records import RoundPlanned
 from coordinator.web.history import job_view
 from coordinator.web.views import JobView

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from coordinator.core.planning.pruned import ratio_of
 from edge_daemon.core.state import Machine
 from muster.testbed import device_model as dm
@@ -46,9 +44,8 @@ class Base:
         """Share of the parameters in linear layers that stays where `ratio` of each group goes."""
         if not self.groups or ratio <= 0.0:
             return 1.0
-        scores = {group.name: np.zeros(group.count) for group in self.groups}
         sizes = {name: (out, inp) for name, (out, inp, _) in self.linears.items()}
-        left = units.sizes_left(self.groups, units.best(self.groups, scores, ratio), sizes)
+        left = units.sizes_at(self.groups, ratio, sizes)
         return sum(out * inp for out, inp in left.values()) / sum(out * inp for out, inp in sizes.values())
 
 

@@ -15,7 +15,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -116,9 +116,7 @@ def _dense_shapes(base: Base, adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 def left_of(base: Base, name: str, part: Factors) -> Factors:
     """What is left of a module's global factors on a base that was pruned."""
-    rows, columns = base.cuts.get(name, (None, None))
-    b = part.b if rows is None else part.b[rows]
-    return replace(part, b=b, a=part.a if columns is None else part.a[:, columns])
+    return units.left_of(part, *base.cuts.get(name, (None, None)))
 
 
 def product(part: Factors, start: int = 0) -> tuple[Array, Array]:

@@ -111,16 +111,22 @@ def _cut(base: Base, module: str, rows: Places | None, columns: Places | None) -
     }
 
 
+def frozen(base: Base, name: str) -> torch.Tensor:
+    """The weight of linear layer `name` without its adapter, float32."""
+    layer: Any = base.model.get_submodule(name)
+    layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+    weight: torch.Tensor = layer.dequantized() if hasattr(layer, "dequantized") else layer.weight
+    return weight.detach().float()
+
+
 def requantized(base: Base) -> float:
     """Relative error of the pruned layers' weights against the stored ones, mean over the layers; 0 from 16 bits on."""
     if base.bits >= 16 or not base.cuts:
         return 0.0
     files, errors = WeightFiles(base.folder), []
     for name in base.cuts:
-        layer: Any = base.model.get_submodule(name)
-        layer = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         exact = base.value(files, f"{name}.weight")
-        errors.append(float((layer.dequantized().float().cpu() - exact).norm() / exact.norm().clamp_min(1e-30)))
+        errors.append(float((frozen(base, name).cpu() - exact).norm() / exact.norm().clamp_min(1e-30)))
     return sum(errors) / len(errors)
 
 

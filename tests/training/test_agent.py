@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import queue
@@ -117,6 +118,16 @@ def probe(colours: Path, **more: str) -> Probe:
     return Probe(datasets={"colours": str(colours), **more}, share_labels=True, threads=1, beat_s=1.0)
 
 
+@contextlib.contextmanager
+def running(colours: Path) -> Iterator[Agent]:
+    """A probed agent that leaves when it is told to."""
+    agent = Agent()
+    agent.ask(probe(colours), Probed)
+    yield agent
+    agent.say(Shutdown())
+    assert agent.process.wait(timeout=PATIENCE_S) == 0
+
+
 class Site:
     """A device's folder with everything a piece of work needs."""
 
@@ -145,11 +156,8 @@ class Site:
 @pytest.fixture(scope="module")
 def agent(colours: Path) -> Iterator[Agent]:
     """One agent for the tests that leave it alive; each starts and ends with nothing under way."""
-    running = Agent()
-    running.ask(probe(colours), Probed)
-    yield running
-    running.say(Shutdown())
-    assert running.process.wait(timeout=PATIENCE_S) == 0
+    with running(colours) as one:
+        yield one
 
 
 @pytest.fixture

@@ -18,12 +18,12 @@ from coordinator.core.planning.pruned import ratio_of
 from coordinator.fold import Reported, fold_round
 from coordinator.workers.model_worker import ModelWorker
 from coordinator.workers.protocol import Prepare, WorkerFailed
-from edge_daemon.protocol import Probed, Shutdown, Trained
+from edge_daemon.protocol import Trained
 from shared import adapter as adapters
 from shared.frames import FrameWriter
 from shared.jobs import BaseSpec, EvaluationSpec, JobSpec, RoundsSpec, StrategySpec, TrainingSpec
 from tests.training.agent_rounds import Rounds
-from tests.training.test_agent import PATIENCE_S, Agent, probe
+from tests.training.test_agent import Agent, running
 from tests.training.tiny_models import COLOURS, colour_rows, write_jsonl
 
 
@@ -69,11 +69,8 @@ def job_of(name: str, evaluated: Path) -> JobSpec:
 
 @pytest.fixture
 def agent(colours: Path) -> Iterator[Agent]:
-    running = Agent()
-    running.ask(probe(colours), Probed)
-    yield running
-    running.say(Shutdown())
-    assert running.process.wait(timeout=PATIENCE_S) == 0
+    with running(colours) as one:
+        yield one
 
 
 @pytest.mark.timeout(300)

@@ -19,13 +19,13 @@ from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundRepo
 from coordinator.fold import Reported, fold_round
 from coordinator.workers.model_worker import ModelWorker
 from coordinator.workers.protocol import Evaluate, Evaluated, Prepare, Prepared
-from edge_daemon.protocol import Probed, Shutdown, Train, Trained
+from edge_daemon.protocol import Train, Trained
 from shared import adapter as adapters
 from shared.frames import FrameWriter
 from shared.jobs import BaseSpec, EvaluationSpec, JobSpec, RoundsSpec, StrategySpec, TrainingSpec
 from shared.messages import Assignment, BlobRef, DatasetFacts, DeviceInfo, Load, UpdateFacts
 from shared.modeling import lora
-from tests.training.test_agent import PATIENCE_S, Agent, probe
+from tests.training.test_agent import Agent, running
 from tests.training.tiny_models import COLOURS, colour_rows, make_bert, write_jsonl
 
 BLOCKS, MIB = 4, 2**20
@@ -127,11 +127,8 @@ class Rounds:
 
 @pytest.fixture(scope="module")
 def agent(colours: Path) -> Iterator[Agent]:
-    running = Agent()
-    running.ask(probe(colours), Probed)
-    yield running
-    running.say(Shutdown())
-    assert running.process.wait(timeout=PATIENCE_S) == 0
+    with running(colours) as one:
+        yield one
 
 
 def depth_of(ranks: dict[str, int], facts: ModelFacts) -> int:

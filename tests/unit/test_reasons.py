@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from coordinator.core.aggregation import registry as aggregators
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning import reasons, registry
 from shared.jobs import Bits, JobSpec, RoundsSpec
@@ -37,7 +38,7 @@ ROUNDS, SEED = 6, 3
 VARIANTS = ("usual", "bounded", "tight")
 ALIKE = ("fedlora", "ffa", "fedex", "flexlora", "flora")
 """Strategies that are planned as another of the list is, but for what they send."""
-WORDED = [name for name in registry.PLANNERS if name not in registry.PRUNING]
+WORDED = [name for name in registry.PLANNERS if name not in aggregators.PRUNING]
 """The words of those that prune: `test_fedspine_plans.py`."""
 CASES = [
     ("fedpipe", "crowded"),

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from coordinator.core.aggregation.base import Expectation, Wide, column_weights
+from shared import units
 from shared.adapter import Adapter, Factors, Places
 from shared.tensors import Array
 
@@ -95,13 +96,11 @@ def _modules_fault(update: Adapter, expected: Expectation, trains_directions: bo
         before = expected.before.factors.get(name)
         trained = min(given, before.rank) if trains_directions and before is not None else 0
         rank = given * expected.stacked
+        out, inp = _side(part.rows, module.out), _side(part.columns, module.inp)
         fault = None
         if part.rank != rank:
             fault = f"rank {part.rank}, expected {rank}"
-        elif part.b.shape != (_side(part.rows, module.out), rank) or part.a.shape != (
-            rank,
-            _side(part.columns, module.inp),
-        ):
+        elif (part.b.shape, part.a.shape) != ((out, rank), (rank, inp)):
             fault = f"b {part.b.shape} and a {part.a.shape} for a layer of {module.out} x {module.inp}"
         elif part.sigma is not None:
             fault = "an update has no sigma"
@@ -147,11 +146,10 @@ def _not_finite(update: Adapter) -> str:
 def _change_square(part: Factors, before: Factors | None) -> float:
     left, right = part.b.astype(np.float64) * part.scaling, part.a.astype(np.float64)
     if before is not None and part.trained > 0:
-        start = before.b[:, : part.trained] * column_weights(before)[: part.trained]
-        start = start if part.rows is None else start[part.rows]
-        taken = before.a[: part.trained]
+        begun = units.left_of(before, part.rows, part.columns)
+        start = begun.b[:, : part.trained] * column_weights(begun)[: part.trained]
         left = np.concatenate([left, -start], axis=1)
-        right = np.concatenate([right, taken if part.columns is None else taken[:, part.columns]])
+        right = np.concatenate([right, begun.a[: part.trained]])
     return _product_square(left, right)
 
 

@@ -69,13 +69,9 @@ class CoverageFold(StackFold):
         _count(self._rows, given.rows, part.weight)
         _count(self._columns, given.columns, part.weight)
         if given.trained and self._current is not None:
-            b, a = self._current.b[:, : given.trained], self._current.a[: given.trained]
-            begun = Factors(
-                b=b if given.rows is None else b[given.rows], a=a if given.columns is None else a[:, given.columns],
-                rows=given.rows, columns=given.columns,
-            )  # fmt: skip
-            taken = units.expanded(begun, out, inp)
-            self._change.add(taken.b, taken.a, -part.weight * column_weights(self._current)[: given.trained])
+            k = given.trained
+            taken = units.expanded(units.left_of(self._current, given.rows, given.columns), out, inp)
+            self._change.add(taken.b[:, :k], taken.a[:k], -part.weight * column_weights(self._current)[:k])
 
     def finish(self) -> Folded:
         """The next state of the module; unchanged where no device tuned it."""

@@ -43,7 +43,7 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
 
 DEFAULT = "fsr"
 PRUNING = ("fedspine", "fedspine-fixed", "fedspine-once", "loraprune", "llmpruner", "magprune")
-"""Strategies whose devices prune; what they send no other aggregator can fold."""
+"""Strategies whose devices prune their model."""
 OWN: dict[str, str] = {
     "fedlora": "fedit",
     "hetlora": "hetlora",
@@ -58,7 +58,9 @@ OWN: dict[str, str] = {
 }
 """Strategy -> the aggregator of its paper, where that is another than the default."""
 WITHOUT_LORA = frozenset({"dense", "bottleneck"})
-"""Aggregators of what is no LoRA: each goes with its own strategy alone, and that with no other."""
+"""Aggregators of what is no LoRA."""
+EXCLUSIVE = WITHOUT_LORA | {"fedspine"}
+"""Aggregators of what no other can fold: each goes with its own strategies alone, and these with no other."""
 EQUAL_RANKS = frozenset({"fedit", "fedex"})
 """Aggregators that refuse an update of another rank than the job's."""
 

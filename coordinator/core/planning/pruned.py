@@ -26,9 +26,8 @@ def facts_at(facts: ModelFacts, ratio: float) -> ModelFacts:
     """The base with `ratio` of the units of each group gone. Activations stay those of the whole, an upper bound."""
     if ratio <= 0.0 or not facts.groups:
         return facts
-    scores = {group.name: np.zeros(group.count) for group in facts.groups}
     sizes = {module.name: (module.out, module.inp) for module in facts.modules}
-    left = units.sizes_left(facts.groups, units.best(facts.groups, scores, ratio), sizes)
+    left = units.sizes_at(facts.groups, ratio, sizes)
     modules = [replace(module, out=left[module.name][0], inp=left[module.name][1]) for module in facts.modules]
     gone = sum(out * inp for out, inp in sizes.values()) - sum(module.out * module.inp for module in modules)
     return replace(facts, modules=modules, linear_params=facts.linear_params - gone)
@@ -70,13 +69,15 @@ def sound(groups: Sequence[Group], results: Mapping[str, UpdateFacts]) -> dict[s
 def merged(
     groups: Sequence[Group], before: Mapping[str, bytes], results: Mapping[str, UpdateFacts]
 ) -> dict[str, bytes]:
-    """The fleet's scores after a round: of each device's, in which a unit that is gone has 0, the mean by samples."""
-    told = sound(groups, results)
-    total = sum(facts.samples for facts in told.values())
+    """The fleet's scores after a round: of each device's, in which a unit that is gone has 0, the mean by samples.
+
+    `results`: those that are `sound`.
+    """
+    total = sum(facts.samples for facts in results.values())
     if not total:
         return dict(before)
     found = {group.name: np.zeros(group.count) for group in groups}
-    for facts in told.values():
+    for facts in results.values():
         for name, values in units.unpack_scores(facts.unit_scores).items():
             found[name] += values * (facts.samples / total)
     old = units.unpack_scores(before)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 
+from coordinator.core.aggregation.registry import PRUNING
 from coordinator.core.planning.base import Planner
 from coordinator.core.planning.fedadapter import FedAdapterPlanner
 from coordinator.core.planning.fedpipe import FedPipePlanner
@@ -17,8 +18,6 @@ from shared.errors import UserError
 from shared.jobs import StrategySpec
 
 EQUAL = ("fedlora", "ffa", "fedex")
-PRUNING = ("fedspine", "fedspine-fixed", "fedspine-once", "loraprune", "llmpruner", "magprune")
-"""Strategies whose devices prune their model."""
 UNEQUAL = ("hetlora", "flexlora", "flora")
 """Strategies that are ways to aggregate; their planner differs by its ranks alone."""
 PLANNERS: Mapping[str, Callable[[], Planner]] = {

@@ -12,6 +12,7 @@ from bench import planning
 from bench.planning_claims import at_the_end, claims, differences, ratio, seconds, traffic
 from bench.planning_grid import GRIDS, RATES, SAME_RUNS, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_tables import interval, page
+from coordinator.core.aggregation import registry as aggregators
 from coordinator.core.planning import registry
 from muster.testbed.simulate import Session
 from muster.testbed.simulated import Outcome, Result, RoundResult
@@ -40,7 +41,7 @@ def _result(run: Run, accuracy: float, at: float = 10.0) -> Result:
 
 def test_all_planners_are_methods_and_inexact_ones_get_the_exact_aggregator_once() -> None:
     found = methods()
-    assert {method.strategy for method in found} == set(registry.PLANNERS) - set(registry.PRUNING)
+    assert {method.strategy for method in found} == set(registry.PLANNERS) - set(aggregators.PRUNING)
     assert UNIFORM in found and Method("uniform", "fsr") not in found
     assert methods(["uniform"]) == [UNIFORM]
     # What would be the same run twice is left out.

@@ -39,9 +39,17 @@ ONCE = dict.fromkeys(range(1, ROUNDS + 1), 1)
 """Every round trained once."""
 
 
-def _in_groups(phase: str, *values: str) -> object:
+QUICK = "written"
+"""The point at which `make test` kills in every phase; `make test-all` kills at the others, too."""
+EVERY_POINT = [pytest.param(point, marks=() if point == QUICK else pytest.mark.slow) for point in POINTS]
+
+
+def _in_groups(phase: str, *points: str) -> object:
     """A case: only a device in a control group can be made to pause by a load that ends again."""
-    return pytest.param(phase, *values, marks=pytest.mark.cgroup if phase == "paused" else ())
+    marks = [pytest.mark.cgroup] if phase == "paused" else []
+    if (phase, QUICK) not in NO_DAEMON_KILL and any(point != QUICK for point in points):
+        marks.append(pytest.mark.slow)
+    return pytest.param(phase, *points, marks=marks)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +66,7 @@ def test_every_phase_of_a_job_has_a_scenario() -> None:
     assert set(JOB_PHASES) == {*WHOLE, *OTHER_ENDS}
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", EVERY_POINT)
 @pytest.mark.parametrize("phase", WHOLE)
 def test_coordinator_killed(tmp_path: Path, reference: str, phase: str, point: str) -> None:
     scene = Scene(tmp_path, commands={"coordinator": trap("coordinator", phase, point)})
@@ -79,7 +87,7 @@ def _plans_before(phase: str, point: str) -> int:
     return 1 if phase in ("folding", "evaluating") else 0
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", EVERY_POINT)
 @pytest.mark.parametrize("phase", OTHER_ENDS)
 def test_coordinator_killed_at_another_end(tmp_path: Path, phase: str, point: str) -> None:
     _end_otherwise(tmp_path, phase, point, "self")

@@ -89,6 +89,7 @@ def texts_job(
 
 
 @pytest.mark.cgroup
+@pytest.mark.slow  # one run below shows the same beside load and old readings
 @pytest.mark.timeout(240)
 def test_measured_memory_decides_the_bits(tmp_path: Path) -> None:
     """Four devices with four limits train the same base at 32, 16, 8 and 4 bits in the same round."""

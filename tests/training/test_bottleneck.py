@@ -39,6 +39,8 @@ from tests.training.test_lora import logits
 from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, empty_adapter, global_adapter, make_bert
 
 CASES = [("bert", COLOURS), ("gpt2", STORIES), ("llama", STORIES)]
+ROUNDS_OF = [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
+"""Whole rounds: those of the further architectures are for `make test-all`."""
 SEED = 7
 
 
@@ -249,7 +251,7 @@ def spec(task: TaskSpec, held_out: Path) -> JobSpec:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "task"), CASES)
+@pytest.mark.parametrize(("name", "task"), ROUNDS_OF)
 def test_rounds_with_a_trial_teach_the_model_and_the_export_is_what_was_evaluated(
     name: str, task: TaskSpec, tmp_path: Path, colours: Path, stories: Path, agent: Agent,
     request: pytest.FixtureRequest,

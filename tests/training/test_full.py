@@ -40,6 +40,8 @@ from tests.training.test_lora import logits
 from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, empty_adapter, global_adapter
 
 CASES = [("bert", COLOURS), ("gpt2", STORIES), ("llama", STORIES)]
+ROUNDS_OF = [CASES[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES[1:])]
+"""Whole rounds: those of the further architectures are for `make test-all`."""
 
 
 def whole_adapter(base: Base, seed: int = 0, size: float = 0.0) -> Adapter:
@@ -193,7 +195,7 @@ def spec(task: TaskSpec, held_out: Path) -> JobSpec:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "task"), CASES)
+@pytest.mark.parametrize(("name", "task"), ROUNDS_OF)
 def test_rounds_teach_the_whole_model_and_its_export_is_an_ordinary_folder(
     name: str, task: TaskSpec, tmp_path: Path, colours: Path, stories: Path, agent: Agent,
     request: pytest.FixtureRequest,

@@ -80,6 +80,33 @@ class RoundsSpec(Spec, frozen=True, kw_only=True):
     does not."""
 
 
+class SplitSpec(Spec, frozen=True, kw_only=True):
+    """Split learning (`mergesfl` and its rivals): devices run the lower blocks, the coordinator's top worker the rest.
+
+    Features and labels leave the devices. Features of a lower block can be turned back into much of the text they came
+    from, and labels are what they are: `clip` and `noise` weaken the first, nothing hides the second.
+    """
+
+    block: Natural = 0
+    """Blocks that run on the devices; 0: the planner chooses by compute, memory and size of the features."""
+    tuning: Literal["lora", "full"] = "lora"
+    """What is trained on both sides: LoRA and the head, or every parameter (at 32 bits)."""
+    codec: Codec = "bf16"
+    """Precision of features and of their gradients on the wire."""
+    clip: NonNegative = 0.0
+    """The features of a token are scaled down to this Euclidean norm at most; 0: as they are."""
+    noise: NonNegative = 0.0
+    """Standard deviation of Gaussian noise on every feature, as a share of `clip` (of 1 without it); 0: none."""
+    step_s: Rate = 30.0
+    """Seconds a step waits for a device before it goes on without it."""
+    ingress: NonNegative = 0.0
+    """Bytes per second of features that the coordinator takes; 0: not bounded."""
+    overlap: bool = True
+    """Whether a device computes the features of the next batch while it waits: then with weights one step old."""
+    kl: Rate = 0.01
+    """Divergence of the merged label mix from the fleet's below which a selection is even enough, in nats."""
+
+
 class StrategySpec(Spec, frozen=True, kw_only=True):
     """Planner and aggregator, with their settings."""
 
@@ -120,6 +147,7 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """Optimizer steps between two prunings within a round; where a round is shorter, one in its middle."""
     energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99
     """Share of the squared singular values that recompression keeps."""
+    split: SplitSpec = SplitSpec()
 
 
 class TrainingSpec(Spec, frozen=True, kw_only=True):

@@ -1,5 +1,4 @@
-"""The messages that cross the broker, but those of releases (`shared.release_messages`). Frozen, typed, versioned; see
-`docs/wire-format.md`.
+"""The messages that cross the broker, but for releases (`shared.release_messages`) and steps (`shared.steps`).
 
 Rule of versions: unknown fields are ignored, unknown majors of `schema` are refused (`shared.codec.unpack`).
 The identity of work is `(fleet, job, round, attempt, device, kind)`: it makes every delivery idempotent.
@@ -13,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from shared.codec import SCHEMA
-from shared.jobs import BaseSpec, Bits, TaskSpec, TrainingSpec
+from shared.jobs import BaseSpec, Bits, SplitSpec, TaskSpec, TrainingSpec
 
 Natural = Annotated[int, Meta(ge=0, le=2**53)]
 Text = Annotated[str, Meta(max_length=1000)]
@@ -229,6 +228,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Whether the device tells `UpdateFacts.importance`."""
     prune: Pruning | None = None
     """None: the model stays whole."""
+    split: SplitSpec | None = None
+    """The device runs the lower blocks alone (`shared.steps`), as many as the plan chose; None: the whole model."""
     reasons: dict[str, str] = {}
     """Name of a number above, or "depth" (blocks tuned) -> the reading, the bound it met, the number it produced."""
 

@@ -40,6 +40,8 @@ ACK = Topic("device/{device}/up/ack", messages.Ack, 1, False, "device")
 PROGRESS = Topic("device/{device}/up/progress", messages.Progress, 0, False, "device")
 UP_BLOB = Topic("device/{device}/up/blob", messages.BlobMessage, 1, False, "device")
 UP_CHUNK = Topic("device/{device}/up/chunk/{sha}/{index}", None, 1, False, "device")
+UP_STEP = Topic("device/{device}/up/step", None, 0, False, "device")
+DOWN_STEP = Topic("device/{device}/down/step", None, 0, False, "coordinator")
 ASSIGN = Topic("device/{device}/down/assign", messages.Assign, 1, True, "coordinator")
 COMMAND = Topic("device/{device}/down/cmd", messages.Command, 1, False, "coordinator", expiry_s=60)
 DOWN_BLOB = Topic("device/{device}/down/blob", messages.BlobMessage, 1, False, "coordinator")
@@ -52,7 +54,7 @@ COORD_STATE = Topic("coord/{coordinator}/state", messages.CoordState, 1, True, "
 ALL = (
     STATE, INFO, LOAD, ACK, PROGRESS, UP_BLOB, UP_CHUNK,
     ASSIGN, COMMAND, DOWN_BLOB, DOWN_CHUNK, ROUND, COORD_STATE,
-    RELEASE, RELEASE_STATE,
+    RELEASE, RELEASE_STATE, UP_STEP, DOWN_STEP,
 )  # fmt: skip
 
 
@@ -101,8 +103,18 @@ def device_filters(fleet: str, device: str) -> list[tuple[str, int]]:
 
 def coordinator_filters(fleet: str) -> list[tuple[str, int]]:
     """What the coordinator subscribes to: (filter, QoS)."""
-    root = f"{PREFIX}/{fleet}/device/+"
-    return [(f"{root}/state", 1), (f"{root}/info", 1), (f"{root}/up/#", 1)]
+    own = (topic for topic in ALL if topic.publisher == "device" and topic is not UP_STEP)
+    return [(_filter(fleet, topic, "+"), topic.qos) for topic in own]
+
+
+def top_filters(fleet: str) -> list[tuple[str, int]]:
+    """What the top worker of split learning subscribes to: (filter, QoS)."""
+    return [(_filter(fleet, UP_STEP, "+"), UP_STEP.qos)]
+
+
+def top_name(coordinator: str) -> str:
+    """The name under which a coordinator's top worker connects, which its certificate bears."""
+    return f"{coordinator}-top"
 
 
 GATE_READS = (STATE, INFO, LOAD)
@@ -113,17 +125,21 @@ def acl(fleet: str, coordinators: Sequence[str], *, readers: Sequence[str] = (),
     """The text of mosquitto's `acl_file` for a fleet: nobody may do more than the declarations above need.
 
     `pattern` lines hold for every user, `%u` is the certificate's CN. A coordinator may also write `state` and `info`:
-    an empty retained payload there takes a device out of the fleet. `readers` (dashboards) only read, `gates` only
-    presence. By the `deny` lines none of these is also a device of its own name, which the patterns alone would allow.
+    an empty retained payload there takes a device out of the fleet. Its top worker has the steps alone. `readers`
+    (dashboards) only read, `gates` only presence. By the `deny` lines none of these is also a device of its own name, which the patterns alone would allow.
     """
     root = f"{PREFIX}/{fleet}"
     lines = [f"# Fleet {fleet}. Made from shared/topics.py; don't edit.", ""]
     lines += [f"pattern write {_filter(fleet, topic, '%u')}" for topic in ALL if topic.publisher == "device"]
     lines += [f"pattern read {name}" for name, _ in device_filters(fleet, "%u")]
-    written = [topic for topic in ALL if topic.publisher == "coordinator" or topic in (STATE, INFO)]
+    coordinators_own = (topic for topic in ALL if topic.publisher == "coordinator" and topic is not DOWN_STEP)
+    written = [*coordinators_own, STATE, INFO]
     for name in coordinators:
         lines += ["", f"user {name}", f"topic deny {root}/device/{name}/#", f"topic read {root}/#", "topic read $SYS/#"]
         lines += [f"topic write {_filter(fleet, topic, '+', name)}" for topic in written]
+        top = top_name(name)
+        lines += ["", f"user {top}", f"topic deny {root}/device/{top}/#"]
+        lines += [f"topic read {_filter(fleet, UP_STEP, '+')}", f"topic write {_filter(fleet, DOWN_STEP, '+')}"]
     for name in readers:
         lines += ["", f"user {name}", f"topic deny {root}/device/{name}/#", f"topic read {root}/#"]
     for name in gates:

@@ -55,7 +55,18 @@ def test_the_coordinator_is_subscribed_to_each_topic_of_a_device_exactly_once() 
     filters = [name for name, _ in topics.coordinator_filters("f1")]
     for topic in topics.ALL:
         taken = sum(matches(name, topic.name("f1", **PARTS)) for name in filters)
-        assert taken == (topic.publisher == "device"), topic.pattern
+        assert taken == (topic.publisher == "device" and topic is not topics.UP_STEP), topic.pattern
+
+
+def test_the_top_worker_has_the_steps_and_nothing_else() -> None:
+    filters = [name for name, _ in topics.top_filters("f1")]
+    text = topics.acl("f1", ["coord-1"])
+    for topic in topics.ALL:
+        name = topic.name("f1", **PARTS)
+        assert any(matches(one, name) for one in filters) == (topic is topics.UP_STEP), topic.pattern
+        assert allowed(text, "coord-1-top", "write", name) == (topic is topics.DOWN_STEP), topic.pattern
+        if topic is topics.UP_STEP or "{device}" in topic.pattern:
+            assert allowed(text, "coord-1-top", "read", name) == (topic is topics.UP_STEP), topic.pattern
 
 
 def allowed(text: str, user: str, access: str, name: str) -> bool:
@@ -92,7 +103,8 @@ def test_acl_lets_the_coordinator_read_all_and_write_its_part() -> None:
     for user, other in (("coord-1", "coord-2"), ("coord-2", "coord-1")):
         for topic in topics.ALL:
             name = topic.name("f1", **{**PARTS, "coordinator": user})
-            writes = topic.publisher == "coordinator" or topic in (topics.STATE, topics.INFO)
+            own = topic.publisher == "coordinator" and topic is not topics.DOWN_STEP
+            writes = own or topic in (topics.STATE, topics.INFO)
             assert allowed(text, user, "read", name)
             assert allowed(text, user, "write", name) == writes, topic.pattern
         assert not allowed(text, user, "write", topics.COORD_STATE.name("f1", coordinator=other))

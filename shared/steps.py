@@ -103,7 +103,10 @@ def identity(job: str, round: int, attempt: int) -> str:
 
 
 def packets(message: Up | Down, number: int, size: int) -> Iterator[bytes]:
-    """`message`, the sender's `number`th, as payloads of at most `size` bytes. Raises `ValueError` where it is too large."""
+    """`message`, the sender's `number`th, as payloads of at most `size` bytes.
+
+    Raises `ValueError` where it takes more than `MAX_PARTS`.
+    """
     body = memoryview(_ENCODER.encode(message))
     room = size - _HEAD.size
     parts = max(1, -(-len(body) // room)) if room > 0 else MAX_PARTS + 1

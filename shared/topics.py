@@ -126,7 +126,8 @@ def acl(fleet: str, coordinators: Sequence[str], *, readers: Sequence[str] = (),
 
     `pattern` lines hold for every user, `%u` is the certificate's CN. A coordinator may also write `state` and `info`:
     an empty retained payload there takes a device out of the fleet. Its top worker has the steps alone. `readers`
-    (dashboards) only read, `gates` only presence. By the `deny` lines none of these is also a device of its own name, which the patterns alone would allow.
+    (dashboards) only read, `gates` only presence. By the `deny` lines none of these is also a device of its own name,
+    which the patterns alone would allow.
     """
     root = f"{PREFIX}/{fleet}"
     lines = [f"# Fleet {fleet}. Made from shared/topics.py; don't edit.", ""]

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coordinator.core.aggregation.admission import change_norm, product_norm
 from coordinator.core.aggregation.base import product
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter
+from shared.norms import change_norm, product_norm
 from shared.tensors import Array
 from tests.unit.aggregation.rounds import first, make_round
 

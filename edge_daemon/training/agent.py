@@ -316,7 +316,7 @@ class Agent:
             ended="complete" if ended == "complete" else "time" if ended == "time" else "drain",
             norm=norm(update),
             importance=work.importance,
-            change=change_norm(update, pruner.given) if pruner else 0.0,
+            change=change_norm(update, pruner.given, dense=False) if pruner else 0.0,
             kept=units.pack(pruner.known, pruner.kept) if pruner else {},
             requantized=pruner.requantized if pruner else 0.0,
         )

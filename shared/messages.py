@@ -202,8 +202,7 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True):
     kept: UnitBits = {}
     """Units that were there at the end of its last round; {}: all."""
     begin: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
-    """Share of each group's units that is gone at its beginning: what `kept` has above it goes by the fleet's scores,
-    which lie in the global adapter."""
+    """Share of each group's units that is gone at its beginning: the rest goes by the global adapter's fleet scores."""
     every: Annotated[int, Meta(ge=1)] = 20
     """Optimizer steps for each pruning, at least one pruning a round."""
     criterion: Literal["lora", "magnitude"] = "lora"

@@ -111,3 +111,16 @@ def test_an_architecture_that_can_not_be_pruned_is_refused_by_name(tmp_path: Pat
         Prepare(job=job_of("fedspine", held_out), base_path=str(folder), adapter_path=str(tmp_path / "a"))
     )
     assert isinstance(answer, WorkerFailed) and answer.operator
+
+
+def test_a_base_of_too_many_units_is_refused_when_the_job_is_prepared(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "MAX_GROUP", 63)
+    held_out = tmp_path / "held-out.jsonl"
+    write_jsonl(held_out, colour_rows(6, seed=9))
+    answer = ModelWorker(FrameWriter(io.BytesIO())).answer(
+        Prepare(job=job_of("fedspine", held_out), base_path=str(bert), adapter_path=str(tmp_path / "a"))
+    )
+    assert isinstance(answer, WorkerFailed) and answer.operator
+    assert "0.channels has 64 units, a message holds 63 of a group" in answer.reason

@@ -80,9 +80,13 @@ def make_llama(folder: Path, kind: str = "Llama", *, hidden: int = 32, heads: in
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=size, hidden_size=hidden, intermediate_size=48, num_hidden_layers=2, num_attention_heads=heads,
         num_key_value_heads=key_heads, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
-        initializer_range=0.2,
+        initializer_range=0.2, **({"pad_token_id": 0} if kind == "Qwen2" else {}),
     )  # fmt: skip
-    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(str(folder))
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # of Qwen2
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(str(folder))
     return folder
 
 

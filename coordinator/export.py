@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import base64
 import glob
 import json
 import os
@@ -16,17 +15,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
-from coordinator.core.aggregation.base import column_weights, narrow
+from coordinator.core.aggregation.base import narrow
 from coordinator.core.aggregation.registry import name_of
 from coordinator.core.facts import Metrics
 from coordinator.export_tensors import tensor_file
+from shared import pruning_file
 from shared.adapter import Adapter, Factors
 from shared.errors import UserError
 from shared.files import sync_folder
 from shared.jobs import JobSpec, TaskKind, TaskSpec
+from shared.norms import column_weights
+from shared.pruning_file import PRUNING_FILE, PruningFile
 from shared.tensors import Array
 from shared.units import Group
 
@@ -38,24 +39,6 @@ _NO_TARGETS = "dummy-target-modules"
 """What peft takes for "no LoRA at all, the head alone"."""
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose linear layers are transformers' Conv1D, which stores W as (in x out)."""
-
-
-PRUNING_FILE = "pruning.json"
-
-
-class PruningFile(msgspec.Struct, kw_only=True):
-    """What a smaller model of any size is made from, beside an exported adapter. Bits and bytes in base64."""
-
-    job: str
-    round: int
-    task: TaskSpec
-    groups: list[Group]
-    kept: dict[str, str]
-    """Group -> bits of the units of the job's own model."""
-    scores: dict[str, str]
-    """Group -> a byte for what each unit matters to the fleet."""
-    classes: dict[str, float] = {}
-    """Class of devices -> the share of the units that is gone there."""
 
 
 def export_peft(
@@ -81,14 +64,12 @@ def export_peft(
 
 
 def _pruning_file(adapter: Adapter, task: TaskSpec, groups: Sequence[Group], classes: Mapping[str, float]) -> bytes:
-    def text(found: Mapping[str, bytes]) -> dict[str, str]:
-        return {name: base64.b64encode(content).decode() for name, content in sorted(found.items())}
-
-    told = PruningFile(
-        job=adapter.job, round=adapter.round, task=task, groups=list(groups), kept=text(adapter.kept),
-        scores=text(adapter.scores), classes=dict(sorted(classes.items())),
+    return pruning_file.write(
+        PruningFile(
+            job=adapter.job, round=adapter.round, task=task, groups=list(groups), kept=adapter.kept,
+            scores=adapter.scores, classes=dict(sorted(classes.items())),
+        )
     )  # fmt: skip
-    return msgspec.json.encode(told)
 
 
 def split(part: Factors) -> tuple[Array, Array]:
@@ -164,6 +145,11 @@ def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, bas
         f"- dense tensors: {', '.join(sorted(adapter.dense)) or 'none'}",
         *metrics_lines(metrics),
     ]
+    if adapter.kept:
+        lines.append(
+            f"- pruned: it is for a model of fewer heads and channels ({PRUNING_FILE}), which `muster export "
+            "--ratio` makes"
+        )
     if spec.task.labels:
         lines += ["", "Labels (also in `labels.json`):", ""]
         lines += [f"{index}. {label}" for index, label in enumerate(spec.task.labels)]

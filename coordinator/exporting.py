@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coordinator.core.planning.fedspine import FedSpinePlanner
+from coordinator.core.planning.base import Shrinking
 from coordinator.export import export_peft
 from coordinator.export_bottleneck import export_bottleneck
 from coordinator.export_whole import export_whole
@@ -31,5 +31,5 @@ def export_job(job: Job, adapter: Path, base: str, folder: Path) -> None:
         export_whole(given, folder, spec=job.spec, facts=job.facts, base=base, metrics=metrics)
     else:
         groups = job.facts.groups if job.facts is not None else []
-        classes = job.planner.ratios if isinstance(job.planner, FedSpinePlanner) else {}
+        classes = job.planner.ratios if isinstance(job.planner, Shrinking) else {}
         export_peft(given, folder, spec=job.spec, base=base, metrics=metrics, groups=groups, classes=classes)

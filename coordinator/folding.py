@@ -8,12 +8,13 @@ from pathlib import Path
 from coordinator.core.aggregation import registry
 from coordinator.core.aggregation.base import Expectation
 from coordinator.core.job import Job
-from coordinator.core.planning.fedspine import FedSpinePlanner
+from coordinator.core.planning import pruned
 from coordinator.fold import Reported, fold_round
 from shared import adapter as adapter_files
+from shared import units
 from shared.blob_folder import BlobFolder
 from shared.errors import DecodeError, MusterError
-from shared.messages import BlobRef
+from shared.messages import BlobRef, UpdateFacts
 from shared.starts import averages_factors
 
 
@@ -32,10 +33,13 @@ class Made:
     norm: float
 
 
-def check_update(job: Job, device: str, path: Path, agents: int, blobs: BlobFolder) -> str:
-    """Why the update at `path`, by so many agents of `device`, must be refused; empty: it is admitted."""
+def check_update(job: Job, device: str, path: Path, facts: UpdateFacts, blobs: BlobFolder) -> str:
+    """Why the update at `path`, of which `device` tells `facts`, must be refused; empty: it is admitted."""
     aggregator = registry.create(job.spec.strategy)
     assert job.round is not None and job.facts is not None and job.adapter is not None
+    groups, order = job.facts.groups, job.round.plan.participants[device].prune
+    if order is not None and (fault := pruned.fault(groups, order, facts)):
+        return fault
     expected = Expectation(
         job=job.id,
         round=job.round.number,
@@ -46,11 +50,13 @@ def check_update(job: Job, device: str, path: Path, agents: int, blobs: BlobFold
         modules={module.name: module for module in job.facts.modules},
         alpha_ratio=job.spec.training.alpha_ratio,
         before=adapter_files.read_file(_path(job.adapter, blobs)),
-        stacked=1 if averages_factors(aggregator.start) else agents,
+        stacked=1 if averages_factors(aggregator.start) else facts.agents,
         seed=job.spec.seed,
+        places=units.places(groups, units.unpack(groups, facts.kept)) if order is not None else {},
     )
     try:
         update = adapter_files.read_file(path)
+        units.scores_of(groups if order is not None else (), update.scores)
     except DecodeError as error:
         return str(error)
     return aggregator.admit(update, expected) or ""
@@ -75,9 +81,8 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
         server_lr=job.spec.strategy.server_lr,
     )
     adapter = result.adapter
-    if isinstance(job.planner, FedSpinePlanner):
-        told = {device: job.round.participants[device].facts for device in job.round.counted}
-        kept, scores = job.planner.model_left({d: facts for d, facts in told.items() if facts}, job.facts)
+    if job.facts.groups:
+        kept, scores = _units_left(job, reported, result.weights, blobs)
         adapter = replace(adapter, kept=kept, scores=scores)
     return Made(
         adapter=blobs.put(adapter_files.write(adapter)),
@@ -86,6 +91,23 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
         lost_energy=result.lost_energy,
         norm=result.norm,
     )
+
+
+def _units_left(
+    job: Job, reported: list[Reported], weights: dict[str, float], blobs: BlobFolder
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """`kept` and `scores` of the global adapter after a round of devices that prune."""
+    assert job.round is not None and job.facts is not None and job.adapter is not None
+    facts = {one.device: job.round.participants[one.device].facts for one in reported}
+    results = {device: told for device, told in facts.items() if told is not None}
+    sound = pruned.sound(job.facts.groups, job.round.plan.participants, results)
+    parts = [
+        pruned.Told(weights[one.device], sound[one.device].kept, adapter_files.read_file(one.path).scores)
+        for one in reported
+        if one.device in sound
+    ]
+    before = adapter_files.read_file(_path(job.adapter, blobs))
+    return pruned.model_left(job.facts.groups, before, parts, job.spec.strategy.prune)
 
 
 def _path(ref: BlobRef, blobs: BlobFolder) -> Path:

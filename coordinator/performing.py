@@ -91,7 +91,7 @@ class Performer:
             reason = (
                 "the blob vanished"
                 if path is None
-                else folding.check_update(job, device, path, command.agents, self._runtime.ports.blobs)
+                else folding.check_update(job, device, path, command.facts, self._runtime.ports.blobs)
             )
             return ev.UpdateChecked(
                 job=job.id, round=number, attempt=attempt, device=device, sha=sha, reason=reason, **self._runtime.now()
@@ -198,7 +198,7 @@ class Performer:
         def safely() -> ev.AnyEvent:
             try:
                 return work()
-            except (MusterError, OSError, MemoryError, ValueError, ArithmeticError) as error:
+            except (MusterError, OSError, MemoryError, ValueError, ArithmeticError, LookupError) as error:
                 log.exception("%s of job %s failed", what, job.id)
                 return self._failed(job, what, f"{type(error).__name__}: {error}")
 

@@ -1,14 +1,14 @@
 """A finished job that pruned, as an ordinary smaller model: its adapter in the weights, heads and channels cut out.
 
 The folder holds what transformers' `from_pretrained` takes. Every block has as many heads and channels as the others,
-so that the config can say it; where an architecture's config knows no such number of heads (BERT, RoBERTa, GPT-2), a
-file of model code lies beside it, which `trust_remote_code=True` loads. Size, latency and quality are measured against
+so that the config can say it; where an architecture's config knows no such number of heads (BERT, RoBERTa, GPT-2; of
+LLaMA's kind one that does not divide the width), a file of model code lies beside it, which `trust_remote_code=True`
+loads. Size, latency and quality are measured against
 the whole model and stand in its card, README.md.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import statistics
 import tempfile
@@ -18,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from coordinator.export import PRUNING_FILE, PruningFile
 from muster import merged
-from shared import units
+from shared import pruning_file, units
 from shared.errors import DecodeError, UserError
 from shared.jobs import TaskSpec
+from shared.pruning_file import PRUNING_FILE, PruningFile
 
 CODE = "modeling_smaller.py"
 BATCHES, REPEATS, WARM_UP = (1, 16), 15, 3
@@ -61,13 +60,13 @@ def make(
 
 
 def _read(adapter: Path) -> PruningFile:
-    path = adapter / PRUNING_FILE
-    if not path.is_file():
-        raise UserError("the job pruned nothing (strategy.name): leave out --ratio and --device-class")
     try:
-        return msgspec.json.decode(path.read_bytes(), type=PruningFile)
-    except msgspec.MsgspecError as error:
-        raise UserError(f"{path}: {error}") from error
+        told = pruning_file.read(adapter)
+    except DecodeError as error:
+        raise UserError(str(error)) from error
+    if told is None:
+        raise UserError("the job pruned nothing (strategy.name): leave out --ratio and --device-class")
+    return told
 
 
 def _ratio(told: PruningFile, ratio: float | None, device_class: str) -> float | None:
@@ -82,14 +81,7 @@ def _ratio(told: PruningFile, ratio: float | None, device_class: str) -> float |
 def _write(whole: Path, made: Path, told: PruningFile, ratio: float | None, data: str) -> None:
     from shared.modeling import base_model, pruning
 
-    try:
-        kept = units.unpack(told.groups, {name: base64.b64decode(bits) for name, bits in told.kept.items()})
-        scores = units.unpack_scores({name: base64.b64decode(level) for name, level in told.scores.items()})
-    except (DecodeError, ValueError) as error:
-        raise UserError(f"{PRUNING_FILE}: {error}") from error
-    if ratio is not None:
-        kept = units.best(told.groups, {g.name: scores.get(g.name, np.zeros(g.count)) for g in told.groups}, ratio)
-    task = told.task
+    kept, task = told.units_left(ratio), told.task
     base = base_model.load(whole, task)
     before = _measured(base, task, data)
     pruning.prune(base, kept)
@@ -120,21 +112,28 @@ def _save(base: Any, told: PruningFile, kept: units.Kept, made: Path) -> None:
     whole = next((g.count for g in told.groups if g.kind == "heads"), None)
     code = ""
     if count is not None and count != whole:
-        if config.model_type in _CODE:
-            code = _CODE[config.model_type]
+        code = _CODE.get(config.model_type) or ("" if _said(config, count) else _LLAMA)
+        if code:
             config.heads_left = count
             name = type(model).__name__
             config.auto_map = {_auto(name): f"{Path(CODE).stem}.Smaller"}
             code = code.replace("WHOLE", name)
-        else:
-            shared = config.num_attention_heads // config.num_key_value_heads
-            config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-            config.num_key_value_heads, config.num_attention_heads = count, count * shared
     as_stored(base)
     config.use_cache = True
     model.save_pretrained(str(made))
     if code:
         (made / CODE).write_text(code, encoding="utf-8")
+
+
+def _said(config: Any, count: int) -> bool:
+    """Have the config of a LLaMA say so many key and value heads, with the query heads that share them; False: it
+    can't, for transformers wants the width to be a multiple of the query heads even where `head_dim` is given."""
+    shared = config.num_attention_heads // config.num_key_value_heads
+    if config.hidden_size % (count * shared):
+        return False
+    config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.num_key_value_heads, config.num_attention_heads = count, count * shared
+    return True
 
 
 def _auto(name: str) -> str:
@@ -233,6 +232,29 @@ class Smaller(WHOLE):
             own.split_size = config.heads_left * own.head_dim
             own.c_attn = Conv1D(3 * own.split_size, config.hidden_size)
             own.c_proj = Conv1D(config.hidden_size, own.split_size)
+        self.post_init()
+'''
+_LLAMA = '''"""WHOLE with a number of attention heads that its config can't say; written by Muster's export."""
+
+from torch import nn
+from transformers import WHOLE
+
+
+def part(old, inp, out):
+    return nn.Linear(inp, out, bias=old.bias is not None)
+
+
+class Smaller(WHOLE):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.base_model.layers:
+            own = block.self_attn
+            keys = config.heads_left * own.head_dim
+            queries = keys * own.num_key_value_groups
+            own.q_proj = part(own.q_proj, config.hidden_size, queries)
+            own.k_proj = part(own.k_proj, config.hidden_size, keys)
+            own.v_proj = part(own.v_proj, config.hidden_size, keys)
+            own.o_proj = part(own.o_proj, queries, config.hidden_size)
         self.post_init()
 '''
 _CODE = {"bert": _BERT, "roberta": _BERT, "gpt2": _GPT2}

@@ -76,7 +76,8 @@ class Adapter:
     kept: dict[str, bytes] = field(default_factory=dict)
     """Of a global adapter: the heads and channels of the smaller model that it is for, as bits; {}: the whole base."""
     scores: dict[str, bytes] = field(default_factory=dict)
-    """What the fleet found of all of them, a byte each: from it the model can be made of any size."""
+    """A byte for what each of them matters. In a global adapter what the fleet found, from which the model can be made
+    of any size; in an update what its device found, 0 for those that are gone."""
 
 
 class _WireModule(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,6 +203,8 @@ def _factors(module: _WireModule) -> Factors:
     if not 0 <= module.trained <= a.shape[0]:
         raise DecodeError(f"module {module.name!r:.100}: {module.trained} trained directions of rank {a.shape[0]}")
     rows, columns = indices(module.rows), indices(module.columns)
+    if any(where is not None and not len(where) for where in (rows, columns)):
+        raise DecodeError(f"module {module.name!r:.100}: none of its rows or columns is left")
     if (rows is not None and len(rows) != len(b)) or (columns is not None and len(columns) != a.shape[1]):
         raise DecodeError(f"module {module.name!r:.100}: its rows and columns are not those of b and a")
     return Factors(b=b, a=a, scaling=module.scaling, sigma=sigma, trained=module.trained, rows=rows, columns=columns)

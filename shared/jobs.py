@@ -142,7 +142,7 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     """The largest such share that goes on a device in one round."""
     prune_heads: bool = True
     """Whether attention heads go, too; else FFN channels alone. The config of BERT and GPT-2 can't say that heads are
-    fewer: an export of these brings a file of model code unless this is off."""
+    fewer, that of LLaMA's kind only where they divide the width: else an export brings a file of model code."""
     prune_every: Positive = 20
     """Optimizer steps between two prunings within a round; where a round is shorter, one in its middle."""
     energy: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.99
@@ -185,7 +185,8 @@ class EvaluationSpec(Spec, frozen=True, kw_only=True):
     batch: Positive = 64
     """Rows evaluated at once."""
     worse_by: NonNegative = 0.1
-    """A round whose loss is more than this share above the best is refused; three in a row pause the job."""
+    """A round whose loss is more than this share above the best is refused; three in a row pause the job. Pruned
+    models are compared with those as small, or smaller."""
 
 
 class JobSpec(Spec, frozen=True, kw_only=True):

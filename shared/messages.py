@@ -190,8 +190,8 @@ class Load(Message, frozen=True, kw_only=True):
 # ---- work --------------------------------------------------------------------------------------------------------
 
 
-UnitBytes = Annotated[dict[Text, Annotated[bytes, Meta(max_length=2**17)]], Meta(max_length=1024)]
-"""Group of heads or channels -> bits of the units that stay, or a byte for the score of each (`shared.units`)."""
+UnitBits = Annotated[dict[Text, Annotated[bytes, Meta(max_length=4096)]], Meta(max_length=1024)]
+"""Group of heads or channels -> bits of the units that stay; `shared.units.too_many` says of which bases they fit."""
 
 
 class Pruning(msgspec.Struct, frozen=True, kw_only=True):
@@ -199,16 +199,16 @@ class Pruning(msgspec.Struct, frozen=True, kw_only=True):
 
     ratio: Annotated[float, Meta(ge=0.0, lt=1.0)]
     """Share of each group's units that is gone at the end of the round."""
-    kept: UnitBytes = {}
-    """Units that are there at its beginning; {}: all."""
+    kept: UnitBits = {}
+    """Units that were there at the end of its last round; {}: all."""
+    begin: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
+    """Share of each group's units that is gone at its beginning: the rest goes by the global adapter's fleet scores."""
     every: Annotated[int, Meta(ge=1)] = 20
     """Optimizer steps for each pruning, at least one pruning a round."""
     criterion: Literal["lora", "magnitude"] = "lora"
     """What goes first: units of the least importance by LoRA gradients, or of the smallest weights."""
     heads: bool = True
     """Whether attention heads go, too; else FFN channels alone."""
-    scores: UnitBytes = {}
-    """What the fleet found of the units so far, which counts as much as what the device finds; {}: nothing."""
 
 
 class Work(msgspec.Struct, frozen=True, kw_only=True):
@@ -343,10 +343,10 @@ class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
     importance: Annotated[dict[str, Share], Meta(max_length=4096)] = {}
     """Tuned module -> its share of what all of them matter to the loss, with sum 1; asked for by `Work.score`,
     and empty where nothing could be observed."""
-    kept: UnitBytes = {}
-    """Units that are left; {}: the model is whole."""
-    unit_scores: UnitBytes = {}
-    """What they matter to the loss here, 0 for those that are gone."""
+    change: Amount = 0.0
+    """Of work that prunes: Euclidean norm of what the update changes in the weights, whatever its rank."""
+    kept: UnitBits = {}
+    """Units that are left; {}: the model is whole. What they matter to the loss lies in the update."""
     requantized: Amount = 0.0
     """At 8 and 4 bits: relative error that quantizing the smaller layers anew adds to their weights."""
 

@@ -5,7 +5,8 @@ output; of GPT-2 the same, with all three in one layer; of LLaMA a group of quer
 they share. Of an FFN channel the row that makes it (in LLaMA of gate and up) and the column that reads it. Units keep
 their numbers in the whole model, and at least one of each group stays.
 
-On the wire the units that stay are bits (`pack`), their scores bytes (`pack_scores`).
+On the wire the units that stay are bits in the messages (`pack`), their scores bytes in the adapter files
+(`pack_scores`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ Kept = Mapping[str, Sequence[int]]
 FloatArray = npt.NDArray[np.float64]
 Scores = Mapping[str, FloatArray]
 """Group -> what each of its units matters, by its number in the whole model."""
+MAX_GROUP, MAX_BYTES = 32_768, 96 * 1024
+"""Units of one group, and bytes of all groups' bits: a message holds no more (`shared.codec`)."""
 _STEPS = 254
 _DECADES = 4.0
 
@@ -67,6 +70,15 @@ def fault(known: Iterable[Group], kept: Kept) -> str:
         if list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= counts[name]:
             return f"{name}: units have to rise from 0 to {counts[name] - 1}"
     return ""
+
+
+def too_many(known: Sequence[Group]) -> str:
+    """Why the bits of these groups fit no message, or ""."""
+    widest = max(known, key=lambda group: group.count, default=None)
+    if widest is not None and widest.count > MAX_GROUP:
+        return f"{widest.name} has {widest.count} units, a message holds {MAX_GROUP} of a group"
+    size = sum(len(group.name) + -(-group.count // 8) for group in known)
+    return f"the bits of its units take {size} bytes, a message holds {MAX_BYTES}" if size > MAX_BYTES else ""
 
 
 def places(known: Iterable[Group], kept: Kept) -> dict[str, dict[Side, Places]]:
@@ -112,11 +124,27 @@ def best(known: Sequence[Group], scores: Scores, ratio: float, within: Kept | No
     kept: dict[str, list[int]] = {}
     for group in known:
         there = list(within[group.name]) if within and group.name in within else list(range(group.count))
-        count = max(1, group.count - math.floor(ratio * group.count + 1e-9))
         of_group = scores[group.name]
         first = sorted(there, key=lambda unit: (-of_group[unit], unit))
-        kept[group.name] = sorted(first[: max(1, min(count, len(there)))])
+        kept[group.name] = sorted(first[: count_left(group, ratio, len(there))])
     return kept
+
+
+def count_left(group: Group, ratio: float, there: int) -> int:
+    """How many units of a group stay where `ratio` of it goes and only so many are `there` any more."""
+    return max(1, min(group.count - math.floor(ratio * group.count + 1e-9), there))
+
+
+def astray(known: Sequence[Group], kept: Kept, within: Kept, begin: float, ratio: float) -> str:
+    """Why `kept` is not what pruning from `within`, at `begin`, to `ratio` can leave, or "". All name every group."""
+    for group in known:
+        there, left = within[group.name], kept[group.name]
+        if not set(left) <= set(there):
+            return f"{group.name}: it kept units that were gone before"
+        least, most = (count_left(group, share, len(there)) for share in (ratio, begin))
+        if not least <= len(left) <= most:
+            return f"{group.name}: {len(left)} units are left, {least} to {most} were asked for"
+    return ""
 
 
 def ratio_of(known: Sequence[Group], kept: Kept) -> float:
@@ -173,6 +201,15 @@ def unpack_scores(packed: Mapping[str, bytes]) -> dict[str, npt.NDArray[np.float
         values = np.frombuffer(level, np.uint8).astype(np.float64)
         found[name] = np.where(values > 0, 10.0 ** (_DECADES * ((values - 1) / _STEPS - 1)), 0.0)
     return found
+
+
+def scores_of(known: Iterable[Group], packed: Mapping[str, bytes]) -> dict[str, FloatArray]:
+    """`unpack_scores` for these groups, zeros where one is not named. Raises `DecodeError` for others' scores."""
+    counts = {group.name: group.count for group in known}
+    for name, level in packed.items():
+        if len(level) != counts.get(name, -1):
+            raise DecodeError(f"{len(level)} scores for the units of {name!r:.100}")
+    return {name: np.zeros(count) for name, count in counts.items()} | unpack_scores(packed)
 
 
 def left_of(factors: Factors, rows: Places | None, columns: Places | None) -> Factors:

@@ -100,7 +100,7 @@ def on_stored(turn: Turn, event: ev.UpdateStored) -> None:
         return
     job = turn.state.jobs[manifest.job]
     ref = BlobRef(sha=manifest.sha, size=manifest.size)
-    turn.do(cmd.CheckUpdate(job, event.device, ref, manifest.facts.agents))
+    turn.do(cmd.CheckUpdate(job, event.device, ref, manifest.facts))
 
 
 def on_lost(turn: Turn, event: ev.UpdateLost) -> None:

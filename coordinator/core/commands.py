@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from coordinator.core.job import Job
 from coordinator.core.releases import Release
 from shared import release_messages
-from shared.messages import Assign, BlobRef, RoundInfo
+from shared.messages import Assign, BlobRef, RoundInfo, UpdateFacts
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Settle:
 
 @dataclass(frozen=True)
 class CheckUpdate:
-    """Run admission on a stored update; answers with `UpdateChecked`. `agents`: whose work it claims to hold."""
+    """Run admission on a stored update; answers with `UpdateChecked`. `facts`: what its device tells of it."""
 
     job: Job
     device: str
     ref: BlobRef
-    agents: int
+    facts: UpdateFacts
 
 
 @dataclass(frozen=True)

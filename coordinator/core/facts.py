@@ -61,4 +61,6 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     rows: int
     accuracy: float | None = None
     perplexity: float | None = None
+    pruned: float = 0.0
+    """Share of the model's units that is gone (`shared.units.ratio_of`)."""
     seconds: float = 0.0

@@ -10,7 +10,7 @@ from typing_extensions import assert_never
 
 from coordinator.core import records as rec
 from coordinator.core.facts import Metrics, ModelFacts
-from coordinator.core.gate import reached
+from coordinator.core.gate import comparable, reached
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import Plan, Planner, RoundReport
 from shared.errors import MusterError
@@ -77,7 +77,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     baseline: Metrics | None = None
     """Of the untuned base."""
     judged: tuple[Metrics, ...] = ()
-    """What the gate needs: the best accepted metrics."""
+    """What the gate needs: the best accepted metrics, of models as small as the last one."""
     metrics: Metrics | None = None
     """Of `adapter`; the best may be those of an earlier round."""
     refusals: int = 0
@@ -200,7 +200,7 @@ def _committed(job: Job, record: rec.RoundCommitted) -> Job:
     counted = {(round.number, device, blob.sha) for device, blob in parts if blob}
     job = replace(
         job, settled=frozenset(counted), phase=done, round=None, committed=record.round, attempt=0,
-        reason=record.reason, planner=job.planner.learn(report(job, round)),
+        reason=record.reason, planner=job.planner.learn(report(job, round, accepted=record.accepted)),
     )  # fmt: skip
     if record.accepted:
         judged = job.judged if record.metrics is None else _best(job.judged, record.metrics)
@@ -211,12 +211,12 @@ def _committed(job: Job, record: rec.RoundCommitted) -> Job:
 
 
 def _best(judged: tuple[Metrics, ...], new: Metrics) -> tuple[Metrics, ...]:
-    """The accepted metrics with the lowest loss, alone: all the gate compares with."""
-    return (min((*judged, new), key=lambda metrics: metrics.loss),)
+    """The accepted metrics with the lowest loss, alone: all the gate compares with, for no model grows again."""
+    return (min((*comparable(judged, new), new), key=lambda metrics: metrics.loss),)
 
 
-def report(job: Job, round: Round) -> RoundReport:
-    """What the planner learns from `round`."""
+def report(job: Job, round: Round, *, accepted: bool = True) -> RoundReport:
+    """What the planner learns from `round`. `accepted`: whether the gate let its aggregate pass."""
     counted = set(round.counted)
     results = {d: p.facts for d, p in round.participants.items() if p.facts is not None and d in counted}
     limits = {d: p.batch_limit for d, p in round.participants.items() if p.out_of_memory}
@@ -230,4 +230,5 @@ def report(job: Job, round: Round) -> RoundReport:
         facts=job.facts,
         job=job.spec,
         adapter_bytes=job.adapter.size if job.adapter else 0,
+        accepted=accepted,
     )

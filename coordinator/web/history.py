@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from msgspec.structs import replace
 
 from coordinator.core import records as rec
+from coordinator.core.gate import comparable
 from coordinator.core.job import Job
 from coordinator.web.views import JobView, ParticipantView, RoundView
 
@@ -120,9 +121,9 @@ def _tell_commit(story: _Story, record: rec.RoundCommitted) -> None:
     if not record.accepted:
         return
     story.adapter_bytes = story.folded_bytes
-    best = story.view.best
-    if record.metrics is not None and (best is None or record.metrics.loss < best.loss):
-        story.view = replace(story.view, best=record.metrics)
+    if record.metrics is not None:
+        best = [] if story.view.best is None else comparable([story.view.best], record.metrics)
+        story.view = replace(story.view, best=min((*best, record.metrics), key=lambda metrics: metrics.loss))
 
 
 def _tell_round(story: _Story, number: int, **changes: object) -> None:

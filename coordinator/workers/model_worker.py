@@ -27,7 +27,7 @@ from coordinator.workers.protocol import (
     WorkerBeat,
     WorkerFailed,
 )
-from shared import logs
+from shared import logs, units
 from shared.errors import DecodeError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
@@ -148,7 +148,7 @@ class ModelWorker:
 
     def _evaluate(self, request: Evaluate) -> Metrics:
         from shared import adapter
-        from shared.modeling import evaluation, lora
+        from shared.modeling import evaluation, lora, pruning
         from shared.modeling.faults import AdapterFault
 
         job = request.job
@@ -166,7 +166,7 @@ class ModelWorker:
         found = evaluation.evaluate(base, data, job.evaluation.batch, self.beat)
         return Metrics(
             loss=found.loss, rows=found.rows, accuracy=found.accuracy, perplexity=found.perplexity,
-            seconds=found.seconds,
+            seconds=found.seconds, pruned=pruning.gone(base, given.kept),
         )  # fmt: skip
 
     def _base(self, job: JobSpec, base_path: str) -> Any:
@@ -205,7 +205,10 @@ def _groups(base: Any, *, heads: bool) -> list[Group]:
 
     lora.detach(base)
     pruning.prune(base, {})
-    return pruning.chosen(pruning.groups_of(base), heads=heads)
+    known = pruning.chosen(pruning.groups_of(base), heads=heads)
+    if reason := units.too_many(known):
+        raise UserError(f"base.model: too large for a strategy that prunes: {reason}")
+    return known
 
 
 def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:

@@ -7,6 +7,7 @@ imported once the pipe is open.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import faulthandler
 import gc
 import hashlib
@@ -283,17 +284,20 @@ class Agent:
         from edge_daemon.training.merging import norm
         from shared import adapter, units
         from shared.modeling import lora
+        from shared.norms import change_norm
 
         assignment, position = request.assignment, work.position
         update = lora.read_update(
             work.carried, job=assignment.job, round=assignment.round, attempt=assignment.attempt,
             base_digest=assignment.base_digest, device=request.device,
         )  # fmt: skip
+        pruner = work.pruner
+        if pruner is not None:
+            update = dataclasses.replace(update, scores=units.pack_scores(pruner.scores))
         # A part of several is merged here, at full precision: only what travels is coded.
         content = adapter.write(update, assignment.training.codec if request.parts == 1 else "fp32")
         write_whole(Path(request.update_path), content)
         first, last = mean_ends(position.losses)
-        pruner = work.pruner
         facts = UpdateFacts(
             samples=position.samples,
             steps=position.step,
@@ -312,8 +316,8 @@ class Agent:
             ended="complete" if ended == "complete" else "time" if ended == "time" else "drain",
             norm=norm(update),
             importance=work.importance,
+            change=change_norm(update, pruner.given, dense=False) if pruner else 0.0,
             kept=units.pack(pruner.known, pruner.kept) if pruner else {},
-            unit_scores=units.pack_scores(pruner.scores) if pruner else {},
             requantized=pruner.requantized if pruner else 0.0,
         )
         return Trained(

@@ -160,13 +160,15 @@ class Loop:
             return
 
     def _prune(self) -> None:
-        """Make the model smaller, where it is time to; the optimizer goes on with what is left of its moments."""
-        step = self.position.step
-        if self.pruner is None or not self.pruner.due(step):
+        """Make the model smaller, where it is time to; the optimizer goes on with what is left of its moments.
+
+        Nothing is polled here: the step is done, and a stop must not come between it and its pruning.
+        """
+        if self.pruner is None or not self.pruner.due(self.position.step):
             return
-        self.control.poll("pruning")
+        self.control.beat("pruning")
         moments = {name: self._optimizer.state[tensor] for name, tensor in self.carried.named().items()}
-        self.carried, left = self.pruner.prune(step, self.carried, moments)
+        self.carried, left = self.pruner.prune(self.carried, moments)
         self._optimizer = self._make_optimizer()
         for name, tensor in self.carried.named().items():
             if left[name]:
@@ -238,13 +240,15 @@ class Loop:
         if found is None:
             return
         position, tensors = found
+        lacks = any(f"value/{name}" not in tensors for name in self.carried.named())
+        # Before anything is restored: work that starts again has its first model.
+        if lacks or (self.pruner is not None and not self.pruner.can_restore(tensors)):
+            log.warning("checkpoint lacks tensors, the work starts again")
+            return
         if self.pruner is not None:
             self.carried = self.pruner.restore(tensors, self.carried)
             self._optimizer = self._make_optimizer()
         named = self.carried.named()
-        if any(f"value/{name}" not in tensors for name in named):
-            log.warning("checkpoint lacks tensors, the work starts again")
-            return
         with torch.no_grad():
             for name, tensor in named.items():
                 tensor.copy_(tensors[f"value/{name}"])
@@ -260,6 +264,8 @@ class Loop:
             self._scorer.restore({name.removeprefix(_SCORE): state for name, state in scores.items()})
         self.position = position
         log.info("resumed at step %d of %d", position.step, self.assignment.work.steps)
+        # The daemon may have gone between the last step and its pruning.
+        self._prune()
 
     def _progress(self) -> Progressed:
         position = self.position

@@ -33,7 +33,7 @@ from shared.units import Group
 
 SMOOTHING = 0.9
 Moments = dict[str, dict[str, Any]]
-_SCORES, _KEPT = "unit_score/", "unit_kept/"
+_SCORES, _KEPT, _DONE = "unit_score/", "unit_kept/", "prunings_done"
 
 
 def points(steps: int, every: int) -> tuple[int, ...]:
@@ -59,15 +59,19 @@ class Pruner:
     kept: dict[str, list[int]] = field(init=False)
     scores: dict[str, npt.NDArray[np.float64]] = field(init=False)
     requantized: float = 0.0
+    done: int = 0
+    """How many prunings of the round are done."""
 
     def __post_init__(self) -> None:
         """Raises `DecodeError` and `ModelFault` where the order is not for this base."""
         begun = units.unpack(self.known, self.order.kept)
         self.kept = {group.name: begun.get(group.name, list(range(group.count))) for group in self.known}
         self.scores = {group.name: np.zeros(group.count) for group in self.known}
+        self._fleet = units.scores_of(self.known, self.given.scores)
+        if self.order.begin > 0:
+            self.kept = units.best(self.known, self._fleet, self.order.begin, self.kept)
         self._before = units.ratio_of(self.known, self.kept)
         self._points = points(self.assignment.work.steps, self.order.every)
-        self._fleet = units.unpack_scores(self.order.scores)
         pruning.prune(self.base, self.kept)
 
     def carry(self) -> Carried:
@@ -88,24 +92,32 @@ class Pruner:
             self.scores[group.name][there] = np.where(old > 0, SMOOTHING * old + (1 - SMOOTHING) * fresh, fresh)
 
     def due(self, step: int) -> bool:
-        """Whether something goes after so many steps."""
-        return step in self._points and self.order.ratio > self._before
+        """Whether something goes that should be gone after so many steps."""
+        pending = self._points[self.done : self.done + 1]
+        return bool(pending) and step >= pending[0] and self.order.ratio > self._before
 
-    def prune(self, step: int, carried: Carried, moments: Mapping[str, Mapping[str, Any]]) -> tuple[Carried, Moments]:
-        """(what is carried on the smaller base, its moments) after `step` steps. `moments`: by name of the tensor."""
-        done = self._points.index(step) + 1
-        ratio = ratio_after(self._before, self.order.ratio, done, len(self._points))
-        return self._shrink(units.best(self.known, self._judged(), ratio, self.kept), carried, moments)
+    def prune(self, carried: Carried, moments: Mapping[str, Mapping[str, Any]]) -> tuple[Carried, Moments]:
+        """The next pruning: (what is carried on the smaller base, its moments). `moments`: by name of the tensor."""
+        ratio = ratio_after(self._before, self.order.ratio, self.done + 1, len(self._points))
+        found = self._shrink(units.best(self.known, self._judged(), ratio, self.kept), carried, moments)
+        self.done += 1
+        return found
 
     def save(self) -> dict[str, torch.Tensor]:
         """For a checkpoint."""
         kept = {f"{_KEPT}{name}": torch.tensor(there) for name, there in self.kept.items()}
+        kept[_DONE] = torch.tensor(self.done)
         return kept | {f"{_SCORES}{name}": torch.from_numpy(found.copy()) for name, found in self.scores.items()}
 
+    def can_restore(self, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the checkpoint holds all that `restore` needs."""
+        return _DONE in tensors and all(
+            f"{prefix}{group.name}" in tensors for group in self.known for prefix in (_KEPT, _SCORES)
+        )
+
     def restore(self, tensors: Mapping[str, torch.Tensor], carried: Carried) -> Carried:
-        """What is carried where the checkpoint was written; the values come after."""
-        if any(f"{_KEPT}{group.name}" not in tensors for group in self.known):
-            return carried
+        """What is carried where the checkpoint was written; the values come after. It `can_restore`."""
+        self.done = int(tensors[_DONE])
         kept = {group.name: tensors[f"{_KEPT}{group.name}"].tolist() for group in self.known}
         self.scores = {group.name: tensors[f"{_SCORES}{group.name}"].numpy().copy() for group in self.known}
         return self._shrink(kept, carried, {})[0]
@@ -114,10 +126,7 @@ class Pruner:
         """What decides: by weights, or by what was found here and, with the same weight, in the fleet."""
         if self.order.criterion == "magnitude":
             return magnitude_scores(self.base, self.known, self.kept)
-        return {
-            name: _of_sum_one(found) + _of_sum_one(self._fleet.get(name, np.zeros_like(found)))
-            for name, found in self.scores.items()
-        }
+        return {name: _of_sum_one(found) + _of_sum_one(self._fleet[name]) for name, found in self.scores.items()}
 
     def _shrink(
         self, kept: dict[str, list[int]], carried: Carried, moments: Mapping[str, Mapping[str, Any]]

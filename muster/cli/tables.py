@@ -86,10 +86,22 @@ def round_in_full(view: RoundView) -> Iterator[Table | Text]:
     for part in view.participants:
         for name, reason in part.work.reasons.items():
             yield Text(f"{part.device} {name}: {reason}")
+    for note in notes(view):
+        yield Text(note)
     for refused in view.refused_updates:
         yield Text(f"refused update: {refused}")
     if view.closed_reason:
         yield Text(f"closed: {view.closed_reason}")
+
+
+def notes(view: RoundView) -> list[str]:
+    """What came of the plan that no column of its table tells."""
+    told = [(part.device, part.facts.requantized) for part in view.participants if part.facts is not None]
+    return [
+        f"{device} prune: quantizing its smaller layers anew leaves their weights {error:.2%} off the stored ones"
+        for device, error in told
+        if error
+    ]
 
 
 def _plan_and_reality(part: ParticipantView) -> list[str]:

@@ -138,6 +138,7 @@ def _round(view: RoundView) -> list[str]:
     for part in view.participants:
         lines.append(f"| {' | '.join(_cells(part))} |")
     reasons = [f"- {p.device} {name}: {why}" for p in view.participants for name, why in p.work.reasons.items()]
+    reasons += [f"- {note}" for note in tables.notes(view)]
     return [*lines, "", *reasons, *(f"- refused update: {line}" for line in view.refused_updates)]
 
 

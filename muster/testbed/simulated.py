@@ -173,8 +173,8 @@ def round_results(
         now = watched.bytes_at[view.round]
         done = [one for one in devices if one.own_s > 0]
         metrics = view.metrics
-        if done:
-            pruned = max(pruned, _rounded(sum(one.pruned for one in done) / len(done)))
+        if metrics is not None:
+            pruned = _rounded(metrics.pruned)  # what was evaluated, be it accepted or not
         found.append(
             RoundResult(
                 round=view.round, seconds=_rounded(watched.committed_at[view.round] - watched.planned_at[view.round]),

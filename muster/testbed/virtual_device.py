@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from coordinator.core.planning.pruned import ratio_of
+from coordinator.core.planning.pruned import begun, middle
 from edge_daemon.core.state import Machine
 from muster.testbed import device_model as dm
 from muster.testbed.replay import Replay
@@ -197,7 +197,7 @@ class VirtualDevice:
     def peak_bytes(self, work: Work, batch: int) -> int:
         """Resident bytes of the agent at the worst moment of `work`."""
         base = self.clock.base
-        left = 1.0 if work.prune is None else base.left(ratio_of(base.groups, work.prune.kept))
+        left = 1.0 if work.prune is None else base.left(begun(base.groups, work.prune))
         shape = replace(base.shape, linear_params=round(left * base.shape.linear_params))
         return self.clock.memory.peak(shape, self._step(work, batch))
 
@@ -264,5 +264,5 @@ class VirtualDevice:
         left = 1.0
         if work.prune is not None:
             # As it is in the middle of the round.
-            left = base.left(round((ratio_of(base.groups, work.prune.kept) + work.prune.ratio) / 2, 2))
+            left = base.left(middle(base.groups, work.prune))
         return dm.StepWork(work.bits, batch, lowest, round(left * factors), left=left)

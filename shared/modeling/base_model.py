@@ -37,6 +37,10 @@ _BLOCK = re.compile(r"\.(\d+)\.")
 _HEADS = frozenset({"classifier", "score", "pre_classifier"})
 
 
+Cut = tuple[Places | None, Places | None]
+"""The rows and columns of a stored layer that are left (None: all)."""
+
+
 @dataclass(frozen=True)
 class Linear:
     """A linear layer inside transformer block `block`: W is (out x inp)."""
@@ -66,7 +70,7 @@ class Base:
     head: dict[str, nn.Parameter]
     shapes: dict[str, tuple[int, ...]] = field(repr=False, default_factory=dict)
     _sources: dict[str, Source] = field(repr=False, default_factory=dict)
-    cuts: dict[str, tuple[Places | None, Places | None]] = field(repr=False, default_factory=dict)
+    cuts: dict[str, Cut] = field(repr=False, default_factory=dict)
     """Pruned layer -> its rows and columns in the stored one (None: all)."""
     whole: dict[str, Linear] = field(repr=False, default_factory=dict)
     """Pruned layer -> what it was."""
@@ -136,8 +140,8 @@ class Base:
         linear = self.whole.get(module, self.linears[module])
         return linear.out, linear.inp
 
-    def value(self, files: WeightFiles, name: str) -> torch.Tensor:
-        """The stored value of a parameter, float32; of a pruned layer what is left of it."""
+    def value(self, files: WeightFiles, name: str, cut: Cut | None = None) -> torch.Tensor:
+        """The stored value of a parameter, float32; of a pruned layer what is left of it, or what `cut` would leave."""
         module, _, leaf = name.rpartition(".")
         source = self._sources[name]
         if source.key in files:
@@ -148,7 +152,7 @@ class Base:
             shape = torch.Size(self.whole_size(module))
             layer: Any = from_parts(files.parts(source.key), shape, False, self.bits, self.compute, self.device)
             value = layer.dequantized().float().cpu()
-        rows, columns = self.cuts.get(module, (None, None))
+        rows, columns = cut or self.cuts.get(module, (None, None))
         value = value if rows is None else value[torch.from_numpy(rows)]
         return value if columns is None or leaf != "weight" else value[:, torch.from_numpy(columns)]
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from shared import units
 from shared.adapter import Places
-from shared.modeling.base_model import Base, put_quantized
+from shared.modeling.base_model import Base, Cut
 from shared.modeling.faults import ModelFault
 from shared.modeling.parameters import put, set_module
 from shared.modeling.weights import WeightFiles
@@ -56,6 +56,11 @@ def check_kept(known: Sequence[Group], kept: Kept) -> None:
         raise ModelFault(reason)
 
 
+def gone(base: Base, packed: Mapping[str, bytes]) -> float:
+    """The ratio that a model of `packed` units was pruned to; {}: 0. Raises `DecodeError`, `ModelFault`."""
+    return units.ratio_of(groups_of(base), units.unpack(groups_of(base), packed)) if packed else 0.0
+
+
 def masked(model: nn.Module, known: Sequence[Group], kept: Kept) -> None:
     """Zero, in place, the columns that read the units which do not stay: as if they said nothing. The reference."""
     check_kept(known, kept)
@@ -87,28 +92,37 @@ def prune(base: Base, kept: Kept) -> None:
 def _cut(base: Base, module: str, rows: Places | None, columns: Places | None) -> None:
     """Make linear layer `module` that of some `rows` and `columns` of the stored one (None: all), at the base's bits,
     and its bias, too. Nothing is done where it is that already."""
-    if all(_same(*pair) for pair in zip(base.cuts.get(module, (None, None)), (rows, columns), strict=True)):
+    cut = (rows, columns)
+    if all(_same(*pair) for pair in zip(base.cuts.get(module, (None, None)), cut, strict=True)):
         return
+    # Memory may run out here: the base, which is held for the next work, has changed in nothing yet.
+    layer, out, inp = _part_of(base, module, cut)
     base.whole.setdefault(module, base.linears[module])
+    set_module(base.model, module, layer)
     base.cuts.pop(module, None)
     if rows is not None or columns is not None:
-        base.cuts[module] = (rows, columns)
+        base.cuts[module] = cut
+    base.linears[module] = replace(base.linears[module], out=out, inp=inp)
+    base.shapes |= {f"{module}.{name}": tuple(p.shape) for name, p in layer.named_parameters()}
+
+
+def _part_of(base: Base, module: str, cut: Cut) -> tuple[nn.Module, int, int]:
+    """What `cut` leaves of linear layer `module`, at the base's bits and frozen, and its size (out, in)."""
     files = WeightFiles(base.folder)
-    old = base.model.get_submodule(module)
-    value = base.value(files, f"{module}.weight").contiguous()
-    bias = base.value(files, f"{module}.bias") if old.bias is not None else None
-    linear = replace(base.linears[module], out=value.shape[0], inp=value.shape[1])
-    set_module(base.model, module, nn.Linear(linear.inp, linear.out, bias=bias is not None, device="meta"))
+    value = base.value(files, f"{module}.weight", cut).contiguous()
+    out, inp = value.shape
+    has_bias = base.model.get_submodule(module).bias is not None
+    layer: nn.Module
     if base.bits < 16:
-        put_quantized(base, linear, value)
+        from shared.modeling.quantization import quantized
+
+        layer = quantized(value, has_bias, base.bits, base.compute, base.device)
     else:
-        put(base.model, f"{module}.weight", value.to(base.device, base.compute))
-    if bias is not None:
-        put(base.model, f"{module}.bias", bias.to(base.device, base.compute))
-    base.linears[module] = linear
-    base.shapes |= {
-        f"{module}.{name}": tuple(p.shape) for name, p in base.model.get_submodule(module).named_parameters()
-    }
+        layer = nn.Linear(inp, out, bias=has_bias, device="meta")
+        put(layer, "weight", value.to(base.device, base.compute))
+    if has_bias:
+        put(layer, "bias", base.value(files, f"{module}.bias", cut).to(base.device, base.compute))
+    return layer, out, inp
 
 
 def frozen(base: Base, name: str) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The folder of a release as a model: on its base by peft, whole by itself, or with bottleneck adapters.
 
-The same files that any program reads, opened as any program opens them: a release that loads here loads there.
+The same files that any program reads, opened as any program opens them: a release that loads here loads there. Of a
+job that pruned, the model is the smaller one (`shared.pruning_file`), which other programs make by `muster export`.
 """
 
 from __future__ import annotations
@@ -13,17 +14,24 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
+from shared import pruning_file, units
+from shared.errors import MusterError
 from shared.files import write_whole
 from shared.jobs import Bits, TaskSpec
-from shared.modeling import base_model, bottleneck
+from shared.modeling import base_model, bottleneck, pruning
 from shared.modeling.base_model import Base
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import AdapterFault, ModelFault, one_line
+from shared.pruning_file import PruningFile
 from shared.release_messages import ReleaseKind
 from shared.releases import FILE_MODE
 
 _BASE_KEY = "base_model_name_or_path"
+_UNREADABLE = (
+    MusterError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, SafetensorError,
+)  # fmt: skip
 _CONFIGS = ("adapter_config.json", "bottleneck_config.json")
 
 
@@ -51,7 +59,7 @@ def opened(
     loaded = base_model.load(base, task, bits, device, beat)
     try:
         model = _with_bottlenecks(loaded, folder) if kind == "bottleneck" else _with_lora(loaded, folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise AdapterFault(f"the release does not load: {one_line(error, 200)}") from error
     return dataclasses.replace(loaded, model=model.eval())
 
@@ -67,11 +75,34 @@ def _with_lora(base: Base, folder: Path) -> Any:
 
         config._register_custom_module({LinearNF: lora_nf()})
     base.model.is_loaded_in_4bit = base.bits == 4
+    told = pruning_file.read(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # ours, registered above
-        wrapped = PeftModel.from_pretrained(base.model, str(folder), config=config, torch_device=base.device)
+        if told is not None:
+            wrapped = _smaller(base, told, folder, config)
+        else:
+            wrapped = PeftModel.from_pretrained(base.model, str(folder), config=config, torch_device=base.device)
     # What peft wraps is the same model, its layers replaced; it still is one of transformers.
     return wrapped.get_base_model()
+
+
+def _smaller(base: Base, told: PruningFile, folder: Path, config: Any) -> Any:
+    """What is left of `base` after the job's pruning, with what is left there of its adapter."""
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    kept = told.units_left()
+    pruning.prune(base, kept)
+    tensors = load_file(folder / "adapter_model.safetensors", device=base.device)
+    for module, sides in units.places(told.groups, kept).items():
+        for part, dim, where in (("lora_B", 0, sides.get("out")), ("lora_A", 1, sides.get("in"))):
+            name = f"base_model.model.{module}.{part}.weight"
+            if where is not None and name in tensors:
+                tensors[name] = tensors[name].index_select(dim, torch.from_numpy(where).to(base.device))
+    wrapped = get_peft_model(base.model, config)
+    found: Any = set_peft_model_state_dict(wrapped, tensors)
+    if found.unexpected_keys:
+        raise KeyError(found.unexpected_keys[0])
+    return wrapped
 
 
 def _with_bottlenecks(base: Base, folder: Path) -> Any:

@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from coordinator.core.aggregation.base import Expectation
+from coordinator.core.planning import pruned
 from coordinator.core.planning.base import RoundReport
-from coordinator.core.planning.fedspine import FedSpinePlanner
-from coordinator.core.planning.pruned import ratio_of
 from coordinator.fold import Reported, fold_round
 from coordinator.workers.model_worker import ModelWorker
 from coordinator.workers.protocol import Prepare, WorkerFailed
 from edge_daemon.protocol import Trained
 from shared import adapter as adapters
+from shared import units
 from shared.frames import FrameWriter
 from shared.jobs import BaseSpec, EvaluationSpec, JobSpec, RoundsSpec, StrategySpec, TrainingSpec
 from tests.training.agent_rounds import Rounds
@@ -36,27 +36,34 @@ class Pruned(Rounds):
         for name, work in sorted(plan.participants.items()):
             order = self.order(plan, round, name)
             facts = self.agent.ask(order, Trained).facts
+            assert work.prune is not None
+            assert not pruned.fault(self.facts.groups, work.prune, facts) and facts.change > 0
             update = adapters.read_file(Path(order.update_path))
             expected = Expectation(
                 job="whole", round=round, attempt=1, device=name, base_digest=self.facts.base_digest,
                 ranks=work.ranks, modules={module.name: module for module in self.facts.modules},
                 alpha_ratio=self.job.training.alpha_ratio, before=before, seed=self.job.seed,
+                places=units.places(self.facts.groups, units.unpack(self.facts.groups, facts.kept)),
             )  # fmt: skip
             assert self.aggregator.admit(update, expected) is None
             reported.append(Reported(name, facts.samples, Path(order.update_path)))
             results[name] = facts
-        folded = fold_round(self.aggregator, self.facts.modules, before, None, reported, round=round).adapter
-        assert isinstance(self.planner, FedSpinePlanner)
-        kept, scores = self.planner.model_left(results, self.facts)
+        folded = fold_round(self.aggregator, self.facts.modules, before, None, reported, round=round)
+        parts = [
+            pruned.Told(folded.weights[one.device], results[one.device].kept, adapters.read_file(one.path).scores)
+            for one in reported
+        ]
+        kept, scores = pruned.model_left(self.facts.groups, before, parts, self.job.strategy.prune)
         self.current = self.folder / f"round-{round}.adapter"
-        self.current.write_bytes(adapters.write(replace(folded, kept=kept, scores=scores)))
+        self.current.write_bytes(adapters.write(replace(folded.adapter, kept=kept, scores=scores)))
         self.planner = self.planner.learn(
             RoundReport(
                 round=round, works=plan.participants, results=results, facts=self.facts, job=self.job,
                 infos={name: self._candidate(name).info for name in self.data},
             )
         )  # fmt: skip
-        return ratio_of(self.facts.groups, kept)
+        assert self.metrics().pruned == pytest.approx(pruned.ratio_of(self.facts.groups, kept))
+        return pruned.ratio_of(self.facts.groups, kept)
 
 
 def job_of(name: str, evaluated: Path) -> JobSpec:
@@ -104,3 +111,16 @@ def test_an_architecture_that_can_not_be_pruned_is_refused_by_name(tmp_path: Pat
         Prepare(job=job_of("fedspine", held_out), base_path=str(folder), adapter_path=str(tmp_path / "a"))
     )
     assert isinstance(answer, WorkerFailed) and answer.operator
+
+
+def test_a_base_of_too_many_units_is_refused_when_the_job_is_prepared(
+    tmp_path: Path, bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "MAX_GROUP", 63)
+    held_out = tmp_path / "held-out.jsonl"
+    write_jsonl(held_out, colour_rows(6, seed=9))
+    answer = ModelWorker(FrameWriter(io.BytesIO())).answer(
+        Prepare(job=job_of("fedspine", held_out), base_path=str(bert), adapter_path=str(tmp_path / "a"))
+    )
+    assert isinstance(answer, WorkerFailed) and answer.operator
+    assert "0.channels has 64 units, a message holds 63 of a group" in answer.reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,20 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from edge_daemon.training import loop
 from edge_daemon.training import pruner as pruning_loop
+from edge_daemon.training.checkpoint import load_checkpoint
+from edge_daemon.training.control import PipeClosed, Stopped
 from edge_daemon.training.loop import Loop
+from edge_daemon.training.merging import norm
 from edge_daemon.training.pruner import Pruner, gradient_scores, magnitude_scores, points, ratio_after
 from shared import adapter, units
+from shared.errors import DecodeError
 from shared.jobs import Bits, TaskSpec
 from shared.messages import Pruning
 from shared.modeling import base_model, lora, pruning
 from shared.modeling.data import tokenize
+from shared.norms import change_norm
 from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, global_adapter
 
 
@@ -26,13 +33,13 @@ class Work:
 
     def __init__(
         self, folder: Path, source: Path, checkpoints: Path, order: Pruning, task: TaskSpec = COLOURS, bits: Bits = 32,
-        **work: Any,
+        scores: dict[str, bytes] | None = None, **work: Any,
     ) -> None:  # fmt: skip
         self.base = base_model.load(folder, task, bits)
         made: Any = assignment(self.base, task=task, bits=bits, **work)
         self.assignment = replace(made, work=replace(made.work, prune=order))
         self.known = pruning.groups_of(self.base)
-        self.given = global_adapter(self.base, 3)
+        self.given = dataclasses.replace(global_adapter(self.base, 3), scores=scores or {})
         self.pruner = Pruner(self.base, self.known, order, self.given, self.assignment)
         data = tokenize(str(source), task, self.base.tokenizer)
         self.pipes = Pipes()
@@ -92,7 +99,7 @@ def test_what_is_cut_in_a_round_is_the_masked_model(
             one.loop._advance()
     before = sum(p.numel() for p in work.base.model.parameters())
     moments = {n: work.loop._optimizer.state[t] for n, t in work.loop.carried.named().items()}
-    work.loop.carried, left = work.pruner.prune(2, work.loop.carried, moments)
+    work.loop.carried, left = work.pruner.prune(work.loop.carried, moments)
     assert sum(p.numel() for p in work.base.model.parameters()) < 0.85 * before
     assert units.ratio_of(work.known, work.pruner.kept) == pytest.approx(0.5)
     _mask(whole, work.pruner.kept)
@@ -194,7 +201,7 @@ def test_the_fleet_counts_as_much_as_the_device(bert: Path, colours: Path, tmp_p
     group = work.known[1]
     top = np.zeros(group.count)
     top[-1] = 1.0
-    work.pruner._fleet = {group.name: top}
+    work.pruner._fleet[group.name] = top
     work.pruner.scores[group.name] = np.arange(group.count, 0.0, -1.0)
     judged = work.pruner._judged()[group.name]
     assert judged.argmax() == group.count - 1
@@ -204,3 +211,94 @@ def test_the_fleet_counts_as_much_as_the_device(bert: Path, colours: Path, tmp_p
 def test_an_order_for_another_model_is_refused(bert: Path, colours: Path, tmp_path: Path) -> None:
     with pytest.raises(Exception, match="bytes for the units of 'x'"):
         Work(bert, colours, tmp_path, Pruning(ratio=0.5, kept={"x": b"\1"}), steps=2)
+
+
+def test_the_fleets_scores_come_with_the_adapter_and_bring_a_late_device_to_its_class(
+    bert: Path, colours: Path, tmp_path: Path
+) -> None:
+    whole = Work(bert, colours, tmp_path, Pruning(ratio=0.0), steps=2)
+    rising = {group.name: np.linspace(0.1, 1.0, group.count) for group in whole.known}
+    packed = units.pack_scores(rising)
+    late = Work(bert, colours, tmp_path, Pruning(ratio=0.5, begin=0.25), steps=2, scores=packed)
+    assert late.pruner.kept == units.best(whole.known, rising, 0.25)
+    late.loop.run()
+    assert units.ratio_of(late.known, late.pruner.kept) == 0.5
+    everything = {group.name: list(range(group.count)) for group in late.known}
+    assert not units.astray(late.known, late.pruner.kept, everything, 0.25, 0.5)
+    with pytest.raises(DecodeError, match="3 scores for the units of '0.heads'"):
+        Work(bert, colours, tmp_path, Pruning(ratio=0.5), steps=2, scores={"0.heads": b"abc"})
+
+
+def test_a_stop_at_the_step_of_a_pruning_loses_none(bert: Path, colours: Path, tmp_path: Path) -> None:
+    work = Work(bert, colours, tmp_path, Pruning(ratio=0.5), steps=2)
+    work.loop.base.model.train()
+    poll, step = work.loop.control.poll, work.loop._loss_of_step
+
+    def stopping(what: str) -> None:
+        if work.loop.position.step:
+            raise Stopped("drain")
+        poll(what)
+
+    work.loop.control.poll = stopping  # type: ignore[method-assign]  # a stop that came while the step was under way
+    work.loop._loss_of_step = lambda batch: step(batch)
+    assert work.loop.run() == "drain"
+    assert work.loop.position.step == 1
+    assert units.ratio_of(work.known, work.pruner.kept) == 0.5
+
+
+def test_a_daemon_gone_between_a_step_and_its_pruning_loses_none(bert: Path, colours: Path, tmp_path: Path) -> None:
+    order = Pruning(ratio=0.5, every=5)
+    calm = Work(bert, colours, tmp_path / "calm", order, steps=10)
+    calm.loop.run()
+    cut = Work(bert, colours, tmp_path / "cut", order, steps=10)
+
+    def gone(what: str) -> None:
+        if what == "pruning":
+            raise PipeClosed
+
+    cut.loop.control.beat = gone  # type: ignore[method-assign]  # as where the pipe is broken
+    with pytest.raises(PipeClosed):
+        cut.loop.run()
+    assert not cut.pruner.done and cut.loop.position.step == 3
+    resumed = Work(bert, colours, tmp_path / "cut", order, steps=10)
+    resumed.loop.run()
+    assert resumed.pruner.kept == calm.pruner.kept
+    assert resumed.update() == calm.update()
+
+
+@pytest.mark.parametrize("lost", ["value/", "unit_kept/"])
+def test_a_checkpoint_that_lacks_tensors_leaves_the_model_as_it_was(
+    lost: str, bert: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = Pruning(ratio=0.5, every=5)
+    killed = Work(bert, colours, tmp_path, order, steps=10)
+    killed.base.model.train()
+    while killed.loop.position.step < 8:
+        killed.loop._advance()
+    killed.loop.save()
+    found = load_checkpoint(tmp_path, killed.loop._work)
+    assert found is not None
+    position, tensors = found
+    name = next(name for name in tensors if name.startswith(lost))
+    del tensors[name]
+    monkeypatch.setattr(loop, "load_checkpoint", lambda *_: (position, tensors))
+    again = Work(bert, colours, tmp_path, order, steps=10)
+    whole = dict(again.base.linears)
+    again.loop._resume()
+    assert again.loop.position.step == 0 and again.pruner.done == 0
+    assert again.base.linears == whole and units.ratio_of(again.known, again.pruner.kept) == 0.0
+
+
+def test_the_change_does_not_grow_with_the_rank_as_the_factors_do(bert: Path, colours: Path, tmp_path: Path) -> None:
+    def norms(rank: int) -> tuple[float, float]:
+        base = base_model.load(bert, COLOURS)
+        given = assignment(base, ranks=dict.fromkeys(base.linears, rank), steps=1)
+        made: Any = replace(given, work=replace(given.work, prune=Pruning(ratio=0.0)))
+        adapters = global_adapter(base, 1)
+        one = Pruner(base, pruning.groups_of(base), Pruning(ratio=0.0), adapters, made)
+        update = lora.read_update(one.carry(), job="j", round=1, attempt=1, base_digest="d" * 64)
+        return change_norm(update, adapters, dense=False), norm(update)
+
+    (still, small), (_, large) = norms(2), norms(8)
+    assert still < 1e-4, "nothing was trained, so nothing changed"
+    assert large > 1.2 * small

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -146,3 +147,33 @@ def test_a_served_base_is_pruned_from_what_it_says(bits: int, tmp_path: Path, re
     assert float(error) < {16: 1e-3, 8: 4e-3, 4: 0.3}[bits]
     pruning.prune(base, {})
     assert base.cuts == {} and base.linears == base_model.load(packed, STORIES, bits=bits).linears  # type: ignore[arg-type]  # one of `Bits`
+
+
+@pytest.mark.parametrize("bits", [32, 8, 4])
+def test_memory_that_runs_out_within_a_cut_leaves_a_base_that_can_be_cut_again(
+    bits: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, calm = (loaded("bert", request, bits) for _ in range(2))
+    kept = {group.name: list(range(group.count // 2)) for group in pruning.groups_of(base)}
+    value, calls = type(base).value, 0
+
+    def tight(self: Any, *given: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise MemoryError
+        found: torch.Tensor = value(self, *given)
+        return found
+
+    monkeypatch.setattr(type(base), "value", tight)
+    with pytest.raises(MemoryError):
+        pruning.prune(base, kept)
+    for name, linear in base.linears.items():
+        weight = pruning.frozen(base, name)
+        assert tuple(weight.shape) == (linear.out, linear.inp), "what is told of a layer is what it is"
+    pruning.prune(base, kept)
+    pruning.prune(calm, kept)
+    for name in base.cuts:
+        assert torch.equal(pruning.frozen(base, name), pruning.frozen(calm, name))
+    pruning.prune(base, {})
+    assert not base.cuts

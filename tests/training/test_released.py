@@ -22,11 +22,11 @@ from coordinator.export_bottleneck import export_bottleneck
 from coordinator.export_whole import export_whole
 from edge_daemon import protocol
 from edge_daemon.core.state import Journal
-from shared import release_pack
+from shared import release_pack, units
 from shared.adapter import Adapter
 from shared.files import write_whole
 from shared.jobs import BaseSpec, Bits, JobSpec, TaskSpec
-from shared.modeling import base_model, bottleneck, evaluation, lora, released, stored_form, weights
+from shared.modeling import base_model, bottleneck, evaluation, lora, pruning, released, stored_form, weights
 from shared.modeling.base_model import Base
 from shared.modeling.data import TokenData, tokenize
 from shared.modeling.faults import AdapterFault, ModelFault
@@ -84,6 +84,33 @@ def test_a_peft_folder_on_a_base_of_any_bits_is_the_model_that_was_trained(
     assert abs(plain - wanted) > 0.01, "the release makes no difference: the test shows nothing"
     assert found == pytest.approx(wanted, rel=1e-5 if bits == 32 else 2e-2)
     assert abs(found - wanted) < 0.2 * abs(plain - wanted)
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_the_release_of_a_job_that_pruned_is_the_smaller_model(
+    name: str, task: TaskSpec, bits: Bits, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder, data = request.getfixturevalue(name), data_of(task, request)
+    base = base_model.load(folder, task, bits)
+    known = pruning.groups_of(base)
+    rng = np.random.default_rng(3)
+    kept = units.best(known, {group.name: rng.uniform(0.1, 1.0, group.count) for group in known}, 0.5)
+    given = dataclasses.replace(
+        global_adapter(base, 3, size=4.0 if name == "llama" else 0.4), kept=units.pack(known, kept)
+    )
+    pruning.prune(base, kept)
+    lora.carry(base, given, {}, alpha_ratio=1.0, seed=0, round=1)
+    wanted, left = loss(base, data, task), sum(linear.out * linear.inp for linear in base.linears.values())
+    made = tmp_path / RELEASE
+    export_peft(given, made, spec=spec(task), base="elsewhere", groups=known)
+    opened = released.opened(made, "lora", folder, task, bits, "cpu")
+    assert sum(linear.out * linear.inp for linear in opened.linears.values()) == left
+    assert loss(opened, data, task) == pytest.approx(wanted, rel=1e-5 if bits == 32 else 2e-2)
+    assert "muster export --ratio" in (made / "README.md").read_text()
+    (made / "pruning.json").write_text("{}")
+    with pytest.raises(AdapterFault, match="the release does not load"):
+        released.opened(made, "lora", folder, task, bits, "cpu")
 
 
 @pytest.mark.parametrize(("name", "task"), CASES)

@@ -20,8 +20,9 @@ from shared.adapter import Adapter
 from shared.errors import UserError
 from shared.jobs import BaseSpec, JobSpec, TaskSpec
 from shared.modeling import base_model, lora, pruning, weights
-from tests.training.tiny_models import COLOURS, STORIES, global_adapter
+from tests.training.tiny_models import COLOURS, STORIES, global_adapter, make_llama
 
+TOKENS = [[5, 6, 7, 8, 9, 10], [9, 4, 4, 6, 5, 8]]
 TASKS = [("bert", COLOURS), ("gpt2", STORIES), ("llama", STORIES)]
 
 
@@ -41,6 +42,25 @@ def exported(base: Path, folder: Path, task: TaskSpec, *, heads: bool = True) ->
     return folder, adapter
 
 
+def plainly(made: Path, folder: Path, classifies: bool, *, trusting: bool) -> tuple[torch.Tensor, int]:
+    """Logits and parameters of the model in a process that knows nothing of Muster."""
+    code = (
+        "import sys, torch, transformers\n"
+        f"kind = transformers.AutoModelFor{'SequenceClassification' if classifies else 'CausalLM'}\n"
+        f"model = kind.from_pretrained(sys.argv[1], trust_remote_code={trusting}).eval()\n"
+        f"tokens = torch.tensor({TOKENS})\n"
+        "count = sum(p.numel() for p in model.parameters())\n"
+        "torch.save((model(input_ids=tokens).logits.detach(), count), sys.argv[2])\n"
+        "if 'CausalLM' in type(model).__mro__[1].__name__:\n"
+        "    model.generate(tokens, max_new_tokens=3, do_sample=False)\n"
+        "transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "assert not any(name.split('.')[0] in ('shared', 'muster') for name in sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(made), str(folder / "said")], check=True, cwd=folder, timeout=100)
+    said, count = torch.load(folder / "said")
+    return said, int(count)
+
+
 @pytest.mark.parametrize(("name", "task"), TASKS)
 @pytest.mark.parametrize("heads", [True, False])
 def test_plain_transformers_says_what_the_coordinator_evaluated(
@@ -53,30 +73,36 @@ def test_plain_transformers_says_what_the_coordinator_evaluated(
     ours = base_model.load(base, task)
     whole = sum(p.numel() for p in ours.model.parameters())
     lora.merge(ours, adapter)
-    tokens = torch.tensor([[5, 6, 7, 8, 9, 10], [9, 4, 4, 6, 5, 8]])
     with torch.no_grad():
-        wanted = ours.model(input_ids=tokens).logits
-    # In a process that knows nothing of Muster.
-    code = (
-        "import sys, torch, transformers\n"
-        f"kind = transformers.AutoModelFor{'SequenceClassification' if name == 'bert' else 'CausalLM'}\n"
-        f"model = kind.from_pretrained(sys.argv[1], trust_remote_code={heads and name != 'llama'}).eval()\n"
-        f"tokens = torch.tensor({tokens.tolist()})\n"
-        "torch.save((model(input_ids=tokens).logits, sum(p.numel() for p in model.parameters())), sys.argv[2])\n"
-        "transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "assert not any(name.split('.')[0] in ('shared', 'muster') for name in sys.modules)\n"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(made), str(tmp_path / "said")], check=True, cwd=tmp_path, timeout=100
-    )
-    said, count = torch.load(tmp_path / "said")
-    assert said.detach().numpy() == pytest.approx(wanted.numpy(), abs=2e-5)
+        wanted = ours.model(input_ids=torch.tensor(TOKENS)).logits
+    said, count = plainly(made, tmp_path, name == "bert", trusting=heads and name != "llama")
+    assert said.numpy() == pytest.approx(wanted.numpy(), abs=2e-5)
     measured = json.loads((made / "measured.json").read_text())
     assert measured["smaller"]["parameters"] == count < whole == measured["whole"]["parameters"]
     assert measured["smaller"]["loss"] > 0 and set(measured["smaller"]["latency_ms"]) == {"1", "16"}
     card = (made / "README.md").read_text()
     assert f"| parameters | {whole:,} | {count:,} |" in card and "tiny" not in card.split("\n")[0]
     assert (made / smaller.CODE).is_file() == (heads and name != "llama")
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
+@pytest.mark.parametrize(("ratio", "coded"), [(0.2, True), (0.5, False)])
+def test_a_number_of_heads_that_does_not_divide_the_width_brings_model_code(
+    kind: str, ratio: float, coded: bool, tmp_path: Path
+) -> None:
+    base = make_llama(tmp_path / "base", kind, hidden=48, heads=12, key_heads=6)
+    folder, adapter = exported(base, tmp_path / "adapter", STORIES)
+    made = smaller.make(folder, tmp_path / "small", ratio=ratio)
+    assert (made / smaller.CODE).is_file() == coded
+    ours = base_model.load(base, STORIES)
+    known = pruning.groups_of(ours)
+    kept = units.best(known, units.scores_of(known, adapter.scores), ratio)
+    lora.merge(ours, replace(adapter, kept=units.pack(known, kept)))
+    with torch.no_grad():
+        wanted = ours.model(input_ids=torch.tensor(TOKENS)).logits
+    said, count = plainly(made, tmp_path, False, trusting=coded)
+    assert count == sum(p.numel() for p in ours.model.parameters())
+    assert said.numpy() == pytest.approx(wanted.numpy(), abs=2e-5)
 
 
 def test_any_size_and_that_of_a_class(bert: Path, tmp_path: Path) -> None:

@@ -71,17 +71,22 @@ def make_gpt2(folder: Path) -> Path:
     return folder
 
 
-def make_llama(folder: Path) -> Path:
-    """A LLaMA of two layers with grouped heads, with byte-level BPE."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def make_llama(folder: Path, kind: str = "Llama", *, hidden: int = 32, heads: int = 4, key_heads: int = 2) -> Path:
+    """A LLaMA of two layers with grouped heads, with byte-level BPE. `kind`: as transformers names one of its kind."""
+    import transformers
 
     size = _bpe(folder)
     torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0, initializer_range=0.2,
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=size, hidden_size=hidden, intermediate_size=48, num_hidden_layers=2, num_attention_heads=heads,
+        num_key_value_heads=key_heads, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+        initializer_range=0.2, **({"pad_token_id": 0} if kind == "Qwen2" else {}),
     )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(str(folder))
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # of Qwen2
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(str(folder))
     return folder
 
 

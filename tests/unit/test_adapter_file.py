@@ -224,3 +224,13 @@ def test_values_that_are_not_finite_are_left_to_admission() -> None:
     bad: Any = np.array([[np.nan, np.inf]], dtype=np.float32)
     made = Adapter(kind="update", job="j", round=1, base_digest="", factors={}, dense={"x": bad})
     assert not np.isfinite(adapter.read(adapter.write(made)).dense["x"]).any()
+
+
+@pytest.mark.parametrize("side", ["rows", "columns"])
+def test_rows_that_are_given_are_at_least_one(side: str) -> None:
+    part = {"rows": Factors(b=grid(0, 2), a=grid(2, 3)), "columns": Factors(b=grid(3, 2), a=grid(2, 0))}[side]
+    written = Adapter(kind="update", job="j", round=1, base_digest="d", factors={"m": part}, dense={})
+    plain = msgpack.unpackb(adapter.write(written))
+    plain["modules"][0][side] = b"\0"
+    with pytest.raises(DecodeError, match="none of its rows or columns is left"):
+        adapter.read(msgpack.packb(plain))

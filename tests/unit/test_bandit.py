@@ -134,3 +134,13 @@ def test_it_comes_near_the_best_arm_and_finds_it_again() -> None:
 
 def test_a_region_knows_its_middle() -> None:
     assert Region(0.2, 0.4, 0.2, 0.4).middle == pytest.approx((0.3, 0.6))
+
+
+@pytest.mark.parametrize("span", [(0.0, 0.0), (0.0, 0.1), (1.0, 1.0), (0.4, 0.7)])
+def test_arms_lie_within_the_span(span: tuple[float, float]) -> None:
+    rng, bandit = random.Random(4), Bandit()
+    for _ in range(60):
+        choice = bandit.choose((rng.random(), rng.random(), rng.random()), lambda _: True, (), span)
+        assert choice is not None and span[0] <= choice.at[0] <= span[1]
+        bandit = bandit.learn([(choice.at, 0.5)])
+    assert len([region for region in bandit.regions if region.pulls > 0.1]) > 3, "the other side is still searched"

@@ -7,9 +7,9 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
-from coordinator.web.views import DeviceView
-from muster.cli import device_tables
-from shared.messages import DatasetFacts, DeviceInfo, Gpu, GpuLoad, HostLoad, Load
+from coordinator.web.views import DeviceView, ParticipantView, RoundView
+from muster.cli import device_tables, tables
+from shared.messages import DatasetFacts, DeviceInfo, Gpu, GpuLoad, HostLoad, Load, UpdateFacts, Work
 
 CARD = Gpu(
     uuid="GPU-1", name="NVIDIA L4", memory_bytes=24 * 10**9, compute="8.9", power_limit_w=72.0, clock_max_mhz=2040
@@ -101,3 +101,18 @@ def test_a_data_set_that_can_not_be_read_is_shown_with_the_reason() -> None:
     device = msgspec.structs.replace(device, info=told)
     assert "can't read news: news.jsonl: row 3 is not JSON" in listed(device)
     assert "can't be read" in shown(device) and "news: news.jsonl: row 3 is not JSON" in shown(device)
+
+
+def test_a_round_tells_what_quantizing_smaller_layers_anew_cost() -> None:
+    work = Work(ranks={"m": 4}, batch=4, bits=8, steps=4)
+    facts = UpdateFacts(
+        samples=16, steps=4, batch=4, bits=8, loss_first=2.0, loss_last=1.0, step_s=0.1, train_s=0.4, requantized=0.0123
+    )
+    parts = [
+        ParticipantView(device="a", work=work, status="done", facts=facts),
+        ParticipantView(device="b", work=work, status="done", facts=msgspec.structs.replace(facts, requantized=0.0)),
+        ParticipantView(device="c", work=work),
+    ]
+    told = printed(*tables.round_in_full(RoundView(round=1, phase="committed", participants=parts)))
+    assert told.count("anew") == 1
+    assert "a prune: quantizing its smaller layers anew leaves their weights 1.23% off the stored ones" in told

@@ -58,3 +58,13 @@ def test_the_third_refusal_in_a_row_pauses_the_job() -> None:
 
 def test_an_accepted_round_never_pauses() -> None:
     assert not judge([_metrics(1.0)], _metrics(0.9), 0.1, refusals=2).pause
+
+
+def test_a_pruned_model_is_judged_against_models_as_small_alone() -> None:
+    whole, half = Metrics(loss=1.0, rows=9), Metrics(loss=2.0, rows=9, pruned=0.5)
+    first = judge([whole], Metrics(loss=1.8, rows=9, pruned=0.3), 0.1)
+    assert first.accepted and first.reason == "loss 1.8 is the first one with 30.0% of its units gone"
+    assert judge([whole, half], Metrics(loss=2.1, rows=9, pruned=0.5), 0.1).accepted
+    assert not judge([whole, half], Metrics(loss=2.3, rows=9, pruned=0.5), 0.1).accepted
+    assert not judge([whole, half], Metrics(loss=2.3, rows=9, pruned=0.3), 0.1).accepted, "half of it does better"
+    assert not judge([whole], Metrics(loss=math.nan, rows=9, pruned=0.5), 0.1).accepted

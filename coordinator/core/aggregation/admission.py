@@ -1,7 +1,7 @@
 """Is this update what was asked for? Every check says what it found and what was expected.
 
 Layers one and two of the defence against poisoned updates: the schema (names, shapes, numbers that are finite) and
-the norm of the change. Norms of products come from Gram matrices of their factors, so nothing dense is built.
+the norm of the change.
 """
 
 from __future__ import annotations
@@ -11,46 +11,27 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from coordinator.core.aggregation.base import Expectation, Wide, column_weights
-from shared import units
-from shared.adapter import Adapter, Factors, Places
-from shared.tensors import Array
+from coordinator.core.aggregation.base import Expectation
+from shared.adapter import Adapter, Places
+from shared.norms import change_norm
 
 _SCALING_ERROR = 1e-6
 
 
-def refusal(
-    update: Adapter, expected: Expectation, *, trains_directions: bool, may_be_pruned: bool = False
-) -> str | None:
+def refusal(update: Adapter, expected: Expectation, *, trains_directions: bool) -> str | None:
     """Why `update` must be refused, or None.
 
     `trains_directions`: the update contains the first min(assigned rank, global rank) directions of the global adapter.
-    `may_be_pruned`: its factors may lack rows and columns of the whole layers, which they name.
     """
     return (
         identity_fault(update, expected)
         or names_fault("module", update.factors, (name for name, rank in expected.ranks.items() if rank > 0))
         or names_fault("dense tensor", update.dense, expected.before.dense)
-        or _places_fault(update, expected, may_be_pruned)
+        or _places_fault(update, expected)
         or _modules_fault(update, expected, trains_directions)
         or _dense_fault(update, expected)
         or _numbers_fault(update, expected)
     )
-
-
-def change_norm(update: Adapter, before: Adapter) -> float:
-    """Euclidean norm of what the update changes: of products against the directions they contain, of dense tensors.
-
-    Not finite where a number of the update is not.
-    """
-    squares = [_change_square(part, before.factors.get(name)) for name, part in update.factors.items()]
-    squares += [_difference_square(tensor, before.dense[name]) for name, tensor in update.dense.items()]
-    return math.sqrt(sum(squares))
-
-
-def product_norm(factors: Factors) -> float:
-    """Frobenius norm of what `factors` add to W."""
-    return math.sqrt(_product_square(factors.b.astype(np.float64) * column_weights(factors), factors.a))
 
 
 def identity_fault(update: Adapter, expected: Expectation) -> str | None:
@@ -79,14 +60,16 @@ def names_fault(word: str, found: Iterable[str], wanted: Iterable[str]) -> str |
     return None
 
 
-def _places_fault(update: Adapter, expected: Expectation, may_be_pruned: bool) -> str | None:
+def _places_fault(update: Adapter, expected: Expectation) -> str | None:
+    """Whether a pruned device's factors are of the rows and columns of the units that it says are left."""
     for name in sorted(update.factors):
-        part, module = update.factors[name], expected.modules[name]
-        for word, where, size in (("rows", part.rows, module.out), ("columns", part.columns, module.inp)):
-            if where is not None and not may_be_pruned:
+        part, left = update.factors[name], expected.places.get(name, {})
+        for word, where, wanted in (("rows", part.rows, left.get("out")), ("columns", part.columns, left.get("in"))):
+            if where is wanted or (where is not None and wanted is not None and np.array_equal(where, wanted)):
+                continue
+            if not expected.places:
                 return f"module {name!r:.100}: it is pruned, which was not asked for"
-            if where is not None and int(where[-1]) >= size:
-                return f"module {name!r:.100}: {word} up to {int(where[-1])} of a layer of {module.out} x {module.inp}"
+            return f"module {name!r:.100}: its {word} are not those of the units that it tells are left"
     return None
 
 
@@ -141,28 +124,3 @@ def _not_finite(update: Adapter) -> str:
             return f"module {name!r:.100}"
     bad = (name for name in sorted(update.dense) if not np.isfinite(update.dense[name]).all())
     return f"dense tensor {next(bad, '')!r:.100}"
-
-
-def _change_square(part: Factors, before: Factors | None) -> float:
-    left, right = part.b.astype(np.float64) * part.scaling, part.a.astype(np.float64)
-    if before is not None and part.trained > 0:
-        begun = units.left_of(before, part.rows, part.columns)
-        start = begun.b[:, : part.trained] * column_weights(begun)[: part.trained]
-        left = np.concatenate([left, -start], axis=1)
-        right = np.concatenate([right, begun.a[: part.trained]])
-    return _product_square(left, right)
-
-
-def _product_square(left: Wide, right: Wide | Array) -> float:
-    """||left @ right||_F^2; never below zero, and not a number where one in either factor is not finite."""
-    wide = right.astype(np.float64, copy=False)
-    # An infinity times zero, or less infinity, is not a number: that is the answer, not an accident.
-    with np.errstate(invalid="ignore"):
-        square = float(np.sum((left.T @ left) * (wide @ wide.T)))
-    return max(square, 0.0) if math.isfinite(square) else math.nan
-
-
-def _difference_square(tensor: Array, before: Array) -> float:
-    with np.errstate(invalid="ignore"):
-        difference = (tensor.astype(np.float64) - before).ravel()
-        return float(difference @ difference)

@@ -8,16 +8,18 @@ update arrived first. Nothing here reads a file or a clock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from coordinator.core.facts import ModuleSpec
-from shared.adapter import Adapter, Factors
+from shared.adapter import Adapter, Factors, Places
+from shared.norms import column_weights
 from shared.starts import Start
 from shared.tensors import Array
+from shared.units import Side
 
 Wide = npt.NDArray[np.float64]
 NORM_BOUND = 1e6
@@ -32,7 +34,8 @@ class Expectation:
 
     `ranks`: as assigned, 0 or absent for a module that is not tuned. `modules`: of the base, by name.
     `stacked`: how many agents' factors lie side by side in each module. `norm_bound`: largest Euclidean norm of the
-    change (`admission.change_norm`) that is believed. `seed`: the job's.
+    change (`norms.change_norm`) that is believed. `seed`: the job's. `places`: of a pruned device, the rows and columns
+    of each layer that are left.
     """
 
     job: str
@@ -47,6 +50,7 @@ class Expectation:
     stacked: int = 1
     norm_bound: float = NORM_BOUND
     seed: int = 0
+    places: Mapping[str, Mapping[Side, Places]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -161,12 +165,6 @@ class DenseFold:
 def narrow(array: npt.NDArray[Any]) -> Array:
     """`array` as contiguous float32."""
     return np.ascontiguousarray(array, dtype=np.float32)
-
-
-def column_weights(factors: Factors) -> Wide:
-    """What each direction of `factors` is multiplied with: scaling * sigma."""
-    sigma = np.ones(factors.rank) if factors.sigma is None else factors.sigma.astype(np.float64)
-    return factors.scaling * sigma
 
 
 def product(factors: Factors) -> Wide:

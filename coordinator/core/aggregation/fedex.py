@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from coordinator.core.aggregation import admission
-from coordinator.core.aggregation.base import UNBOUNDED, Folded, Part, column_weights, narrow
+from coordinator.core.aggregation.base import UNBOUNDED, Folded, Part, narrow
 from coordinator.core.aggregation.fedit import FedIt, MeanFold
 from coordinator.core.aggregation.product_sum import NOISE, ProductSum
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
+from shared.norms import column_weights, product_norm
 
 
 class FedEx(FedIt):
@@ -71,4 +71,4 @@ class ExactMeanFold(MeanFold):
         b = np.concatenate([mean.b, narrow(u[:, :count] * root)], axis=1)
         a = np.concatenate([mean.a, narrow(vt[:count] * root[:, None])])
         factors = Factors(b=b, a=a, scaling=mean.scaling)
-        return Folded(factors=factors, norm=admission.product_norm(factors))
+        return Folded(factors=factors, norm=product_norm(factors))

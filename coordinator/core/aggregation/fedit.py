@@ -15,6 +15,7 @@ from coordinator.core.aggregation import admission
 from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, narrow
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.norms import product_norm
 from shared.starts import Start
 
 
@@ -75,4 +76,4 @@ class MeanFold:
         if self._b is not None and self._a is not None:
             mean_b, mean_a = narrow(self._b / self._weight), narrow(self._a / self._weight)
             factors = Factors(b=mean_b, a=mean_a, scaling=self._scaling)
-        return Folded(factors=factors, norm=0.0 if factors is None else admission.product_norm(factors))
+        return Folded(factors=factors, norm=0.0 if factors is None else product_norm(factors))

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from coordinator.core.aggregation import admission
-from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, column_weights, narrow
-from coordinator.core.aggregation.fsr import FoldStackRecompress, StackFold
+from coordinator.core.aggregation.base import Folded, Part, Wide, narrow
+from coordinator.core.aggregation.fsr import FoldStackRecompress, Recompression, StackFold
 from coordinator.core.aggregation.product_sum import ProductSum
 from coordinator.core.facts import ModuleSpec
 from shared import units
-from shared.adapter import Adapter, Factors, Places
+from shared.adapter import Factors, Places
+from shared.norms import column_weights
 
 COVERED = 0.3
 
@@ -34,25 +34,18 @@ class FedSpine(FoldStackRecompress):
 
     name = "fedspine"
 
-    def admit(self, update: Adapter, expected: Expectation) -> str | None:
-        """Why `update` must be refused, or None."""
-        return admission.refusal(update, expected, trains_directions=True, may_be_pruned=True)
-
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> CoverageFold:
         """Open the fold of `module`."""
-        return CoverageFold(
-            module, current, residual, self.energy, self.global_rank, self.server_lr, sampled=self.sampled
-        )
+        return CoverageFold(module, current, residual, self.recompression)
 
 
 class CoverageFold(StackFold):
     """The fold of one module by the formula above."""
 
     def __init__(
-        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int,
-        server_lr: float = 1.0, *, sampled: bool = False,
-    ) -> None:  # fmt: skip
-        super().__init__(module, current, residual, energy, cap, server_lr, sampled=sampled)
+        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, settings: Recompression
+    ) -> None:
+        super().__init__(module, current, residual, settings)
         self._module = module
         self._change = ProductSum(module.out, module.inp)
         self._rows: Wide = np.zeros(module.out)
@@ -79,7 +72,7 @@ class CoverageFold(StackFold):
             return super().finish()
         u, sigma, vt = self._change.svd()
         u, vt = u * _by_coverage(self._rows)[:, None], vt * _by_coverage(self._columns)[None, :]
-        self._sum.add(narrow(u), narrow(vt), self._server_lr * sigma)
+        self._sum.add(narrow(u), narrow(vt), self._settings.server_lr * sigma)
         for factors in (self._current, self._residual):
             if factors is not None:
                 self._sum.add(factors.b, factors.a, column_weights(factors))

@@ -19,6 +19,7 @@ from coordinator.core.aggregation import admission
 from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, narrow
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.norms import product_norm
 from shared.starts import Start, fixed_rows
 from shared.tensors import Array
 
@@ -84,7 +85,7 @@ class SharedFold:
                 remains[np.abs(remains) < _UNTRAINED] = 0.0
                 self._b[:, : factors.rank] += factors.b * (remains * factors.scaling / self._scaling)
             factors = Factors(b=narrow(self._b), a=narrow(self._a), scaling=self._scaling)
-        return Folded(factors=factors, norm=0.0 if factors is None else admission.product_norm(factors))
+        return Folded(factors=factors, norm=0.0 if factors is None else product_norm(factors))
 
 
 def _whole(part: Factors, before: Factors | None) -> Factors:

@@ -14,10 +14,11 @@ from __future__ import annotations
 import numpy as np
 
 from coordinator.core.aggregation import admission
-from coordinator.core.aggregation.base import Expectation, Folded, Part, column_weights, narrow
+from coordinator.core.aggregation.base import Expectation, Folded, Part, narrow
 from coordinator.core.aggregation.product_sum import NOISE, ProductSum
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.norms import column_weights, product_norm
 from shared.starts import Start
 
 
@@ -61,7 +62,7 @@ class CutFold:
     def finish(self) -> Folded:
         """The cut mean; the current factors where no device tuned the module."""
         if self._weight == 0.0:
-            norm = 0.0 if self._current is None else admission.product_norm(self._current)
+            norm = 0.0 if self._current is None else product_norm(self._current)
             return Folded(factors=self._current, norm=norm)
         u, sigma, vt = self._sum.svd()
         sigma = sigma / self._weight

@@ -25,15 +25,17 @@ operator's bound.
 from __future__ import annotations
 
 import hashlib
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from coordinator.core.aggregation import admission
-from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, column_weights, narrow
+from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, narrow
 from coordinator.core.aggregation.product_sum import NOISE, ProductSum
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.norms import column_weights, product_norm
 from shared.starts import Start
 
 _UNTRAINED = 1e-12
@@ -59,23 +61,34 @@ class FoldStackRecompress:
 
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> StackFold:
         """Open the fold of `module`."""
-        return StackFold(module, current, residual, self.energy, self.global_rank, self.server_lr, sampled=self.sampled)
+        return StackFold(module, current, residual, self.recompression)
+
+    @property
+    def recompression(self) -> Recompression:
+        """The settings of a fold."""
+        return Recompression(self.energy, self.global_rank, self.server_lr, self.sampled)
+
+
+class Recompression(NamedTuple):
+    """As of `FoldStackRecompress`; `cap`: its `global_rank`."""
+
+    energy: float
+    cap: int
+    server_lr: float = 1.0
+    sampled: bool = False
 
 
 class StackFold:
     """The fold of one module by the formula above."""
 
     def __init__(
-        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int,
-        server_lr: float = 1.0, *, sampled: bool = False,
-    ) -> None:  # fmt: skip
-        self._drawn_for = module.name if sampled else None
+        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, settings: Recompression
+    ) -> None:
+        self._drawn_for = module.name if settings.sampled else None
         self._sum = ProductSum(module.out, module.inp)
         self._current = current
         self._residual = residual
-        self._energy = energy
-        self._cap = cap
-        self._server_lr = server_lr
+        self._settings = settings
         self._trained_share: Wide = np.zeros(0 if current is None else current.rank)
         self._touched = False
 
@@ -90,10 +103,10 @@ class StackFold:
     def finish(self) -> Folded:
         """The next state of the module; unchanged where no device tuned it."""
         if not self._touched:
-            norm = 0.0 if self._current is None else admission.product_norm(self._current)
+            norm = 0.0 if self._current is None else product_norm(self._current)
             return Folded(factors=self._current, residual=self._residual, norm=norm)
         # The parts are in the sum already: instead of them all else is scaled, and the singular values at the end.
-        whole = self._whole() / self._server_lr
+        whole = self._whole() / self._settings.server_lr
         if self._current is not None:
             remains = whole - self._trained_share
             remains[np.abs(remains) < _UNTRAINED * whole] = 0.0
@@ -114,9 +127,9 @@ class StackFold:
         if total == 0.0:
             return Folded(factors=None)
         real = int(np.count_nonzero(sigma > NOISE * sigma[0]))
-        enough = int(np.flatnonzero(tails <= (1.0 - self._energy) * total)[0])
-        kept = min(enough, real, self._cap)
-        carried = min(real, kept + self._cap)
+        enough = int(np.flatnonzero(tails <= (1.0 - self._settings.energy) * total)[0])
+        kept = min(enough, real, self._settings.cap)
+        carried = min(real, kept + self._settings.cap)
         if self._drawn_for is not None:
             order = drawn_order(sigma[:kept], self._drawn_for)
             # Only those kept: what is carried over stays behind them.

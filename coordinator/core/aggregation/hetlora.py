@@ -23,6 +23,7 @@ from coordinator.core.aggregation import admission
 from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, narrow
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.norms import product_norm
 from shared.starts import Start
 
 
@@ -57,7 +58,7 @@ class PaddedFold:
 
     def add(self, part: Part) -> None:
         """Take one device's part."""
-        weight = admission.product_norm(part.factors) if part.weight > 0.0 else 0.0
+        weight = product_norm(part.factors) if part.weight > 0.0 else 0.0
         if weight == 0.0:
             return
         rank = part.factors.rank
@@ -75,4 +76,4 @@ class PaddedFold:
         if self._weight > 0.0:
             b, a = narrow(self._b / self._weight), narrow(self._a / self._weight)
             factors = Factors(b=b, a=a, scaling=self._scaling)
-        return Folded(factors=factors, norm=0.0 if factors is None else admission.product_norm(factors))
+        return Folded(factors=factors, norm=0.0 if factors is None else product_norm(factors))

@@ -18,7 +18,7 @@ them has more, and the rest counts as zero change.
 from __future__ import annotations
 
 from coordinator.core.aggregation.base import Part
-from coordinator.core.aggregation.fsr import FoldStackRecompress, StackFold
+from coordinator.core.aggregation.fsr import FoldStackRecompress, Recompression, StackFold
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
 
@@ -36,20 +36,17 @@ class Legend(FoldStackRecompress):
 
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> HoldersFold:
         """Open the fold of `module`."""
-        return HoldersFold(
-            module, current, residual, self.energy, self.global_rank, self.max_share, self.server_lr,
-            sampled=self.sampled,
-        )  # fmt: skip
+        return HoldersFold(module, current, residual, self.recompression, self.max_share)
 
 
 class HoldersFold(StackFold):
     """The fold of one module over those who tuned it."""
 
     def __init__(
-        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, energy: float, cap: int,
-        max_share: float, server_lr: float, *, sampled: bool = False,
+        self, module: ModuleSpec, current: Factors | None, residual: Factors | None, settings: Recompression,
+        max_share: float,
     ) -> None:  # fmt: skip
-        super().__init__(module, current, residual, energy, cap, server_lr, sampled=sampled)
+        super().__init__(module, current, residual, settings)
         self._max_share = max_share
         self._held = 0.0
         self._largest = 0.0

@@ -12,7 +12,7 @@ region's discounted pulls and Rbar their mean reward:
 
 The region with the largest sum of both is taken, and in it a point by the given draw; one that nothing was met near
 goes first. A region with `ENOUGH` pulls whose longer side exceeds `FINEST` is halved there; both halves inherit half of
-its pulls. Points that the device can't hold are never offered.
+its pulls. Points that the device can't hold are never offered, nor those outside the span that is asked for.
 """
 
 from __future__ import annotations
@@ -55,10 +55,14 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
         """Whether the point lies in it. An upper edge belongs to the next region, the square's own to the last."""
         return self.x <= at[0] < _edge(self.x + self.wide) and self.y <= at[1] < _edge(self.y + self.high)
 
-    def points(self, draw: Point) -> list[Point]:
-        """`POINTS` x `POINTS` points in it, shifted by the draw."""
+    def points(self, draw: Point, span: tuple[float, float] = (0.0, 1.0)) -> list[Point]:
+        """`POINTS` x `POINTS` points in it, shifted by the draw and moved into the span of x; none where it is outside
+        of that."""
+        low, high = span
+        if self.x > high or _edge(self.x + self.wide) <= low:
+            return []
         shifted = [((i + draw[0]) / POINTS, (j + draw[1]) / POINTS) for i in range(POINTS) for j in range(POINTS)]
-        return [(self.x + across * self.wide, self.y + up * self.high) for across, up in shifted]
+        return [(min(high, max(low, self.x + x * self.wide)), self.y + y * self.high) for x, y in shifted]
 
     def halves(self) -> tuple[Region, Region]:
         """Both halves across its longer side."""
@@ -95,17 +99,18 @@ class Bandit(msgspec.Struct, frozen=True, kw_only=True):
     regions: tuple[Region, ...] = _start()
 
     def choose(
-        self, draw: tuple[float, float, float], holds: Callable[[Point], bool], pending: Sequence[Point] = ()
-    ) -> Choice | None:
+        self, draw: tuple[float, float, float], holds: Callable[[Point], bool], pending: Sequence[Point] = (),
+        span: tuple[float, float] = (0.0, 1.0),
+    ) -> Choice | None:  # fmt: skip
         """The arm to pull; None where the device holds no point of any region.
 
         `draw`: three numbers in [0, 1); `pending`: arms that others were given in this round and that are not rewarded
-        yet, which lower the bonus there.
+        yet, which lower the bonus there; `span`: least and largest x to choose from, which may be the same.
         """
         estimates, bonuses = self._scores(pending)
         order = sorted(range(len(self.regions)), key=lambda i: (-(estimates[i] + bonuses[i]), _turned(i, draw[2])))
         for place in order:
-            points = [point for point in self.regions[place].points(draw[:2]) if holds(point)]
+            points = [point for point in self.regions[place].points(draw[:2], span) if holds(point)]
             if points:
                 at = points[int(draw[2] * len(points))]
                 return Choice(at, float(estimates[place]), float(bonuses[place]))

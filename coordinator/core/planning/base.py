@@ -6,7 +6,8 @@ never planned again.
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
@@ -77,6 +78,8 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     job: JobSpec | None = None
     adapter_bytes: int = 0
     """Size of the global adapter that the participants fetched."""
+    accepted: bool = True
+    """Whether the aggregate passed the gate; else the global adapter stays what it was."""
 
 
 class Planner(Protocol):
@@ -91,3 +94,12 @@ class Planner(Protocol):
 
     def learn(self, report: RoundReport) -> Planner:
         """The planner that also knows this round."""
+
+
+@runtime_checkable
+class Shrinking(Protocol):
+    """A planner of jobs that prune."""
+
+    @property
+    def ratios(self) -> Mapping[str, float]:
+        """Class of devices -> the share of the units that is gone there."""

@@ -29,7 +29,7 @@ from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
 from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
-from coordinator.core.planning.pruned import facts_of
+from coordinator.core.planning.pruned import facts_at, middle
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
 from coordinator.core.planning.reasons import mebibytes, plural, seconds
 from shared.jobs import Bits, JobSpec
@@ -259,19 +259,18 @@ def _agent_bytes(need: Demand) -> int:
     return SMALL_AGENT_BYTES if need.kind == "least_squares" else AGENT_BYTES
 
 
-Needs = dict[int | tuple[tuple[str, int], ...], Demand]
-"""By the ranks, and by the identity of their mapping, which most works of a plan share."""
+Needs = dict[tuple[float, int | tuple[tuple[str, int], ...]], Demand]
+"""By what is pruned and the ranks, and by the identity of their mapping, which most works of a plan share."""
 
 
 def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Demand:
     """The demand of `work`; most works of a round share one."""
-    if work.prune is not None:
-        return demand(facts_of(facts, work), job, work.ranks)
-    found = known.get(id(work.ranks))
+    ratio = middle(facts.groups, work.prune) if work.prune is not None else 0.0
+    found = known.get((ratio, id(work.ranks)))
     if found is None:
-        key = tuple(sorted(work.ranks.items()))
-        found = known.get(key) or demand(facts, job, work.ranks)
-        known[key] = known[id(work.ranks)] = found
+        key = ratio, tuple(sorted(work.ranks.items()))
+        found = known.get(key) or demand(facts_at(facts, ratio), job, work.ranks)
+        known[key] = known[ratio, id(work.ranks)] = found
     return found
 
 

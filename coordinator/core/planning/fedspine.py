@@ -6,13 +6,16 @@ importance of the LoRA update and the completion time relative to the others. **
 
 * an arm is (share that goes in this round, rank): dp in [0, `strategy.prune_step`], rank 2 to `strategy.rank` by its
   logarithm. There is a bandit (`bandit`) for each class of machine, whose devices share what they learn.
-* reward = (0.5 dF + 0.3 dp/dp_max + 0.2 Q) / (1 + 2 |T - T_mean| / T_mean): dF the share of the local loss that the
-  round took away over the 90 % quantile of those seen, Q the norm of the update over the largest seen, T seconds of
-  training.
+* a device that has less left to prune than an arm would is offered the arms up to that; at the target the rank alone.
+* reward = (0.5 dF + 0.3 dp/dp_max + 0.2 Q) / (1 + 2 |T - T_med| / T_med): dF the share of the local loss that the
+  round took away and Q the norm of what the update changes in the weights, whatever its rank, both over the 90 %
+  quantile of those seen; dp what was really pruned; T seconds of training, T_med the round's median: one device's
+  claim moves no reference. In a round that the gate refuses every reward is 0, and nothing counts as pruned.
 * a class has one ratio, which never falls: that of its devices in their last round, the mean. A device that joins
   late, or was away, begins there: what it lacks goes by the fleet's scores, so that it holds what the others hold.
-* what is left of a device is what it told with its last update; the fleet's scores are the mean of the devices' by
-  samples, smoothed over rounds. They go out with the work and count as much as what the device finds.
+* what is left of a device is what it told with its last update, where its order can leave that (`pruned.sound`). The
+  fleet's scores are the mean of the devices' by their shares, smoothed over rounds; they lie in the global adapter and
+  count as much as what the device finds.
 * batch by speed and live load, bits by memory: as `uniform`, over the model that is left. Of several GPUs one trains:
   their models would not be alike.
 
@@ -28,7 +31,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -41,7 +44,7 @@ from coordinator.core.planning.common import global_rank, nobody
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand
 from coordinator.core.planning.drafts import Draft, batches_to_the_jobs
-from coordinator.core.planning.pruned import class_of, cut_to, facts_at, merged, ratio_of, sound
+from coordinator.core.planning.pruned import begun, class_of, facts_at, ratio_of, sound
 from coordinator.core.planning.ranks import LEAST, Ranked, of_modules
 from coordinator.core.planning.reasons import word
 from coordinator.core.planning.sizing import Seat, choose_bits, seat
@@ -51,8 +54,8 @@ from shared.jobs import Bits, JobSpec
 from shared.messages import Pruning, UpdateFacts, Work
 
 GAIN, PROGRESS, NORM, LATENESS = 0.5, 0.3, 0.2, 2.0
-SEEN = 100
-"""Gains that the quantile is taken of."""
+SEEN, QUANTILE = 100, 0.9
+"""Gains and norms that the quantile is taken of, and which."""
 _AT_ONCE = ("fedspine-once", "llmpruner", "magprune")
 _BANDIT = ("fedspine", "fedspine-once")
 _ONE_BATCH = ("loraprune", "llmpruner", "magprune")
@@ -78,61 +81,69 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
     """Class -> the share that is gone."""
     kept: dict[str, dict[str, bytes]] = {}
     """Device -> the units that are left, as it told last."""
-    scores: dict[str, bytes] = {}
-    """The fleet's."""
     gains: tuple[float, ...] = ()
-    norm: float = 0.0
-    """The largest of an update so far."""
+    norms: tuple[float, ...] = ()
+    """Of what updates changed."""
 
     # ---- learning
 
     def learn(self, report: RoundReport) -> FedSpinePlanner:
         """The planner that also knows this round."""
         planner = replace(self, model=self.model.learn(report))
-        told = sound(report.facts.groups, report.results) if report.facts is not None else {}
-        if report.facts is None or report.job is None or not told:
+        if report.facts is None or report.job is None:
             return planner
-        groups = report.facts.groups
-        ratios = dict(self.ratios)
+        told = sound(report.facts.groups, report.works, report.results)
+        if not told:
+            return planner
         by_class: dict[str, list[str]] = {}
         for device in told:
             by_class.setdefault(class_of(report.infos[device]), []).append(device)
-        for kind, devices in by_class.items():
-            mean = statistics.fmean(ratio_of(groups, told[device].kept) for device in devices)
-            ratios[kind] = max(ratios.get(kind, 0.0), mean)
-        gains = (*self.gains, *(_gain(facts) for facts in told.values()))[-SEEN:]
-        planner = replace(
-            planner, ratios=ratios, gains=gains, norm=max(self.norm, *(facts.norm for facts in told.values())),
-            kept={**self.kept, **{device: facts.kept for device, facts in told.items()}},
-            scores=merged(groups, self.scores, told),
-        )  # fmt: skip
+        if report.accepted:
+            planner = planner._pruned(report.facts, report.job.strategy.prune, told, by_class)
         return replace(planner, bandits=planner._rewarded(report, told, by_class))
+
+    def _pruned(
+        self, facts: ModelFacts, most: float, told: Mapping[str, UpdateFacts], by_class: Mapping[str, list[str]]
+    ) -> FedSpinePlanner:
+        """What a round that counts left of the devices, and how far they went."""
+        ratios = dict(self.ratios)
+        for kind, devices in by_class.items():
+            mean = statistics.fmean(ratio_of(facts.groups, told[device].kept) for device in devices)
+            ratios[kind] = max(ratios.get(kind, 0.0), min(mean, most))
+        return replace(
+            self, ratios=ratios, kept={**self.kept, **{device: one.kept for device, one in told.items()}},
+            gains=(*self.gains, *(_gain(one) for one in told.values()))[-SEEN:],
+            norms=(*self.norms, *(one.change for one in told.values()))[-SEEN:],
+        )  # fmt: skip
 
     def _rewarded(
         self, report: RoundReport, told: Mapping[str, UpdateFacts], by_class: Mapping[str, list[str]]
     ) -> dict[str, Bandit]:
+        """All bandits a round later: those whose devices took no part forget as fast as the others."""
         assert report.job is not None and report.facts is not None
-        mean_s = statistics.fmean(facts.train_s for facts in told.values())
-        bandits = dict(self.bandits)
-        for kind, devices in by_class.items():
+        groups, step = report.facts.groups, report.job.strategy.prune_step
+        median_s = statistics.median(facts.train_s for facts in told.values())
+        bandits = {}
+        for kind in sorted(self.bandits.keys() | by_class.keys()):
             seen = []
-            for device in devices:
+            for device in by_class.get(kind, ()):
                 work = report.works[device]
-                if work.prune is None:
-                    continue
-                before = ratio_of(report.facts.groups, work.prune.kept)
+                assert work.prune is not None  # or what it told would not be sound
+                before = begun(groups, work.prune)
                 at = _point(report.job, work.prune.ratio - before, max(work.ranks.values(), default=1))
-                seen.append((at, self.reward(told[device], at[0], mean_s)))
-            bandits[kind] = bandits.get(kind, Bandit()).learn(seen)
+                done = min(1.0, max(0.0, (ratio_of(groups, told[device].kept) - before) / step))
+                seen.append((at, self.reward(told[device], done, median_s) if report.accepted else 0.0))
+            bandits[kind] = self.bandits.get(kind, Bandit()).learn(seen)
         return bandits
 
-    def reward(self, facts: UpdateFacts, progress: float, mean_s: float) -> float:
-        """In [0, 1]; `progress`: share of the largest pruning; `mean_s`: seconds of training of the round's devices."""
-        quantile = sorted(self.gains)[math.ceil(0.9 * len(self.gains)) - 1] if self.gains else 0.0
-        gain = min(1.0, _gain(facts) / quantile) if quantile > 0 else 0.0
-        norm = facts.norm / self.norm if self.norm > 0 else 0.0
-        lateness = abs(facts.train_s - mean_s) / mean_s if mean_s > 0 else 0.0
-        return (GAIN * gain + PROGRESS * progress + NORM * norm) / (1.0 + LATENESS * lateness)
+    def reward(self, facts: UpdateFacts, progress: float, median_s: float) -> float:
+        """In [0, 1]; `progress`: share of the largest pruning; `median_s`: seconds of training of the round's
+        devices."""
+        lateness = abs(facts.train_s - median_s) / median_s if median_s > 0 else 0.0
+        told = (
+            GAIN * _of_most(_gain(facts), self.gains) + PROGRESS * progress + NORM * _of_most(facts.change, self.norms)
+        )
+        return told / (1.0 + LATENESS * lateness)
 
     # ---- planning
 
@@ -145,7 +156,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         left_out: dict[str, str] = {}
         pending: dict[str, list[Point]] = {}
         for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):
-            place = seat(candidate, job, view.fresh_s, self.model)
+            place = seat(_alone(candidate), job, view.fresh_s, self.model)
             found = place if isinstance(place, str) else self._seated(place, candidate, view, job, needs, pending)
             if isinstance(found, str):
                 left_out[candidate.device] = found
@@ -185,7 +196,6 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
             return chosen if isinstance(chosen, str) else "no arm of its bandit fits its memory"
         # Its speed is that of the model in the middle of the round.
         ranked = needs.of((arm.before + arm.ratio) / 2, arm.rank)
-        place = place._replace(agents=1)
         return arm, Seated(Draft(place, *chosen, least), ranked, _rank_reason(arm, job, kind))
 
     def _arm(
@@ -193,12 +203,12 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         pending: dict[str, list[Point]],
     ) -> Arm | None:  # fmt: skip
         target, strategy = max(before, job.strategy.prune), job.strategy
-        choice = None
+        choice, most = None, min(1.0, (target - before) / strategy.prune_step)
         rank, dp = strategy.rank, strategy.prune_step / 2
         if self.name in _BANDIT:
             choice = self.bandits.get(kind, Bandit()).choose(
                 _draw(job.seed, view.round, device), lambda at: not isinstance(held(_rank(job, at[1])), str),
-                pending.setdefault(kind, []),
+                pending.setdefault(kind, []), (most if self.name in _AT_ONCE else 0.0, most),
             )  # fmt: skip
             if choice is None:
                 return None
@@ -216,27 +226,13 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
     def _pruning(self, work: Work, arm: Arm, device: str, facts: ModelFacts, job: JobSpec) -> Work:
         """`work` with what it prunes."""
         kept = self.kept.get(device, {})
-        magnitude = self.name == "magprune"
-        if arm.before > ratio_of(facts.groups, kept):
-            kept = cut_to(facts.groups, kept, self.scores, arm.before)
+        behind = arm.before > ratio_of(facts.groups, kept)
         every = job.rounds.local_steps if self.name in _AT_ONCE else job.strategy.prune_every
         order = Pruning(
-            ratio=round(arm.ratio, 6), kept=kept, every=every, criterion="magnitude" if magnitude else "lora",
-            heads=job.strategy.prune_heads, scores={} if magnitude else self.scores,
+            ratio=round(arm.ratio, 6), kept=kept, begin=round(arm.before, 6) if behind else 0.0, every=every,
+            criterion="magnitude" if self.name == "magprune" else "lora", heads=job.strategy.prune_heads,
         )  # fmt: skip
         return replace(work, prune=order, agents=1, reasons={**work.reasons, "prune": _prune_reason(arm, job)})
-
-    def model_left(
-        self, results: Mapping[str, UpdateFacts], facts: ModelFacts
-    ) -> tuple[dict[str, bytes], dict[str, bytes]]:
-        """(units, fleet's scores) of the model that a round with these results gives: the mean ratio of its devices."""
-        told = sound(facts.groups, results)
-        scores = merged(facts.groups, self.scores, told)
-        if not told:
-            return {}, scores
-        total = sum(one.samples for one in told.values())
-        mean = sum(one.samples * ratio_of(facts.groups, one.kept) for one in told.values()) / total
-        return cut_to(facts.groups, {}, scores, max(mean, *self.ratios.values()) if self.ratios else mean), scores
 
 
 class Held(Protocol):
@@ -268,6 +264,17 @@ def _gain(facts: UpdateFacts) -> float:
     """dF: the share of its loss that a device's round took away."""
     first, last = facts.loss_first, facts.loss_last
     return min(1.0, max(0.0, (first - last) / first)) if first > 0 else 0.0
+
+
+def _of_most(value: float, seen: Sequence[float]) -> float:
+    """`value` over the quantile of those seen, at most 1."""
+    quantile = sorted(seen)[math.ceil(QUANTILE * len(seen)) - 1] if seen else 0.0
+    return min(1.0, value / quantile) if quantile > 0 else 0.0
+
+
+def _alone(candidate: Candidate) -> Candidate:
+    """The device as the one agent of it that trains sees it."""
+    return replace(candidate, info=replace(candidate.info, agents=1))
 
 
 def _rank(job: JobSpec, height: float) -> int:

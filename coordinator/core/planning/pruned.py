@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from msgspec.structs import replace
 
 from coordinator.core.facts import ModelFacts
 from shared import units
+from shared.adapter import Adapter
 from shared.errors import DecodeError
-from shared.messages import DeviceInfo, UpdateFacts, Work
+from shared.messages import DeviceInfo, Pruning, UpdateFacts, Work
 from shared.units import Group
 
 SMOOTHING = 0.7
@@ -33,11 +35,14 @@ def facts_at(facts: ModelFacts, ratio: float) -> ModelFacts:
     return replace(facts, modules=modules, linear_params=facts.linear_params - gone)
 
 
-def facts_of(facts: ModelFacts, work: Work) -> ModelFacts:
-    """The base as it is in the middle of a work that prunes."""
-    if work.prune is None or not facts.groups:
-        return facts
-    return facts_at(facts, (ratio_of(facts.groups, work.prune.kept) + work.prune.ratio) / 2)
+def begun(groups: Sequence[Group], order: Pruning) -> float:
+    """The ratio of a model when its device begins such work."""
+    return max(ratio_of(groups, order.kept), order.begin)
+
+
+def middle(groups: Sequence[Group], order: Pruning) -> float:
+    """The ratio that stands for such work: that in the middle of it, to the nearest of a hundred."""
+    return round((begun(groups, order) + order.ratio) / 2, 2)
 
 
 def ratio_of(groups: Sequence[Group], packed: Mapping[str, bytes]) -> float:
@@ -51,35 +56,63 @@ def ratio_of(groups: Sequence[Group], packed: Mapping[str, bytes]) -> float:
     return max(gone, default=0.0)
 
 
-def sound(groups: Sequence[Group], results: Mapping[str, UpdateFacts]) -> dict[str, UpdateFacts]:
-    """Those that trained and tell of their units what can be: what a device says of itself is its own claim."""
-    counts = {group.name: group.count for group in groups}
+def fault(groups: Sequence[Group], order: Pruning, facts: UpdateFacts) -> str:
+    """Why what a device tells of its units is not what its order can leave, or "": it is its own claim."""
+    if facts.kept.keys() != {group.name for group in groups}:
+        return "it does not tell which units of each group are left"
+    every = {group.name: list(range(group.count)) for group in groups}
+    try:
+        kept, within = units.unpack(groups, facts.kept), every | units.unpack(groups, order.kept)
+    except DecodeError as error:
+        return str(error)
+    return units.astray(groups, kept, within, order.begin, order.ratio)
+
+
+def sound(
+    groups: Sequence[Group], works: Mapping[str, Work], results: Mapping[str, UpdateFacts]
+) -> dict[str, UpdateFacts]:
+    """Those that trained, and tell of their units what their orders can leave."""
     found = {}
     for device, facts in sorted(results.items()):
-        told = {name: len(scores) for name, scores in facts.unit_scores.items()}
-        if facts.samples and facts.kept.keys() == counts.keys() and told == counts:
-            try:
-                units.unpack(groups, facts.kept)
-            except DecodeError:
-                continue
+        order = works[device].prune if device in works else None
+        if order is not None and facts.samples and not fault(groups, order, facts):
             found[device] = facts
     return found
 
 
-def merged(
-    groups: Sequence[Group], before: Mapping[str, bytes], results: Mapping[str, UpdateFacts]
-) -> dict[str, bytes]:
-    """The fleet's scores after a round: of each device's, in which a unit that is gone has 0, the mean by samples.
+class Told(NamedTuple):
+    """What a device's update says of its units; `weight`: its share of the round."""
 
-    `results`: those that are `sound`.
+    weight: float
+    kept: Mapping[str, bytes]
+    scores: Mapping[str, bytes]
+
+
+def model_left(
+    groups: Sequence[Group], before: Adapter, parts: Sequence[Told], most: float
+) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """(units, fleet's scores) of the global model after a round, `before` it the adapter's.
+
+    It is as small as the round's devices on the mean, at ratio `most` at the smallest, and never grows. Where nobody
+    told anything it stays.
     """
-    total = sum(facts.samples for facts in results.values())
+    total = sum(part.weight for part in parts)
+    if not total:
+        return before.kept, before.scores
+    scores = merged(groups, before.scores, parts)
+    mean = sum(part.weight * ratio_of(groups, part.kept) for part in parts) / total
+    return cut_to(groups, {}, scores, max(ratio_of(groups, before.kept), min(mean, most))), scores
+
+
+def merged(groups: Sequence[Group], before: Mapping[str, bytes], parts: Sequence[Told]) -> dict[str, bytes]:
+    """The fleet's scores after a round: of each device's, in which a unit that is gone has 0, the weighted mean."""
+    total = sum(part.weight for part in parts)
     if not total:
         return dict(before)
     found = {group.name: np.zeros(group.count) for group in groups}
-    for facts in results.values():
-        for name, values in units.unpack_scores(facts.unit_scores).items():
-            found[name] += values * (facts.samples / total)
+    for part in parts:
+        for name, values in units.scores_of(groups, part.scores).items():
+            found[name] += values * (part.weight / total)
     old = units.unpack_scores(before)
     mixed = {
         name: SMOOTHING * _scaled(old[name]) + (1 - SMOOTHING) * _scaled(values) if name in old else values
@@ -98,6 +131,4 @@ def cut_to(
 ) -> dict[str, bytes]:
     """What stays where a model of `packed` units is pruned to `ratio` by the fleet's scores."""
     within = units.unpack(groups, packed)
-    known = units.unpack_scores(scores)
-    judged = {group.name: known.get(group.name, np.zeros(group.count)) for group in groups}
-    return units.pack(groups, units.best(groups, judged, ratio, within))
+    return units.pack(groups, units.best(groups, units.scores_of(groups, scores), ratio, within))

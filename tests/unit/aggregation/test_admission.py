@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coordinator.core.aggregation.admission import change_norm, product_norm
 from coordinator.core.aggregation.base import product
+from coordinator.core.aggregation.fedspine import FedSpine
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter
+from shared.norms import change_norm, product_norm
 from shared.tensors import Array
 from tests.unit.aggregation.rounds import first, make_round
 
@@ -145,3 +146,22 @@ def test_factors_of_several_agents_lie_side_by_side() -> None:
     assert FSR.admit(update, EXPECTED) == "module 'm0': rank 8, expected 4"
     assert FSR.admit(UPDATE, expected) == "module 'm0': rank 4, expected 8"
     assert change_norm(update, ROUND.before) == pytest.approx(change_norm(UPDATE, ROUND.before), rel=1e-5)
+
+
+def pruned(rows: Array, told: Array) -> str | None:
+    """What admission says of an update with these rows of m0 by a device that tells that `told` are left."""
+    part = UPDATE.factors["m0"]
+    update = with_part(b=part.b[rows], rows=rows)
+    places = {"m0": {"out": told}}
+    return FedSpine(0.99, 64).admit(update, replace(EXPECTED, places=places))
+
+
+def test_a_pruned_updates_rows_are_those_of_the_units_that_its_device_tells() -> None:
+    told = np.array([0, 1, 4, 5, 8, 9])
+    assert pruned(told, told) is None
+    for rows in (np.array([0, 1, 4, 5, 8, 10]), np.arange(12), np.array([0])):
+        assert pruned(rows, told) == "module 'm0': its rows are not those of the units that it tells are left"
+    whole = FedSpine(0.99, 64).admit(UPDATE, replace(EXPECTED, places={"m0": {"out": told}}))
+    assert whole == "module 'm0': its rows are not those of the units that it tells are left"
+    asked = FedSpine(0.99, 64).admit(with_part(b=UPDATE.factors["m0"].b[told], rows=told), EXPECTED)
+    assert asked == "module 'm0': it is pruned, which was not asked for"

@@ -64,6 +64,9 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
         part = job.round.participants[device]
         assert part.blob is not None and part.facts is not None
         reported.append(Reported(device, part.facts.samples, _path(part.blob, blobs)))
+    for top in job.round.top:
+        # A slash is in no device's id.
+        reported.append(Reported(f"top/{top.of}", top.samples, _path(top.blob, blobs)))
     result = fold_round(
         registry.create(job.spec.strategy),
         job.facts.modules,

@@ -33,7 +33,7 @@ from edge_daemon.protocol import (
     Train,
     Trained,
 )
-from edge_daemon.training import checkpoint
+from shared.modeling import checkpoint
 from shared import adapter
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import TrainingSpec

@@ -21,7 +21,7 @@ from coordinator.export_whole import export_whole
 from coordinator.workers import model_worker
 from coordinator.workers.protocol import Prepare, Prepared
 from edge_daemon.protocol import Failed, Probed, Progressed, Shutdown, Trained
-from edge_daemon.training import checkpoint
+from shared.modeling import checkpoint
 from edge_daemon.training.loop import Loop
 from muster.merged import merge
 from shared import adapter as adapters

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from edge_daemon.protocol import Pause, Progressed, Resume, Stop
-from edge_daemon.training import checkpoint, loop
+from edge_daemon.training import loop
+from shared.modeling import checkpoint
 from edge_daemon.training.control import PipeClosed, Stopped
-from edge_daemon.training.loop import Loop, learning_rate
+from edge_daemon.training.loop import Loop
+from shared.modeling.optimizing import learning_rate
 from shared.jobs import Bits, TaskSpec, TrainingSpec
 from shared.messages import Assignment
 from shared.modeling import base_model, evaluation, lora

@@ -57,6 +57,8 @@ OWN: dict[str, str] = {
     "fedadapter": "bottleneck",
 }
 """Strategy -> the aggregator of its paper, where that is another than the default."""
+SPLIT = ("mergesfl", "mergesfl-uniform", "mergesfl-random", "splitfed", "adasfl")
+"""Strategies that split the model between devices and coordinator."""
 WITHOUT_LORA = frozenset({"dense", "bottleneck"})
 """Aggregators of what is no LoRA."""
 EXCLUSIVE = WITHOUT_LORA | {"fedspine"}
@@ -87,3 +89,8 @@ def create(spec: StrategySpec) -> Aggregator:
     if factory is None:
         raise UserError(f"strategy.aggregator: no {name!r}, there are {', '.join(names())}")
     return factory(spec)
+
+
+def merges(strategy: str) -> bool:
+    """Whether the features of all devices are merged into one batch; else each device has a top of its own."""
+    return strategy.startswith("mergesfl")

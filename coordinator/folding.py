@@ -48,12 +48,25 @@ def check_update(job: Job, device: str, path: Path, agents: int, blobs: BlobFold
         before=adapter_files.read_file(_path(job.adapter, blobs)),
         stacked=1 if averages_factors(aggregator.start) else agents,
         seed=job.spec.seed,
+        dense=_dense_of(job, device),
     )
     try:
         update = adapter_files.read_file(path)
     except DecodeError as error:
         return str(error)
     return aggregator.admit(update, expected) or ""
+
+
+def _dense_of(job: Job, device: str) -> frozenset[str] | None:
+    """The dense tensors that an update of `device` must hold; None: all that the global adapter has."""
+    assert job.round is not None and job.facts is not None
+    work = job.round.plan.participants[device]
+    if work.split is None:
+        return None
+    if work.split.tuning == "lora":
+        return frozenset()
+    names = (name for name, block in job.facts.dense_blocks.items() if block < work.split.block)
+    return frozenset(names)
 
 
 def fold_job(job: Job, blobs: BlobFolder) -> Made:

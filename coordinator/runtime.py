@@ -15,7 +15,7 @@ from typing_extensions import assert_never
 
 from coordinator import performing
 from coordinator.adapters.event_log import EventLog, LogUnavailable
-from coordinator.adapters.worker import Worker, WorkerSpoke
+from coordinator.adapters.worker import Supervised, Top, Worker, WorkerSpoke
 from coordinator.core import events as ev
 from coordinator.core import releases
 from coordinator.core.job import Job, apply
@@ -71,7 +71,7 @@ class Ports:
     wall: Callable[[], float]
     post: Callable[[Any], None]
     offload: Callable[[Callable[[], ev.AnyEvent], Callable[[Finished], None]], None]
-    top: Worker | None = None
+    top: Top | None = None
     """Of split learning; None: there is none here."""
 
 
@@ -129,8 +129,7 @@ class Runtime:
             case Finished():
                 self.step(event.event)
             case WorkerSpoke():
-                worker = self.ports.top if event.top else self.ports.worker
-                if worker is not None:
+                for worker in self._workers()[1 if event.top else 0 :][:1]:
                     worker.on_spoke(event)
             case Call():
                 event.run()
@@ -152,7 +151,7 @@ class Runtime:
         finally:
             self._send_due(now)
 
-    def _workers(self) -> list[Worker]:
+    def _workers(self) -> list[Supervised]:
         top = self.ports.top
         return [self.ports.worker] if top is None else [self.ports.worker, top]
 

@@ -32,17 +32,8 @@ class WorkerSpoke:
     """It is the top worker's."""
 
 
-class Worker(Protocol):
-    """Answers questions about models."""
-
-    def ask(self, question: Question, reply: Reply) -> None:
-        """Queue `question`; `reply` gets the answer on the owner's thread."""
-
-    def tell(self, message: wire.TopWithout | wire.TopFinish) -> None:
-        """Say something about the question under way, if there is one."""
-
-    def drop(self) -> None:
-        """Forget every question; nothing is replied."""
+class Supervised(Protocol):
+    """A worker process that is replaced when it dies."""
 
     def on_spoke(self, event: WorkerSpoke) -> None:
         """Take what the subprocess said."""
@@ -57,6 +48,26 @@ class Worker(Protocol):
         """End the subprocess."""
 
 
+class Worker(Supervised, Protocol):
+    """Answers questions about models."""
+
+    def ask(self, question: wire.Prepare | wire.Evaluate, reply: Reply) -> None:
+        """Queue `question`; `reply` gets the answer on the owner's thread."""
+
+
+class Top(Supervised, Protocol):
+    """Conducts rounds of split learning."""
+
+    def ask(self, question: wire.TopRound, reply: Reply) -> None:
+        """Queue `question`; `reply` gets the answer on the owner's thread."""
+
+    def tell(self, message: wire.TopWithout | wire.TopFinish) -> None:
+        """Say something about the question under way, if there is one."""
+
+    def drop(self) -> None:
+        """Forget every question; nothing is replied."""
+
+
 @dataclass
 class _Asked:
     question: Question
@@ -65,7 +76,7 @@ class _Asked:
 
 
 class SubprocessWorker:
-    """`Worker` over a pipe. All methods run on the owner's thread; the reader thread only posts `WorkerSpoke`."""
+    """`Worker` and `Top` over a pipe. All methods run on the owner's thread; a thread that reads posts `WorkerSpoke`."""
 
     def __init__(
         self,

@@ -31,6 +31,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     modules: list[ModuleSpec]
     dense: dict[str, list[int]] = {}
     """Tensors that are tuned themselves (the head, or every parameter of the base): name -> shape."""
+    dense_blocks: dict[str, int] = {}
+    """Of those in jobs that split the model: name -> index of its block; -1 before the blocks, their number after."""
     base_digest: str
     linear_params: int
     """Parameters in linear layers that quantization covers."""

@@ -58,12 +58,8 @@ def step(state: State, event: ev.AnyEvent) -> Step:
             turn.update(cut_off=True)
         case ev.FromDevice() | ev.Heard() | ev.Decommissioned():
             _on_device(turn, event)
-        case ev.UpdateStored():
-            collecting.on_stored(turn, event)
-        case ev.UpdateLost():
-            collecting.on_lost(turn, event)
-        case ev.UpdateChecked():
-            collecting.on_checked(turn, event)
+        case ev.UpdateStored() | ev.UpdateLost() | ev.UpdateChecked():
+            collecting.on_update(turn, event)
         case ev.ReleaseRequested() | ev.RollbackRequested() | ev.Packed() | ev.PackingFailed():
             release_machine.on_event(turn, event)
         case ev.TopDone() | ev.TopFailed():

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from coordinator.core.aggregation.registry import PRUNING, create
+from coordinator.core.aggregation.registry import PRUNING, SPLIT, create
 from coordinator.core.facts import ActivationFacts, Metrics, ModelFacts, ModuleSpec
 from coordinator.workers.protocol import (
     Evaluate,
@@ -82,7 +82,7 @@ class ModelWorker:
 
     def _prepare(self, request: Prepare) -> ModelFacts:
         from shared import adapter
-        from shared.modeling import base_model, stored_form
+        from shared.modeling import base_model, split, stored_form
 
         job = request.job
         base = self._base(job, request.base_path)
@@ -106,6 +106,7 @@ class ModelWorker:
             modules=modules,
             largest=max(one.out * one.inp for one in base.linears.values()) if start == "bottleneck" else 0,
             dense={name: list(tensor.shape) for name, tensor in sorted(dense.items())},
+            dense_blocks=split.places(base, dense) if job.strategy.name in SPLIT else {},
             base_digest=self._held.digest,
             linear_params=covered,
             other_params=others,

@@ -95,7 +95,7 @@ class TopModel:
             raise DecodeError(f"features of shape {hidden.shape}")
         place = self.base.device
         return split.Part(
-            hidden=torch.from_numpy(np.array(hidden)).to(place, self.base.compute).requires_grad_(),
+            hidden=torch.from_numpy(np.array(hidden)).to(place),
             targets=torch.from_numpy(targets).to(place), mask=torch.from_numpy(mask).to(place),
         )  # fmt: skip
 
@@ -104,24 +104,23 @@ class TopModel:
             raise DecodeError(f"{what} that do not fit the features")
         return values.reshape(samples, -1)
 
-    def take(self, parts: Mapping[str, split.Part], done: int) -> dict[str, tuple[float, torch.Tensor]]:
-        """One step over these devices' features: device -> (its mean loss, the gradient of that by its features)."""
+    def take(self, parts: Mapping[str, split.Part], done: int) -> dict[str, split.Answer]:
+        """One step over these devices' features; the answer to each."""
         self.base.model.train()
         torch.manual_seed(int(hashlib.sha256(f"{self._work}/{done}".encode()).hexdigest()[:12], 16))
         rate = self._rate(done)
         with half.fast_products(self.base.device):
             if self.order.merges:
                 answers = split.merged_step(self.base, list(parts.values()))
-                self._advance(ALL, rate, sum(len(part.hidden) for part in parts.values()))
-                found = dict(zip(parts, answers, strict=True))
-                self.copies[ALL].losses.append(float(np.mean([loss for loss, _ in answers])))
-                return found
+                self._advance(ALL, rate, sum(len(part.targets) for part in parts.values()))
+                self.copies[ALL].losses.append(float(np.mean([answer.loss for answer in answers])))
+                return dict(zip(parts, answers, strict=True))
             found = {}
             for device, part in parts.items():
                 self._enter(device)
                 found[device] = split.separate_step(self.base, part)
-                self._advance(device, rate, len(part.hidden))
-                self.copies[device].losses.append(found[device][0])
+                self._advance(device, rate, len(part.targets))
+                self.copies[device].losses.append(found[device].loss)
             return found
 
     def _rate(self, done: int) -> float:

@@ -222,13 +222,13 @@ class Conductor:
         self._idle_since = time.monotonic()
         return actions
 
-    def _answer(self, step: int, answers: dict[str, tuple[float, Any]]) -> None:
+    def _answer(self, step: int, answers: dict[str, Any]) -> None:
         from shared import tensors
 
-        for device, (loss, gradient) in answers.items():
-            plain = gradient.detach().to("cpu").float().numpy()
+        for device, answer in answers.items():
+            plain = answer.gradient.detach().to("cpu").float().numpy()
             message = steps.Gradient(
-                work=self.order.work, run=self.round.run, step=step, loss=loss,
+                work=self.order.work, run=self.round.run, step=step, loss=answer.loss,
                 hidden=tensors.encode(plain, self.order.split.codec),
             )  # fmt: skip
             self._last[device] = message

@@ -56,7 +56,7 @@ def state_of(optimizer: torch.optim.Optimizer, carried: Carried) -> dict[str, to
 
 
 def restore(optimizer: torch.optim.Optimizer, carried: Carried, tensors: dict[str, torch.Tensor]) -> bool:
-    """Give all that is trained the values and moments of `state_of`; False, and nothing done, where some are missing."""
+    """Give all that is trained the values and moments of `state_of`; False, and nothing done, where one is missing."""
     named = carried.named()
     if any(f"value/{name}" not in tensors for name in named):
         return False

@@ -154,6 +154,25 @@ def losses(
     return found, int(right.sum())
 
 
+def fault(base: Base, part: Part) -> str:
+    """Why a foreign part can't be computed by the upper part `base`; "" where it can."""
+    hidden, targets, mask = part
+    width, most = int(base.model.config.hidden_size), base.max_tokens + 7  # batches are padded to eights
+    if hidden.ndim != 3 or hidden.shape[2] != width or not 1 <= hidden.shape[1] <= most or not len(hidden):
+        return f"features of shape {tuple(hidden.shape)}, the model takes (samples, up to {most}, {width})"
+    wanted = hidden.shape[:2] if base.kind == "causal" else hidden.shape[:1]
+    if targets.shape != wanted or mask is None or mask.shape != hidden.shape[:2]:
+        return "targets or mask are not of the features' shape"
+    # A causal model pads its sequences on the right, and so does every batch here.
+    if not bool((mask[:, 0] == 1).all()) or bool((mask[:, 1:] > mask[:, :-1]).any()) or bool((mask < 0).any()):
+        return "the mask is not ones, then zeros"
+    classes = int(base.model.config.vocab_size) if base.kind == "causal" else base.labels
+    known = targets[targets != IGNORED] if base.kind == "causal" else targets
+    if bool((known < 0).any()) or bool((known >= classes).any()):
+        return f"targets beyond the {classes} classes"
+    return "" if bool(torch.isfinite(hidden).all()) else "features that are not finite"
+
+
 def clipped(
     hidden: torch.Tensor, clip: float, noise: float, generator: torch.Generator, dims: Sequence[int] = (-1,)
 ) -> torch.Tensor:
@@ -177,18 +196,20 @@ def merged_step(base: Base, parts: Sequence[Part], most: int = 0) -> list[Answer
     bound memory (0: all); sums differ by rounding alone. Gradients add to those that are there.
     """
     leaves = [part._replace(hidden=part.hidden.detach().requires_grad_()) for part in parts]
-    total = sum(len(part.targets) for part in parts)
+    counts = [len(part.targets) for part in parts]
+    total = sum(counts)
     sums, hits = [0.0] * len(parts), [0] * len(parts)
     for chunk in _chunks(leaves, most or total):
         found, right = _scored(base, _joined([_rows(leaves[index], rows) for index, rows in chunk]))
         (found.sum() / total).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        sizes = [rows.stop - rows.start for _, rows in chunk]
-        for (index, _), loss, hit in zip(chunk, found.detach().split(sizes), right.split(sizes), strict=True):
-            sums[index] += float(loss.sum())
-            hits[index] += int(hit.sum())
+        first = 0
+        for index, rows in chunk:
+            place = slice(first, first := first + rows.stop - rows.start)
+            sums[index] += float(found.detach()[place].sum())
+            hits[index] += int(right[place].sum())
     return [
-        Answer(sums[index] / len(leaf.targets), _gradient(leaf.hidden, total / len(leaf.targets)), hits[index])
-        for index, leaf in enumerate(leaves)
+        Answer(loss / max(1, count), _gradient(leaf.hidden, total / max(1, count)), right)
+        for leaf, loss, count, right in zip(leaves, sums, counts, hits, strict=True)
     ]
 
 
@@ -205,7 +226,8 @@ def buffers(base: Base) -> dict[str, Array]:
 def set_buffers(base: Base, values: Mapping[str, Array]) -> None:
     """Set all that `buffers` gives. Raises `ModelFault` where names or shapes differ."""
     own = dict(_buffers(base))
-    odd = sorted(n for n in own.keys() | values.keys() if n not in own or own[n].shape != np.shape(values.get(n)))
+    shapes = [{name: tuple(one.shape) for name, one in both.items()} for both in (own, values)]
+    odd = sorted(n for n in own.keys() | values.keys() if shapes[0].get(n) != shapes[1].get(n))
     if odd:
         raise ModelFault(f"buffer {odd[0]} does not fit the model")
     for name, tensor in own.items():
@@ -280,14 +302,14 @@ def _scored(base: Base, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _logits(base: Base, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if base.model.config.model_type in ("bert", "roberta"):
-        found: torch.Tensor = base.model(inputs_embeds=hidden, attention_mask=mask).logits
-        return found
+        logits: torch.Tensor = base.model(inputs_embeds=hidden, attention_mask=mask).logits
+        return logits
     last = _inner(base)(inputs_embeds=hidden, attention_mask=mask, use_cache=False)[0]
     rows = torch.arange(len(last), device=last.device)
     # The model would find a sample's last token by its id.
     ends = mask.sum(dim=1) - 1 if mask is not None else torch.full_like(rows, last.shape[1] - 1)
-    found = base.model.score(last[rows, ends])
-    return found
+    picked: torch.Tensor = base.model.score(last[rows, ends])
+    return picked
 
 
 def _token_losses(base: Base, hidden: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -293,3 +293,25 @@ def test_a_transformer_has_no_buffers_to_average(bert: Path) -> None:
     split.set_buffers(base, {})
     with pytest.raises(ModelFault, match="buffer one does not fit the model"):
         split.set_buffers(base, {"one": np.zeros(3, np.float32)})
+
+
+@pytest.mark.parametrize(("name", "task"), CASES[1:3])
+def test_foreign_features_are_checked(name: str, task: TaskSpec, halves: Any) -> None:
+    both = halves(name, task)
+    hidden, targets, mask = both.part(both.batch(0, 1))
+    hidden = hidden.detach()
+    assert split.fault(both.top, Part(hidden, targets, mask)) == ""
+    last = torch.full_like(targets, 10_000)
+    holes = torch.cat([mask[:, :1] * 0, mask[:, 1:]], dim=1)
+    for odd, reason in [
+        (Part(hidden[:, :, :5], targets, mask), "features of shape"),
+        (Part(hidden[:0], targets[:0], mask[:0]), "features of shape"),
+        (Part(hidden.repeat(1, 9, 1), targets, mask), "features of shape"),
+        (Part(hidden, targets[:1], mask), "not of the features' shape"),
+        (Part(hidden, targets, None), "not of the features' shape"),
+        (Part(hidden, targets, holes), "not ones, then zeros"),
+        (Part(hidden, last, mask), "targets beyond"),
+        (Part(hidden, -1 - targets.abs(), mask), "targets beyond"),
+        (Part(hidden * float("nan"), targets, mask), "not finite"),
+    ]:
+        assert reason in split.fault(both.top, odd)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -72,6 +72,8 @@ class Base:
     """Pruned layer -> what it was."""
     groups: list[Group] = field(repr=False, default_factory=list)
     """What can be pruned of the whole model, once that was asked for."""
+    half: tuple[Literal["lower", "upper"], int] | None = None
+    """Which part of the model is left of it, and at which block it was cut (`shared.modeling.split`); None: all."""
     _folded: set[str] = field(default_factory=set)
     _tuned: set[str] = field(repr=False, default_factory=set)
 
@@ -207,7 +209,7 @@ def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", bea
     model.eval()
     model.requires_grad_(False)
     gc.collect()
-    _give_back_memory()
+    give_back_memory()
     return base
 
 
@@ -400,7 +402,7 @@ def _put_packed(base: Base, linear: Linear, parts: dict[str, torch.Tensor]) -> N
     set_module(base.model, linear.name, from_parts(parts, shape, has_bias, base.bits, base.compute, base.device))
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Return freed memory to the system; without it the stored tensors read one by one stay resident."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

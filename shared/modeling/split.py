@@ -8,7 +8,7 @@ the output matrix (GPT-2, causal) both parts need it; it stays as stored on both
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -89,6 +89,23 @@ class _Nothing(nn.Module):
 def blocks(base: Base) -> int:
     """How many blocks the model has. Raises `ModelFault` where it can't be cut."""
     return len(_inner(base).get_submodule(_layout(base).blocks))
+
+
+def places(base: Base, names: Iterable[str]) -> dict[str, int]:
+    """Where parameters of a whole base belong: index of the block; -1 before the blocks, their number after them.
+
+    Raises `ModelFault` where the model can't be cut.
+    """
+    layout, count, prefix = _layout(base), blocks(base), base.model.base_model_prefix
+    first = tuple(f"{prefix}.{one}." for one in layout.first)
+    inside = f"{prefix}.{layout.blocks}."
+    found = {}
+    for name in names:
+        if name.startswith(inside):
+            found[name] = int(name.removeprefix(inside).partition(".")[0])
+        else:
+            found[name] = -1 if name.startswith(first) else count
+    return found
 
 
 def lower(base: Base, block: int) -> None:

@@ -31,7 +31,8 @@ PLANNERS: Mapping[str, Callable[[], Planner]] = {
     "legend": LegendPlanner,
     **{name: partial(FedSpinePlanner, name=name) for name in PRUNING},
     "head": HeadPlanner,
-    "mergesfl": MergeSflPlanner, "splitfed": MergeSflPlanner,
+    "mergesfl": MergeSflPlanner,
+    "splitfed": MergeSflPlanner,
 }
 """Name -> a planner that has seen nothing yet."""
 

@@ -76,7 +76,7 @@ class _Asked:
 
 
 class SubprocessWorker:
-    """`Worker` and `Top` over a pipe. All methods run on the owner's thread; a thread that reads posts `WorkerSpoke`."""
+    """`Worker` and `Top` over a pipe. All methods run on the owner's thread; one that reads posts `WorkerSpoke`."""
 
     def __init__(
         self,

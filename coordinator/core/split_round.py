@@ -129,6 +129,8 @@ class SplitRound:
         """Features came; the worker keeps them by (device, step) until the step is taken or the run ends."""
         seat = self._seats.get(device)
         if seat is None or self.phase == "over":
+            if seat is not None and (features.run, features.step) == (self.run, seat.last):
+                return [Again(device)]
             return [Say(device, End(work=self.work, run=self.run))]
         if features.run != self.run:
             return [Say(device, Query(work=self.work, run=self.run))]

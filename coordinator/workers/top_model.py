@@ -150,6 +150,10 @@ class TopModel:
         found = (path.name.removeprefix(_FOLDER) for path in folder.glob(f"{_FOLDER}*"))
         return sorted(int(step) for step in found if step.isdecimal())
 
+    def usable(self, folder: Path, step: int) -> bool:
+        """Whether the checkpoint of `step` is whole, and of this work."""
+        return load_checkpoint(folder / f"{_FOLDER}{step}", self._work) is not None
+
     def save(self, folder: Path, done: int) -> None:
         """Write the checkpoint of `done` steps; the oldest beyond `KEPT` goes, that of the start stays."""
         self.copies[self._here].state = self._state()

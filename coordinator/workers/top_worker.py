@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import random
+import shutil
 import sys
 import threading
 import time
@@ -130,9 +131,9 @@ class Conductor:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.model = TopModel(base, order)
         for step in self.model.held(self._folder):
-            if not self.model.load(self._folder, step):
+            if not self.model.usable(self._folder, step):
                 log.warning("checkpoint of step %d is not usable", step)
-                self._folder.joinpath(f"step-{step}").rename(self._folder / f"bad-{step}")
+                shutil.rmtree(self._folder / f"step-{step}", ignore_errors=True)
         if 0 not in self.model.held(self._folder):
             self.model.save(self._folder, 0)
         self.round = SplitRound(
@@ -244,6 +245,8 @@ class TopWorker:
         self._link = Link(self.inbox)
         self._round: Conductor | None = None
         self._over: deque[str] = deque(maxlen=REMEMBERED)
+        self._before: Conductor | None = None
+        """The round that ended last: its last gradients may be asked for again."""
         self._beaten = 0.0
         self._loaded: tuple[tuple[object, ...], Any] | None = None
 
@@ -303,13 +306,14 @@ class TopWorker:
         if heard is None:
             return
         device, message = heard
-        if self._round is not None and message.work == self._round.order.work:
-            self._round.hear(device, message)
+        here = (one for one in (self._round, self._before) if one is not None and one.order.work == message.work)
+        if (conductor := next(here, None)) is not None:
+            conductor.hear(device, message)
         elif message.work in self._over:
             self._link.send(device, steps.End(work=message.work, run=message.run))
 
     def _begin(self, order: TopRound) -> None:
-        self._round = None
+        self._round = self._before = None
         self._link.open(order.broker, order.fleet, order.name)
         self._round = Conductor(order, self._link, self.beat, self._upper(order))
         self._round.start()
@@ -332,7 +336,7 @@ class TopWorker:
         return self._loaded[1]
 
     def _end(self, done: Conductor) -> None:
-        self._round = None
+        self._round, self._before = None, done
         self._over.append(done.order.work)
         updates = done.model.updates()
         answer = TopTrained(

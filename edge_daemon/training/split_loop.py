@@ -79,6 +79,8 @@ class SplitLoop(Loop):
         self._runner = _Runner(self)
         own = {id(tensor): name for name, tensor in self.carried.named().items()}
         self._names = {own[id(p)]: name for name, p in self._runner.named_parameters() if id(p) in own}
+        self.again_s = max(2.0, self._split.step_s / 2)
+        """Seconds without a gradient after which features are sent again."""
         self.done = 0
         """Steps that the top worker counts as done."""
 
@@ -173,7 +175,7 @@ class SplitLoop(Loop):
             if not under_way:
                 return True
             first = under_way[0]
-            again_at = first.sent_at + max(2.0, self._split.step_s / 2)
+            again_at = first.sent_at + self.again_s
             match self._line.receive("waiting for the gradient", again_at):
                 case None:
                     if time.monotonic() >= again_at:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
 from shared.errors import UserError
@@ -50,17 +50,21 @@ def pixels(folder: Path) -> Pixels:
         raise ModelFault(f"{folder}: no model for pictures: {one_line(error, 160)}") from error
 
 
-class CnnConfig(PreTrainedConfig):
+class CnnConfig(PretrainedConfig):
     """A model of one block per entry of `channels`; after those numbered in `pools` a picture's sides are halved.
 
     `image`: channels, height and width of a picture. `hidden_size`: features below the classes.
     """
 
     model_type = KIND
-    channels: Sequence[int] = (16, 32)
-    pools: Sequence[int] = (1,)
-    image: Sequence[int] = (1, 8, 8)
-    hidden_size: int = 64
+
+    def __init__(
+        self, channels: Sequence[int] = (16, 32), pools: Sequence[int] = (1,), image: Sequence[int] = (1, 8, 8),
+        hidden_size: int = 64, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        self.channels, self.pools, self.image = list(channels), list(pools), list(image)
+        self.hidden_size = hidden_size
+        super().__init__(**kwargs)
 
     def shape_after(self, block: int) -> tuple[int, int, int]:
         """Channels, height and width of a sample after `block` blocks."""

@@ -200,7 +200,7 @@ def tokenize(
     """Read and tokenise `source`. Raises `DataFault` naming the row of the first fault, and where there is no row."""
     ids: list[npt.NDArray[Any]] = []
     targets: list[int] = []
-    encode = _ENCODERS.get(task.kind, _encode_classification)
+    encode: _Encode = _ENCODERS.get(task.kind, _encode_classification)
     number: Any = np.float32 if task.kind == "image" else np.int32
     for chunk in _chunks(read_rows(source, hub=hub), rows):
         for sample, target in encode(source, chunk, task, tokenizer):
@@ -338,7 +338,8 @@ def _encode_image(
 ) -> Iterator[tuple[npt.NDArray[np.float32], int]]:
     for number, row in chunk:
         try:
-            picture = np.asarray(row.get(task.image_field), dtype=np.float32).reshape(-1)
+            with np.errstate(over="ignore"):  # what is no float32 is not finite then
+                picture = np.asarray(row.get(task.image_field), dtype=np.float32).reshape(-1)
         except (TypeError, ValueError):
             picture = np.zeros(0, dtype=np.float32)
         if len(picture) != pixels.count or not np.isfinite(picture).all():
@@ -346,7 +347,8 @@ def _encode_image(
         yield picture, _label(source, number, row, task)
 
 
-_ENCODERS: dict[str, Callable[..., Iterator[tuple[Any, int]]]] = {"causal": _encode_causal, "image": _encode_image}
+_Encode = Callable[[str, list[tuple[int, Row]], TaskSpec, Any], Iterator[tuple[Any, int]]]
+_ENCODERS: dict[str, _Encode] = {"causal": _encode_causal, "image": _encode_image}
 
 
 def _joined(prompt: str, completion: str) -> str:

@@ -42,6 +42,7 @@ class TaskSpec(Spec, frozen=True, kw_only=True):
 
     kind: TaskKind
     """`image`: pictures in classes, by a small convolutional model that is trained whole (strategy `full`).
+    Of a picture, the column `image` holds its numbers in one list, channel by channel, row by row.
     `least_squares` is the task of the test agent: no torch, no base model."""
     dataset: str
     """Name of a data set in the devices' `[data]` table; what it stands for is each owner's choice."""
@@ -51,8 +52,6 @@ class TaskSpec(Spec, frozen=True, kw_only=True):
     """Column of the text (classification)."""
     label_field: str = "label"
     """Column of the label number, from 0 (classification, image)."""
-    image_field: str = "image"
-    """Column of the picture: its numbers in one list, channel by channel, row by row (image)."""
     prompt_field: str = "prompt"
     """Column of the text that is given (causal)."""
     completion_field: str = "completion"

@@ -1,7 +1,8 @@
 """Local text as tokens: reading, checking against the task, a reproducible order of samples, padded batches.
 
 Rows are JSON objects, one a line. A classification row has a text and a label (its number, or its name out of the
-task's labels); a causal row has a prompt and a completion, and only the completion's tokens are learned.
+task's labels), or a picture instead of the text; a causal row has a prompt and a completion, and only the completion's
+tokens are learned.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Row = dict[str, Any]
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:\w+)?$")
 _TOKENIZE_ROWS = 512
 _PAD_TO = 8
+_IMAGE = "image"
 
 
 def silent(what: str) -> None:
@@ -339,11 +341,11 @@ def _encode_image(
     for number, row in chunk:
         try:
             with np.errstate(over="ignore"):  # what is no float32 is not finite then
-                picture = np.asarray(row.get(task.image_field), dtype=np.float32).reshape(-1)
+                picture = np.asarray(row.get(_IMAGE), dtype=np.float32).reshape(-1)
         except (TypeError, ValueError):
             picture = np.zeros(0, dtype=np.float32)
         if len(picture) != pixels.count or not np.isfinite(picture).all():
-            raise DataFault(f"{source}: row {number} has no {pixels.count} numbers in field {task.image_field!r}")
+            raise DataFault(f"{source}: row {number} has no {pixels.count} numbers in field {_IMAGE!r}")
         yield picture, _label(source, number, row, task)
 
 

@@ -50,6 +50,10 @@ def job_faults(job: JobSpec) -> list[str]:
         found.append(f"base.targets: {name} prunes and tunes whole blocks; leave it empty")
     if name in aggregators.PRUNING and job.task.kind == "least_squares":
         found.append("task.kind: least_squares has no heads or FFN channels to prune")
+    if job.task.kind == "image" and aggregators.name_of(job.strategy) != "dense":
+        found.append("strategy.name: task.kind image has no linear layers for LoRA; use full")
+    if job.task.kind == "image" and len(job.task.labels) < 2:
+        found.append("task.labels: name the classes of the pictures, in the order of their numbers")
     if aggregators.name_of(job.strategy) not in aggregators.WITHOUT_LORA:
         return found
     if job.base.targets:

@@ -227,6 +227,8 @@ def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:
 def _check_task(job: JobSpec) -> None:
     if job.task.kind == "classification" and len(job.task.labels) < 2:
         raise UserError("task.labels: a classification needs two labels at least")
+    if job.task.kind == "image" and len(job.task.labels) < 2:
+        raise UserError("task.labels: pictures need two labels at least")
     if job.task.kind == "least_squares":
         raise UserError("task.kind least_squares: served by the least-squares worker, not by this one")
 

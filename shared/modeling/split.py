@@ -40,7 +40,11 @@ class _Layout(NamedTuple):
 _BERT = _Layout("encoder.layer", "pooler", ("embeddings",), ("classification",))
 _GPT2 = _Layout("h", "ln_f", ("wte", "wpe", "drop"), ("classification", "causal"))
 _LLAMA = _Layout("layers", "norm", ("embed_tokens",), ("classification", "causal"))
-_LAYOUTS = {"bert": _BERT, "roberta": _BERT, "gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA}
+_CNN = _Layout("blocks", "last", (), ("image",))
+_LAYOUTS = {
+    "bert": _BERT, "roberta": _BERT, "gpt2": _GPT2, "llama": _LLAMA, "mistral": _LLAMA, "qwen2": _LLAMA,
+    "muster-cnn": _CNN,
+}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -154,9 +158,16 @@ def part_of(adapter: Adapter, base: Base) -> Adapter:
 
 
 def features(base: Base, batch: Batch) -> torch.Tensor:
-    """Hidden states after the blocks of a lower part (n x tokens x width), with a graph where something is trained."""
+    """Hidden states after the blocks of a lower part, with a graph where something is trained.
+
+    (n x tokens x width), of pictures (n x channels x height x width).
+    """
     with half.fast_products(base.device):
-        found: torch.Tensor = _inner(base)(input_ids=batch.ids, attention_mask=batch.mask, use_cache=False)[0]
+        if base.kind == "image":
+            given: dict[str, Any] = {"pixel_values": batch.ids}
+        else:
+            given = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+        found: torch.Tensor = _inner(base)(**given)[0]
     return found
 
 
@@ -174,6 +185,8 @@ def losses(
 def fault(base: Base, part: Part) -> str:
     """Why a foreign part can't be computed by the upper part `base`; "" where it can."""
     hidden, targets, mask = part
+    if base.kind == "image":
+        return _picture_fault(base, part)
     width, most = int(base.model.config.hidden_size), base.max_tokens + 7  # batches are padded to eights
     if hidden.ndim != 3 or hidden.shape[2] != width or not 1 <= hidden.shape[1] <= most or not len(hidden):
         return f"features of shape {tuple(hidden.shape)}, the model takes (samples, up to {most}, {width})"
@@ -190,15 +203,25 @@ def fault(base: Base, part: Part) -> str:
     return "" if bool(torch.isfinite(hidden).all()) else "features that are not finite"
 
 
-def clipped(
-    hidden: torch.Tensor, clip: float, noise: float, generator: torch.Generator, dims: Sequence[int] = (-1,)
-) -> torch.Tensor:
-    """`hidden` with the norm over `dims` at most `clip` (0: as it is), then Gaussian noise on every feature.
+def _picture_fault(base: Base, part: Part) -> str:
+    shape = base.model.config.shape_after(base.half[1] if base.half else 0)
+    if part.hidden.ndim != 4 or part.hidden.shape[1:] != shape or not len(part.hidden):
+        return f"features of shape {tuple(part.hidden.shape)}, the model takes (samples, {', '.join(map(str, shape))})"
+    if part.targets.shape != part.hidden.shape[:1]:
+        return "targets are not of the features' shape"
+    if bool((part.targets < 0).any()) or bool((part.targets >= base.labels).any()):
+        return f"targets beyond the {base.labels} classes"
+    return "" if bool(torch.isfinite(part.hidden).all()) else "features that are not finite"
+
+
+def clipped(hidden: torch.Tensor, clip: float, noise: float, generator: torch.Generator) -> torch.Tensor:
+    """`hidden` with every token's norm (of pictures: place's) at most `clip` (0: as it is), and Gaussian noise.
 
     `noise`: its standard deviation as a share of `clip` (of 1 without it). Drawn on the generator's device.
     """
     if clip:
-        norm = torch.linalg.vector_norm(hidden, dim=tuple(dims), keepdim=True, dtype=torch.float32)
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(wide, dim=1 if hidden.ndim == 4 else -1, keepdim=True)
         hidden = hidden * (clip / norm.clamp_min(clip)).to(hidden.dtype)
     if noise:
         drawn = torch.randn(hidden.shape, generator=generator, device=generator.device)
@@ -210,13 +233,15 @@ def merged_step(base: Base, parts: Sequence[Part], most: int = 0) -> list[Answer
     """One backward pass over the samples of all devices: gradients of the upper part are those of the mean over all.
 
     Each device's slice of the gradient is scaled to that of its own mean loss. `most`: samples computed at once, to
-    bound memory (0: all); sums differ by rounding alone. Gradients add to those that are there.
+    bound memory (0: all, as always of pictures); sums differ by rounding alone. Gradients add to those that are there.
+    Where the upper part normalises over the batch, a device's gradient is that of the loss of all, scaled the same.
     """
     leaves = [part._replace(hidden=part.hidden.detach().requires_grad_()) for part in parts]
     counts = [len(part.targets) for part in parts]
     total = sum(counts)
     sums, hits = [0.0] * len(parts), [0] * len(parts)
-    for chunk in _chunks(leaves, most or total):
+    # Batch normalisation is over all that is computed at once.
+    for chunk in _chunks(leaves, most if most and base.kind != "image" else total):
         found, right = _scored(base, _joined([_rows(leaves[index], rows) for index, rows in chunk]))
         (found.sum() / total).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         first = 0
@@ -318,7 +343,7 @@ def _scored(base: Base, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _logits(base: Base, hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    if base.model.config.model_type in ("bert", "roberta"):
+    if base.kind == "image" or base.model.config.model_type in ("bert", "roberta"):
         logits: torch.Tensor = base.model(inputs_embeds=hidden, attention_mask=mask).logits
         return logits
     last = _inner(base)(inputs_embeds=hidden, attention_mask=mask, use_cache=False)[0]
@@ -363,7 +388,7 @@ def _rows(part: Part, rows: slice) -> Part:
 
 def _joined(pieces: Sequence[Part]) -> Part:
     masks = [piece.mask for piece in pieces]
-    if masks[0] is None:
+    if pieces[0].hidden.ndim == 4:
         return Part(torch.cat([piece.hidden for piece in pieces]), torch.cat([piece.targets for piece in pieces]))
     width = max(piece.hidden.shape[1] for piece in pieces)
     more = [width - piece.hidden.shape[1] for piece in pieces]

@@ -82,22 +82,18 @@ class TopModel:
         samples = hidden.shape[0] if hidden.ndim else 0
         if not 0 < samples <= self.order.batches[device]:
             raise DecodeError(f"features of {samples} samples, its batch is {self.order.batches[device]}")
-        if not np.isfinite(hidden).all():
-            raise DecodeError("features that are not finite")
         targets = np.frombuffer(features.targets, "<i4").astype(np.int64)
-        mask = np.frombuffer(features.mask, "u1").astype(np.int64)
         if self.base.kind == "causal":
             targets = self._by_token(targets, samples, "targets")
-        elif targets.shape != (samples,) or targets.min() < 0 or targets.max() >= self.base.labels:
-            raise DecodeError("labels that do not fit the features")
-        mask = self._by_token(mask, samples, "mask")
-        if hidden.ndim != 3 or hidden.shape[:2] != mask.shape or hidden.shape[2] != self.base.model.config.hidden_size:
-            raise DecodeError(f"features of shape {hidden.shape}")
+        mask = np.frombuffer(features.mask, "u1").astype(np.int64)
         place = self.base.device
-        return split.Part(
-            hidden=torch.from_numpy(np.array(hidden)).to(place),
-            targets=torch.from_numpy(targets).to(place), mask=torch.from_numpy(mask).to(place),
+        part = split.Part(
+            torch.from_numpy(np.array(hidden)).to(place), torch.from_numpy(targets).to(place),
+            torch.from_numpy(self._by_token(mask, samples, "mask")).to(place) if mask.size else None,
         )  # fmt: skip
+        if fault := split.fault(self.base, part):
+            raise DecodeError(fault)
+        return part
 
     def _by_token(self, values: Any, samples: int, what: str) -> Any:
         if not values.size or values.size % samples:

@@ -217,10 +217,12 @@ class SplitLoop(Loop):
         seed = mixed(self.assignment.seed, self.assignment.round, place, self.part)
         torch.manual_seed(seed)
         named = self.carried.named()
-        values = {
-            own: (tensor.detach().clone() if asked.overlap else tensor.detach()).requires_grad_(tensor.requires_grad)
-            for own, tensor in named.items()
-        }
+        # What batch normalisation remembers is no gradient's to move: the forward pass itself writes it.
+        copied = [own for own in named if asked.overlap and not own.endswith(split.REMEMBERED)]
+        values = {own: tensor.detach() for own, tensor in named.items()}
+        values |= {own: values[own].clone() for own in copied}
+        for own, value in values.items():
+            value.requires_grad_(named[own].requires_grad)
         given = {self._names[own]: value for own, value in values.items()}
         hidden = torch.func.functional_call(self._runner, given, (batch,))
         generator = torch.Generator(device=hidden.device).manual_seed(seed)
@@ -228,7 +230,7 @@ class SplitLoop(Loop):
         message = steps.Features(
             work=self._line.work, run=self._line.run, step=step, hidden=tensors.encode(_plain(hidden), asked.codec),
             targets=memoryview(batch.targets.cpu().numpy().astype("<i4").tobytes()),
-            mask=memoryview(batch.mask.cpu().numpy().astype("u1").tobytes()),
+            mask=memoryview(b"" if self.base.kind == "image" else batch.mask.cpu().numpy().astype("u1").tobytes()),
         )  # fmt: skip
         return Sent(step, message, hidden, values, len(indices), time.monotonic() - started)
 

@@ -13,7 +13,6 @@ from coordinator.core.planning.fedpipe import FedPipePlanner
 from coordinator.core.planning.fedspine import FedSpinePlanner
 from coordinator.core.planning.head import HeadPlanner
 from coordinator.core.planning.legend import LegendPlanner
-from coordinator.core.planning.mergesfl import MergeSflPlanner
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.errors import UserError
 from shared.jobs import StrategySpec
@@ -31,8 +30,6 @@ PLANNERS: Mapping[str, Callable[[], Planner]] = {
     "legend": LegendPlanner,
     **{name: partial(FedSpinePlanner, name=name) for name in PRUNING},
     "head": HeadPlanner,
-    "mergesfl": MergeSflPlanner,
-    "splitfed": MergeSflPlanner,
 }
 """Name -> a planner that has seen nothing yet."""
 

@@ -326,6 +326,7 @@ class Agent:
             kept=units.pack(pruner.known, pruner.kept) if pruner else {},
             unit_scores=units.pack_scores(pruner.scores) if pruner else {},
             requantized=pruner.requantized if pruner else 0.0,
+            wait_s=statistics.fmean(position.waits) if position.waits else 0.0,
         )
         return Trained(
             job=assignment.job, round=assignment.round, attempt=assignment.attempt,

@@ -32,7 +32,8 @@ class Expectation:
 
     `ranks`: as assigned, 0 or absent for a module that is not tuned. `modules`: of the base, by name.
     `stacked`: how many agents' factors lie side by side in each module. `norm_bound`: largest Euclidean norm of the
-    change (`admission.change_norm`) that is believed. `seed`: the job's.
+    change (`admission.change_norm`) that is believed. `seed`: the job's. `dense`: the dense tensors that it must hold;
+    None: all that the global adapter has.
     """
 
     job: str
@@ -47,6 +48,7 @@ class Expectation:
     stacked: int = 1
     norm_bound: float = NORM_BOUND
     seed: int = 0
+    dense: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

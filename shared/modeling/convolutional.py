@@ -50,7 +50,7 @@ def pixels(folder: Path) -> Pixels:
         raise ModelFault(f"{folder}: no model for pictures: {one_line(error, 160)}") from error
 
 
-class CnnConfig(PretrainedConfig):
+class CnnConfig(PretrainedConfig):  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     """A model of one block per entry of `channels`; after those numbered in `pools` a picture's sides are halved.
 
     `image`: channels, height and width of a picture. `hidden_size`: features below the classes.
@@ -145,7 +145,7 @@ class _Cnn(nn.Module):
         return BaseModelOutput(last_hidden_state=self.last(x))
 
 
-class CnnForImageClassification(PreTrainedModel):
+class CnnForImageClassification(PreTrainedModel):  # type: ignore[no-untyped-call]  # the same
     """The model with its classes."""
 
     config_class = CnnConfig
@@ -155,8 +155,8 @@ class CnnForImageClassification(PreTrainedModel):
     def __init__(self, config: CnnConfig) -> None:
         super().__init__(config)
         self.cnn = _Cnn(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        self.post_init()  # type: ignore[no-untyped-call]  # the same
 
     def forward(
         self, pixel_values: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **_: object

@@ -106,8 +106,9 @@ def fitness(fleet: Fleet, chosen: Bools) -> float:
     return -kl_of(fleet, chosen) + USED * min(1.0, used) + RARE * rare
 
 
-def repaired(fleet: Fleet, chosen: Bools) -> Bools:
-    """`chosen` made feasible: whoever's leaving makes the lowest KL goes, whoever's coming makes the lowest comes."""
+def repaired(fleet: Fleet, chosen: Bools, rng: np.random.Generator) -> Bools:
+    """`chosen` made feasible: whoever's leaving makes the lowest KL goes; where too few are left others are drawn, so
+    that a flipped bit becomes an exchange and not the same set again."""
     chosen = chosen.copy()
     weighted = fleet.batches[:, None] * fleet.mixes
     if not chosen.any():
@@ -125,9 +126,9 @@ def repaired(fleet: Fleet, chosen: Bools) -> Bools:
             index = index[samples + fleet.batches[index] <= fleet.budget]
         if not len(index):
             break
-        new = int(index[np.argmin(divergence(sums + weighted[index], fleet.goal))])
+        new = int(rng.choice(index))
         chosen[new] = True
-        sums, samples, count = sums + weighted[new], samples + int(fleet.batches[new]), count + 1
+        samples, count = samples + int(fleet.batches[new]), count + 1
     return chosen
 
 
@@ -138,7 +139,7 @@ def select(fleet: Fleet, seed: int) -> Bools:
     share = fleet.largest / size if fleet.most else 0.5
     if fleet.budget:
         share = min(share, fleet.budget / max(1.0, float(fleet.batches.sum())))
-    people = [repaired(fleet, row) for row in rng.random((POPULATION, size)) < share]
+    people = [repaired(fleet, row, rng) for row in rng.random((POPULATION, size)) < share]
     scores = [fitness(fleet, one) for one in people]
     for _ in range(GENERATIONS):
         best = sorted(range(POPULATION), key=lambda one: (-scores[one], one))[:ELITE]
@@ -146,7 +147,7 @@ def select(fleet: Fleet, seed: int) -> Bools:
         while len(following) < POPULATION:
             one, two = (_winner(rng, scores) for _ in range(2))
             child = np.where(rng.random(size) < 0.5, people[one], people[two]) ^ (rng.random(size) < 1.0 / size)
-            child = repaired(fleet, child)
+            child = repaired(fleet, child, rng)
             following.append(child)
             marks.append(fitness(fleet, child))
         people, scores = following, marks

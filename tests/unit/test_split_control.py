@@ -1,4 +1,4 @@
-"""MergeSFL's control: the batch formula, KL by hand, selection against brute force, moves and scaling in their bounds."""
+"""MergeSFL's control: the batch formula, KL by hand, selection against brute force, bounds of moves and scaling."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_batches_are_in_inverse_proportion_to_times(
     most = data.draw(st.lists(st.integers(1, 300), min_size=len(times), max_size=len(times)))
     found = control.regulated(np.array(times), default, least, np.array(most))
     fastest = min(times)
-    for took, given, bound in zip(times, found, most, strict=True):
+    for took, batch, bound in zip(times, found, most, strict=True):
         formula = default * fastest / took
         wanted = math.floor(formula + 1e-9)
-        assert given == min(max(wanted, least), bound)
-        if least < given == wanted:
+        assert batch == min(max(wanted, least), bound)
+        if least < batch == wanted:
             # Nobody takes longer than the fastest, nor less by more than one sample.
-            assert given * took <= default * fastest * (1 + 1e-6) < (given + 1) * took * (1 + 1e-5)
+            assert batch * took <= default * fastest * (1 + 1e-6) < (batch + 1) * took * (1 + 1e-5)
 
 
 def test_the_fastest_gets_the_batch_and_half_its_speed_half_of_it() -> None:

@@ -8,7 +8,8 @@ fitness
 
     -KL + 0.02 min(1, used / budget) + 0.01 mean q_i,      q_i = 1 / (1 + times selected),
 
-moves of +-1 in place of a dual step, and that a number to select is met exactly as far as the budget allows.
+moves of +-1 in place of a dual step, exchanges of one device for another after the search as long as they raise the
+fitness, and that a number to select is met exactly as far as the budget allows.
 
 Arrays have an entry per device: `batches` (samples), `mixes` (devices x classes) with rows of sum 1. A sample has the
 same size everywhere, so the budget is a number of samples. Pure; a seed decides every draw.
@@ -151,7 +152,28 @@ def select(fleet: Fleet, seed: int) -> Bools:
             following.append(child)
             marks.append(fitness(fleet, child))
         people, scores = following, marks
-    return people[max(range(POPULATION), key=lambda one: (scores[one], -one))]
+    return _exchanged(fleet, people[max(range(POPULATION), key=lambda one: (scores[one], -one))])
+
+
+def _exchanged(fleet: Fleet, chosen: Bools) -> Bools:
+    """`chosen` with one in the place of another as long as that raises the fitness."""
+    weighted = fleet.batches[:, None] * fleet.mixes
+    now, found = fitness(fleet, chosen), chosen.copy()
+    while not found.all():
+        inside, outside = np.flatnonzero(found), np.flatnonzero(~found)
+        sums = weighted[found].sum(axis=0) - weighted[inside][:, None] + weighted[outside][None]
+        samples = fleet.batches[found].sum() - fleet.batches[inside][:, None] + fleet.batches[outside][None]
+        rare = (fleet.rarity[found].sum() - fleet.rarity[inside][:, None] + fleet.rarity[outside][None]) / len(inside)
+        after = RARE * rare - divergence(sums, fleet.goal)
+        if fleet.budget:
+            after += np.where(samples <= fleet.budget, USED * samples / fleet.budget, -np.inf)
+        best = int(np.argmax(after))
+        if float(after.flat[best]) <= now + 1e-12:
+            break
+        now = float(after.flat[best])
+        out, new = divmod(best, len(outside))
+        found[inside[out]], found[outside[new]] = False, True
+    return found
 
 
 def tuned(

@@ -155,7 +155,7 @@ def test_the_lower_part_is_admitted() -> None:
         (replace(GOOD, factors={**GOOD.factors, "top": factors(3, TOP, 2, 2)}), "module 'top' was not asked for"),
         (replace(GOOD, factors={"low": factors(20, LOW, 3, 3)}), "module 'low': rank 3, expected 2"),
         (replace(GOOD, factors={"low": factors(20, TOP, 2, 2)}), "for a layer of 6 x 5"),
-        (replace(GOOD, factors={"low": replace(GOOD.factors["low"], b=np.full((6, 2), np.nan, np.float32))}), "not finite"),
+        (replace(GOOD, factors={"low": replace(GOOD.factors["low"], b=NAN[:, :2])}), "not finite"),
         (replace(GOOD, device="b"), "device is 'b', expected 'a'"),
     ],
 )  # fmt: skip
@@ -167,7 +167,10 @@ def test_what_is_no_lower_part_of_lora_is_refused(sent: Adapter, told: str) -> N
     ("sent", "told"),
     [
         (replace(FULL, dense={**FULL.dense, "head": random(1, 2, 4)}), "dense tensor 'head' was not asked for"),
-        (replace(FULL, dense={"low.weight": FULL.dense["low.weight"]}), "dense tensor 'low.norm.num_batches_tracked' is missing"),
+        (
+            replace(FULL, dense={"low.weight": FULL.dense["low.weight"]}),
+            "dense tensor 'low.norm.num_batches_tracked' is missing",
+        ),
         (replace(FULL, dense={**FULL.dense, "low.weight": random(1, 5, 6)}), "shape (5, 6), expected (6, 5)"),
         (replace(FULL, dense={**FULL.dense, "low.weight": NAN}), "'low.weight' holds numbers that are not finite"),
         (replace(FULL, factors=GOOD.factors), "takes no factors"),

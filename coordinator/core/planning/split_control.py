@@ -2,9 +2,9 @@
 
 **The paper's** (abstract; formulas as recalled): batches in inverse proportion to a sample's time, so that all finish
 together, d_i = floor(D (mu_l + beta_l) / (mu_i + beta_i)) with l the fastest; a genetic algorithm that chooses who
-takes part by the Kullback-Leibler divergence of the merged label mix Phi = sum d_i V_i / sum d_i to that of the fleet,
-Phi0 = mean of V_i, under the bandwidth that the server takes in. **Our reading**: operators and constants of the search, the
-fitness
+takes part by the Kullback-Leibler divergence of the merged label mix Phi = sum d_i V_i / sum d_i to that of the
+fleet, Phi0 = mean of V_i, under the bandwidth that the server takes in. **Our reading**: operators and
+constants of the search, the fitness
 
     -KL + 0.02 min(1, used / budget) + 0.01 mean q_i,      q_i = 1 / (1 + times selected),
 

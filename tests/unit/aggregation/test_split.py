@@ -46,14 +46,17 @@ def directions(seed: int, module: ModuleSpec, rank: int) -> Factors:
 
 
 BEFORE = Adapter(
-    kind="global", job="j", round=0, base_digest="b", factors={"low": directions(1, LOW, 3), "top": directions(5, TOP, 3)},
+    kind="global", job="j", round=0, base_digest="b", 
+    factors={"low": directions(1, LOW, 3), "top": directions(5, TOP, 3)},
     dense={"head": random(9, 2, 4)},
 )  # fmt: skip
 WHOLE = Adapter(
     kind="global", job="j", round=0, base_digest="b", factors={},
     dense={
-        "low.weight": random(1, 6, 5), "low.norm.running_mean": random(2, 6), "low.norm.running_var": np.ones(6, np.float32),
-        "low.norm.num_batches_tracked": np.zeros((), np.float32), "top.weight": random(3, 4, 6), "head": random(4, 2, 4),
+        "low.weight": random(1, 6, 5), "low.norm.running_mean": random(2, 6),
+        "low.norm.running_var": np.ones(6, np.float32),
+        "low.norm.num_batches_tracked": np.zeros((), np.float32), "top.weight": random(3, 4, 6),
+        "head": random(4, 2, 4),
     },
 )  # fmt: skip
 LOWER = frozenset(name for name in WHOLE.dense if name.startswith("low"))

@@ -2,8 +2,8 @@
 
     python -m bench.mergesfl [--minutes N] [--tasks digits ...] [--seeds 0 1 2] [--render]
 
-Methods, fleet and clock: `bench/mergesfl_fleet.py`. Every method's learning rate is the best of `RATES` on a seed of its
-own. Runs are kept in `bench/runs/mergesfl`, and done once.
+Methods, fleet and clock: `bench/mergesfl_fleet.py`. Every method's learning rate is the best of the task's `rates` on
+a seed of its own. Runs are kept in `bench/runs/mergesfl`, and done once.
 """
 
 from __future__ import annotations
@@ -281,7 +281,7 @@ def _section(task: str, skew: str) -> list[str]:
         f"{about.target:.2f}; accuracies are means over seeds."
     )
     table = [
-        "", "| method | rate | accuracy at the end | best | seconds to target | waiting | KL, mean of rounds | MB moved |",
+        "", "| method | rate | accuracy at the end | best | seconds to target | waiting | KL, mean | MB moved |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for method in METHODS:
@@ -296,7 +296,8 @@ def _row(task: str, skew: str, method: str, runs: list[list[RoundOutcome]]) -> s
     best = statistics.fmean(max(one.accuracy for one in run) for run in runs)
     reached = [to_target(run, TASKS[task].target) for run in runs]
     known = [one for one in reached if one is not None]
-    when = f"{statistics.fmean(known):.0f}" if len(known) == len(reached) else f"{len(known)} of {len(reached)} reach it"
+    all_do = len(known) == len(reached)
+    when = f"{statistics.fmean(known):.0f}" if all_do else f"{len(known)} of {len(reached)} reach it"
     waiting = statistics.fmean(one.waiting for run in runs for one in run[1:])
     kl = statistics.fmean(one.kl for run in runs for one in run)
     moved = statistics.fmean(sum(one.bytes_moved for one in run) for run in runs) / 1e6

@@ -1,4 +1,4 @@
-"""Split learning on a virtual fleet: real gradients, the real planner, top model and aggregator, and a clock of its own.
+"""Split learning on a virtual fleet: real gradients, the real planner, top model and aggregator, a clock of its own.
 
 80 devices of three classes (TX2, NX, AGX: 30, 40, 10; speeds 1 : 2 : 4, power modes and links as in the testbed's
 `jetson` profile). What a round takes follows the paper's cost of a sample: with mu_i and beta_i the seconds to compute
@@ -368,9 +368,7 @@ class Method:
         return Reported(name, samples, path)
 
     def _fold(self, reported: list[Reported], number: int) -> None:
-        folded = fold_round(
-            self.aggregator, self.facts.modules, self.current, self.residual, reported, round=number
-        )
+        folded = fold_round(self.aggregator, self.facts.modules, self.current, self.residual, reported, round=number)
         self.current, self.residual = folded.adapter, folded.residual
         path = self.place / "global"
         path.write_bytes(adapter.write(self.current))

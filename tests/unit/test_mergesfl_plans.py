@@ -210,10 +210,12 @@ def test_ingress_bounds_the_samples_of_a_step_and_spare_is_used() -> None:
     step_s = next(iter(free.predicted_s.values())) / 20
     tight = MergeSflPlanner().plan(at, spec(kl=9.0, ingress=20.5 * features / step_s))
     assert sum(work.batch for work in tight.participants.values()) <= 20 and len(tight.participants) < 3
-    wide = MergeSflPlanner().plan(at, spec(kl=9.0, ingress=56.5 * features / step_s))
+    wide = MergeSflPlanner().plan(at, spec(kl=9.0, rounds={"sample": 3}, ingress=56.5 * features / step_s))
     assert {name: work.batch for name, work in wide.participants.items()} == {"a": 32, "b": 16, "c": 8}
     assert "scaled by 2.00 into spare bandwidth, 8 by the formula" in wide.participants["b"].reasons["batch"]
-    rival = MergeSflPlanner(name="mergesfl-random").plan(at, spec("mergesfl-random", ingress=56.5 * features / step_s))
+    rival = MergeSflPlanner(name="mergesfl-random").plan(
+        at, spec("mergesfl-random", rounds={"sample": 3}, ingress=56.5 * features / step_s)
+    )
     assert {name: work.batch for name, work in rival.participants.items()} == {"a": 16, "b": 8, "c": 4}
 
 
@@ -264,16 +266,16 @@ def test_a_slow_link_lowers_the_batch() -> None:
     at, given, planner = trio(labels=False), spec(kl=9.0), MergeSflPlanner()
     plan = planner.plan(at, given)
     told = {
-        name: replace(result(batch=work.batch, step_s=0.16), fetch_s=10.0 if name == "a" else 0.1)
+        name: replace(result(batch=work.batch, step_s=0.16), fetch_s=1.0 if name == "a" else 0.1)
         for name, work in plan.participants.items()
     }
     learned = planner.learn(report(plan, at, given, told, size=10**6))
     works = learned.plan(at, given).participants
-    # a: 0.01 s to compute and 2 x 48 KiB at 0.1 MB/s to transmit; b: 0.02 s and at 10 MB/s.
-    beta = 2 * 2 * TOKENS * 384 / 1e5
+    # a: 0.01 s to compute and 2 x 48 KiB at 1 MB/s to transmit; b: 0.02 s and at 10 MB/s.
+    beta = 2 * 2 * TOKENS * 384 / 1e6
     assert works["b"].batch == 16
-    assert works["a"].batch == int(16 * (0.02 + beta / 100) / (0.01 + beta))
-    assert "0.10 MB/s" in works["a"].reasons["split"]
+    assert works["a"].batch == int(16 * (0.02 + beta / 10) / (0.01 + beta)) == 4
+    assert "1.00 MB/s" in works["a"].reasons["split"]
 
 
 def test_a_restart_from_its_state_plans_alike() -> None:

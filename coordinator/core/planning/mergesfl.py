@@ -7,7 +7,8 @@ the server takes in, tunes the batches, and spends what bandwidth is left. **Our
 
 * D, the batch of the fastest device, is `strategy.batch`; spare bandwidth raises batches up to `strategy.batch_max`.
 * how many are selected is `rounds.sample`, met exactly as far as the bandwidth allows; without it any number from
-  `rounds.min_devices` on. The draw that other strategies make of the ready devices is not made.
+  `rounds.min_devices` on, and all where bandwidth is not bounded either. The draw that other strategies make of the
+  ready devices is not made.
 * B, the bytes a step may take, is `split.ingress` times the seconds of a step by the formula, D (mu_l + beta_l).
 * of more than 200 candidates 200 are drawn by hash and planned over. Phi0 is the mean mix of those.
 * the block of the cut is the job's, or the one of the smallest mu + beta on the median device that its memory holds; it
@@ -220,7 +221,9 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
         # A budget below one sample is still a budget: one device takes part, and the plan says that it exceeds it.
         budget = max(budget, 1.0) if strategy.split.ingress else 0.0
         rarity = np.array([1.0 / (1 + self.used.get(draft.place.device, 0)) for draft in drafts])
-        fleet = Fleet(formula, mixes, goal, rarity, budget, job.rounds.min_devices, job.rounds.sample)
+        # Where neither a number nor bandwidth bounds them all take part.
+        asked = job.rounds.sample or (0 if budget else len(drafts))
+        fleet = Fleet(formula, mixes, goal, rarity, budget, job.rounds.min_devices, asked)
         seed = _seed(job, view.round)
         chosen = control.select(fleet, seed) if self.name in _SEARCHED else _random(drafts, fleet, job, view.round)
         batches, factor = formula, 1.0

@@ -2,13 +2,14 @@
 
 **The paper's** (abstract; formulas as recalled): batches in inverse proportion to a sample's time, so that all finish
 together, d_i = floor(D (mu_l + beta_l) / (mu_i + beta_i)) with l the fastest; a genetic algorithm that chooses who
-takes part by the Kullback-Leibler divergence of the merged label mix Phi = sum d_i V_i / sum d_i to that of the fleet,
-Phi0 = mean of V_i, under the bandwidth that the server takes in. **Our reading**: operators and constants of the search, the
-fitness
+takes part by the Kullback-Leibler divergence of the merged label mix Phi = sum d_i V_i / sum d_i to that of the
+fleet, Phi0 = mean of V_i, under the bandwidth that the server takes in. **Our reading**: operators and
+constants of the search, the fitness
 
     -KL + 0.02 min(1, used / budget) + 0.01 mean q_i,      q_i = 1 / (1 + times selected),
 
-moves of +-1 in place of a dual step, and that a number to select is met exactly as far as the budget allows.
+moves of +-1 in place of a dual step, exchanges of one device for another after the search as long as they raise the
+fitness, and that a number to select is met exactly as far as the budget allows.
 
 Arrays have an entry per device: `batches` (samples), `mixes` (devices x classes) with rows of sum 1. A sample has the
 same size everywhere, so the budget is a number of samples. Pure; a seed decides every draw.
@@ -106,8 +107,9 @@ def fitness(fleet: Fleet, chosen: Bools) -> float:
     return -kl_of(fleet, chosen) + USED * min(1.0, used) + RARE * rare
 
 
-def repaired(fleet: Fleet, chosen: Bools) -> Bools:
-    """`chosen` made feasible: whoever's leaving makes the lowest KL goes, whoever's coming makes the lowest comes."""
+def repaired(fleet: Fleet, chosen: Bools, rng: np.random.Generator) -> Bools:
+    """`chosen` made feasible: whoever's leaving makes the lowest KL goes; where too few are left others are drawn, so
+    that a flipped bit becomes an exchange and not the same set again."""
     chosen = chosen.copy()
     weighted = fleet.batches[:, None] * fleet.mixes
     if not chosen.any():
@@ -125,9 +127,9 @@ def repaired(fleet: Fleet, chosen: Bools) -> Bools:
             index = index[samples + fleet.batches[index] <= fleet.budget]
         if not len(index):
             break
-        new = int(index[np.argmin(divergence(sums + weighted[index], fleet.goal))])
+        new = int(rng.choice(index))
         chosen[new] = True
-        sums, samples, count = sums + weighted[new], samples + int(fleet.batches[new]), count + 1
+        samples, count = samples + int(fleet.batches[new]), count + 1
     return chosen
 
 
@@ -138,7 +140,7 @@ def select(fleet: Fleet, seed: int) -> Bools:
     share = fleet.largest / size if fleet.most else 0.5
     if fleet.budget:
         share = min(share, fleet.budget / max(1.0, float(fleet.batches.sum())))
-    people = [repaired(fleet, row) for row in rng.random((POPULATION, size)) < share]
+    people = [repaired(fleet, row, rng) for row in rng.random((POPULATION, size)) < share]
     scores = [fitness(fleet, one) for one in people]
     for _ in range(GENERATIONS):
         best = sorted(range(POPULATION), key=lambda one: (-scores[one], one))[:ELITE]
@@ -146,11 +148,32 @@ def select(fleet: Fleet, seed: int) -> Bools:
         while len(following) < POPULATION:
             one, two = (_winner(rng, scores) for _ in range(2))
             child = np.where(rng.random(size) < 0.5, people[one], people[two]) ^ (rng.random(size) < 1.0 / size)
-            child = repaired(fleet, child)
+            child = repaired(fleet, child, rng)
             following.append(child)
             marks.append(fitness(fleet, child))
         people, scores = following, marks
-    return people[max(range(POPULATION), key=lambda one: (scores[one], -one))]
+    return _exchanged(fleet, people[max(range(POPULATION), key=lambda one: (scores[one], -one))])
+
+
+def _exchanged(fleet: Fleet, chosen: Bools) -> Bools:
+    """`chosen` with one in the place of another as long as that raises the fitness."""
+    weighted = fleet.batches[:, None] * fleet.mixes
+    now, found = fitness(fleet, chosen), chosen.copy()
+    while not found.all():
+        inside, outside = np.flatnonzero(found), np.flatnonzero(~found)
+        sums = weighted[found].sum(axis=0) - weighted[inside][:, None] + weighted[outside][None]
+        samples = fleet.batches[found].sum() - fleet.batches[inside][:, None] + fleet.batches[outside][None]
+        rare = (fleet.rarity[found].sum() - fleet.rarity[inside][:, None] + fleet.rarity[outside][None]) / len(inside)
+        after = RARE * rare - divergence(sums, fleet.goal)
+        if fleet.budget:
+            after += np.where(samples <= fleet.budget, USED * samples / fleet.budget, -np.inf)
+        best = int(np.argmax(after))
+        if float(after.flat[best]) <= now + 1e-12:
+            break
+        now = float(after.flat[best])
+        out, new = divmod(best, len(outside))
+        found[inside[out]], found[outside[new]] = False, True
+    return found
 
 
 def tuned(

@@ -114,6 +114,9 @@ class ModelWorker:
             activations=dict(self._held.counted),
             groups=_groups(base, heads=job.strategy.prune_heads) if job.strategy.name in PRUNING else [],
             config=stored_form.whole_config(base, job.task) if start == "dense" else "",
+            features=[math.prod(config.shape_after(block + 1)) for block in range(len(config.channels))]
+            if job.task.kind == "image"
+            else [],
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),
             intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),

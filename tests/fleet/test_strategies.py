@@ -30,8 +30,8 @@ LORA = sorted(
     if aggregators.OWN.get(name) not in aggregators.WITHOUT_LORA
     and name not in ("head", *aggregators.PRUNING, *aggregators.SPLIT)
 )  # fmt: skip
-"""`full` has no factors: see the end. What prunes or splits, and `fedadapter`, need a transformer: `test_fedspine_rounds.py`
-and `test_bottleneck.py` in `tests/training`."""
+"""`full` has no factors: see the end. What prunes or splits, and `fedadapter`, need a transformer, in `tests/training`:
+`test_fedspine_rounds.py` and `test_bottleneck.py`."""
 EXACT = ("flora", "ffa", "fedex", "fsr")
 
 

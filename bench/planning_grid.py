@@ -118,7 +118,8 @@ SAME_RUNS = {
 def methods(only: Sequence[str] = ()) -> list[Method]:
     """Every planner with its own aggregator, and with the exact one where that is another run; or those named."""
     found: list[Method] = []
-    for strategy in sorted(set(planners.PLANNERS) - set(aggregators.PRUNING), key=lambda name: (name == "full", name)):
+    others = {*aggregators.PRUNING, *aggregators.SPLIT}
+    for strategy in sorted(set(planners.PLANNERS) - others, key=lambda name: (name == "full", name)):
         found.append(Method(strategy))
         own, exact = aggregators.name_of(StrategySpec(name=strategy)), Method(strategy, EXACT)
         if own != EXACT and own not in aggregators.WITHOUT_LORA and exact.name not in SAME_RUNS:

@@ -32,7 +32,7 @@ from shared.tensors import Array
 from shared.units import Group
 
 _PREFIX = "base_model.model."
-_TASK_TYPES: dict[TaskKind, str | None] = {"classification": "SEQ_CLS", "causal": "CAUSAL_LM", "least_squares": None}
+_TASK_TYPES: dict[TaskKind, str] = {"classification": "SEQ_CLS", "causal": "CAUSAL_LM"}
 _WHOLE_HEADS = ("classifier", "score")
 """peft saves these as a whole for SEQ_CLS; a second wrapper inside one of them would clash."""
 _NO_TARGETS = "dummy-target-modules"
@@ -95,7 +95,7 @@ def _config(factors: Mapping[str, Factors], dense: Iterable[str], spec: JobSpec,
     unequal = {name: rank for name, rank in ranks.items() if rank != largest}
     return {
         "peft_type": "LORA",
-        "task_type": _TASK_TYPES[spec.task.kind],
+        "task_type": _TASK_TYPES.get(spec.task.kind),
         "base_model_name_or_path": base,
         "revision": spec.base.revision or None,
         "inference_mode": True,

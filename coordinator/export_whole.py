@@ -20,6 +20,16 @@ from shared.adapter import Adapter
 from shared.jobs import JobSpec
 from shared.tensors import Array
 
+_PICTURES = (
+    "```python",
+    "from transformers import AutoModelForImageClassification",
+    "",
+    "import shared.modeling.convolutional  # of Muster: it knows the architecture",
+    "",
+    'model = AutoModelForImageClassification.from_pretrained("path/of/this/folder")',
+    "```",
+)
+
 
 def export_whole(
     adapter: Adapter, folder: Path, *, spec: JobSpec, facts: ModelFacts, base: str, metrics: Metrics | None = None
@@ -83,6 +93,8 @@ def _readme(adapter: Adapter, spec: JobSpec, base: str, metrics: Metrics | None)
     ]
     if spec.task.kind == "least_squares":
         return "\n".join([*lines, "There is no transformer behind this task: read the tensor with safetensors.", ""])
+    if spec.task.kind == "image":
+        return "\n".join([*lines, *_PICTURES, ""])
     factory = factory_of(spec)
     usage = [
         "```python",

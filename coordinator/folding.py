@@ -53,6 +53,7 @@ def check_update(job: Job, device: str, path: Path, facts: UpdateFacts, blobs: B
         stacked=1 if averages_factors(aggregator.start) else facts.agents,
         seed=job.spec.seed,
         places=units.places(groups, units.unpack(groups, facts.kept)) if order is not None else {},
+        dense=_dense_of(job, device),
     )
     try:
         update = adapter_files.read_file(path)
@@ -60,6 +61,18 @@ def check_update(job: Job, device: str, path: Path, facts: UpdateFacts, blobs: B
     except DecodeError as error:
         return str(error)
     return aggregator.admit(update, expected) or ""
+
+
+def _dense_of(job: Job, device: str) -> frozenset[str] | None:
+    """The dense tensors that an update of `device` must hold; None: all that the global adapter has."""
+    assert job.round is not None and job.facts is not None
+    work = job.round.plan.participants[device]
+    if work.split is None:
+        return None
+    if work.split.tuning == "lora":
+        return frozenset()
+    names = (name for name, block in job.facts.dense_blocks.items() if block < work.split.block)
+    return frozenset(names)
 
 
 def fold_job(job: Job, blobs: BlobFolder) -> Made:
@@ -70,6 +83,9 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
         part = job.round.participants[device]
         assert part.blob is not None and part.facts is not None
         reported.append(Reported(device, part.facts.samples, _path(part.blob, blobs)))
+    for top in job.round.top:
+        # A slash is in no device's id.
+        reported.append(Reported(f"top/{top.of}", top.samples, _path(top.blob, blobs)))
     result = fold_round(
         registry.create(job.spec.strategy),
         job.facts.modules,

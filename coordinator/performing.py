@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace
 from typing_extensions import assert_never
 
-from coordinator import exporting, folding, releasing
+from coordinator import conducting, exporting, folding, releasing
 from coordinator.adapters.worker import Answer
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
@@ -61,6 +61,10 @@ class Performer:
                 self._prepare(command.job)
             case cmd.EvaluateAdapter():
                 self._evaluate(command)
+            case cmd.RunTop():
+                conducting.run_top(runtime, command.job, self._base(command.job))
+            case cmd.TellTop() | cmd.FinishTop() | cmd.StopTop():
+                conducting.tell_top(runtime, command)
             case cmd.PublishRelease():
                 self._say_release(command)
             case cmd.PackRelease():
@@ -222,7 +226,8 @@ def referenced(job: Job) -> set[str]:
     """Digests of the blobs that the live state of `job` refers to."""
     refs = [job.adapter, job.residual]
     if job.round is not None:
-        refs += [job.round.folded, job.round.residual, *(part.blob for part in job.round.participants.values())]
+        refs += [job.round.folded, job.round.residual, *(top.blob for top in job.round.top)]
+        refs += [*(part.blob for part in job.round.participants.values())]
     return {ref.sha for ref in refs if ref is not None}
 
 

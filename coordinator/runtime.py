@@ -15,7 +15,7 @@ from typing_extensions import assert_never
 
 from coordinator import performing
 from coordinator.adapters.event_log import EventLog, LogUnavailable
-from coordinator.adapters.worker import Worker, WorkerSpoke
+from coordinator.adapters.worker import Supervised, Top, Worker, WorkerSpoke
 from coordinator.core import events as ev
 from coordinator.core import releases
 from coordinator.core.job import Job, apply
@@ -71,6 +71,8 @@ class Ports:
     wall: Callable[[], float]
     post: Callable[[Any], None]
     offload: Callable[[Callable[[], ev.AnyEvent], Callable[[Finished], None]], None]
+    top: Top | None = None
+    """Of split learning; None: there is none here."""
 
 
 class Runtime:
@@ -127,7 +129,8 @@ class Runtime:
             case Finished():
                 self.step(event.event)
             case WorkerSpoke():
-                self.ports.worker.on_spoke(event)
+                for worker in self._workers()[1 if event.top else 0 :][:1]:
+                    worker.on_spoke(event)
             case Call():
                 event.run()
             case _:
@@ -148,9 +151,14 @@ class Runtime:
         finally:
             self._send_due(now)
 
+    def _workers(self) -> list[Supervised]:
+        top = self.ports.top
+        return [self.ports.worker] if top is None else [self.ports.worker, top]
+
     def _send_due(self, now: float) -> None:
         """Even where a decision failed: nobody else should wait for it."""
-        self.ports.worker.tick(now)
+        for worker in self._workers():
+            worker.tick(now)
         if self.connected and now - self._present_at >= PRESENCE_S:
             self._say_presence(online=True)
         for device, want in self.receiver.due(now):
@@ -160,7 +168,8 @@ class Runtime:
     def reconfigure(self, settings: CoordinatorSettings) -> None:
         """Take over new settings; what they change of identity, broker and folders is for a new process."""
         self.settings = settings
-        self.ports.worker.limit_silence(settings.waits.worker_silence_s)
+        for worker in self._workers():
+            worker.limit_silence(settings.waits.worker_silence_s)
         self.step(ev.Reconfigured(waits=waits_of(settings), **self.now()))
 
     def step(self, event: ev.AnyEvent) -> bool:
@@ -216,7 +225,8 @@ class Runtime:
         """Say goodbye and end the worker."""
         self._say_presence(online=False)
         self._flush()
-        self.ports.worker.stop()
+        for worker in self._workers():
+            worker.stop()
         self.ports.transport.stop(graceful=True)
 
     def now(self) -> dict[str, float]:

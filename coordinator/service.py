@@ -61,6 +61,7 @@ FIXED = {
     "broker",
     "api",
     "worker",
+    "top",
     "credit_bytes",
     "fsync",
     "keep_rounds",
@@ -100,11 +101,15 @@ class Service:
         )
         transport.subscribe(topics.coordinator_filters(config.fleet))
         worker = SubprocessWorker(config.worker, self._queue.put, time.monotonic, config.waits.worker_silence_s)
+        top = SubprocessWorker(
+            config.top.command, self._queue.put, time.monotonic, config.waits.worker_silence_s, top=True
+        )
         ports = Ports(
             transport=transport,
             log=event_log,
             blobs=BlobFolder(state_dir / "blobs", fsync=config.fsync),
             worker=worker,
+            top=top,
             clock=time.monotonic,
             wall=time.time,
             post=self._queue.put,

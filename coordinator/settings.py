@@ -63,6 +63,17 @@ class WaitSettings(Section, frozen=True, kw_only=True):
     """A model worker that says nothing for so long is killed and started again."""
 
 
+class TopSettings(Section, frozen=True, kw_only=True):
+    """The top worker of split learning: its own client of the broker, named `<name>-top`."""
+
+    certfile: FilePath = ""
+    """PEM file of its certificate, where the broker asks for one."""
+    keyfile: FilePath = ""
+    """PEM file of the key of `certfile`."""
+    command: list[str] = msgspec.field(default_factory=lambda: [sys.executable, "-m", "coordinator.workers.top_worker"])
+    """The program; the coordinator adds the numbers of the pipe's ends."""
+
+
 class CoordinatorSettings(Section, frozen=True, kw_only=True):
     """All of `coordinator.toml`."""
 
@@ -82,6 +93,7 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
         default_factory=lambda: [sys.executable, "-m", "coordinator.workers.model_worker"]
     )
     """The program that loads models; the coordinator adds the numbers of the pipe's ends."""
+    top: TopSettings = TopSettings()
     credit_bytes: Annotated[int, Meta(ge=1024)] = 16 * 1024 * 1024
     """Bytes of chunks that may be under way to the coordinator at once, over all devices."""
     fsync: bool = True

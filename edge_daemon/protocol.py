@@ -14,7 +14,7 @@ from typing import Literal
 import msgspec
 
 from shared.jobs import BaseSpec, Bits, TaskSpec
-from shared.messages import Assignment, BaseSource, DatasetFacts, UpdateFacts
+from shared.messages import MAX_CHUNK_BYTES, Assignment, BaseSource, DatasetFacts, UpdateFacts
 from shared.release_messages import ReleaseKind, Score
 
 INTEGRATED = "integrated"
@@ -77,6 +77,8 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     """Seconds left of `Work.train_for_s`; 0: no limit."""
     batch_limit: int = 0
     """Largest batch known to fit; 0: not known. Set by the daemon after an agent was killed for memory."""
+    packet: int = MAX_CHUNK_BYTES
+    """Bytes of the largest `StepOut.packet` that the broker takes."""
 
 
 class Partial(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,11 +151,17 @@ class Stop(PipeMessage, frozen=True, kw_only=True):
     discard: bool = False
 
 
+class StepIn(PipeMessage, frozen=True, kw_only=True):
+    """A packet that came from the top worker (`shared.steps`), as it is."""
+
+    packet: bytes
+
+
 class Shutdown(PipeMessage, frozen=True, kw_only=True):
     """Exit."""
 
 
-ToAgent = Probe | Train | Merge | Evaluate | Pause | Resume | Stop | Shutdown
+ToAgent = Probe | Train | Merge | Evaluate | Pause | Resume | Stop | StepIn | Shutdown
 
 # ---- agent -> daemon
 
@@ -177,6 +185,12 @@ class Beat(PipeMessage, frozen=True, kw_only=True):
     """Alive and working at `what` (loading, training, saving, paused)."""
 
     what: str = ""
+
+
+class StepOut(PipeMessage, frozen=True, kw_only=True):
+    """A packet for the top worker, as it is."""
+
+    packet: bytes
 
 
 class Progressed(PipeMessage, frozen=True, kw_only=True):
@@ -241,4 +255,4 @@ class Failed(PipeMessage, frozen=True, kw_only=True):
     """As in `Trained`."""
 
 
-FromAgent = Probed | Beat | Progressed | Trained | Merged | Failed | Evaluated | Unfit
+FromAgent = Probed | Beat | StepOut | Progressed | Trained | Merged | Failed | Evaluated | Unfit

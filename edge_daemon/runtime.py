@@ -255,6 +255,7 @@ class Runtime:
                 digests_path=str(store.digests),
                 train_for_s=order.train_for_s,
                 batch_limit=order.batch_limit,
+                packet=self.sender.max_chunk,
             )
         )
 
@@ -294,6 +295,9 @@ class Runtime:
                 self.step(ev.AgentProbed(now=now, probed=probed))
             case protocol.Beat():
                 self.step(ev.AgentBeat(now=now))
+            case protocol.StepOut() as out:
+                name = topics.UP_STEP.name(self.settings.fleet, device=self.settings.device)
+                self.ports.transport.publish(base.Outgoing(topics.UP_STEP, name, out.packet))
             case protocol.Progressed() as progressed:
                 self.step(ev.AgentBeat(now=now, progressed=progressed))
             case protocol.Trained() as trained:
@@ -321,6 +325,8 @@ class Runtime:
         now, payload, topic = self.ports.clock(), received.payload, parsed.topic
         if topic is topics.DOWN_CHUNK:
             self._on_chunk(parsed, payload)
+        elif topic is topics.DOWN_STEP:
+            self.ports.trainer.tell(protocol.StepIn(packet=payload))
         elif topic is topics.DOWN_BLOB:
             self._on_blob(unpack(payload, cast(type[messages.BlobMessage], messages.BlobMessage)))
         elif topic is topics.ASSIGN:

@@ -58,7 +58,8 @@ data = "held-out.jsonl.gz"    # stays on the coordinator
 ```
 
 Rows of a data set are JSON objects, one a line, `.jsonl` or `.jsonl.gz`: `{"text": ..., "label": 0}` for
-classification, `{"prompt": ..., "completion": ...}` for causal generation; other column names are settings of `[task]`.
+classification, `{"prompt": ..., "completion": ...}` for causal generation, `{"image": [numbers], "label": 0}` for
+pictures; other names of the text columns and the label's are settings of `[task]`.
 """
 
 FILES: tuple[tuple[str, str, type[msgspec.Struct]], ...] = (

@@ -37,8 +37,10 @@ def pack(message: Any) -> bytes:
     return packed
 
 
-def unpack(data: bytes | memoryview, wanted: type[T], *, limit: int = MAX_MESSAGE_BYTES) -> T:
-    """Read one message of type `wanted`.
+def unpack(
+    data: bytes | memoryview, wanted: type[T], *, limit: int = MAX_MESSAGE_BYTES, longest: int = LIMITS["max_bin_len"]
+) -> T:
+    """Read one message of type `wanted`, of at most `limit` bytes and with none of its byte strings over `longest`.
 
     Raises `DecodeError` with a reason for anything else: too large, truncated, extra bytes, a foreign type, an
     unknown major schema. Unknown fields of a known schema are ignored, so that a newer minor version can add some.
@@ -46,7 +48,7 @@ def unpack(data: bytes | memoryview, wanted: type[T], *, limit: int = MAX_MESSAG
     if len(data) > limit:
         raise DecodeError(f"message of {len(data)} bytes, the limit is {limit}")
     try:
-        plain = msgpack.unpackb(data, **LIMITS)
+        plain = msgpack.unpackb(data, **{**LIMITS, "max_bin_len": longest})
     except (ValueError, msgpack.UnpackException, RecursionError) as error:
         raise DecodeError(f"not msgpack within the limits: {type(error).__name__} {error}"[:200]) from error
     if isinstance(plain, dict):

@@ -31,7 +31,8 @@ class FrameReader(Generic[T]):
         if size > MAX_MESSAGE_BYTES:
             raise DecodeError(f"frame of {size} bytes, the limit is {MAX_MESSAGE_BYTES}")
         body = self._exactly(size)
-        return None if body is None else unpack(body, self._wanted)
+        # Packets of steps go through whole; the other end is a process of ours.
+        return None if body is None else unpack(body, self._wanted, longest=MAX_MESSAGE_BYTES)
 
     def _exactly(self, size: int) -> bytes | None:
         """So many bytes, or None where the pipe ends before; an unbuffered pipe gives them in pieces."""

@@ -16,7 +16,7 @@ Share = Annotated[float, Meta(ge=0.0, le=1.0)]
 Rate = Annotated[float, Meta(gt=0.0)]
 NonNegative = Annotated[float, Meta(ge=0.0)]
 
-TaskKind = Literal["classification", "causal", "least_squares"]
+TaskKind = Literal["classification", "causal", "image", "least_squares"]
 Bits = Literal[4, 8, 16, 32]
 Codec = Literal["fp32", "bf16", "int8"]
 
@@ -41,21 +41,23 @@ class TaskSpec(Spec, frozen=True, kw_only=True):
     """What is learned, from which columns."""
 
     kind: TaskKind
-    """`least_squares` is the task of the test agent: no torch, no base model."""
+    """`image`: pictures in classes, by a small convolutional model that is trained whole (strategy `full`).
+    Of a picture, the column `image` holds its numbers in one list, channel by channel, row by row.
+    `least_squares` is the task of the test agent: no torch, no base model."""
     dataset: str
     """Name of a data set in the devices' `[data]` table; what it stands for is each owner's choice."""
     labels: list[str] = []
-    """Names of the classes in the order of the label numbers (classification)."""
+    """Names of the classes in the order of the label numbers (classification, image)."""
     text_field: str = "text"
     """Column of the text (classification)."""
     label_field: str = "label"
-    """Column of the label number, from 0 (classification)."""
+    """Column of the label number, from 0 (classification, image)."""
     prompt_field: str = "prompt"
     """Column of the text that is given (causal)."""
     completion_field: str = "completion"
     """Column of the text to generate; the loss is over its tokens alone (causal)."""
     max_tokens: Annotated[int, Meta(ge=4, le=32768)] = 64
-    """Tokens of a sample; longer ones are cut."""
+    """Tokens of a sample; longer ones are cut. Of a picture: its pixels, for the cost model alone."""
 
 
 class RoundsSpec(Spec, frozen=True, kw_only=True):

@@ -130,8 +130,7 @@ class GpuLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     power_mode: Text = ""
     """Of a Jetson, as `nvpmodel` names it."""
     xids: Annotated[list[Natural], Meta(max_length=32)] = []
-    """Numbers of the driver's errors (XID) since the daemon began. A lost GPU counts as 79, failed row remapping
-    as 64."""
+    """The driver's errors (XID) since the daemon began. A lost GPU counts as 79, failed row remapping as 64."""
     fault: Text = ""
     """What is broken, in words."""
     foreign_memory: Natural | None = None
@@ -328,7 +327,7 @@ class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
     train_s: Amount
     """Seconds from the first to the last step, pauses excluded."""
     load_s: Amount = 0.0
-    """Seconds to load the base and data; 0 where they stayed loaded."""
+    """Seconds to load the base and data; 0: they stayed loaded."""
     paused_s: Amount = 0.0
     fetch_s: Amount = 0.0
     peak_bytes: Natural = 0
@@ -337,12 +336,13 @@ class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of the agent with the base loaded, before the first step."""
     cores_used: Amount = 0.0
     """Mean cores the agent used while training."""
+    wait_s: Amount = 0.0
+    """Split: mean seconds per step from features sent to gradient held; `step_s` then is its own compute alone."""
     ended: Literal["complete", "time", "drain"] = "complete"
     norm: Amount = 0.0
     """Euclidean norm of all tensors of the update."""
     importance: Annotated[dict[str, Share], Meta(max_length=4096)] = {}
-    """Tuned module -> its share of what all of them matter to the loss, with sum 1; asked for by `Work.score`,
-    and empty where nothing could be observed."""
+    """Tuned module -> its share of what all matter to the loss, sum 1; by `Work.score`; {}: nothing was observed."""
     change: Amount = 0.0
     """Of work that prunes: Euclidean norm of what the update changes in the weights, whatever its rank."""
     kept: UnitBits = {}

@@ -17,7 +17,8 @@ from shared.subprocess_pipe import start_piped
 
 log = logging.getLogger(__name__)
 TRIES = 3
-Answer = wire.Prepared | wire.Evaluated | wire.WorkerFailed
+Question = wire.Prepare | wire.Evaluate | wire.TopRound
+Answer = wire.Prepared | wire.Evaluated | wire.TopTrained | wire.WorkerFailed
 Reply = Callable[[Answer], None]
 
 
@@ -27,13 +28,12 @@ class WorkerSpoke:
 
     run: int
     message: wire.FromWorker | None
+    top: bool = False
+    """It is the top worker's."""
 
 
-class Worker(Protocol):
-    """Answers questions about models."""
-
-    def ask(self, question: wire.Prepare | wire.Evaluate, reply: Reply) -> None:
-        """Queue `question`; `reply` gets the answer on the owner's thread."""
+class Supervised(Protocol):
+    """A worker process that is replaced when it dies."""
 
     def on_spoke(self, event: WorkerSpoke) -> None:
         """Take what the subprocess said."""
@@ -48,15 +48,35 @@ class Worker(Protocol):
         """End the subprocess."""
 
 
+class Worker(Supervised, Protocol):
+    """Answers questions about models."""
+
+    def ask(self, question: wire.Prepare | wire.Evaluate, reply: Reply) -> None:
+        """Queue `question`; `reply` gets the answer on the owner's thread."""
+
+
+class Top(Supervised, Protocol):
+    """Conducts rounds of split learning."""
+
+    def ask(self, question: wire.TopRound, reply: Reply) -> None:
+        """Queue `question`; `reply` gets the answer on the owner's thread."""
+
+    def tell(self, message: wire.TopWithout | wire.TopFinish) -> None:
+        """Say something about the question under way, if there is one."""
+
+    def drop(self) -> None:
+        """Forget every question; nothing is replied."""
+
+
 @dataclass
 class _Asked:
-    question: wire.Prepare | wire.Evaluate
+    question: Question
     reply: Reply
     tries: int = 0
 
 
 class SubprocessWorker:
-    """`Worker` over a pipe. All methods run on the owner's thread; the reader thread only posts `WorkerSpoke`."""
+    """`Worker` and `Top` over a pipe. All methods run on the owner's thread; one that reads posts `WorkerSpoke`."""
 
     def __init__(
         self,
@@ -64,11 +84,14 @@ class SubprocessWorker:
         post: Callable[[WorkerSpoke], None],
         clock: Callable[[], float],
         silence_s: float,
+        *,
+        top: bool = False,
     ) -> None:
         self._command = list(command)
         self._post = post
         self._clock = clock
         self._silence_s = silence_s
+        self._top = top
         self._queue: deque[_Asked] = deque()
         self._current: _Asked | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -76,7 +99,22 @@ class SubprocessWorker:
         self._run = 0
         self._heard_at = 0.0
 
-    def ask(self, question: wire.Prepare | wire.Evaluate, reply: Reply) -> None:
+    def tell(self, message: wire.TopWithout | wire.TopFinish) -> None:
+        """Say something about the question under way, if there is one."""
+        if self._current is not None and self._writer is not None:
+            try:
+                self._writer.write(message)
+            except OSError as error:
+                log.warning("the worker can't be reached: %s", error)
+
+    def drop(self) -> None:
+        """Forget every question; a worker that is at one is ended."""
+        busy, self._current = self._current is not None, None
+        self._queue.clear()
+        if busy:
+            self.stop()
+
+    def ask(self, question: Question, reply: Reply) -> None:
         """Queue `question`; `reply` gets the answer on the owner's thread."""
         self._queue.append(_Asked(question, reply))
         self._next()
@@ -132,7 +170,7 @@ class SubprocessWorker:
             self._writer.write(self._current.question)
         except OSError as error:
             log.warning("the worker can't be reached: %s", error)
-            self._post(WorkerSpoke(self._run, None))
+            self._post(WorkerSpoke(self._run, None, self._top))
 
     def _on_death(self) -> None:
         code = None
@@ -157,7 +195,7 @@ class SubprocessWorker:
         run = self._run
 
         def heard(message: wire.FromWorker | None) -> None:
-            self._post(WorkerSpoke(run, message))
+            self._post(WorkerSpoke(run, message, self._top))
 
         def ended(_problem: str) -> None:
             heard(None)

@@ -93,6 +93,17 @@ def _largest_update(job: Job, work: Work) -> int:
     return 8 * numbers + UPDATE_SLACK
 
 
+def on_update(turn: Turn, event: ev.UpdateStored | ev.UpdateLost | ev.UpdateChecked) -> None:
+    """How far an update has come."""
+    match event:
+        case ev.UpdateStored():
+            on_stored(turn, event)
+        case ev.UpdateLost():
+            on_lost(turn, event)
+        case ev.UpdateChecked():
+            on_checked(turn, event)
+
+
 def on_stored(turn: Turn, event: ev.UpdateStored) -> None:
     """The bytes are here: have them checked."""
     manifest = turn.state.announced.get(event.device)

@@ -93,6 +93,30 @@ class ExportJob:
 
 
 @dataclass(frozen=True)
+class RunTop:
+    """Have the top worker conduct the steps of the job's current round; answers with `TopDone` or `TopFailed`."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class TellTop:
+    """These devices will not come to the steps (any more)."""
+
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class FinishTop:
+    """Have the top worker end the round with the steps that are done."""
+
+
+@dataclass(frozen=True)
+class StopTop:
+    """What the top worker is at is not wanted any more."""
+
+
+@dataclass(frozen=True)
 class PublishRelease:
     """Set the retained release of a device; None: take it from the broker, the device left."""
 
@@ -119,6 +143,10 @@ Command = (
     | EvaluateAdapter
     | FoldRound
     | ExportJob
+    | RunTop
+    | TellTop
+    | FinishTop
+    | StopTop
     | PublishRelease
     | PackRelease
 )

@@ -141,6 +141,30 @@ class Evaluated(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TopDone(Event):
+    """The top worker's part of a round is on disk: (whose top it is, "" for that of all; update; samples)."""
+
+    job: str
+    round: int
+    attempt: int
+    updates: tuple[tuple[str, BlobRef, int], ...]
+    steps: int
+    loss: float
+    dropped: int
+    waited_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopFailed(Event):
+    """The top worker can't do its part of a round; one line."""
+
+    job: str
+    round: int
+    attempt: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Folded(Event):
     """The aggregate of the round is on disk."""
 
@@ -212,4 +236,5 @@ class PackingFailed(Event):
 ReleaseEvent = ReleaseRequested | RollbackRequested | Packed | PackingFailed
 JobEvent = JobRequested | CancelRequested | ResumeRequested | BasePrepared | Evaluated | Folded | Exported | WorkFailed
 DeviceEvent = FromDevice | Heard | Decommissioned | UpdateStored | UpdateLost | UpdateChecked
-AnyEvent = Started | Tick | Reconfigured | BrokerFound | BrokerLost | DeviceEvent | JobEvent | ReleaseEvent
+TopEvent = TopDone | TopFailed
+AnyEvent = Started | Tick | Reconfigured | BrokerFound | BrokerLost | DeviceEvent | JobEvent | TopEvent | ReleaseEvent

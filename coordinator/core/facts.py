@@ -31,6 +31,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     modules: list[ModuleSpec]
     dense: dict[str, list[int]] = {}
     """Tensors that are tuned themselves (the head, or every parameter of the base): name -> shape."""
+    dense_blocks: dict[str, int] = {}
+    """Of those in jobs that split the model: name -> index of its block; -1 before the blocks, their number after."""
     base_digest: str
     linear_params: int
     """Parameters in linear layers that quantization covers."""
@@ -48,6 +50,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """As counted on the architecture, for computing in fp32 ("32") and bf16 ("16"); {}: not counted."""
     config: str = ""
     """`config.json` of a folder with the whole model; empty where the base is not tuned itself."""
+    features: list[int] = []
+    """Numbers that a sample has after each block; []: tokens x `hidden` after every one."""
     groups: list[Group] = []
     """Heads and FFN channels that can be pruned; [] where the job prunes nothing."""
     served: dict[str, BaseSource] = {}

@@ -56,6 +56,13 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     """Devices whose updates are folded, once closed."""
     folded: BlobRef | None = None
     residual: BlobRef | None = None
+    top: tuple[rec.TopUpdate, ...] = ()
+    """Of the top worker, once its steps are done (split learning)."""
+
+    @property
+    def split(self) -> bool:
+        """Whether the devices have the lower part of the model alone."""
+        return any(work.split is not None for work in self.plan.participants.values())
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -116,7 +123,7 @@ def apply(job: Job | None, record: rec.JobRecord) -> Job:
         case rec.RoundPlanned():
             told = {**job.told, **record.infos}
             return replace(job, phase="open", attempt=record.attempt, round=_planned(record), told=told)
-        case rec.DeviceAnswered() | rec.UpdateAdmitted() | rec.UpdateRefused():
+        case rec.DeviceAnswered() | rec.UpdateAdmitted() | rec.UpdateRefused() | rec.TopTrained():
             return replace(job, round=_answered(_current(job, record.round), record))
         case rec.RoundClosed():
             closed = replace(_current(job, record.round), counted=tuple(record.devices))
@@ -159,7 +166,11 @@ def _current(job: Job, number: int) -> Round:
     return job.round
 
 
-def _answered(round: Round, record: rec.DeviceAnswered | rec.UpdateAdmitted | rec.UpdateRefused) -> Round:
+def _answered(
+    round: Round, record: rec.DeviceAnswered | rec.UpdateAdmitted | rec.UpdateRefused | rec.TopTrained
+) -> Round:
+    if isinstance(record, rec.TopTrained):
+        return replace(round, top=tuple(record.updates))
     if record.device not in round.participants:
         raise BrokenLog(f"round {round.number}: {record.device} takes no part")
     if round.participants[record.device].outcome == "done":

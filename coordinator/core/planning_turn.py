@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from coordinator.core import events as ev
 from coordinator.core import records as rec
+from coordinator.core.aggregation.registry import SPLIT
 from coordinator.core.draw import Draw, plan_over
 from coordinator.core.fleet import Presence
 from coordinator.core.job import Job
@@ -43,7 +44,9 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
         return job.planner.plan(seen[-1], job.spec)
 
     try:
-        plan = plan_over([known.device for known in able], rounds.sample, draw, plan_of)
+        # Planners of split learning choose who takes part themselves.
+        sample = 0 if job.spec.strategy.name in SPLIT else rounds.sample
+        plan = plan_over([known.device for known in able], sample, draw, plan_of)
     except UserError as error:
         _notice(turn, job, str(error))
         return

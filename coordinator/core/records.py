@@ -104,6 +104,28 @@ class UpdateRefused(Record, frozen=True, kw_only=True):
     reason: str
 
 
+class TopUpdate(msgspec.Struct, frozen=True, kw_only=True):
+    """An update of the top worker. `of`: the device whose top it is; "": that of all."""
+
+    blob: BlobRef
+    samples: int
+    of: str = ""
+
+
+class TopTrained(Record, frozen=True, kw_only=True):
+    """The top worker's part of a round of split learning is on disk, and counts."""
+
+    round: int
+    attempt: int
+    updates: list[TopUpdate]
+    steps: int
+    loss: float
+    dropped: int = 0
+    """How often a step went on without a device."""
+    waited_s: float = 0.0
+    """Seconds in which the top worker waited for features."""
+
+
 class RoundClosed(Record, frozen=True, kw_only=True):
     """Nothing more is taken for this round; these devices' updates are folded."""
 
@@ -168,6 +190,7 @@ JobRecord = (
     | DeviceAnswered
     | UpdateAdmitted
     | UpdateRefused
+    | TopTrained
     | RoundClosed
     | RoundRepeated
     | RoundFolded

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing_extensions import assert_never
 
-from coordinator.core import collecting, fleet, planning_turn, release_machine, release_transitions
+from coordinator.core import collecting, fleet, planning_turn, release_machine, release_transitions, splitting
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
@@ -58,14 +58,12 @@ def step(state: State, event: ev.AnyEvent) -> Step:
             turn.update(cut_off=True)
         case ev.FromDevice() | ev.Heard() | ev.Decommissioned():
             _on_device(turn, event)
-        case ev.UpdateStored():
-            collecting.on_stored(turn, event)
-        case ev.UpdateLost():
-            collecting.on_lost(turn, event)
-        case ev.UpdateChecked():
-            collecting.on_checked(turn, event)
+        case ev.UpdateStored() | ev.UpdateLost() | ev.UpdateChecked():
+            collecting.on_update(turn, event)
         case ev.ReleaseRequested() | ev.RollbackRequested() | ev.Packed() | ev.PackingFailed():
             release_machine.on_event(turn, event)
+        case ev.TopDone() | ev.TopFailed():
+            _on_top(turn, event)
         case _:
             _on_job(turn, event)
     for release in turn.state.releases.values():
@@ -77,6 +75,7 @@ def step(state: State, event: ev.AnyEvent) -> Step:
             if before[job.id] in IDLE and job.phase in IDLE:
                 continue  # it never held the fleet: another job may
             turn.update(since=event.now, accepted=frozenset(), announced={}, reminded={})
+            turn.update(top_told=frozenset(), top_asked_at=None)
             turn.do(*entry(turn.state, job))
     return turn.step()
 
@@ -90,7 +89,7 @@ def entry(state: State, job: Job) -> list[cmd.Command]:
             assert job.adapter is not None
             return [cmd.EvaluateAdapter(job, 0, job.adapter)]
         case "open":
-            return [cmd.PublishRound(_info(job)), *_assignments(state, job)]
+            return [cmd.PublishRound(_info(job)), *splitting.entry(job), *_assignments(state, job)]
         case "folding":
             return [cmd.PublishRound(_info(job)), cmd.FoldRound(job)]
         case "evaluating":
@@ -102,7 +101,11 @@ def entry(state: State, job: Job) -> list[cmd.Command]:
             return [cmd.ExportJob(job)]
         case "paused" | "finished" | "cancelled" | "failed":
             stop = Assign(term=state.term, reason=f"job {job.id} is {job.phase}")
-            return [cmd.PublishRound(_info(job)), *(cmd.PublishAssign(d, stop) for d in sorted(state.assigned))]
+            return [
+                cmd.PublishRound(_info(job)),
+                *splitting.stopped(job),
+                *(cmd.PublishAssign(d, stop) for d in sorted(state.assigned)),
+            ]
         case "queued" | "waiting":
             return []
         case _:
@@ -220,6 +223,13 @@ def _on_job(turn: Turn, event: ev.JobEvent) -> None:
             assert_never(event)
 
 
+def _on_top(turn: Turn, event: ev.TopEvent) -> None:
+    if isinstance(event, ev.TopDone):
+        splitting.on_done(turn, event)
+    elif splitting.is_current(turn.state, event):
+        _end(turn, turn.state.jobs[event.job], "paused", f"the top worker failed: {event.reason}", event)
+
+
 def _on_tick(turn: Turn, event: ev.Tick) -> None:
     release_machine.on_tick(turn, event)
     job = turn.state.active
@@ -246,6 +256,8 @@ def _close_if_due(turn: Turn, job: Job, event: ev.Tick) -> None:
     if turn.state.restarted_at > turn.state.since:
         deadline_at = max(deadline_at, turn.state.restarted_at + turn.state.waits.grace_s)
     verdict, reason = closing(found, job.spec.rounds.quorum, event.now, deadline_at)
+    if round.split:
+        verdict, reason = splitting.with_top(turn, round, found, (verdict, reason), event.now, deadline_at)
     if verdict == "wait":
         _remind(turn, job, found, event.now)
         return

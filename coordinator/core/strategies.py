@@ -50,6 +50,12 @@ def job_faults(job: JobSpec) -> list[str]:
         found.append(f"base.targets: {name} prunes and tunes whole blocks; leave it empty")
     if name in aggregators.PRUNING and job.task.kind == "least_squares":
         found.append("task.kind: least_squares has no heads or FFN channels to prune")
+    if job.task.kind == "image" and aggregators.name_of(job.strategy) not in ("dense", "split"):
+        found.append("strategy.name: task.kind image has no linear layers for LoRA; use full, or split the model")
+    if job.task.kind == "image" and len(job.task.labels) < 2:
+        found.append("task.labels: name the classes of the pictures, in the order of their numbers")
+    if name in aggregators.SPLIT:
+        return found + _split_faults(job)
     if aggregators.name_of(job.strategy) not in aggregators.WITHOUT_LORA:
         return found
     if job.base.targets:
@@ -60,4 +66,23 @@ def job_faults(job: JobSpec) -> list[str]:
         found.append(f"strategy.bits: {job.strategy.bits}, but full tunes the base itself, at 32 bits")
     if name == "full" and job.training.codec != "fp32":
         found.append(f"training.codec: {job.training.codec} would round the whole model every round; full needs fp32")
+    return found
+
+
+def _split_faults(job: JobSpec) -> list[str]:
+    """The faults of a job that splits the model; whether the base has more than `split.block` blocks the plan says."""
+    found, strategy = [], job.strategy
+    if job.task.kind == "least_squares":
+        found.append("task.kind: least_squares has no blocks to split")
+    if strategy.split.tuning == "lora":
+        return found
+    if job.base.targets:
+        found.append("base.targets: strategy.split.tuning full tunes every parameter; leave it empty")
+    if strategy.bits not in ("auto", 32):
+        found.append(f"strategy.bits: {strategy.bits}, but strategy.split.tuning full tunes the base itself, at 32")
+    if job.training.codec != "fp32":
+        found.append(
+            f"training.codec: {job.training.codec} would round all parameters every round; strategy.split.tuning full "
+            "needs fp32"
+        )
     return found

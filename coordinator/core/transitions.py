@@ -23,6 +23,7 @@ TABLE: tuple[Transition, ...] = (
     Transition(
         "open", "Tick", ("folding", "waiting", "paused"), "all delivered or quorum at the deadline; else it repeats"
     ),
+    Transition("open", "TopFailed", ("paused",), "the top worker can't do its part; the operator is needed"),
     Transition("folding", "Folded", ("evaluating",), "the aggregate is on disk"),
     Transition("folding", "WorkFailed", ("paused",), "the aggregate can't be made; the operator is needed"),
     Transition("evaluating", "Tick", ("waiting", "exporting"), "no held-out data: committed without a judgement"),

@@ -56,6 +56,10 @@ class State:
     """Device -> its update that is being pulled or checked."""
     accepted: frozenset[str] = frozenset()
     """Participants that accepted their assignment."""
+    top_told: frozenset[str] = frozenset()
+    """Devices of which the top worker knows that they will not come."""
+    top_asked_at: float | None = None
+    """When it was asked to finish."""
     reminded: dict[str, float] = field(default_factory=dict)
     """Participant -> when its assignment was published again."""
     silenced: dict[str, float] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from coordinator.core.aggregation.registry import PRUNING, create
+from coordinator.core.aggregation.registry import PRUNING, SPLIT, create
 from coordinator.core.facts import ActivationFacts, Metrics, ModelFacts, ModuleSpec
 from coordinator.workers.protocol import (
     Evaluate,
@@ -82,7 +82,7 @@ class ModelWorker:
 
     def _prepare(self, request: Prepare) -> ModelFacts:
         from shared import adapter
-        from shared.modeling import base_model, stored_form
+        from shared.modeling import base_model, split, stored_form
 
         job = request.job
         base = self._base(job, request.base_path)
@@ -106,6 +106,7 @@ class ModelWorker:
             modules=modules,
             largest=max(one.out * one.inp for one in base.linears.values()) if start == "bottleneck" else 0,
             dense={name: list(tensor.shape) for name, tensor in sorted(dense.items())},
+            dense_blocks=split.places(base, dense) if job.strategy.name in SPLIT else {},
             base_digest=self._held.digest,
             linear_params=covered,
             other_params=others,
@@ -113,6 +114,9 @@ class ModelWorker:
             activations=dict(self._held.counted),
             groups=_groups(base, heads=job.strategy.prune_heads) if job.strategy.name in PRUNING else [],
             config=stored_form.whole_config(base, job.task) if start == "dense" else "",
+            features=[math.prod(config.shape_after(block + 1)) for block in range(len(config.channels))]
+            if job.task.kind == "image"
+            else [],
             hidden=int(config.hidden_size),
             heads=int(getattr(config, "num_attention_heads", 1)),
             intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),
@@ -229,6 +233,8 @@ def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:
 def _check_task(job: JobSpec) -> None:
     if job.task.kind == "classification" and len(job.task.labels) < 2:
         raise UserError("task.labels: a classification needs two labels at least")
+    if job.task.kind == "image" and len(job.task.labels) < 2:
+        raise UserError("task.labels: pictures need two labels at least")
     if job.task.kind == "least_squares":
         raise UserError("task.kind least_squares: served by the least-squares worker, not by this one")
 

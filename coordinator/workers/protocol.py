@@ -8,7 +8,9 @@ from __future__ import annotations
 import msgspec
 
 from coordinator.core.facts import Metrics, ModelFacts
-from shared.jobs import JobSpec
+from shared.jobs import JobSpec, SplitSpec
+from shared.settings import BrokerSettings
+from shared.steps import identity
 
 
 class PipeMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -35,11 +37,57 @@ class Evaluate(PipeMessage, frozen=True, kw_only=True):
     """0: all."""
 
 
+class TopRound(PipeMessage, frozen=True, kw_only=True):
+    """Conduct the steps of a round of split learning over the broker (`shared.steps`); the top worker's request.
+
+    Asked again after a death, it goes on from the last checkpoint that all hold.
+    """
+
+    job: JobSpec
+    job_id: str
+    round: int
+    attempt: int
+    fleet: str
+    name: str
+    """Of the top worker on the broker."""
+    broker: BrokerSettings
+    base_path: str
+    base_digest: str
+    adapter_path: str
+    """The global adapter to start from."""
+    update_path: str
+    """Beginning of the paths of the updates."""
+    folder: str
+    """For checkpoints of this work."""
+    batches: dict[str, int]
+    """Participant -> samples of a step at most."""
+    steps: int
+    split: SplitSpec
+    merges: bool
+    """Whether features are merged into one batch; else every device has a top of its own."""
+
+    @property
+    def work(self) -> str:
+        """As steps name it."""
+        return identity(self.job_id, self.round, self.attempt)
+
+
+class TopWithout(PipeMessage, frozen=True, kw_only=True):
+    """These devices will not come (any more)."""
+
+    devices: list[str]
+
+
+class TopFinish(PipeMessage, frozen=True, kw_only=True):
+    """End the round with the steps that are done."""
+
+
 class Exit(PipeMessage, frozen=True, kw_only=True):
     """Leave."""
 
 
 ToWorker = Prepare | Evaluate | Exit
+ToTop = TopRound | TopWithout | TopFinish | Exit
 
 
 class Prepared(PipeMessage, frozen=True, kw_only=True):
@@ -56,6 +104,26 @@ class Evaluated(PipeMessage, frozen=True, kw_only=True):
     metrics: Metrics
 
 
+class TopUpdate(PipeMessage, frozen=True, kw_only=True):
+    """What a top model became: an update file. `of`: the device whose it is, "" for that of all."""
+
+    path: str
+    samples: int
+    of: str = ""
+
+
+class TopTrained(PipeMessage, frozen=True, kw_only=True):
+    """Answer to `TopRound`: the steps are done."""
+
+    updates: list[TopUpdate]
+    steps: int
+    loss: float
+    dropped: int = 0
+    """How often a step went on without a device."""
+    waited_s: float = 0.0
+    """Seconds in which the top worker had nothing to do but wait for features, over all steps."""
+
+
 class WorkerFailed(PipeMessage, frozen=True, kw_only=True):
     """The request can't be served; one line. `operator`: the job file or the machine is at fault, not the worker."""
 
@@ -69,4 +137,4 @@ class WorkerBeat(PipeMessage, frozen=True, kw_only=True):
     what: str = ""
 
 
-FromWorker = Prepared | Evaluated | WorkerFailed | WorkerBeat
+FromWorker = Prepared | Evaluated | TopTrained | WorkerFailed | WorkerBeat

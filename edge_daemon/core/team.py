@@ -32,6 +32,8 @@ from edge_daemon.protocol import (
     Progressed,
     Resume,
     Shutdown,
+    StepIn,
+    StepOut,
     Stop,
     ToAgent,
     Train,
@@ -106,6 +108,8 @@ def tell(team: Team, message: ToAgent) -> Turn:
             return _begin(team, message)
         case Evaluate():
             return _evaluate(team, message)
+        case StepIn():
+            return Turn(team, [(index, message) for index, member in enumerate(team.members) if member.busy])
         case Stop() | Pause() | Resume():
             busy = [(index, message) for index, member in enumerate(team.members) if member.busy]
             discarding = team.discarding or (isinstance(message, Stop) and message.discard)
@@ -121,6 +125,8 @@ def hear(team: Team, index: int, message: FromAgent) -> Turn:
     match message:
         case Beat():
             return _signs(_with(team, index, heard=True))
+        case StepOut():
+            return Turn(_with(team, index, heard=True), [], message)
         case Progressed():
             return _signs(_with(team, index, heard=True, news=True, progress=message))
         case Probed():

@@ -33,6 +33,7 @@ from edge_daemon.protocol import (
     Probe,
     Probed,
     Shutdown,
+    StepIn,
     ToAgent,
     Train,
     Trained,
@@ -105,6 +106,8 @@ class Agent:
                     self._control.send(answer)
                 case Shutdown() | None:
                     return 0
+                case StepIn():
+                    pass  # of work that is over
                 case other:
                     log.debug("nothing under way for %s", type(other).__name__)
 
@@ -209,10 +212,14 @@ class Agent:
         except carrying.Unfit as error:
             raise Refused(error.kind, str(error)) from error
         load_s = time.monotonic() - started if fresh or data_fresh else 0.0
-        work = loop.Loop(
-            loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir), request.batch_limit,
-            request.part, request.parts, pruner,
-        )  # fmt: skip
+        given = (loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir))
+        parts = (request.batch_limit, request.part, request.parts, pruner)
+        if assignment.work.split is None:
+            work = loop.Loop(*given, *parts)
+        else:
+            from edge_daemon.training.split_loop import SplitLoop
+
+            work = SplitLoop(*given, *parts, packet=request.packet)
         # Not before: work whose time is over has to be loaded to deliver what its checkpoint holds.
         self._control.deadline = started + request.train_for_s if request.train_for_s > 0 else None
         try:
@@ -250,6 +257,10 @@ class Agent:
             self._loaded = held = None
             gc.collect()  # the old base is full of cycles, and there may be no room for two
             base = base_model.load(folder, assignment.task, bits, self._device, self._control.poll)
+            if assignment.work.split is not None:
+                from shared.modeling import split
+
+                split.lower(base, assignment.work.split.block)
         except (ModelFault, BitsFault) as error:
             raise Refused("model", str(error)) from error
         self._loaded = _Loaded(base, digest, MemoryGauge.held(self._device))
@@ -319,6 +330,7 @@ class Agent:
             change=change_norm(update, pruner.given, dense=False) if pruner else 0.0,
             kept=units.pack(pruner.known, pruner.kept) if pruner else {},
             requantized=pruner.requantized if pruner else 0.0,
+            wait_s=statistics.fmean(position.waits) if position.waits else 0.0,
         )
         return Trained(
             job=assignment.job, round=assignment.round, attempt=assignment.attempt,
@@ -328,8 +340,9 @@ class Agent:
 
 def _same_model(base: Base, assignment: Assignment) -> bool:
     task = assignment.task
-    wanted = (assignment.work.bits, task.kind, len(task.labels), task.max_tokens)
-    return (base.bits, base.kind, base.labels, base.max_tokens) == wanted
+    half = ("lower", assignment.work.split.block) if assignment.work.split is not None else None
+    wanted = (assignment.work.bits, task.kind, len(task.labels), task.max_tokens, half)
+    return (base.bits, base.kind, base.labels, base.max_tokens, base.half) == wanted
 
 
 def _stop_reason(stop: Stopped) -> str:

@@ -11,7 +11,7 @@ from shared import adapter
 from shared.adapter import Adapter
 from shared.errors import DecodeError
 from shared.messages import Assignment
-from shared.modeling import lora, pruning
+from shared.modeling import lora, pruning, split
 from shared.modeling.base_model import Base
 from shared.modeling.faults import AdapterFault, ModelFault
 from shared.modeling.lora import Carried
@@ -36,7 +36,12 @@ def carry(request: Train, base: Base) -> tuple[Carried, Pruner | None]:
         if pruner is not None:
             return pruner.carry(), pruner
         carried = lora.carry(
-            base, given, work.work.ranks, alpha_ratio=work.training.alpha_ratio, seed=work.seed, round=work.round
+            base,
+            split.part_of(given, base) if base.half else given,
+            work.work.ranks,
+            alpha_ratio=work.training.alpha_ratio,
+            seed=work.seed,
+            round=work.round,
         )
     except ModelFault as error:
         raise Unfit("model", error) from error

@@ -6,15 +6,18 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from edge_daemon.protocol import Beat, Pause, Progressed, Resume, Shutdown, Stop, ToAgent, Train
+from edge_daemon.protocol import Beat, Pause, Progressed, Resume, Shutdown, StepIn, Stop, ToAgent, Train
 from shared.errors import DecodeError
 from shared.frames import FrameReader, FrameWriter
 
 log = logging.getLogger(__name__)
 PROGRESS_S = 0.5
+KEPT_PACKETS = 4096
+"""Of steps, while nothing takes them; the oldest go first, and are asked for again."""
 _PAUSE_POLL_S = 0.5
 
 
@@ -46,6 +49,7 @@ class Control:
         self._reader = reader
         self._inbox: queue.Queue[ToAgent | None] = queue.Queue()
         self._waiting: list[ToAgent | None] = []
+        self._steps: deque[bytes] = deque(maxlen=KEPT_PACKETS)
         self._said = time.monotonic()
         self._progressed = 0.0
         threading.Thread(target=self._read, name="pipe-reader", daemon=True).start()
@@ -86,8 +90,31 @@ class Control:
             self._heed(self._inbox.get())
         self._check_time()
 
+    def packet(self, what: str, until: float) -> bytes | None:
+        """The next packet from the top worker; waits for it to `until` (monotonic). None: there was none.
+
+        Raises what `poll` does.
+        """
+        while True:
+            self.poll(what)
+            if self._steps:
+                return self._steps.popleft()
+            left = min(until - time.monotonic(), _PAUSE_POLL_S)
+            if left <= 0:
+                return None
+            try:
+                self._heed(self._inbox.get(timeout=left))
+            except queue.Empty:
+                continue
+
+    def forget_packets(self) -> None:
+        """Those that came were for other work."""
+        self._steps.clear()
+
     def _heed(self, message: ToAgent | None) -> None:
         match message:
+            case StepIn():
+                self._steps.append(message.packet)
             case Pause():
                 self._pause(message)
             case Stop():

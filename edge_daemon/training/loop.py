@@ -14,23 +14,22 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from edge_daemon.protocol import Progressed
-from edge_daemon.training.checkpoint import Position, identity, load_checkpoint, save_checkpoint
 from edge_daemon.training.control import Control, PipeClosed, Stopped
 from edge_daemon.training.memory import is_out_of_memory
 from edge_daemon.training.pruner import Pruner
-from shared.jobs import TrainingSpec
 from shared.messages import Assignment
 from shared.modeling import half
 from shared.modeling.base_model import Base
+from shared.modeling.checkpoint import Position, identity, load_checkpoint, save_checkpoint
 from shared.modeling.data import SampleOrder, TokenData
 from shared.modeling.importance import Scorer, sensitivities
 from shared.modeling.lora import Carried
 from shared.modeling.objective import loss_sum
+from shared.modeling.optimizing import advance, learning_rate, optimizer_of, restore, state_of
 
 log = logging.getLogger(__name__)
 _SCORE = "score/"
@@ -43,18 +42,6 @@ class OutOfMemory(Exception):
 
 class Diverged(Exception):
     """The loss is no number any more."""
-
-
-def learning_rate(training: TrainingSpec, step: int, steps: int) -> float:
-    """Rate of step `step` (from 0) of the job's `steps`: linear warm-up, then the schedule down to zero."""
-    if step < training.warmup_steps:
-        return training.lr * (step + 1) / training.warmup_steps
-    if training.schedule == "constant":
-        return training.lr
-    done = min(1.0, (step - training.warmup_steps) / max(1, steps - training.warmup_steps))
-    if training.schedule == "linear":
-        return training.lr * (1.0 - done)
-    return training.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 @dataclass
@@ -123,11 +110,7 @@ class Loop:
 
     def save(self) -> None:
         """Write a checkpoint of the last complete step."""
-        named = self.carried.named()
-        tensors: dict[str, torch.Tensor] = {f"value/{name}": tensor for name, tensor in named.items()}
-        for name, tensor in named.items():
-            for moment, value in self._optimizer.state[tensor].items():
-                tensors[f"{moment}/{name}"] = torch.as_tensor(value)
+        tensors = state_of(self._optimizer, self.carried)
         if self._scorer is not None:
             tensors |= {f"{_SCORE}{name}": state for name, state in self._scorer.save().items()}
         if self.pruner is not None:
@@ -190,7 +173,7 @@ class Loop:
         training = self.assignment.training
         indices = self._order.take(self.position.samples, batch)
         # Dropout of a step must not depend on what ran before it, for a resumed run.
-        torch.manual_seed(_mix(self.assignment.seed, self.assignment.round, self.position.samples, self.part))
+        torch.manual_seed(mixed(self.assignment.seed, self.assignment.round, self.position.samples, self.part))
         micro = -(-batch // training.accumulation)
         weight = self.data.weight(indices)
         total = torch.zeros((), device=self.base.device)
@@ -207,13 +190,7 @@ class Loop:
         if self.pruner is not None:
             self.pruner.learn(self.carried, self._rate())
         seen = sensitivities(self.carried.factors, self.carried.scaling) if self._scorer is not None else {}
-        if training.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(self.carried.parameters(), training.max_grad_norm)
-        rate = self._rate()
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate / group["slower"]
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        advance(self._optimizer, self.carried, training, self._rate())
         if self._scorer is not None:
             # Now, since a step that did not fit the memory is done again.
             self._scorer.learn(seen)
@@ -221,19 +198,15 @@ class Loop:
 
     def _rate(self) -> float:
         steps = self.assignment.work.steps
-        place = (self.assignment.round - 1) * steps + self.position.step
+        place = (self.assignment.round - 1) * steps + self._place()
         return learning_rate(self.assignment.training, place, self.assignment.rounds * steps)
 
+    def _place(self) -> int:
+        """Steps of the round that are done."""
+        return self.position.step
+
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        training = self.assignment.training
-        bs, inputs = self.carried.trained_factors()
-        # Decay of the factors would decay the directions that they took over from the global adapter.
-        groups: list[dict[str, Any]] = [
-            {"params": bs, "weight_decay": 0.0, "slower": 1.0},
-            {"params": inputs, "weight_decay": 0.0, "slower": training.lora_plus},
-            {"params": list(self.carried.dense.values()), "weight_decay": training.weight_decay, "slower": 1.0},
-        ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr)
+        return optimizer_of(self.carried, self.assignment.training)
 
     def _resume(self) -> None:
         found = load_checkpoint(self.checkpoint_dir, self._work)
@@ -248,17 +221,9 @@ class Loop:
         if self.pruner is not None:
             self.carried = self.pruner.restore(tensors, self.carried)
             self._optimizer = self._make_optimizer()
-        named = self.carried.named()
-        with torch.no_grad():
-            for name, tensor in named.items():
-                tensor.copy_(tensors[f"value/{name}"])
-                state = {
-                    moment: tensors[f"{moment}/{name}"].to("cpu" if moment == "step" else tensor.device)
-                    for moment in ("step", "exp_avg", "exp_avg_sq")
-                    if f"{moment}/{name}" in tensors
-                }
-                if state:
-                    self._optimizer.state[tensor] = state
+        if not restore(self._optimizer, self.carried, tensors):
+            log.warning("checkpoint lacks tensors, the work starts again")
+            return
         if self._scorer is not None:
             scores = {name: tensor for name, tensor in tensors.items() if name.startswith(_SCORE)}
             self._scorer.restore({name.removeprefix(_SCORE): state for name, state in scores.items()})
@@ -284,5 +249,6 @@ def mean_ends(losses: list[float]) -> tuple[float, float]:
     return statistics.fmean(losses[:count]), statistics.fmean(losses[-count:])
 
 
-def _mix(*parts: int) -> int:
+def mixed(*parts: int) -> int:
+    """A seed that depends on all of `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:7], "little")

@@ -32,7 +32,10 @@ Name = Annotated[str, typer.Argument(help="Device id, coordinator's name, or ano
 Hosts = Annotated[
     list[str] | None, typer.Option("--host", help="Of a server: name or address that clients use; repeatable.")
 ]
-As = Annotated[str, typer.Option("--as", help="device, coordinator, reader (dashboard), gate (health gate) or server.")]
+As = Annotated[
+    str,
+    typer.Option("--as", help="device, coordinator, top (<coordinator>-top), reader, gate (health gate) or server."),
+]
 Renew = Annotated[bool, typer.Option("--renew", help="Replace a certificate that is still good.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 _HERE = Path("pki")

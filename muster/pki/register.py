@@ -14,7 +14,7 @@ from msgspec import Meta, structs
 from shared.errors import UserError
 from shared.ids import check_name
 
-Role = Literal["device", "coordinator", "reader", "gate", "server"]
+Role = Literal["device", "coordinator", "top", "reader", "gate", "server"]
 """What a name is: `reader` may read the whole fleet (a dashboard), `gate` its presence alone (a health gate), and
 `server` is a broker's own certificate. It decides what a certificate may be used for, and the access list."""
 ROLES: tuple[Role, ...] = get_args(Role)

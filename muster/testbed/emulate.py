@@ -15,6 +15,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
+from coordinator.core.aggregation import registry as aggregators
 from coordinator.web.views import JobView
 from muster.cli import tables as tables_of
 from muster.client import ENDED, Client, Unreachable
@@ -24,7 +25,7 @@ from muster.testbed.cgroups import Available, GroupsFailed
 from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet, is_fleet
 from muster.testbed.runs import RunFailed, clear, status, whole_or_nothing
 from shared.errors import UserError
-from shared.jobs import JobSpec
+from shared.jobs import JobSpec, StrategySpec
 
 DEMO_JOB = Path(__file__).parents[2] / "examples" / "demo.toml"
 LOOK_EVERY_S = 0.5
@@ -155,6 +156,8 @@ def _checked(emulation: Emulation) -> tuple[toml.Table, Agent, dict[str, str]]:
     over: toml.Table = {}
     strategy = {"name": emulation.strategy, "aggregator": emulation.aggregator}
     over["strategy"] = {key: value for key, value in strategy.items() if value}
+    if over["strategy"] and aggregators.name_of(StrategySpec(**over["strategy"])) not in aggregators.MOVES_FURTHER:
+        over["strategy"]["server_lr"] = 1.0  # the job's is for a strategy that has one
     if emulation.rounds:
         over["rounds"] = {"count": emulation.rounds}
     if emulation.seed is not None:

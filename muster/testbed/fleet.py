@@ -313,8 +313,15 @@ class Fleet:
             "api": self._api(),
             "waits": {"period_s": 5.0},
             "models": self._models,
+            "top": self._top(),
         }
         return self._write("coordinator", CoordinatorSettings, toml.merged(tables, self._overrides))
+
+    def _top(self) -> dict[str, Any]:
+        if self._machines is None:
+            return {}
+        enrolled = files(self._machines.enrol(topics.top_name(COORDINATOR), "top"))
+        return {key: enrolled[key] for key in ("certfile", "keyfile")}
 
     def _api(self) -> dict[str, Any]:
         if not self._serve:

@@ -38,6 +38,10 @@ def count(folder: Path, task: TaskSpec, bits: Bits) -> Activations:
 
     Below 32 bits all precisions of the base give the same: they compute in bf16.
     """
+    if task.kind == "image":
+        whole = outline(folder, task, 32, 0)
+        whole.model.requires_grad_(True).train()
+        return Activations(fixed=(_saved(whole, _MORE) - _saved(whole, _FEW)) / (_MORE - _FEW), block=0.0)
     one, two = (_per_sample(outline(folder, task, bits, blocks)) for blocks in (1, 2))
     return Activations(fixed=2 * one - two, block=two - one)
 
@@ -77,6 +81,10 @@ def _place(tensor: torch.Tensor) -> int:
 
 def _batch(base: Base, samples: int) -> Batch:
     """Samples of full length, but for one token of padding: without any, attention would need no mask."""
+    if base.kind == "image":
+        labels = torch.zeros(samples, dtype=torch.long)
+        pictures = torch.zeros(samples, base.tokenizer.count)
+        return Batch(ids=pictures, mask=torch.ones(samples, 1), targets=labels, weight=samples)
     shape = (samples, base.max_tokens)
     mask = torch.ones(shape, dtype=torch.long)
     mask[0, -1] = 0

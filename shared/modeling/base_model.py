@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ from shared.units import Group
 
 log = logging.getLogger(__name__)
 _BLOCK = re.compile(r"\.(\d+)\.")
+FACTORIES = {
+    "classification": "AutoModelForSequenceClassification", "causal": "AutoModelForCausalLM",
+    "image": "AutoModelForImageClassification",
+}  # fmt: skip
 _HEADS = frozenset({"classifier", "score", "pre_classifier"})
 
 
@@ -76,6 +80,8 @@ class Base:
     """Pruned layer -> what it was."""
     groups: list[Group] = field(repr=False, default_factory=list)
     """What can be pruned of the whole model, once that was asked for."""
+    half: tuple[Literal["lower", "upper"], int] | None = None
+    """Which part of the model is left of it, and at which block it was cut (`shared.modeling.split`); None: all."""
     _folded: set[str] = field(default_factory=set)
     _tuned: set[str] = field(repr=False, default_factory=set)
 
@@ -211,7 +217,7 @@ def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", bea
     model.eval()
     model.requires_grad_(False)
     gc.collect()
-    _give_back_memory()
+    give_back_memory()
     return base
 
 
@@ -232,7 +238,9 @@ def outline(folder: Path, task: TaskSpec, bits: Bits, blocks: int) -> Base:
 
 def _bare(folder: Path, task: TaskSpec, bits: Bits, device: str, blocks: int = 0) -> tuple[Base, set[str]]:
     """A base whose parameters hold nothing yet, and the names of the layers that its files hold transposed."""
-    tokenizer = _tokenizer(folder)
+    if task.kind == "image" and bits != 32:
+        raise ModelFault("task.kind image: its models compute at 32 bits only")
+    tokenizer = _tokenizer(folder, task)
     model = _empty_model(folder, task, tokenizer, blocks)
     transposed = _conv1d_to_linear(model)
     base = Base(
@@ -265,7 +273,9 @@ def count_parameters(base: Base) -> tuple[int, int]:
     return covered, total
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, task: TaskSpec) -> Any:
+    if task.kind == "image":
+        return importlib.import_module("shared.modeling.convolutional").pixels(folder)
     from transformers import AutoTokenizer
 
     try:
@@ -279,16 +289,15 @@ def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any, blocks: int = 0) 
     import transformers
 
     accelerate: Any = importlib.import_module("accelerate")
-    name = "AutoModelForSequenceClassification" if task.kind == "classification" else "AutoModelForCausalLM"
-    factory: Any = getattr(transformers, name)
+    factory: Any = getattr(transformers, FACTORIES[task.kind])
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         if blocks:
             config.num_hidden_layers = blocks
-        if config.pad_token_id is None:
+        if getattr(config, "pad_token_id", 0) is None:
             config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else config.eos_token_id
-        if task.kind == "classification":
+        if task.kind != "causal":
             config.num_labels = len(task.labels)
             config.problem_type = "single_label_classification"
         with accelerate.init_empty_weights(include_buffers=False):
@@ -328,6 +337,8 @@ def _linears(model: nn.Module) -> Iterator[Linear]:
         block = _BLOCK.search(f".{name}.")
         if isinstance(module, nn.Linear) and block and name.partition(".")[0] not in _HEADS:
             yield Linear(name, module.out_features, module.in_features, int(block.group(1)))
+        elif isinstance(module, nn.Conv2d) and block:  # what it multiplies; no LoRA goes there
+            yield Linear(name, module.out_channels, module.weight[0].numel(), int(block.group(1)))
 
 
 def _fill(base: Base, transposed: set[str], beat: Beat) -> list[str]:
@@ -361,7 +372,7 @@ def _fill(base: Base, transposed: set[str], beat: Beat) -> list[str]:
 def _missing(base: Base) -> list[str]:
     """Parameters that no file gave: those outside the blocks become the head; the others are returned."""
     lacking = [name for name, parameter in base.model.named_parameters() if parameter.is_meta]
-    if base.kind == "classification":
+    if base.kind != "causal":
         for name in [n for n in lacking if not _BLOCK.search(n) and "embed" not in n]:
             lacking.remove(name)
             shape = base.model.get_parameter(name).shape
@@ -371,7 +382,7 @@ def _missing(base: Base) -> list[str]:
 
 def _finish_head(base: Base) -> None:
     """Head tensors in float32, with the inputs of their modules cast to it."""
-    if base.kind != "classification":
+    if base.kind == "causal":
         return
     stored = WeightFiles(base.folder)
     for name, _ in list(base.model.named_parameters()):
@@ -404,7 +415,7 @@ def _put_packed(base: Base, linear: Linear, parts: dict[str, torch.Tensor]) -> N
     set_module(base.model, linear.name, from_parts(parts, shape, has_bias, base.bits, base.compute, base.device))
 
 
-def _give_back_memory() -> None:
+def give_back_memory() -> None:
     """Return freed memory to the system; without it the stored tensors read one by one stay resident."""
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,7 +1,8 @@
 """Local text as tokens: reading, checking against the task, a reproducible order of samples, padded batches.
 
 Rows are JSON objects, one a line. A classification row has a text and a label (its number, or its name out of the
-task's labels); a causal row has a prompt and a completion, and only the completion's tokens are learned.
+task's labels), or a picture instead of the text; a causal row has a prompt and a completion, and only the completion's
+tokens are learned.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ Row = dict[str, Any]
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:\w+)?$")
 _TOKENIZE_ROWS = 512
 _PAD_TO = 8
+_IMAGE = "image"
 
 
 def silent(what: str) -> None:
@@ -74,10 +76,13 @@ def describe(
 
 @dataclass(frozen=True)
 class TokenData:
-    """Tokenised samples: `ids[starts[i]:starts[i + 1]]`; `targets[i]` is the label, or where the completion begins."""
+    """Tokenised samples: `ids[starts[i]:starts[i + 1]]`; `targets[i]` is the label, or where the completion begins.
+
+    Of pictures `ids` are float32 numbers, as many of each.
+    """
 
     kind: str
-    ids: npt.NDArray[np.int32]
+    ids: npt.NDArray[Any]
     starts: Ints
     targets: Ints
     pad_id: int
@@ -94,6 +99,14 @@ class TokenData:
 
     def batch(self, indices: Ints, device: str = "cpu") -> Batch:
         """The samples at `indices`, padded on the right to the longest of them, rounded up to eight tokens."""
+        if self.kind == "image":
+            pictures, labels = self.ids.reshape(self.rows, -1)[indices], self.targets[indices]
+            return Batch(
+                ids=torch.from_numpy(pictures).to(device),
+                mask=torch.ones((len(indices), 1), dtype=torch.long, device=device),
+                targets=torch.from_numpy(labels).to(device),
+                weight=len(indices),
+            )
         lengths = self.starts[indices + 1] - self.starts[indices]
         width = int(-(-lengths.max() // _PAD_TO) * _PAD_TO)
         ids = np.full((len(indices), width), self.pad_id, dtype=np.int64)
@@ -146,7 +159,10 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded samples as tensors (rows x width); `weight`: rows, or completion tokens, that the mean loss is over."""
+    """Padded samples as tensors (rows x width); `weight`: rows, or completion tokens, that the mean loss is over.
+
+    Of pictures `ids` are their numbers, and the mask is a single one per row.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -184,12 +200,13 @@ def tokenize(
     source: str, task: TaskSpec, tokenizer: Any, *, rows: int = 0, hub: bool = False, beat: Beat = silent
 ) -> TokenData:
     """Read and tokenise `source`. Raises `DataFault` naming the row of the first fault, and where there is no row."""
-    ids: list[npt.NDArray[np.int32]] = []
+    ids: list[npt.NDArray[Any]] = []
     targets: list[int] = []
-    encode = _encode_causal if task.kind == "causal" else _encode_classification
+    encode: _Encode = _ENCODERS.get(task.kind, _encode_classification)
+    number: Any = np.float32 if task.kind == "image" else np.int32
     for chunk in _chunks(read_rows(source, hub=hub), rows):
         for sample, target in encode(source, chunk, task, tokenizer):
-            ids.append(np.asarray(sample, dtype=np.int32))
+            ids.append(np.asarray(sample, dtype=number))
             targets.append(target)
         beat("tokenising")
     if not ids:
@@ -316,6 +333,24 @@ def _encode_causal(
         head = (start + prompt)[-room:] or start or end
         learned = learned[: task.max_tokens - len(head)]
         yield head + learned, len(head)
+
+
+def _encode_image(
+    source: str, chunk: list[tuple[int, Row]], task: TaskSpec, pixels: Any
+) -> Iterator[tuple[npt.NDArray[np.float32], int]]:
+    for number, row in chunk:
+        try:
+            with np.errstate(over="ignore"):  # what is no float32 is not finite then
+                picture = np.asarray(row.get(_IMAGE), dtype=np.float32).reshape(-1)
+        except (TypeError, ValueError):
+            picture = np.zeros(0, dtype=np.float32)
+        if len(picture) != pixels.count or not np.isfinite(picture).all():
+            raise DataFault(f"{source}: row {number} has no {pixels.count} numbers in field {_IMAGE!r}")
+        yield picture, _label(source, number, row, task)
+
+
+_Encode = Callable[[str, list[tuple[int, Row]], TaskSpec, Any], Iterator[tuple[Any, int]]]
+_ENCODERS: dict[str, _Encode] = {"causal": _encode_causal, "image": _encode_image}
 
 
 def _joined(prompt: str, completion: str) -> str:

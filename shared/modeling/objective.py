@@ -1,4 +1,4 @@
-"""The loss of a batch: cross-entropy over rows (classification) or over completion tokens (causal)."""
+"""The loss of a batch: cross-entropy over rows (classification, image) or over completion tokens (causal)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ def loss_sum(model: Any, batch: Batch, kind: str) -> tuple[torch.Tensor, int]:
     """Sum of the losses over the batch's weight (float32), and how many rows were classified right (causal: 0)."""
     if kind == "causal":
         return _causal(model, batch), 0
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits.float()
+    given = {"pixel_values": batch.ids} if kind == "image" else {"input_ids": batch.ids, "attention_mask": batch.mask}
+    logits = model(**given).logits.float()
     right = int((logits.detach().argmax(dim=-1) == batch.targets).sum())
     return functional.cross_entropy(logits, batch.targets, reduction="sum"), right
 

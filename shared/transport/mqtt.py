@@ -53,8 +53,6 @@ _TAKEN_OVER = 0x8E
 _TOO_LARGE = 0x95
 _LOOP_S = 1.0
 _DRAIN_S = 2.0
-_LOOSE = 64
-"""QoS 0 messages that may wait for a slow socket."""
 
 
 @dataclass
@@ -79,7 +77,8 @@ class MqttTransport:
     """A `Transport` to a real broker.
 
     `next_epoch` is called before each attempt to connect, `will` with its result. `clean_start` forgets the broker's
-    session at the first connection. `receive_maximum` and `max_packet` bound what the broker may send us at once.
+    session at the first connection. `receive_maximum` and `max_packet` bound what the broker may send us at once;
+    `loose`: QoS 0 messages that may wait for a slow socket.
     Raises `UserError` for certificates or a password file that can't be read.
     """
 
@@ -94,12 +93,14 @@ class MqttTransport:
         clean_start: bool = False,
         receive_maximum: int = 16,
         max_packet: int = 1024 * 1024,
+        loose: int = 64,
     ) -> None:
         self.stats = TransportStats()
         self._settings = settings
         self._client_id = client_id
         self._next_epoch = next_epoch
         self._will = will
+        self._loose = loose
         self._clean = clean_start
         self._retry = Retry(settings, rng)
         self._window = Window(settings.window, settings.queue)
@@ -190,7 +191,7 @@ class MqttTransport:
         if link is not None:
             while link.loose and link.loose[0].is_published():
                 link.loose.popleft()
-            if len(link.loose) < _LOOSE:
+            if len(link.loose) < self._loose:
                 info = self._hand_over(link, message)
                 if info.rc == paho.MQTT_ERR_SUCCESS:
                     link.loose.append(info)

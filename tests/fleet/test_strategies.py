@@ -27,10 +27,11 @@ CORES = {"dev-000": 4.0, "dev-001": 2.0, "dev-002": 1.0}
 UNEQUAL = {"dev-000": 8, "dev-001": 4, "dev-002": 2}
 LORA = sorted(
     name for name in registry.PLANNERS
-    if aggregators.OWN.get(name) not in aggregators.WITHOUT_LORA and name not in ("head", *aggregators.PRUNING)
+    if aggregators.OWN.get(name) not in aggregators.WITHOUT_LORA
+    and name not in ("head", *aggregators.PRUNING, *aggregators.SPLIT)
 )  # fmt: skip
-"""`full` has no factors: see the end. What prunes, and `fedadapter`, need a transformer: `test_fedspine_rounds.py` and
-`test_bottleneck.py` in `tests/training`."""
+"""`full` has no factors: see the end. What prunes or splits, and `fedadapter`, need a transformer:
+`test_fedspine_rounds.py`, `test_split_rounds.py` and `test_bottleneck.py` in `tests/training`."""
 EXACT = ("flora", "ffa", "fedex", "fsr")
 
 

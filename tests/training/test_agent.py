@@ -33,12 +33,11 @@ from edge_daemon.protocol import (
     Train,
     Trained,
 )
-from edge_daemon.training import checkpoint
 from shared import adapter
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import TrainingSpec
 from shared.messages import Assignment
-from shared.modeling import base_model, weights
+from shared.modeling import base_model, checkpoint, weights
 from shared.modeling.base_model import Base
 from tests.training.tiny_models import (
     COLOURS,

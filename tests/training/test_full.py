@@ -21,7 +21,6 @@ from coordinator.export_whole import export_whole
 from coordinator.workers import model_worker
 from coordinator.workers.protocol import Prepare, Prepared
 from edge_daemon.protocol import Failed, Probed, Progressed, Shutdown, Trained
-from edge_daemon.training import checkpoint
 from edge_daemon.training.loop import Loop
 from muster.merged import merge
 from shared import adapter as adapters
@@ -29,7 +28,7 @@ from shared.adapter import Adapter
 from shared.errors import UserError
 from shared.jobs import BaseSpec, EvaluationSpec, JobSpec, RoundsSpec, StrategySpec, TaskSpec, TrainingSpec
 from shared.messages import Work
-from shared.modeling import base_model, evaluation, lora
+from shared.modeling import base_model, checkpoint, evaluation, lora
 from shared.modeling.base_model import Base
 from shared.modeling.data import tokenize
 from shared.modeling.faults import AdapterFault, ModelFault

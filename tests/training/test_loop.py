@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from edge_daemon.protocol import Pause, Progressed, Resume, Stop
-from edge_daemon.training import checkpoint, loop
+from edge_daemon.training import loop
 from edge_daemon.training.control import PipeClosed, Stopped
-from edge_daemon.training.loop import Loop, learning_rate
+from edge_daemon.training.loop import Loop
 from shared.jobs import Bits, TaskSpec, TrainingSpec
 from shared.messages import Assignment
-from shared.modeling import base_model, evaluation, lora
+from shared.modeling import base_model, checkpoint, evaluation, lora
 from shared.modeling.data import tokenize
+from shared.modeling.optimizing import learning_rate
 from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, global_adapter
 
 Weights = dict[str, np.ndarray]  # type: ignore[type-arg]  # the tests need no precision here

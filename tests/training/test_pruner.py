@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from edge_daemon.training.checkpoint import load_checkpoint
 from msgspec.structs import replace
 
 from edge_daemon.training import loop
 from edge_daemon.training import pruner as pruning_loop
-from edge_daemon.training.checkpoint import load_checkpoint
 from edge_daemon.training.control import PipeClosed, Stopped
 from edge_daemon.training.loop import Loop
 from edge_daemon.training.merging import norm

@@ -38,8 +38,8 @@ ROUNDS, SEED = 6, 3
 VARIANTS = ("usual", "bounded", "tight")
 ALIKE = ("fedlora", "ffa", "fedex", "flexlora", "flora")
 """Strategies that are planned as another of the list is, but for what they send."""
-WORDED = [name for name in registry.PLANNERS if name not in aggregators.PRUNING]
-"""The words of those that prune: `test_fedspine_plans.py`."""
+WORDED = [name for name in registry.PLANNERS if name not in (*aggregators.PRUNING, *aggregators.SPLIT)]
+"""The words of those that prune: `test_fedspine_plans.py`; of those that split: `test_mergesfl_plans.py`."""
 CASES = [
     ("fedpipe", "crowded"),
     *((name, variant) for name in WORDED for variant in (VARIANTS[:1] if name in ALIKE else VARIANTS)),
@@ -240,7 +240,7 @@ def test_what_is_no_reason_is_found_out(text: str) -> None:
 def written() -> dict[tuple[str, int], int]:
     """(module, first line) -> last line of every place that words a reason."""
     found = {}
-    for path in sorted(set(PLANNING.glob("*.py")) - {PLANNING / "fedspine.py"}):
+    for path in sorted(set(PLANNING.glob("*.py")) - {PLANNING / "fedspine.py", PLANNING / "mergesfl.py"}):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "word":
                 found[path.name, node.lineno] = node.end_lineno or node.lineno

@@ -26,7 +26,7 @@ def refusal(update: Adapter, expected: Expectation, *, trains_directions: bool) 
     return (
         identity_fault(update, expected)
         or names_fault("module", update.factors, (name for name, rank in expected.ranks.items() if rank > 0))
-        or names_fault("dense tensor", update.dense, expected.before.dense)
+        or names_fault("dense tensor", update.dense, _dense_names(expected))
         or _places_fault(update, expected)
         or _modules_fault(update, expected, trains_directions)
         or _dense_fault(update, expected)
@@ -58,6 +58,10 @@ def names_fault(word: str, found: Iterable[str], wanted: Iterable[str]) -> str |
     if names - asked:
         return f"{word} {min(names - asked)!r:.100} was not asked for"
     return None
+
+
+def _dense_names(expected: Expectation) -> Iterable[str]:
+    return expected.before.dense if expected.dense is None else expected.dense
 
 
 def _places_fault(update: Adapter, expected: Expectation) -> str | None:

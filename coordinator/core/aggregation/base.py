@@ -35,7 +35,7 @@ class Expectation:
     `ranks`: as assigned, 0 or absent for a module that is not tuned. `modules`: of the base, by name.
     `stacked`: how many agents' factors lie side by side in each module. `norm_bound`: largest Euclidean norm of the
     change (`norms.change_norm`) that is believed. `seed`: the job's. `places`: of a pruned device, the rows and columns
-    of each layer that are left.
+    of each layer that are left. `dense`: the dense tensors that it must hold; None: all that the global adapter has.
     """
 
     job: str
@@ -51,6 +51,7 @@ class Expectation:
     norm_bound: float = NORM_BOUND
     seed: int = 0
     places: Mapping[str, Mapping[Side, Places]] = field(default_factory=dict)
+    dense: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.aggregation.hetlora import HetLora
 from coordinator.core.aggregation.legend import Legend
+from coordinator.core.aggregation.split import Split, SplitDense
 from shared.errors import UserError
 from shared.jobs import StrategySpec
 
@@ -37,6 +38,9 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "fedspine": lambda spec: FedSpine(
         spec.energy, spec.global_rank, spec.server_lr, sampled=spec.directions == "sampled"
     ),
+    "split": lambda spec: (
+        SplitDense() if spec.split.tuning == "full" else Split(spec.energy, spec.global_rank, spec.max_share)
+    ),
     "dense": lambda _spec: Dense(),
     "bottleneck": lambda spec: Bottleneck(spec.global_rank),
 }
@@ -44,6 +48,8 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
 DEFAULT = "fsr"
 PRUNING = ("fedspine", "fedspine-fixed", "fedspine-once", "loraprune", "llmpruner", "magprune")
 """Strategies whose devices prune their model."""
+SPLIT = ("mergesfl", "mergesfl-uniform", "mergesfl-random", "splitfed", "adasfl")
+"""Strategies that split the model between devices and coordinator."""
 OWN: dict[str, str] = {
     "fedlora": "fedit",
     "hetlora": "hetlora",
@@ -53,13 +59,14 @@ OWN: dict[str, str] = {
     "fedex": "fedex",
     "legend": "legend",
     **dict.fromkeys(PRUNING, "fedspine"),
+    **dict.fromkeys(SPLIT, "split"),
     "full": "dense",
     "fedadapter": "bottleneck",
 }
 """Strategy -> the aggregator of its paper, where that is another than the default."""
 WITHOUT_LORA = frozenset({"dense", "bottleneck"})
 """Aggregators of what is no LoRA."""
-EXCLUSIVE = WITHOUT_LORA | {"fedspine"}
+EXCLUSIVE = WITHOUT_LORA | {"fedspine", "split"}
 """Aggregators of what no other can fold: each goes with its own strategies alone, and these with no other."""
 EQUAL_RANKS = frozenset({"fedit", "fedex"})
 """Aggregators that refuse an update of another rank than the job's."""
@@ -87,3 +94,8 @@ def create(spec: StrategySpec) -> Aggregator:
     if factory is None:
         raise UserError(f"strategy.aggregator: no {name!r}, there are {', '.join(names())}")
     return factory(spec)
+
+
+def merges(strategy: str) -> bool:
+    """Whether the features of all devices are merged into one batch; else each device has a top of its own."""
+    return strategy.startswith("mergesfl")

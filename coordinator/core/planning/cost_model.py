@@ -29,6 +29,7 @@ from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
 from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
+from coordinator.core.planning.lower_part import demand_of, own_compute
 from coordinator.core.planning.pruned import facts_at, middle
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
 from coordinator.core.planning.reasons import mebibytes, plural, seconds
@@ -187,7 +188,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
                 found = _with_probe(found, report.infos.get(device))
                 if report.facts is not None and report.job is not None:
                     need = _demand_of(report.facts, report.job, work, known_needs)
-                    found, step = _observed(found, need, result, load, work.agents)
+                    found, step = _observed(found, need, own_compute(result, work), load, work.agents)
                     if step is not None:
                         seen[device] = step
                     found = _with_memory(found, need, result, self.activation_scale, load, work.agents)
@@ -265,6 +266,8 @@ Needs = dict[tuple[float, int | tuple[tuple[str, int], ...]], Demand]
 
 def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Demand:
     """The demand of `work`; most works of a round share one."""
+    if work.split is not None:
+        return demand_of(facts, job, work)
     ratio = middle(facts.groups, work.prune) if work.prune is not None else 0.0
     found = known.get((ratio, id(work.ranks)))
     if found is None:

@@ -11,7 +11,7 @@ from typing import Literal
 Verb = Literal["meets", "exceeds"]
 
 PATTERN = re.compile(
-    r"(?P<name>rank|depth|batch|bits|steps|agents|weights|prune) (?P<value>\d+): "
+    r"(?P<name>rank|depth|batch|bits|steps|agents|weights|prune|split) (?P<value>\d+): "
     r"(?P<reading>.+?) (?P<verb>meets|exceeds) (?P<bound>[^;]+)(?:; (?P<notes>.+))?"
 )
 """Matches (`fullmatch`) every reason in `Work.reasons`; reading and bound hold at least one number each."""

@@ -6,13 +6,14 @@ import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from coordinator.core.aggregation.registry import PRUNING
+from coordinator.core.aggregation.registry import PRUNING, SPLIT
 from coordinator.core.planning.base import Planner
 from coordinator.core.planning.fedadapter import FedAdapterPlanner
 from coordinator.core.planning.fedpipe import FedPipePlanner
 from coordinator.core.planning.fedspine import FedSpinePlanner
 from coordinator.core.planning.head import HeadPlanner
 from coordinator.core.planning.legend import LegendPlanner
+from coordinator.core.planning.mergesfl import MergeSflPlanner
 from coordinator.core.planning.uniform import UniformPlanner
 from shared.errors import UserError
 from shared.jobs import StrategySpec
@@ -29,6 +30,7 @@ PLANNERS: Mapping[str, Callable[[], Planner]] = {
     "fedpipe": FedPipePlanner,
     "legend": LegendPlanner,
     **{name: partial(FedSpinePlanner, name=name) for name in PRUNING},
+    **{name: partial(MergeSflPlanner, name=name) for name in SPLIT},
     "head": HeadPlanner,
 }
 """Name -> a planner that has seen nothing yet."""

@@ -41,7 +41,7 @@ def _result(run: Run, accuracy: float, at: float = 10.0) -> Result:
 
 def test_all_planners_are_methods_and_inexact_ones_get_the_exact_aggregator_once() -> None:
     found = methods()
-    assert {method.strategy for method in found} == set(registry.PLANNERS) - set(aggregators.PRUNING)
+    assert {method.strategy for method in found} == set(registry.PLANNERS) - {*aggregators.PRUNING, *aggregators.SPLIT}
     assert UNIFORM in found and Method("uniform", "fsr") not in found
     assert methods(["uniform"]) == [UNIFORM]
     # What would be the same run twice is left out.

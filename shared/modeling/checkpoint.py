@@ -34,6 +34,10 @@ class Position(msgspec.Struct, kw_only=True):
     step_seconds: list[float] = []
     train_s: float = 0.0
     paused_s: float = 0.0
+    waits: list[float] = []
+    """Seconds from sending the features of a step to having their gradient (split learning)."""
+    copies: dict[str, tuple[int, list[float]]] = {}
+    """Of the top worker: top model -> samples and losses."""
     cpu_s: float = 0.0
 
 

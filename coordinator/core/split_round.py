@@ -1,0 +1,258 @@
+"""The steps of a round of split learning, as the top worker conducts them: whom a step waits for, and where all go back
+to after one of them died. Pure: messages in with the time, what to do out; tensors are the worker's business.
+
+A *seat* is a device that takes part. Three rules:
+1. A step is taken once the features of every seat that is waited for are there, or `step_s` after the first of them.
+   Who is late then is not waited for any more, until it speaks again: it is told which step is next.
+2. After a death all go back to the highest checkpoint that all hold, under a new run. A seat that comes back so late
+   that this would cost more than `REACH` checkpoints goes on with its own latest one instead, and the others go on.
+3. What the top worker says may be lost: devices ask again, and are answered again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from shared.steps import Begin, Down, End, Features, Hello, Query, Skip
+
+QUERY_S = 1.0
+GATHER_STEPS = 4.0
+"""A run begins so many times `step_s` after the first hello without those who are not there: they may load a model."""
+REACH = 2
+
+
+@dataclass(frozen=True)
+class Say:
+    """Send a message to a device."""
+
+    device: str
+    message: Down
+
+
+@dataclass(frozen=True)
+class Again:
+    """Send the device its last gradient again."""
+
+    device: str
+
+
+@dataclass(frozen=True)
+class GoTo:
+    """Load the own checkpoint of that step; those of later steps are void."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Take:
+    """Do step `step` with the features of these devices, then call `taken`."""
+
+    step: int
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    """For the log."""
+
+    text: str
+
+
+Action = Say | Again | GoTo | Take | Note
+
+
+@dataclass
+class _Seat:
+    held: frozenset[int] | None = None
+    """Checkpoints told in this run; None: it has not spoken yet."""
+    waited: bool = False
+    ready: set[int] = field(default_factory=set)
+    """Steps whose features are there."""
+    last: int = 0
+    """The step whose gradient it got last in this run."""
+    gone: bool = False
+    """The coordinator says that it will not come."""
+
+
+class SplitRound:
+    """Conducts the steps of `work`. `held`: the worker's own checkpoints; `run`: the number of its first run.
+
+    `every`: steps between checkpoints. Times are seconds of one clock, given with each call.
+    """
+
+    def __init__(
+        self, work: str, devices: Iterable[str], *, steps: int, every: int, held: Iterable[int], run: int,
+        step_s: float,
+    ) -> None:  # fmt: skip
+        self.work = work
+        self.steps = steps
+        self.run = run
+        self.done = 0
+        self.phase: Literal["gathering", "stepping", "over"] = "gathering"
+        self.dropped = 0
+        """How often a step went on without a seat."""
+        self.held = {0, *held}
+        self._every = every
+        self._step_s = step_s
+        self._seats = {device: _Seat() for device in sorted(devices)}
+        self._query_at = self._gather_until = self._step_until = float("inf")
+        self._load = 0
+        self._taking = False
+
+    # ---- in
+
+    def start(self, now: float) -> list[Action]:
+        """Begin a run: ask all what they hold."""
+        self.phase, self._taking = "gathering", False
+        self._gather_until, self._query_at = float("inf"), now + QUERY_S
+        for seat in self._seats.values():
+            seat.held, seat.waited, seat.ready, seat.last = None, False, set(), 0
+        return [Say(device, Query(work=self.work, run=self.run)) for device in self._there()]
+
+    def on_hello(self, device: str, hello: Hello, now: float) -> list[Action]:
+        """A device is ready to begin."""
+        seat = self._seats.get(device)
+        if seat is None or self.phase == "over":
+            return [Say(device, End(work=self.work, run=self.run))]
+        seat.gone = False
+        if self.phase == "stepping":
+            return self._late(device, seat, hello, now)
+        if hello.run != self.run:
+            return [Say(device, Query(work=self.work, run=self.run))]
+        seat.held = frozenset(hello.held) | {0}
+        self._gather_until = min(self._gather_until, now + GATHER_STEPS * self._step_s)
+        return self._begin_if_due(now)
+
+    def on_features(self, device: str, features: Features, now: float) -> list[Action]:
+        """Features came; the worker keeps them by (device, step) until the step is taken or the run ends."""
+        seat = self._seats.get(device)
+        if seat is None or self.phase == "over":
+            if seat is not None and (features.run, features.step) == (self.run, seat.last):
+                return [Again(device)]
+            return [Say(device, End(work=self.work, run=self.run))]
+        if features.run != self.run:
+            return [Say(device, Query(work=self.work, run=self.run))]
+        if self.phase != "stepping":
+            return []
+        if features.step <= self.done:
+            if features.step == seat.last:
+                return [Again(device)]
+            seat.waited = True
+            return [Say(device, Skip(work=self.work, run=self.run, step=self.done))]
+        if features.step > self.done + 2:
+            return []
+        seat.waited = True
+        seat.ready.add(features.step)
+        return self._take_if_due(now)
+
+    def wants(self, device: str, features: Features) -> bool:
+        """Whether the features are worth keeping."""
+        stepping = self.phase == "stepping" and device in self._seats and features.run == self.run
+        return stepping and self.done < features.step <= self.done + 2
+
+    def refuse(self, device: str, step: int) -> None:
+        """The features of that step are no good: as if they had not come, and nobody waits for the device."""
+        seat = self._seats[device]
+        seat.ready.discard(step)
+        seat.waited = False
+
+    def without(self, devices: Iterable[str], now: float) -> list[Action]:
+        """These will not come (any more)."""
+        for device in devices:
+            if device in self._seats:
+                self._seats[device].gone, self._seats[device].waited = True, False
+        return self._begin_if_due(now) if self.phase == "gathering" else self._take_if_due(now)
+
+    def tick(self, now: float) -> list[Action]:
+        """Let time pass."""
+        if self.phase == "gathering":
+            actions = self._begin_if_due(now)
+            if not actions and now >= self._query_at:
+                self._query_at = now + QUERY_S
+                silent = (device for device in self._there() if self._seats[device].held is None)
+                actions = [Say(device, Query(work=self.work, run=self.run)) for device in silent]
+            return actions
+        return self._take_if_due(now)
+
+    def taken(self, now: float) -> list[Action]:
+        """The step of the last `Take` is done, and its gradients are sent."""
+        self._taking = False
+        self.done += 1
+        for seat in self._seats.values():
+            if self.done in seat.ready:
+                seat.last = self.done
+            seat.ready = {step for step in seat.ready if step > self.done}
+        self._step_until = float("inf")
+        if self.done >= self.steps:
+            return self.end()
+        return self._take_if_due(now)
+
+    def saved(self) -> None:
+        """The worker has a checkpoint of the steps done."""
+        self.held.add(self.done)
+
+    def end(self) -> list[Action]:
+        """No step follows."""
+        self.phase = "over"
+        return [Say(device, End(work=self.work, run=self.run)) for device in self._seats]
+
+    @property
+    def due_save(self) -> bool:
+        """Whether a checkpoint is due after the step that was just done."""
+        return self.done % self._every == 0 and self.done not in self.held
+
+    # ---- decisions
+
+    def _there(self) -> list[str]:
+        return [device for device, seat in self._seats.items() if not seat.gone]
+
+    def _begin_if_due(self, now: float) -> list[Action]:
+        here = {device: seat.held for device, seat in self._seats.items() if seat.held is not None and not seat.gone}
+        if not here or (len(here) < len(self._there()) and now < self._gather_until):
+            return []
+        common = max(self.held.intersection(*here.values()))
+        self.phase, self.done, self._load = "stepping", common, common
+        self._step_until = float("inf")
+        self.held = {step for step in self.held if step <= common}
+        for device in here:
+            self._seats[device].waited = True
+        begin = Begin(work=self.work, run=self.run, load=common, step=common)
+        missing = [device for device in self._there() if device not in here]
+        told = f"run {self.run} begins at step {common} with {len(here)} devices"
+        note = Note(f"{told}, without {', '.join(missing)}" if missing else told)
+        return [note, GoTo(common), *(Say(device, begin) for device in here)]
+
+    def _late(self, device: str, seat: _Seat, hello: Hello, now: float) -> list[Action]:
+        """A device says hello while the others are at it: it missed `Begin`, or it is a new process."""
+        told = {0, *hello.held}
+        best = max(step for step in told if step <= self.done)
+        if hello.run == self.run and self.done == self._load and self._load in told:
+            best = self._load
+        elif hello.run != self.run:
+            common = max(self.held & told)
+            if common != self.done and self.done - common <= REACH * self._every:
+                self.run += 1
+                return [Note(f"{device} came back: all go back to step {common} or before"), *self.start(now)]
+        seat.held, seat.waited, seat.ready = frozenset(told), True, set()
+        return [Say(device, Begin(work=self.work, run=self.run, load=best, step=self.done))]
+
+    def _take_if_due(self, now: float) -> list[Action]:
+        if self.phase != "stepping" or self._taking:
+            return []
+        step = self.done + 1
+        ready = tuple(device for device, seat in self._seats.items() if step in seat.ready)
+        if not ready:
+            return []
+        if self._step_until == float("inf"):
+            self._step_until = now + self._step_s
+        late = [device for device, seat in self._seats.items() if seat.waited and step not in seat.ready]
+        if late and now < self._step_until:
+            return []
+        notes: list[Action] = [Note(f"step {step} goes on without {', '.join(late)}")] if late else []
+        self.dropped += len(late)
+        for device in late:
+            self._seats[device].waited = False
+        self._taking = True
+        return [*notes, Take(step, ready)]

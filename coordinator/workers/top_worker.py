@@ -1,0 +1,386 @@
+"""The top worker of split learning: holds the upper part of the model and conducts the steps of a round over its own
+connection to the broker.
+
+`python -m coordinator.workers.top_worker --read-fd R --write-fd W`. It decides by `coordinator.core.split_round`, and
+computes by `coordinator.workers.top_model`. Killed, it is started again with the same request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import queue
+import random
+import shutil
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from coordinator.core import split_round as conduct
+from coordinator.core.split_round import SplitRound
+from coordinator.workers.protocol import (
+    Exit,
+    TopFinish,
+    TopRound,
+    TopTrained,
+    TopWithout,
+    ToTop,
+    WorkerBeat,
+    WorkerFailed,
+)
+from shared import logs, steps, topics
+from shared.blob_sender import chunk_limit
+from shared.errors import DecodeError, MusterError, UserError
+from shared.files import write_whole
+from shared.frames import FrameReader, FrameWriter
+from shared.messages import MAX_CHUNK_BYTES
+from shared.settings import BrokerSettings
+from shared.transport.base import Connected, Disconnected, Outgoing, Received, TransportFailed
+from shared.transport.mqtt import MqttTransport
+
+log = logging.getLogger(__name__)
+BEAT_S = 2.0
+TICK_S = 0.2
+LOOSE = 8192
+"""Packets of gradients that may wait for a slow socket."""
+REMEMBERED = 16
+"""Works that are over, whose devices are told so."""
+
+
+class _Closed:
+    """The coordinator is gone."""
+
+
+class Link:
+    """The worker's connection; it is kept from round to round."""
+
+    def __init__(self, inbox: queue.SimpleQueue[object]) -> None:
+        self._inbox = inbox
+        self._transport: MqttTransport | None = None
+        self._key: tuple[BrokerSettings, str, str] | None = None
+        self._assemblers: dict[str, steps.Assembler] = {}
+        self._number = int(time.time()) % 2**31
+        self._packet = MAX_CHUNK_BYTES
+        self._fleet = ""
+
+    def open(self, broker: BrokerSettings, fleet: str, name: str) -> None:
+        """Connect as `name`, unless that connection is there. Raises `UserError` for bad certificates."""
+        key = (broker, fleet, name)
+        if key == self._key:
+            return
+        self.close()
+        epochs = iter(range(1, 2**31))
+        # What the broker kept for a former process is of no use: steps are asked for again.
+        transport = MqttTransport(
+            msgspec.structs.replace(broker, session_expiry_s=0), name, lambda: next(epochs), rng=random.Random(),
+            clean_start=True, loose=LOOSE,
+        )  # fmt: skip
+        transport.subscribe(topics.top_filters(fleet))
+        transport.start(self._inbox.put)
+        self._transport, self._key, self._fleet = transport, key, fleet
+
+    def close(self) -> None:
+        """Leave the broker."""
+        if self._transport is not None:
+            self._transport.stop(graceful=False)
+        self._transport = self._key = None
+
+    def connected(self, event: Connected) -> None:
+        """A session stands."""
+        self._packet = chunk_limit(event.max_packet)
+
+    def send(self, device: str, message: steps.Down) -> None:
+        """Hand `message` over to the broker; it may be lost."""
+        if self._transport is None:
+            return
+        self._number += 1
+        name = topics.DOWN_STEP.name(self._fleet, device=device)
+        for packet in steps.packets(message, self._number, self._packet):
+            self._transport.publish(Outgoing(topics.DOWN_STEP, name, packet))
+
+    def read(self, received: Received) -> tuple[str, steps.Up] | None:
+        """The message that a packet completes, with its device."""
+        parsed = topics.parse(received.name)
+        if parsed is None or parsed.topic is not topics.UP_STEP:
+            return None
+        assembler = self._assemblers.setdefault(parsed.device, steps.Assembler(down=False))
+        try:
+            message = assembler.add(received.payload)
+        except DecodeError as error:
+            log.warning("%s: a step packet is refused: %s", parsed.device, error)
+            return None
+        return (parsed.device, message) if isinstance(message, steps.Up) else None
+
+
+class Conductor:
+    """One round: the decisions, the tensors, and what is said. Raises `MusterError` where the model can't be had."""
+
+    def __init__(self, order: TopRound, link: Link, beat: Any, base: Any) -> None:
+        from coordinator.workers.top_model import TopModel
+
+        self.order = order
+        self._link = link
+        self._beat = beat
+        self._folder = Path(order.folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.model = TopModel(base, order)
+        for step in self.model.held(self._folder):
+            if not self.model.usable(self._folder, step):
+                log.warning("checkpoint of step %d is not usable", step)
+                shutil.rmtree(self._folder / f"step-{step}", ignore_errors=True)
+        if 0 not in self.model.held(self._folder):
+            self.model.save(self._folder, 0)
+        self.round = SplitRound(
+            order.work, order.batches, steps=order.steps, every=order.job.training.checkpoint_every,
+            held=self.model.held(self._folder), run=self._next_run(), step_s=order.split.step_s,
+        )  # fmt: skip
+        self._features: dict[tuple[str, int], steps.Features] = {}
+        self._last: dict[str, steps.Gradient] = {}
+        self._idle_since: float | None = None
+        self.waited_s = 0.0
+
+    def _next_run(self) -> int:
+        """A number that no run of this work had; on the disk before it is said."""
+        path = self._folder / "run"
+        before = int(path.read_text(encoding="ascii")) if path.is_file() else 0
+        # Runs may rise many times before the next death.
+        write_whole(path, str(before + 1_000_000).encode())
+        return before + 1
+
+    def start(self) -> None:
+        """Ask the devices."""
+        self._do(self.round.start(time.monotonic()))
+
+    def hear(self, device: str, message: steps.Up) -> None:
+        """Take what a device says."""
+        now = time.monotonic()
+        if isinstance(message, steps.Hello):
+            self._do(self.round.on_hello(device, message, now))
+            return
+        if self.round.wants(device, message):
+            self._features[device, message.step] = message
+        self._do(self.round.on_features(device, message, now))
+
+    def without(self, devices: list[str]) -> None:
+        """These will not come."""
+        self._do(self.round.without(devices, time.monotonic()))
+
+    def tick(self) -> None:
+        """Let time pass."""
+        self._do(self.round.tick(time.monotonic()))
+
+    def finish(self) -> None:
+        """End with what is done."""
+        if self.round.phase != "over":
+            self._do(self.round.end())
+
+    def _do(self, actions: list[conduct.Action]) -> None:
+        todo = deque(actions)
+        while todo:
+            match todo.popleft():
+                case conduct.Say(device, message):
+                    self._link.send(device, message)
+                case conduct.Again(device):
+                    if device in self._last:
+                        self._link.send(device, self._last[device])
+                case conduct.GoTo(step):
+                    self._features.clear()
+                    self._last.clear()
+                    self._idle_since = time.monotonic()
+                    if not self.model.load(self._folder, step):
+                        raise UserError(f"checkpoint {step} of {self.order.work} can't be read any more")
+                case conduct.Note(text):
+                    log.info("%s: %s", self.order.work, text)
+                case conduct.Take() as take:
+                    todo.extend(self._take(take))
+
+    def _take(self, take: conduct.Take) -> list[conduct.Action]:
+        if self._idle_since is not None:
+            self.waited_s += time.monotonic() - self._idle_since
+        parts = {}
+        for device in take.devices:
+            features = self._features.pop((device, take.step), None)
+            try:
+                if features is None:
+                    raise DecodeError("they are not there")
+                parts[device] = self.model.part(features, device)
+            except DecodeError as error:
+                log.warning("%s: features of %s refused: %s", self.order.work, device, error)
+                self.round.refuse(device, take.step)
+        if parts:
+            self._answer(take.step, self.model.take(parts, take.step - 1))
+        self._beat("stepping")
+        actions = self.round.taken(time.monotonic())
+        if self.round.due_save:
+            self.model.save(self._folder, self.round.done)
+            self.round.saved()
+        self._idle_since = time.monotonic()
+        return actions
+
+    def _answer(self, step: int, answers: dict[str, Any]) -> None:
+        from shared import tensors
+
+        for device, answer in answers.items():
+            plain = answer.gradient.detach().to("cpu").float().numpy()
+            message = steps.Gradient(
+                work=self.order.work, run=self.round.run, step=step, loss=answer.loss,
+                hidden=tensors.encode(plain, self.order.split.codec),
+            )  # fmt: skip
+            self._last[device] = message
+            self._link.send(device, message)
+
+
+class TopWorker:
+    """The main loop: requests from the pipe and messages from the broker, one after the other."""
+
+    def __init__(self, writer: FrameWriter) -> None:
+        self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._writer = writer
+        self._link = Link(self.inbox)
+        self._round: Conductor | None = None
+        self._over: deque[str] = deque(maxlen=REMEMBERED)
+        self._before: Conductor | None = None
+        """The round that ended last: its last gradients may be asked for again."""
+        self._beaten = 0.0
+        self._loaded: tuple[tuple[object, ...], Any] | None = None
+
+    def serve(self) -> int:
+        """Answer until the pipe ends or `Exit`; the exit status."""
+        while True:
+            try:
+                event = self.inbox.get(timeout=TICK_S)
+            except queue.Empty:
+                event = None
+            if isinstance(event, (_Closed, Exit)):
+                self._link.close()
+                return 0
+            try:
+                self._handle(event)
+            except MusterError as error:
+                self._fail(str(error), operator=isinstance(error, UserError))
+            except MemoryError:
+                self._fail("out of memory: the upper part of the model and the merged batch do not fit", operator=True)
+
+    def beat(self, what: str) -> None:
+        """Say that work goes on."""
+        now = time.monotonic()
+        if now - self._beaten >= BEAT_S:
+            self._beaten = now
+            self._writer.write(WorkerBeat(what=what))
+
+    def _handle(self, event: object) -> None:
+        match event:
+            case TopRound():
+                self._begin(event)
+            case TopWithout():
+                if self._round is not None:
+                    self._round.without(event.devices)
+            case TopFinish():
+                if self._round is not None:
+                    self._round.finish()
+            case Connected():
+                self._link.connected(event)
+                if self._round is not None and self._round.round.phase == "gathering":
+                    self._round.tick()
+            case Received():
+                self._hear(event)
+            case Disconnected() | TransportFailed():
+                log.warning("no broker: %s", event.reason)
+            case _:
+                pass
+        if self._round is None:
+            return
+        self._round.tick()
+        self.beat(self._round.round.phase)
+        if self._round.round.phase == "over":
+            self._end(self._round)
+
+    def _hear(self, received: Received) -> None:
+        heard = self._link.read(received)
+        if heard is None:
+            return
+        device, message = heard
+        here = (one for one in (self._round, self._before) if one is not None and one.order.work == message.work)
+        if (conductor := next(here, None)) is not None:
+            conductor.hear(device, message)
+        elif message.work in self._over:
+            self._link.send(device, steps.End(work=message.work, run=message.run))
+
+    def _begin(self, order: TopRound) -> None:
+        self._round = self._before = None
+        self._link.open(order.broker, order.fleet, order.name)
+        self._round = Conductor(order, self._link, self.beat, self._upper(order))
+        self._round.start()
+
+    def _upper(self, order: TopRound) -> Any:
+        """The upper part of the base; loaded once for all rounds with the same cut."""
+        from shared.modeling import base_model, split, weights
+
+        task = order.job.task
+        key = (order.base_path, order.base_digest, task, order.split.block)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = None
+            self.beat("loading")
+            folder = weights.resolve(order.base_path, order.job.base.revision, hub=True)
+            if weights.base_digest(folder, None) != order.base_digest:
+                raise UserError(f"{order.base_path}: another base than the job began with")
+            base = base_model.load(folder, task, beat=self.beat)
+            split.upper(base, order.split.block)
+            self._loaded = (key, base)
+        return self._loaded[1]
+
+    def _end(self, done: Conductor) -> None:
+        self._round, self._before = None, done
+        self._over.append(done.order.work)
+        updates = done.model.updates()
+        answer = TopTrained(
+            updates=updates, steps=done.round.done, loss=done.model.loss, dropped=done.round.dropped,
+            waited_s=done.waited_s,
+        )  # fmt: skip
+        log.info("%s: %d steps, loss %.3f", done.order.work, answer.steps, answer.loss)
+        self._writer.write(answer)
+
+    def _fail(self, reason: str, *, operator: bool) -> None:
+        log.error("%s", reason)
+        if self._round is not None or self._loaded is None:
+            self._writer.write(WorkerFailed(reason=reason, operator=operator))
+        self._round = None
+
+
+def _read(reader: FrameReader[ToTop], inbox: queue.SimpleQueue[object]) -> None:
+    while True:
+        try:
+            message = reader.read()
+        except (DecodeError, OSError) as error:
+            log.error("pipe from the coordinator is broken: %s", error)
+            message = None
+        inbox.put(_Closed() if message is None else message)
+        if message is None:
+            return
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of the subprocess."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--read-fd", type=int, required=True)
+    parser.add_argument("--write-fd", type=int, required=True)
+    arguments = parser.parse_args(argv)
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    logs.set_up("muster-top", os.environ.get("MUSTER_LOG_LEVEL", "INFO"))
+    with os.fdopen(arguments.read_fd, "rb") as read, os.fdopen(arguments.write_fd, "wb") as write:
+        worker = TopWorker(FrameWriter(write))
+        reader: FrameReader[ToTop] = FrameReader(read, ToTop)  # type: ignore[arg-type]  # a union is no class
+        threading.Thread(target=_read, args=(reader, worker.inbox), name="pipe-reader", daemon=True).start()
+        code = worker.serve()
+        # The reading thread may still hold its end of the pipe, which could then not be closed.
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""Split learning on the device: its blocks forward, features out, their gradient in, its blocks backward (MergeSFL,
+arXiv 2311.13348).
+
+The device follows the top worker's count of steps (`shared.steps`) and keeps a checkpoint every so many of them, under
+their number, so that all can go back to the last number that all hold. With `overlap` the features of the next batch
+are computed while the gradient of the last is awaited: with the weights that there are, one step old. The gradient is
+then that at those weights, exactly, applied to the newer ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edge_daemon.training.control import Stopped
+from edge_daemon.training.loop import Diverged, Loop, mixed
+from edge_daemon.training.memory import is_out_of_memory
+from edge_daemon.training.step_line import StepLine
+from shared import steps, tensors
+from shared.errors import DecodeError
+from shared.jobs import SplitSpec
+from shared.messages import MAX_CHUNK_BYTES
+from shared.modeling import half, split
+from shared.modeling.checkpoint import load_checkpoint, save_checkpoint
+from shared.modeling.data import Batch
+from shared.modeling.optimizing import advance, restore, state_of
+
+log = logging.getLogger(__name__)
+HELLO_S = 1.0
+KEPT = 3
+"""Checkpoints kept, beside that of the start."""
+_FOLDER = "step-"
+
+
+@dataclass
+class Sent:
+    """A batch whose features are under way. `values`: of what is trained, as they were."""
+
+    step: int
+    message: steps.Features
+    hidden: torch.Tensor
+    values: dict[str, torch.Tensor]
+    samples: int
+    forward_s: float
+    sent_at: float = field(default_factory=time.monotonic)
+    first_at: float = field(default_factory=time.monotonic)
+
+
+class _Runner(nn.Module):
+    """The device's blocks as a module, so that they can be computed with other values of what is trained."""
+
+    def __init__(self, loop: SplitLoop) -> None:
+        super().__init__()
+        self.model = loop.base.model
+        self._base = [loop.base]  # in a list: the base is no module, its model is registered above
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        return split.features(self._base[0], batch)
+
+
+@dataclass
+class SplitLoop(Loop):
+    """A `Loop` whose base is the lower part of the model. `packet`: bytes of the largest packet."""
+
+    packet: int = MAX_CHUNK_BYTES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        work = self.assignment
+        self._line = StepLine(self.control, steps.identity(work.job, work.round, work.attempt), self.packet)
+        self._runner = _Runner(self)
+        own = {id(tensor): name for name, tensor in self.carried.named().items()}
+        self._names = {own[id(p)]: name for name, p in self._runner.named_parameters() if id(p) in own}
+        self.again_s = max(2.0, self._split.step_s / 2)
+        """Seconds without a gradient after which features are sent again."""
+        self.done = 0
+        """Steps that the top worker counts as done."""
+
+    @property
+    def _split(self) -> SplitSpec:
+        assert self.assignment.work.split is not None
+        return self.assignment.work.split
+
+    def run(self) -> str:
+        """As `Loop.run`; complete once the top worker's steps are done."""
+        self._prepare()
+        self.base.model.train()
+        try:
+            with half.fast_products(self.base.device):
+                while (begin := self._begin()) is not None:
+                    self._go_to(begin)
+                    if self._steps():
+                        break
+        except Stopped as stop:
+            if stop.discard:
+                raise
+            return stop.ended
+        finally:
+            self._optimizer.zero_grad(set_to_none=True)
+            self.base.model.eval()
+        return "complete"
+
+    def save(self) -> None:
+        """Write a checkpoint under the number of steps done; the oldest beyond `KEPT` goes."""
+        folder = self.checkpoint_dir / f"{_FOLDER}{self.done}"
+        folder.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(folder, self._work, self.position, state_of(self._optimizer, self.carried))
+        for step in [step for step in self._held() if step][:-KEPT]:
+            shutil.rmtree(self.checkpoint_dir / f"{_FOLDER}{step}", ignore_errors=True)
+
+    # ---- where to go on
+
+    def _prepare(self) -> None:
+        """See to it that every checkpoint there is one of this work, and that of the start is there."""
+        for step in self._held():
+            folder = self.checkpoint_dir / f"{_FOLDER}{step}"
+            if load_checkpoint(folder, self._work) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+        if 0 not in self._held():
+            self.done = 0
+            self.save()
+
+    def _held(self) -> list[int]:
+        found = (path.name.removeprefix(_FOLDER) for path in self.checkpoint_dir.glob(f"{_FOLDER}*"))
+        return sorted(int(step) for step in found if step.isdecimal())
+
+    def _begin(self) -> steps.Begin | None:
+        """Say hello until the top worker says where to go on; None: the steps are over."""
+        line, due = self._line, 0.0
+        while True:
+            if time.monotonic() >= due:
+                line.send(steps.Hello(work=line.work, run=line.run, held=self._held()))
+                due = time.monotonic() + HELLO_S
+            match line.receive("waiting for the other devices", due):
+                case steps.Query(run=run) if run > line.run:
+                    line.run, due = run, 0.0
+                case steps.Begin() as begin if begin.load in self._held():
+                    line.run = begin.run
+                    return begin
+                case steps.End():
+                    return None
+                case _:
+                    pass
+
+    def _go_to(self, begin: steps.Begin) -> None:
+        found = load_checkpoint(self.checkpoint_dir / f"{_FOLDER}{begin.load}", self._work)
+        limit = self.batch_limit or self.position.batch_limit
+        if found is not None:
+            position, state = found
+            self._optimizer.zero_grad(set_to_none=True)
+            if restore(self._optimizer, self.carried, state):
+                self.position = position
+        if limit and self.position.batch > limit:
+            self.position.batch = self.position.batch_limit = limit
+        self.done = begin.step
+        log.info("run %d goes on at step %d, from checkpoint %d", begin.run, begin.step, begin.load)
+
+    # ---- steps
+
+    def _steps(self) -> bool:
+        """Step by step; False: all go back to a checkpoint."""
+        total, depth = self.assignment.work.steps, 2 if self._split.overlap else 1
+        under_way: deque[Sent] = deque()
+        while True:
+            while len(under_way) < depth and self.done + len(under_way) < total:
+                under_way.append(self._send(self.done + len(under_way) + 1, sum(sent.samples for sent in under_way)))
+            if not under_way:
+                return True
+            first = under_way[0]
+            again_at = first.sent_at + self.again_s
+            match self._line.receive("waiting for the gradient", again_at):
+                case None:
+                    if time.monotonic() >= again_at:
+                        self._line.send(first.message)
+                        first.sent_at = time.monotonic()
+                case steps.Gradient(run=self._line.run, step=first.step) as gradient:
+                    if self._learn(first, gradient):
+                        under_way.popleft()
+                case steps.Skip(run=self._line.run) as skip if skip.step >= first.step:
+                    under_way.clear()
+                    self.done = skip.step
+                case steps.Query(run=run) if run > self._line.run:
+                    self._line.run = run
+                    return False
+                case steps.End():
+                    return True
+                case _:
+                    pass
+
+    def _send(self, step: int, ahead: int) -> Sent:
+        """Compute the features of the next batch and send them; a batch that does not fit is halved until it does."""
+        while True:
+            self.control.poll("training")
+            try:
+                sent = self._forward(step, ahead)
+                break
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._halve(error)
+        self._line.send(sent.message)
+        sent.sent_at = sent.first_at = time.monotonic()
+        return sent
+
+    def _forward(self, step: int, ahead: int) -> Sent:
+        started, place, asked = time.monotonic(), self.position.samples + ahead, self._split
+        indices = self._order.take(place, self.position.batch)
+        batch = self.data.batch(indices, self.base.device)
+        seed = mixed(self.assignment.seed, self.assignment.round, place, self.part)
+        torch.manual_seed(seed)
+        named = self.carried.named()
+        # What batch normalisation remembers is no gradient's to move: the forward pass itself writes it.
+        copied = [own for own in named if asked.overlap and not own.endswith(split.REMEMBERED)]
+        values = {own: tensor.detach() for own, tensor in named.items()}
+        values |= {own: values[own].clone() for own in copied}
+        for own, value in values.items():
+            value.requires_grad_(named[own].requires_grad)
+        given = {self._names[own]: value for own, value in values.items()}
+        hidden = torch.func.functional_call(self._runner, given, (batch,))
+        generator = torch.Generator(device=hidden.device).manual_seed(seed)
+        hidden = split.clipped(hidden, asked.clip, asked.noise, generator)
+        message = steps.Features(
+            work=self._line.work, run=self._line.run, step=step, hidden=tensors.encode(_plain(hidden), asked.codec),
+            targets=memoryview(batch.targets.cpu().numpy().astype("<i4").tobytes()),
+            mask=memoryview(b"" if self.base.kind == "image" else batch.mask.cpu().numpy().astype("u1").tobytes()),
+        )  # fmt: skip
+        return Sent(step, message, hidden, values, len(indices), time.monotonic() - started)
+
+    def _learn(self, sent: Sent, gradient: steps.Gradient) -> bool:
+        """Go back through the blocks and take the step; False for a gradient that does not fit."""
+        waited, started = time.monotonic() - sent.first_at, time.monotonic()
+        try:
+            given = tensors.decode(gradient.hidden)
+        except DecodeError as error:
+            log.warning("a gradient is no good: %s", error)
+            return False
+        if given.shape != tuple(sent.hidden.shape) or not np.isfinite(given).all():
+            raise Diverged(f"the gradient of step {sent.step} is not finite, or of shape {given.shape}")
+        trained = {own: value for own, value in sent.values.items() if value.requires_grad}
+        outer = torch.from_numpy(np.array(given)).to(sent.hidden.device, sent.hidden.dtype)
+        found = torch.autograd.grad(sent.hidden, list(trained.values()), outer, allow_unused=True)
+        named = self.carried.named()
+        for own, grad in zip(trained, found, strict=True):
+            named[own].grad = grad
+        advance(self._optimizer, self.carried, self.assignment.training, self._rate())
+        self.done = sent.step
+        position, seconds = self.position, sent.forward_s + time.monotonic() - started
+        position.step += 1
+        position.samples += sent.samples
+        position.losses.append(gradient.loss)
+        position.step_seconds.append(seconds)
+        position.train_s += seconds
+        position.waits.append(waited)
+        if self.done % self.assignment.training.checkpoint_every == 0:
+            self.save()
+        self.control.progress(self._progress)
+        return True
+
+    def _place(self) -> int:
+        return self.done
+
+
+def _plain(hidden: torch.Tensor) -> Any:
+    return hidden.detach().to("cpu", torch.float32).numpy()

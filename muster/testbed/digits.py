@@ -1,0 +1,28 @@
+"""Pictures that ship inside scikit-learn: 1797 handwritten digits of 8 x 8 pixels, as rows of the task `image`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+LABELS = [str(digit) for digit in range(10)]
+_LARGEST = 16.0
+
+
+def rows(seed: int = 0) -> list[dict[str, Any]]:
+    """All pictures, shuffled; their pixels from 0 to 1."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    order = np.random.default_rng(seed).permutation(len(found.target))
+    pictures = np.round(found.data / _LARGEST, 4)
+    return [{"image": pictures[i].tolist(), "label": int(found.target[i])} for i in order]
+
+
+def write(path: Path, some: list[dict[str, Any]]) -> Path:
+    """Write rows as JSONL."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    return path

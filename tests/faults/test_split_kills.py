@@ -1,0 +1,170 @@
+"""kill -9 of a device, its agent, the top worker, the coordinator and the broker in the middle of the steps of a round
+of split learning: all go back to the last checkpoint that all hold, and the round goes on."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from coordinator.core import records as rec
+from coordinator.web.views import JobView
+from muster.testbed.broker import free_port
+from muster.testbed.fleet import DeviceSpec, Fleet
+from tests.faults.scene import Scene
+
+pytest.importorskip("torch")
+from tests.training.tiny_models import colour_rows, make_bert, write_jsonl  # noqa: E402 - it needs torch
+
+DEVICES = tuple(f"edge-0{n}" for n in range(1, 5))
+STEPS, EVERY = 24, 4
+JOB = """
+name = "split"
+[base]
+model = "tiny"
+[task]
+kind = "classification"
+dataset = "colours"
+labels = ["red", "green", "blue"]
+max_tokens = 16
+[rounds]
+count = 2
+min_devices = 4
+quorum = 1.0
+local_steps = {steps}
+deadline_s = 180
+[strategy]
+name = "mergesfl"
+rank = 2
+batch = 4
+batch_min = 1
+batch_max = 4
+bits = 32
+[strategy.split]
+block = 1
+step_s = 60.0
+[training]
+lr = 0.01
+checkpoint_every = {every}
+[evaluation]
+data = "{held_out}"
+worse_by = 10.0
+"""
+
+
+class SplitScene(Scene):
+    """Four devices that have the lower block of a BERT of two, and the coordinator's top worker with the other."""
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.marker = self.folder / "killed"
+        self.victim = self.folder / "victim"
+        write_jsonl(self.folder / "held.jsonl", colour_rows(24, seed=99))
+        devices = [
+            DeviceSpec(
+                name,
+                data={"colours": write_jsonl(self.folder / f"{name}.jsonl", colour_rows(48, seed=seed))},
+                settings={"policy": {"foreign_limit": 1000.0}, "agent": {"threads": 1}},
+            )
+            for seed, name in enumerate(DEVICES)
+        ]
+        self.fleet = Fleet(
+            self.folder / "fleet", devices, {"tiny": make_bert(self.folder / "tiny")}, limits=False,
+            coordinator={"api": {"port": free_port()}, "waits": {"gather_s": 0.3, "retry_s": 1.0}},
+        )  # fmt: skip
+
+    def text(self) -> str:
+        return JOB.format(steps=STEPS, every=EVERY, held_out=self.folder / "held.jsonl")
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(run, step) from which the top worker let the devices go on, over both rounds."""
+        told = re.findall(r"/1/\d+: run (\d+) begins at step (\d+)", self.log("coordinator"))
+        return [(int(run), int(step)) for run, step in told]
+
+    def saved(self) -> int:
+        """The highest step of which the top worker of round 1 has a checkpoint."""
+        found = self.fleet.folder.glob("coordinator/work/top/*-1-1/step-*")
+        return max((int(path.name.removeprefix("step-")) for path in found), default=0)
+
+    def tops(self) -> list[int]:
+        """Process ids of the top worker."""
+        return [pid for pid in _children(self.fleet.coordinator.pid) if "top_worker" in _command(pid)]
+
+    def agents(self, device: str) -> list[int]:
+        """Process ids of a device's agents."""
+        return [pid for pid in _children(self.fleet.edges[device].pid) if "training.agent" in _command(pid)]
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _children(parent: int) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text(encoding="utf-8").rpartition(")")[2].split()[1]) == parent:
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.timeout(420)
+@pytest.mark.parametrize(
+    "victim",
+    [
+        pytest.param("nobody", marks=pytest.mark.slow), "daemon", pytest.param("agent", marks=pytest.mark.slow), "top",
+        "coordinator", pytest.param("broker", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_killed_in_the_middle_of_its_steps_a_round_goes_on(tmp_path: Path, victim: str) -> None:
+    scene = SplitScene(tmp_path)
+    killed: list[int] = []
+
+    def pids() -> list[int]:
+        match victim:
+            case "daemon":
+                return [scene.fleet.edges[DEVICES[1]].pid]
+            case "agent":
+                return scene.agents(DEVICES[1])
+            case "top":
+                return scene.tops()
+            case "coordinator":
+                return [scene.fleet.coordinator.pid]
+            case _:
+                return [scene.fleet.broker.pid]
+
+    def act(_scene: Scene, view: JobView | None) -> None:
+        if victim == "nobody" or killed or view is None or scene.saved() < EVERY:
+            return
+        time.sleep(0.3)  # into the steps after the checkpoint
+        killed.extend(pid for pid in pids() if pid)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    view = scene.run(act, seconds=360.0)
+    assert view.state == "finished", view.reason
+    assert bool(killed) == (victim != "nobody"), "nothing was killed"
+    records = scene.records()
+    planned = [one for one in records if isinstance(one, rec.RoundPlanned)]
+    tops = [one for one in records if isinstance(one, rec.TopTrained)]
+    assert [(one.round, one.attempt) for one in planned] == [(1, 1), (2, 1)], "no round was planned again"
+    assert [(one.round, one.steps) for one in tops] == [(1, STEPS), (2, STEPS)]
+    admitted = [one for one in records if isinstance(one, rec.UpdateAdmitted)]
+    assert sorted((one.round, one.device) for one in admitted) == [(r, d) for r in (1, 2) for d in DEVICES]
+    assert all(one.facts.steps == STEPS for one in admitted), "every device did all steps"
+    for top in tops:
+        seen = sum(one.facts.samples for one in admitted if one.round == top.round)
+        assert sum(update.samples for update in top.updates) == seen, "the top saw every sample of theirs, and no other"
+    if victim not in ("nobody", "broker"):
+        (_, began), (_, again) = scene.runs()[:2]
+        assert began == 0 < again, "they went on from a checkpoint"
+    assert scene.exported()

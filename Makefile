@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench bench-planning bench-fedspine soak wheelhouse docs clean
+.PHONY: help setup demo test test-all check bench bench-planning bench-fedspine bench-mergesfl soak wheelhouse docs clean
 
 PYTHON := .venv/bin/python
 MUSTER := .venv/bin/muster
@@ -34,6 +34,9 @@ bench-planning: setup ## Strategies on a virtual fleet; resumable, writes docs/r
 
 bench-fedspine: setup ## FedSpine against its rivals on a virtual fleet; resumable, writes docs/results-fedspine.md
 	$(PYTHON) -m bench.fedspine
+
+bench-mergesfl: setup ## MergeSFL against its rivals on a virtual fleet; resumable, writes docs/results-mergesfl.md
+	$(PYTHON) -m bench.mergesfl
 
 soak: setup ## Many rounds on a small fleet; fails when memory or file descriptors grow
 	$(PYTHON) bench/run.py --soak

@@ -29,6 +29,10 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 LIMIT_S = 3600
 NO_BENCHMARK = (
     "run",
+    "fedspine",
+    "mergesfl",
+    "mergesfl_fleet",
+    "split_control",
     "planning",
     "planning_claims",
     "planning_grid",
@@ -36,7 +40,7 @@ NO_BENCHMARK = (
     "planning_tables",
     "record_steps",
 )
-"""Programs of their own: `make bench-planning`, and the recording of the device model's constants."""
+"""Programs of their own: `make bench-planning` and its like, and the recording of the device model's constants."""
 REQUIRED = ("name", "value", "unit")
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,

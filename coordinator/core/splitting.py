@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
+from coordinator.core.aggregation.registry import SPLIT
 from coordinator.core.close import Status, Verdict
 from coordinator.core.job import Job, Round
 from coordinator.core.turn import State, Turn
@@ -22,7 +23,7 @@ def entry(job: Job) -> list[cmd.Command]:
 
 def stopped(job: Job) -> list[cmd.Command]:
     """What a job that ends, for now or for good, needs of the top worker."""
-    return [cmd.StopTop()] if job.round is not None and job.round.split else []
+    return [cmd.StopTop()] if job.spec.strategy.name in SPLIT else []
 
 
 def is_current(state: State, event: ev.TopEvent) -> bool:

@@ -1,0 +1,137 @@
+"""A round of split learning in the coordinator's machine: the top worker's question, its answer, its end."""
+
+from __future__ import annotations
+
+import pytest
+from msgspec.structs import replace
+
+from coordinator.core import commands as cmd
+from coordinator.core import events as ev
+from coordinator.core import records as rec
+from coordinator.core.facts import ModelFacts, ModuleSpec
+from coordinator.core.job import Round
+from coordinator.performing import referenced
+from shared import jobs
+from shared.messages import BlobRef
+from tests.unit.machine_rig import Rig, spec
+
+FACTS = ModelFacts(
+    modules=[ModuleSpec(name=f"blocks.{n}.linear", out=8, inp=16, block=n) for n in range(2)], base_digest="b" * 64,
+    linear_params=256, other_params=0, blocks=2, hidden=16,
+)  # fmt: skip
+TOP = (("", BlobRef(sha="7" * 64, size=60), 32),)
+
+
+class SplitRig(Rig):
+    """A job that splits its model, over two devices."""
+
+    def prepared(self, job: str = "job-1") -> list[cmd.Command]:
+        return self.feed(ev.BasePrepared, job=job, facts=FACTS, adapter=BlobRef(sha="0" * 64, size=100))
+
+    def top_done(self, **changes: int) -> list[cmd.Command]:
+        """The top worker answers."""
+        assert self.job.round is not None
+        number, attempt = self.job.round.number, self.job.round.attempt
+        about = {"job": "job-1", "round": number, "attempt": attempt, **changes}
+        return self.feed(ev.TopDone, updates=TOP, steps=4, loss=1.0, dropped=0, waited_s=0.5, **about)
+
+    @property
+    def round(self) -> Round:
+        assert self.job.round is not None
+        return self.job.round
+
+
+def a_job() -> jobs.JobSpec:
+    made = spec()
+    task = jobs.TaskSpec(kind="classification", dataset="points", labels=["a", "b"])
+    strategy = replace(made.strategy, name="mergesfl", split=jobs.SplitSpec(block=1))
+    return replace(made, task=task, strategy=strategy)
+
+
+@pytest.fixture
+def rig() -> SplitRig:
+    made = SplitRig()
+    made.open(a_job())
+    return made
+
+
+def of(commands: list[cmd.Command], kind: type[cmd.Command]) -> list[cmd.Command]:
+    return [one for one in commands if isinstance(one, kind)]
+
+
+def test_an_open_round_asks_the_top_worker_and_asks_again_after_a_restart(rig: SplitRig) -> None:
+    assert len(of(rig.last, cmd.RunTop)) == 1
+    assert all(work.split is not None and work.split.block == 1 for work in rig.round.plan.participants.values())
+    assert len(of(rig.restart(), cmd.RunTop)) == 1
+    rig.top_done()
+    assert not of(rig.restart(), cmd.RunTop), "what is recorded is not asked for again"
+
+
+def test_a_round_closes_once_devices_and_top_are_there(rig: SplitRig) -> None:
+    rig.deliver("dev-a", "a" * 64)
+    rig.deliver("dev-b", "b" * 64)
+    assert rig.job.phase == "open" and of(rig.last, cmd.FinishTop)
+    rig.top_done()
+    assert rig.job.phase == "folding" and rig.round.top[0].samples == 32
+    assert "7" * 64 in referenced(rig.job), "its blob is kept"
+
+
+def test_the_top_may_be_the_first(rig: SplitRig) -> None:
+    rig.top_done()
+    rig.deliver("dev-a", "a" * 64)
+    assert rig.job.phase == "open"
+    rig.deliver("dev-b", "b" * 64)
+    assert rig.job.phase == "folding"
+
+
+@pytest.mark.parametrize("changes", [{"round": 2}, {"attempt": 2}])
+def test_an_answer_of_other_work_does_not_count(rig: SplitRig, changes: dict[str, int]) -> None:
+    rig.top_done(**changes)
+    assert not rig.round.top and rig.state.counters == {"stale answers of the top worker": 1}
+
+
+def test_a_second_answer_does_not_count(rig: SplitRig) -> None:
+    rig.top_done()
+    rig.top_done()
+    assert sum(isinstance(one, rec.TopTrained) for one in rig.log) == 1
+
+
+def test_the_top_is_told_who_will_not_come(rig: SplitRig) -> None:
+    rig.now += 1.0
+    rig.feed(ev.Decommissioned, device="dev-a")
+    assert of(rig.last, cmd.TellTop) == [cmd.TellTop(("dev-a",))]
+    rig.feed(ev.Tick)
+    assert not of(rig.last, cmd.TellTop), "once"
+
+
+def test_before_the_deadline_the_top_is_asked_to_finish(rig: SplitRig) -> None:
+    began, asked = rig.now, False
+    while not asked and rig.now < began + 200.0:
+        rig.now += 1.0
+        asked = any(of(rig.feed(ev.Heard, device=device), cmd.FinishTop) for device in ("dev-a", "dev-b"))
+    assert 89.0 <= rig.now - began <= 91.0, "a tenth of the deadline is left for deliveries"
+    rig.feed(ev.Heard, device="dev-a")
+    assert not of(rig.last, cmd.FinishTop), "once"
+
+
+def test_a_top_that_does_not_finish_costs_the_round(rig: SplitRig) -> None:
+    rig.deliver("dev-a", "a" * 64)
+    rig.deliver("dev-b", "b" * 64)
+    rig.now += rig.state.waits.grace_s + 1.0
+    rig.feed(ev.Heard, device="dev-a")
+    repeated = [one for one in rig.log if isinstance(one, rec.RoundRepeated)]
+    assert repeated and "top worker did not finish" in repeated[0].reason
+
+
+def test_a_top_that_fails_pauses_the_job_and_a_cancelled_job_stops_it(rig: SplitRig) -> None:
+    rig.feed(ev.TopFailed, job="job-1", round=1, attempt=1, reason="no certificate")
+    assert rig.job.phase == "paused" and "no certificate" in rig.job.reason
+    assert of(rig.last, cmd.StopTop)
+    other = SplitRig()
+    other.open(a_job())
+    assert of(other.feed(ev.CancelRequested, job="job-1"), cmd.StopTop)
+
+
+def test_a_failure_of_other_work_changes_nothing(rig: SplitRig) -> None:
+    rig.feed(ev.TopFailed, job="job-1", round=7, attempt=1, reason="no certificate")
+    assert rig.job.phase == "open"

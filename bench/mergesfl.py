@@ -99,9 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 complete = False
                 continue
             for skew in options.skews:
-                for run in [*tuning(task, skew), *finals(task, skew, options.seeds)]:
-                    complete &= carry_out(run, until) is not None
-                complete &= all(one.path.is_file() for one in finals(task, skew, options.seeds))
+                tuned = [carry_out(run, until) is not None for run in tuning(task, skew)]
+                # The rates come from these: only now is it known which runs there are.
+                done = [carry_out(run, until) is not None for run in finals(task, skew, options.seeds)]
+                complete &= all(tuned) and all(done)
     write_whole(PAGE, page().encode())
     return 0 if complete else 1
 

@@ -1,10 +1,11 @@
 """FedSpine against its rivals on the virtual fleet; writes `docs/results-fedspine.md`.
 
-    python -m bench.fedspine [--minutes N] [--workers N] [--render]
+    python -m bench.fedspine [--minutes N] [--workers N] [--seeds ...] [--only ...] [--variants ...] [--render]
 
 As `bench/planning.py` (its runs, files and fleet), with 20 local steps a round, the model evaluated at the size that it
-was pruned to. Rates are tuned on the validation split at 50 %. Time to target counts from the first plan to the first
-round whose model has the sparsity asked for and reaches the target.
+was pruned to. All methods have one rate, that of `bench/planning.py`'s tuning for LoRA on this task: tuning each would
+take hours. Time to target counts from the first plan to the first round whose model has the sparsity asked for and
+reaches the target.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench import bandit, planning
-from bench.planning_grid import RATES, TASKS, TUNING_SEED, Method, Run
+from bench.planning_grid import TASKS, Method, Run
 from bench.planning_tables import interval
 from coordinator.core.aggregation.registry import PRUNING
 from muster.testbed import simulated
@@ -28,7 +29,7 @@ from shared.files import write_whole
 
 PAGE = planning.ROOT / "docs" / "results-fedspine.md"
 TASK, ALPHA, SEEDS = "dbpedia14", 1.0, (0, 1, 2)
-TUNING, ROUNDS = 6, 16
+RATE, ROUNDS = 0.02, 12
 SPARSITY = {"half": 0.5, "third": 0.3}
 WHOLE = "hetlora"
 METHODS = (*PRUNING, WHOLE)
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so many; 0: no limit")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--variants", nargs="+", choices=sorted(SPARSITY), default=list(SPARSITY))
     parser.add_argument("--render", action="store_true", help="only write the page from the runs that are there")
     options = parser.parse_args(argv)
     complete = True
@@ -51,30 +55,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
         with Session(options.workers) as session:
-            complete = planning._run_all(tuning_runs(), until, session)
-            complete = complete and planning._run_all(final_runs(), until, session)
+            asked = (options.seeds, options.variants, options.only)
+            wanted = [run for run in final_runs() if _is_of(run, *asked)]
+            complete = planning._run_all(wanted, until, session)
     write_whole(PAGE, page().encode())
     return 0 if complete else 1
 
 
-def tuning_runs() -> Iterator[Run]:
-    """What chooses each method's rate."""
-    for name in METHODS:
-        for lr in RATES:
-            yield Run(Method(name), TASK, ALPHA, TUNING_SEED, lr, "validation", TUNING, variant="half")
-
-
-def rate(name: str) -> float | None:
-    """The rate with the best quality on the validation split; None: not all were run."""
-    found = []
-    for lr in RATES:
-        run = Run(Method(name), TASK, ALPHA, TUNING_SEED, lr, "validation", TUNING, variant="half")
-        result = planning.result_of(run)
-        if result is None:
-            return None
-        best = simulated.best_quality(result.rounds)
-        found.append((best if best is not None else -math.inf, -lr))
-    return -max(found)[1]
+def _is_of(run: Run, seeds: Sequence[int], variants: Sequence[str], names: Sequence[str]) -> bool:
+    return run.seed in seeds and run.variant in variants and run.method.name in names
 
 
 def final_runs() -> Iterator[Run]:
@@ -82,9 +71,8 @@ def final_runs() -> Iterator[Run]:
     for seed in SEEDS:
         for variant in SPARSITY:
             for name in METHODS:
-                lr = rate(name)
-                if lr is not None and (name != WHOLE or variant == "half"):
-                    yield Run(Method(name), TASK, ALPHA, seed, lr, "test", ROUNDS, variant=variant)
+                if name != WHOLE or variant == "half":
+                    yield Run(Method(name), TASK, ALPHA, seed, RATE, "test", ROUNDS, variant=variant)
 
 
 def results() -> Results:
@@ -140,7 +128,7 @@ def _row(name: str, mine: list[simulated.Result], share: float) -> str:
     if not mine:
         return f"| {name} | - | 0 of {len(SEEDS)} | not run | not run | - | - |"
     cells = [
-        name, f"{rate(name):g}", f"{len(mine)} of {len(SEEDS)}",
+        name, f"{RATE:g}", f"{len(mine)} of {len(SEEDS)}",
         _told([reached(one, share) for one in mine], "{:.0f}"),
         _told([last_quality(one, share) for one in mine], "{:.4f}"),
         _told([simulated.whole_run(one.rounds) / len(one.rounds) for one in mine], "{:.1f}"),

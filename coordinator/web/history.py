@@ -68,6 +68,8 @@ def _tell(story: _Story, record: rec.AnyRecord) -> None:
             old = story.rounds[record.round]
             refused = [*old.refused_updates, f"{record.device}: {record.reason}"]
             story.rounds[record.round] = replace(old, refused_updates=refused)
+        case rec.TopTrained():
+            _tell_round(story, record.round, top=_of_top(record))
         case rec.RoundClosed():
             _tell_round(story, record.round, phase="folding", closed_reason=record.reason)
             for part in story.rounds[record.round].participants:
@@ -105,6 +107,16 @@ def _tell_plan(story: _Story, record: rec.RoundPlanned) -> None:
         round=record.round, phase="open", plan_digest=record.digest, plan_reason=record.plan.reason,
         participants=participants, weights=record.plan.weights,
     )  # fmt: skip
+
+
+def _of_top(record: rec.TopTrained) -> str:
+    samples = sum(update.samples for update in record.updates)
+    tops = "" if len(record.updates) == 1 else f", {len(record.updates)} top models"
+    late = f", {record.dropped} times without a device that was late" if record.dropped else ""
+    return (
+        f"{record.steps} steps, {samples} samples, loss {record.loss:.3f}{tops}{late}; "
+        f"it waited {record.waited_s:.1f} s for features"
+    )
 
 
 def _tell_commit(story: _Story, record: rec.RoundCommitted) -> None:

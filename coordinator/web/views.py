@@ -44,6 +44,8 @@ class RoundView(View, frozen=True, kw_only=True):
     """The modules' scores and those the plan tunes, where the planner chooses among them."""
     participants: list[ParticipantView] = []
     refused_updates: list[str] = []
+    top: str = ""
+    """Of split learning: what the top worker did, in words."""
     closed_reason: str = ""
     adapter: str = ""
     adapter_bytes: int = 0

@@ -97,7 +97,8 @@ def round_in_full(view: RoundView) -> Iterator[Table | Text]:
 def notes(view: RoundView) -> list[str]:
     """What came of the plan that no column of its table tells."""
     told = [(part.device, part.facts.requantized) for part in view.participants if part.facts is not None]
-    return [
+    top = [f"top worker: {view.top}"] if view.top else []
+    return top + [
         f"{device} prune: quantizing its smaller layers anew leaves their weights {error:.2%} off the stored ones"
         for device, error in told
         if error

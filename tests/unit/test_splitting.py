@@ -10,7 +10,10 @@ from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.job import Round
+from coordinator.core.release_records import ReleaseRecord
 from coordinator.performing import referenced
+from coordinator.web.history import job_view
+from muster.cli.tables import notes
 from shared import jobs
 from shared.messages import BlobRef
 from tests.unit.machine_rig import Rig, spec
@@ -135,3 +138,15 @@ def test_a_top_that_fails_pauses_the_job_and_a_cancelled_job_stops_it(rig: Split
 def test_a_failure_of_other_work_changes_nothing(rig: SplitRig) -> None:
     rig.feed(ev.TopFailed, job="job-1", round=7, attempt=1, reason="no certificate")
     assert rig.job.phase == "open"
+
+
+def test_what_the_top_worker_did_is_told(rig: SplitRig) -> None:
+    rig.deliver("dev-a", "a" * 64)
+    rig.deliver("dev-b", "b" * 64)
+    rig.feed(
+        ev.TopDone, job="job-1", round=1, attempt=1, updates=TOP, steps=4, loss=1.25, dropped=2, waited_s=0.5
+    )  # fmt: skip
+    view = job_view([one for one in rig.log if not isinstance(one, ReleaseRecord)], rig.job)
+    told = "4 steps, 32 samples, loss 1.250, 2 times without a device that was late; it waited 0.5 s for features"
+    assert view.rounds[0].top == told
+    assert notes(view.rounds[0]) == [f"top worker: {told}"]

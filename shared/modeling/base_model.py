@@ -6,13 +6,10 @@ every architecture: GPT-2's transposed `Conv1D` becomes an ordinary linear layer
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import importlib
 import json
 import logging
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +21,7 @@ from torch import nn
 
 from shared import bases
 from shared.adapter import Places
+from shared.allocator import give_back
 from shared.jobs import Bits, TaskSpec
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import ModelFault, one_line
@@ -216,8 +214,8 @@ def load(folder: Path, task: TaskSpec, bits: Bits = 32, device: str = "cpu", bea
     model.to(device)
     model.eval()
     model.requires_grad_(False)
-    gc.collect()
-    give_back_memory()
+    # Without it the stored tensors that were read one by one stay resident.
+    give_back()
     return base
 
 
@@ -413,11 +411,3 @@ def _put_packed(base: Base, linear: Linear, parts: dict[str, torch.Tensor]) -> N
     has_bias = base.model.get_submodule(linear.name).bias is not None
     shape = torch.Size((linear.out, linear.inp))
     set_module(base.model, linear.name, from_parts(parts, shape, has_bias, base.bits, base.compute, base.device))
-
-
-def give_back_memory() -> None:
-    """Return freed memory to the system; without it the stored tensors read one by one stay resident."""
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

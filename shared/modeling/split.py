@@ -7,7 +7,6 @@ the output matrix (GPT-2, causal) both parts need it; it stays as stored on both
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
@@ -19,8 +18,9 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from shared.adapter import Adapter
+from shared.allocator import give_back
 from shared.modeling import half, lora
-from shared.modeling.base_model import Base, give_back_memory
+from shared.modeling.base_model import Base
 from shared.modeling.data import IGNORED, Batch
 from shared.modeling.faults import AdapterFault, ModelFault
 from shared.modeling.parameters import set_module
@@ -321,8 +321,7 @@ def _finish(base: Base, which: Literal["lower", "upper"], block: int, tied: set[
     }
     base.groups = []
     base.half = (which, block)
-    gc.collect()
-    give_back_memory()
+    give_back()
 
 
 def _is_tied(model: Any) -> bool:

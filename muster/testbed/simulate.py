@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from coordinator.core.aggregation.registry import PRUNING, create, name_of
+from coordinator.core.aggregation.registry import PRUNING, SPLIT, create, name_of
 from coordinator.core.job import TERMINAL
 from coordinator.core.records import RoundPlanned
 from coordinator.web.history import job_view
@@ -202,10 +202,16 @@ def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
     inputs.check_job(tables, str(path), simulation.devices)
     if tables["task"]["kind"] == "least_squares":
         raise UserError(f"{path}: task.kind least_squares: a simulation trains real models")
+    name = tables.get("strategy", {}).get("name", "")
+    if name in SPLIT:
+        raise UserError(
+            f"{path}: strategy {name}: the simulated wire carries no steps of split learning; use "
+            "muster emulate, or python -m bench.mergesfl"
+        )
     inputs.check_data(simulation.data)
     given = inputs.named_folders(simulation.models)
     inputs.check_base(tables.get("base", {}).get("model", inputs.MINILM), given, simulation.lm)
-    if simulation.oracle and (simulation.replay is not None or tables.get("strategy", {}).get("name") == "legend"):
+    if simulation.oracle and (simulation.replay is not None or name == "legend"):
         raise UserError("--oracle knows nothing of --replay's links, and legend keeps averages of its own")
     if simulation.replay is not None:
         replay.read(simulation.replay, ["one"])

@@ -157,6 +157,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_the_library_says_so_too(asked: Simulation) -> None:
+    with pytest.raises(UserError, match="carries no steps of split learning"):
+        carry_out(replace(asked, strategy="mergesfl"))
     with pytest.raises(UserError, match="unknown profile"):
         carry_out(replace(asked, profile="nothing"), tell=_silent)
 

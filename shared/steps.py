@@ -32,6 +32,7 @@ Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Identity = Annotated[str, Meta(max_length=120)]
 """`identity` of the work: job, round and attempt."""
 MAX_STEP_BYTES = 256 * 1024 * 1024
+"""Of a message, where its receiver does not know better."""
 MAX_PARTS = 2**16 - 1
 _HEAD = struct.Struct("<4sIHH")
 """Mark, number of the message, part, parts."""
@@ -117,9 +118,13 @@ def packets(message: Up | Down, number: int, size: int) -> Iterator[bytes]:
 
 
 class Assembler:
-    """Puts the packets of one sender together. A later message ends an earlier one that lacks packets."""
+    """Puts the packets of one sender together. A later message ends an earlier one that lacks packets.
 
-    def __init__(self, *, down: bool) -> None:
+    `limit`: bytes that a message may have, packets' heads included.
+    """
+
+    def __init__(self, *, down: bool, limit: int = MAX_STEP_BYTES) -> None:
+        self.limit = limit
         self._decoder: msgspec.msgpack.Decoder[Up] | msgspec.msgpack.Decoder[Down] = _DOWN if down else _UP
         self._number = -1
         self._parts: list[bytes | memoryview | None] = []
@@ -139,9 +144,9 @@ class Assembler:
         self._parts[part] = memoryview(payload)[_HEAD.size :]
         self._missing -= 1
         self._bytes += len(payload)
-        if self._bytes > MAX_STEP_BYTES:
+        if self._bytes > self.limit:
             self._number, self._parts = -1, []
-            raise DecodeError(f"a step of more than {MAX_STEP_BYTES} bytes")
+            raise DecodeError(f"a step of more than {self.limit} bytes")
         if self._missing:
             return None
         body = b"".join(piece for piece in self._parts if piece is not None)

@@ -74,6 +74,19 @@ class TopModel:
         rank = self.order.job.strategy.rank
         return {one.name: min(rank, one.out, one.inp) for one in tunable}
 
+    @property
+    def message_bytes(self) -> int:
+        """The largest message of features that a device of this round has reason to send."""
+        config, base = self.base.model.config, self.base
+        if base.kind == "image":
+            tokens, numbers = 1, int(math.prod(config.shape_after(self.order.split.block)))
+        else:
+            tokens = base.max_tokens + 8  # batches are padded to eights
+            numbers = tokens * int(config.hidden_size)
+        # A float, its scale, a target and a mask for each; and the heads of the packets.
+        sample: int = 4 * numbers + 16 * tokens
+        return max(self.order.batches.values()) * sample * 9 // 8 + 64 * 1024
+
     # ---- steps
 
     def part(self, features: steps.Features, device: str) -> split.Part:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ BEAT_S = 2.0
 TICK_S = 0.2
 LOOSE = 8192
 """Packets of gradients that may wait for a slow socket."""
+SMALL = 64 * 1024
+"""Bytes of a message from a device that has no features to send."""
 REMEMBERED = 16
 """Works that are over, whose devices are told so."""
 
@@ -85,6 +88,10 @@ class Link:
         transport.start(self._inbox.put)
         self._transport, self._key, self._fleet = transport, key, fleet
 
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """The largest message of each device from now on; of others none but small ones are taken."""
+        self._assemblers = {device: steps.Assembler(down=False, limit=size) for device, size in sizes.items()}
+
     def close(self) -> None:
         """Leave the broker."""
         if self._transport is not None:
@@ -109,7 +116,7 @@ class Link:
         parsed = topics.parse(received.name)
         if parsed is None or parsed.topic is not topics.UP_STEP:
             return None
-        assembler = self._assemblers.setdefault(parsed.device, steps.Assembler(down=False))
+        assembler = self._assemblers.setdefault(parsed.device, steps.Assembler(down=False, limit=SMALL))
         try:
             message = assembler.add(received.payload)
         except DecodeError as error:
@@ -136,6 +143,7 @@ class Conductor:
                 shutil.rmtree(self._folder / f"step-{step}", ignore_errors=True)
         if 0 not in self.model.held(self._folder):
             self.model.save(self._folder, 0)
+        link.expect(dict.fromkeys(order.batches, self.model.message_bytes))
         self.round = SplitRound(
             order.work, order.batches, steps=order.steps, every=order.job.training.checkpoint_every,
             held=self.model.held(self._folder), run=self._next_run(), step_s=order.split.step_s,
@@ -248,6 +256,8 @@ class TopWorker:
         self._before: Conductor | None = None
         """The round that ended last: its last gradients may be asked for again."""
         self._beaten = 0.0
+        self._owes = False
+        """Whether a request waits for its answer."""
         self._loaded: tuple[tuple[object, ...], Any] | None = None
 
     def serve(self) -> int:
@@ -266,6 +276,9 @@ class TopWorker:
                 self._fail(str(error), operator=isinstance(error, UserError))
             except MemoryError:
                 self._fail("out of memory: the upper part of the model and the merged batch do not fit", operator=True)
+            except Exception as error:  # noqa: BLE001  # the loop: a fault of ours becomes an answer
+                log.exception("a turn failed")
+                self._fail(f"{type(error).__name__}: {error}"[:300], operator=False)
 
     def beat(self, what: str) -> None:
         """Say that work goes on."""
@@ -314,6 +327,7 @@ class TopWorker:
 
     def _begin(self, order: TopRound) -> None:
         self._round = self._before = None
+        self._owes = True
         self._link.open(order.broker, order.fleet, order.name)
         self._round = Conductor(order, self._link, self.beat, self._upper(order))
         self._round.start()
@@ -336,7 +350,7 @@ class TopWorker:
         return self._loaded[1]
 
     def _end(self, done: Conductor) -> None:
-        self._round, self._before = None, done
+        self._round, self._before, self._owes = None, done, False
         self._over.append(done.order.work)
         updates = done.model.updates()
         answer = TopTrained(
@@ -348,9 +362,9 @@ class TopWorker:
 
     def _fail(self, reason: str, *, operator: bool) -> None:
         log.error("%s", reason)
-        if self._round is not None or self._loaded is None:
+        if self._owes:
             self._writer.write(WorkerFailed(reason=reason, operator=operator))
-        self._round = None
+        self._round, self._owes = None, False
 
 
 def _read(reader: FrameReader[ToTop], inbox: queue.SimpleQueue[object]) -> None:

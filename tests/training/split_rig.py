@@ -102,7 +102,6 @@ class Rig:
         base = base_model.load(self.model, self.task, 32)
         split.upper(base, self.asked.block)
         self.top = Conductor(order, self, lambda _what: None, base)  # type: ignore[arg-type]  # we are its link
-        self._in = {device: steps.Assembler(down=False) for device in self.shares}
         self._numbers = self.rng.randrange(2**20) * 1000
         self.top.start()
         return self.top
@@ -147,6 +146,10 @@ class Rig:
         """A device sent a packet."""
         if self.rng.random() >= self.lost:
             self.box.put((device, packet))
+
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """The largest messages: the link's part."""
+        self._in = {device: steps.Assembler(down=False, limit=size) for device, size in sizes.items()}
 
     def send(self, device: str, message: steps.Down) -> None:
         """The top sends a message: the link's part."""

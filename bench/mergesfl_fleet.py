@@ -2,9 +2,9 @@
 
 80 devices of three classes (TX2, NX, AGX: 30, 40, 10; speeds 1 : 2 : 4, power modes and links as in the testbed's
 `jetson` profile). What a round takes follows the paper's cost of a sample: with mu_i and beta_i the seconds to compute
-and to transmit one, a merged step takes max d_i (mu_i + beta_i) over its devices, every device of an unmerged round
-sum over steps of d_i (mu_i + beta_i); models travel before and after. The server's own part counts nothing. Whole
-models (`fedavg`) are trained with the job's batch on devices drawn at random.
+and to transmit one, a merged step takes max d_i (mu_i + beta_i) over its devices, a device of an unmerged round the sum
+of its own; models travel before and after. The server's compute and its link count nothing, which favours splitting.
+Whole models (`fedavg`) are trained with the job's batch on devices drawn at random.
 """
 
 from __future__ import annotations
@@ -279,16 +279,17 @@ class Method:
             ]
             for name, work in works.items()
         }
-        transfer = max(2 * size / world.link(name, number) for name in works)
+        links = {name: 2 * size / world.link(name, number) for name in works}
         if merges(self.name):
-            slowest = [max(took[name][step] for name in works) for step in range(steps)]
-            trained = sum(slowest)
-        else:
+            trained = sum(max(took[name][step] for name in works) for step in range(steps))
+            seconds = trained + max(links.values())
+        else:  # nobody waits for another before the round's end
             trained = max(sum(one) for one in took.values())
+            seconds = max(sum(took[name]) + links[name] for name in works)
         waiting = float(np.mean([1.0 - sum(one) / trained for one in took.values()]))
         self._learn(works, number, timing, took, size)
         moved = sum(2 * size + 2 * feature * work.batch * steps for work in works.values())
-        return Done(reported, trained + transfer, waiting, moved)
+        return Done(reported, seconds, waiting, moved)
 
     def _learn(
         self, works: Mapping[str, Work], number: int, timing: Mapping[str, Timing], took: Mapping[str, list[float]],
@@ -323,6 +324,7 @@ class Method:
             order = SampleOrder(data.rows, self.job.seed, number)
             self.whole.model.train()
             for step in range(work.steps):
+                torch.manual_seed(int(dm.draw(self.job.seed, name, number, step) * 2**40))
                 batch = data.batch(order.take(step * work.batch, work.batch))
                 (loss_sum(self.whole.model, batch, data.kind)[0] / batch.weight).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 advance(optimizer, carried, training, self._rate(number, step))

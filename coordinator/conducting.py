@@ -37,6 +37,8 @@ def run_top(runtime: Runtime, job: Job, base_path: str) -> None:
         )
 
     def reply(answer: Answer) -> None:
+        if round.top:
+            return
         if not isinstance(answer, wire.TopTrained):
             failed(answer.reason if isinstance(answer, wire.WorkerFailed) else type(answer).__name__)
             return
@@ -74,6 +76,7 @@ def tell_top(runtime: Runtime, command: cmd.TellTop | cmd.FinishTop | cmd.StopTo
             top.tell(wire.TopFinish())
         case cmd.StopTop():
             top.drop()
+            top.stop()  # idle, too: it holds half a model
 
 
 def _order(settings: CoordinatorSettings, job: Job, base_path: str, adapter: Path) -> wire.TopRound:
@@ -93,7 +96,8 @@ def _order(settings: CoordinatorSettings, job: Job, base_path: str, adapter: Pat
         name=top_name(settings.name), broker=_broker(settings), base_path=base_path,
         base_digest=job.facts.base_digest, adapter_path=str(adapter), update_path=str(folder / "update"),
         folder=str(folder), batches={device: work.batch for device, work in works.items()},
-        steps=max(work.steps for work in works.values()), split=first.split, merges=merges(job.spec.strategy.name),
+        steps=max(work.steps for work in works.values()), split=first.split,
+        merges=merges(job.spec.strategy.name), over=bool(round.top),
     )  # fmt: skip
 
 

@@ -40,6 +40,8 @@ from shared.version import VERSION
 from shared.vitals import complaint, ready
 
 log = logging.getLogger("edge_daemon")
+LOOSE = 1024
+"""Packets of split learning's steps that may wait for a slow socket."""
 CONFIG = "/etc/muster/edge.toml"
 TICK_S = 0.5
 FIXED = {
@@ -66,7 +68,12 @@ class Service:
         self._gpus = gpus.source(config.agent.gpus, config.telemetry)
         boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         self._transport = MqttTransport(
-            config.broker, config.device, next_epoch=self._store.next_epoch, will=self._will, rng=random.Random()
+            config.broker,
+            config.device,
+            next_epoch=self._store.next_epoch,
+            will=self._will,
+            rng=random.Random(),
+            loose=LOOSE,
         )
         self._transport.subscribe(topics.device_filters(config.fleet, config.device))
         self._known: frozenset[str] | None = None

@@ -143,6 +143,8 @@ def acl(fleet: str, coordinators: Sequence[str], *, readers: Sequence[str] = (),
         lines += [f"topic read {_filter(fleet, UP_STEP, '+')}", f"topic write {_filter(fleet, DOWN_STEP, '+')}"]
     for name in readers:
         lines += ["", f"user {name}", f"topic deny {root}/device/{name}/#", f"topic read {root}/#"]
+        # Features and labels are for the top worker alone.
+        lines += [f"topic deny {_filter(fleet, topic, '+')}" for topic in (UP_STEP, DOWN_STEP)]
     for name in gates:
         lines += ["", f"user {name}", f"topic deny {root}/device/{name}/#"]
         lines += [f"topic read {_filter(fleet, topic, '+')}" for topic in GATE_READS]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from coordinator.workers import protocol as wire
@@ -73,6 +73,8 @@ class _Asked:
     question: Question
     reply: Reply
     tries: int = 0
+    told: list[wire.TopWithout | wire.TopFinish] = field(default_factory=list)
+    """What was said about it since; a new process must hear it, too."""
 
 
 class SubprocessWorker:
@@ -101,7 +103,10 @@ class SubprocessWorker:
 
     def tell(self, message: wire.TopWithout | wire.TopFinish) -> None:
         """Say something about the question under way, if there is one."""
-        if self._current is not None and self._writer is not None:
+        if self._current is None:
+            return
+        self._current.told.append(message)
+        if self._writer is not None:
             try:
                 self._writer.write(message)
             except OSError as error:
@@ -167,7 +172,8 @@ class SubprocessWorker:
             if self._process is None:
                 self._start()
             assert self._writer is not None
-            self._writer.write(self._current.question)
+            for message in (self._current.question, *self._current.told):
+                self._writer.write(message)
         except OSError as error:
             log.warning("the worker can't be reached: %s", error)
             self._post(WorkerSpoke(self._run, None, self._top))

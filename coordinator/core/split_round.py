@@ -3,7 +3,8 @@ to after one of them died. Pure: messages in with the time, what to do out; tens
 
 A *seat* is a device that takes part. Three rules:
 1. A step is taken once the features of every seat that is waited for are there, or `step_s` after the first of them.
-   Who is late then is not waited for any more, until it speaks again: it is told which step is next.
+   Who is late then is not waited for any more, until it speaks again: it is told which step is next. Who is late twice
+   in a row takes part where it is in time, and is not waited for.
 2. After a death all go back to the highest checkpoint that all hold, under a new run. A seat that comes back so late
    that this would cost more than `REACH` checkpoints goes on with its own latest one instead, and the others go on.
 3. What the top worker says may be lost: devices ask again, and are answered again.
@@ -21,6 +22,8 @@ QUERY_S = 1.0
 GATHER_STEPS = 4.0
 """A run begins so many times `step_s` after the first hello without those who are not there: they may load a model."""
 REACH = 2
+PATIENCE = 2
+"""Misses in a row after which a seat is not waited for, and times that it may take all others back."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,10 @@ class _Seat:
     """Steps whose features are there."""
     last: int = 0
     """The step whose gradient it got last in this run."""
+    misses: int = 0
+    """Steps in a row that went on without it."""
+    returns: int = 0
+    """How often it took all others back."""
     gone: bool = False
     """The coordinator says that it will not come."""
 
@@ -139,11 +146,11 @@ class SplitRound:
         if features.step <= self.done:
             if features.step == seat.last:
                 return [Again(device)]
-            seat.waited = True
+            seat.waited = seat.misses < PATIENCE
             return [Say(device, Skip(work=self.work, run=self.run, step=self.done))]
         if features.step > self.done + 2:
             return []
-        seat.waited = True
+        seat.waited = seat.misses < PATIENCE
         seat.ready.add(features.step)
         return self._take_if_due(now)
 
@@ -182,26 +189,35 @@ class SplitRound:
         self.done += 1
         for seat in self._seats.values():
             if self.done in seat.ready:
-                seat.last = self.done
+                seat.last, seat.misses = self.done, 0
             seat.ready = {step for step in seat.ready if step > self.done}
         self._step_until = float("inf")
         if self.done >= self.steps:
             return self.end()
         return self._take_if_due(now)
 
-    def saved(self) -> None:
-        """The worker has a checkpoint of the steps done."""
-        self.held.add(self.done)
+    def untaken(self, now: float) -> list[Action]:
+        """Nobody's features of the last `Take` were any good: the step is still to be done."""
+        self._taking, self._step_until = False, float("inf")
+        return self._take_if_due(now)
+
+    def saved(self, held: Iterable[int]) -> None:
+        """The worker has a checkpoint of the steps done; `held`: all that it has now."""
+        self.held = {0, *held}
 
     def end(self) -> list[Action]:
-        """No step follows."""
+        """No step follows. A worker that has only just begun ends with what it holds."""
+        latest: list[Action] = []
+        if self.phase == "gathering":
+            self.done = max(self.held)
+            latest = [GoTo(self.done)]
         self.phase = "over"
-        return [Say(device, End(work=self.work, run=self.run)) for device in self._seats]
+        return latest + [Say(device, End(work=self.work, run=self.run)) for device in self._seats]
 
     @property
     def due_save(self) -> bool:
         """Whether a checkpoint is due after the step that was just done."""
-        return self.done % self._every == 0 and self.done not in self.held
+        return (self.done % self._every == 0 or self.done >= self.steps) and self.done not in self.held
 
     # ---- decisions
 
@@ -212,17 +228,23 @@ class SplitRound:
         here = {device: seat.held for device, seat in self._seats.items() if seat.held is not None and not seat.gone}
         if not here or (len(here) < len(self._there()) and now < self._gather_until):
             return []
-        common = max(self.held.intersection(*here.values()))
+        # One that is far behind does not take the others with it.
+        reach = max(self.held) - REACH * self._every
+        near = [held for held in here.values() if max(self.held & held) >= reach]
+        common = max(self.held.intersection(*(near or here.values())))
         self.phase, self.done, self._load = "stepping", common, common
         self._step_until = float("inf")
         self.held = {step for step in self.held if step <= common}
         for device in here:
             self._seats[device].waited = True
-        begin = Begin(work=self.work, run=self.run, load=common, step=common)
+        loads = {device: max(step for step in held if step <= common) for device, held in here.items()}
         missing = [device for device in self._there() if device not in here]
         told = f"run {self.run} begins at step {common} with {len(here)} devices"
         note = Note(f"{told}, without {', '.join(missing)}" if missing else told)
-        return [note, GoTo(common), *(Say(device, begin) for device in here)]
+        begun = (
+            Say(device, Begin(work=self.work, run=self.run, load=load, step=common)) for device, load in loads.items()
+        )
+        return [note, GoTo(common), *begun]
 
     def _late(self, device: str, seat: _Seat, hello: Hello, now: float) -> list[Action]:
         """A device says hello while the others are at it: it missed `Begin`, or it is a new process."""
@@ -232,7 +254,9 @@ class SplitRound:
             best = self._load
         elif hello.run != self.run:
             common = max(self.held & told)
-            if common != self.done and self.done - common <= REACH * self._every:
+            near = common != self.done and self.done - common <= REACH * self._every
+            if near and seat.returns < PATIENCE:
+                seat.returns += 1
                 self.run += 1
                 return [Note(f"{device} came back: all go back to step {common} or before"), *self.start(now)]
         seat.held, seat.waited, seat.ready = frozenset(told), True, set()
@@ -254,5 +278,6 @@ class SplitRound:
         self.dropped += len(late)
         for device in late:
             self._seats[device].waited = False
+            self._seats[device].misses += 1
         self._taking = True
         return [*notes, Take(step, ready)]

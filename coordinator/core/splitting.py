@@ -17,8 +17,9 @@ LAST_SHARE = 0.1
 
 
 def entry(job: Job) -> list[cmd.Command]:
-    """What an open round needs of the top worker; the same after a restart."""
-    return [cmd.RunTop(job)] if job.round is not None and job.round.split and not job.round.top else []
+    """What an open round needs of the top worker; the same after a restart. With its part on disk it still answers
+    devices that missed the end."""
+    return [cmd.RunTop(job)] if job.round is not None and job.round.split else []
 
 
 def stopped(job: Job) -> list[cmd.Command]:

@@ -74,6 +74,8 @@ def _split_faults(job: JobSpec) -> list[str]:
     found, strategy = [], job.strategy
     if job.task.kind == "least_squares":
         found.append("task.kind: least_squares has no blocks to split")
+    if strategy.max_share != 1.0:
+        found.append("strategy.max_share: it would cap the top worker's own part, too; it is not for split learning")
     if strategy.split.tuning == "lora":
         return found
     if job.base.targets:

@@ -63,6 +63,8 @@ class TopRound(PipeMessage, frozen=True, kw_only=True):
     """Participant -> samples of a step at most."""
     steps: int
     split: SplitSpec
+    over: bool = False
+    """Its part is on disk already: only tell devices that still ask that the steps are over."""
     merges: bool
     """Whether features are merged into one batch; else every device has a top of its own."""
 

@@ -9,6 +9,7 @@ parameters, trained by the job's AdamW, as on the devices.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import shutil
 from collections.abc import Mapping
@@ -31,8 +32,11 @@ from shared.modeling.faults import AdapterFault
 from shared.modeling.optimizing import advance, learning_rate, optimizer_of, restore, state_of
 
 KEPT = 3
+LARGEST = 1e6
+"""No feature of a sound model is larger; the largest known ones are some ten thousand."""
 _FOLDER = "step-"
 _COPY = "copy/"
+log = logging.getLogger(__name__)
 ALL = ""
 """The one top of all devices, where features are merged."""
 
@@ -65,6 +69,8 @@ class TopModel:
         first = self._state()
         self.copies = {name: Copy(dict(first)) for name in names}
         self._here = names[0]
+        self._most = 0
+        """Samples that are computed at once; 0: all."""
         self._work = hashlib.sha256(f"{order.work}/{order.base_digest}/{order.adapter_path}".encode()).hexdigest()
 
     def _ranks(self) -> dict[str, int]:
@@ -93,6 +99,8 @@ class TopModel:
         """The features of a device as tensors. Raises `DecodeError` for what can't be its features."""
         hidden = tensors.decode(features.hidden)
         samples = hidden.shape[0] if hidden.ndim else 0
+        if len(features.targets) % 4:
+            raise DecodeError(f"targets of {len(features.targets)} bytes")
         if not 0 < samples <= self.order.batches[device]:
             raise DecodeError(f"features of {samples} samples, its batch is {self.order.batches[device]}")
         targets = np.frombuffer(features.targets, "<i4").astype(np.int64)
@@ -106,6 +114,8 @@ class TopModel:
         )  # fmt: skip
         if fault := split.fault(self.base, part):
             raise DecodeError(fault)
+        if float(part.hidden.abs().max()) > LARGEST:
+            raise DecodeError(f"features beyond {LARGEST:g}")
         return part
 
     def _by_token(self, values: Any, samples: int, what: str) -> Any:
@@ -120,17 +130,38 @@ class TopModel:
         rate = self._rate(done)
         with half.fast_products(self.base.device):
             if self.order.merges:
-                answers = split.merged_step(self.base, list(parts.values()))
+                answers = self._merged(list(parts.values()))
                 self._advance(ALL, rate, sum(len(part.targets) for part in parts.values()))
                 self.copies[ALL].losses.append(float(np.mean([answer.loss for answer in answers])))
                 return dict(zip(parts, answers, strict=True))
             found = {}
             for device, part in parts.items():
                 self._enter(device)
-                found[device] = split.separate_step(self.base, part)
+                found[device] = self._merged([part])[0]
                 self._advance(device, rate, len(part.targets))
                 self.copies[device].losses.append(found[device].loss)
             return found
+
+    def _merged(self, parts: list[split.Part]) -> list[split.Answer]:
+        """One backward pass; where memory does not hold all at once, in pieces. Raises `DecodeError` where it gives no
+        numbers; nothing is changed then."""
+        while True:
+            try:
+                answers = split.merged_step(self.base, parts, self._most)
+                break
+            except (MemoryError, RuntimeError) as error:
+                self._optimizer.zero_grad(set_to_none=True)
+                total = self._most or sum(len(part.targets) for part in parts)
+                if total == 1 or self.base.kind == "image" or not _is_out_of_memory(error):
+                    raise
+                self._most = total // 2
+                log.warning("out of memory: the merged batch is computed %d samples at a time", self._most)
+        grads = [tensor.grad for tensor in self.carried.parameters() if tensor.grad is not None]
+        losses = all(math.isfinite(answer.loss) for answer in answers)
+        if not losses or not all(bool(torch.isfinite(grad).all()) for grad in grads):
+            self._optimizer.zero_grad(set_to_none=True)
+            raise DecodeError("they make the loss or a gradient no number")
+        return answers
 
     def _rate(self, done: int) -> float:
         order = self.order
@@ -220,3 +251,7 @@ class TopModel:
             self.carried, job=order.job_id, round=order.round, attempt=order.attempt, base_digest=order.base_digest,
             device=order.name if name == ALL else f"{order.name}/{name}",
         )  # fmt: skip
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "memory" in str(error).lower()

@@ -48,8 +48,10 @@ from shared.transport.mqtt import MqttTransport
 log = logging.getLogger(__name__)
 BEAT_S = 2.0
 TICK_S = 0.2
-LOOSE = 8192
+LOOSE = 4096
 """Packets of gradients that may wait for a slow socket."""
+WAITING = 4096
+"""Packets that may wait while a step is computed; what comes beyond them is lost, and sent again."""
 SMALL = 64 * 1024
 """Bytes of a message from a device that has no features to send."""
 REMEMBERED = 16
@@ -85,8 +87,13 @@ class Link:
             clean_start=True, loose=LOOSE,
         )  # fmt: skip
         transport.subscribe(topics.top_filters(fleet))
-        transport.start(self._inbox.put)
+        transport.start(self._take_in)
         self._transport, self._key, self._fleet = transport, key, fleet
+
+    def _take_in(self, event: object) -> None:
+        """On the network's thread: hand on what came."""
+        if not isinstance(event, Received) or self._inbox.qsize() < WAITING:
+            self._inbox.put(event)
 
     def expect(self, sizes: Mapping[str, int]) -> None:
         """The largest message of each device from now on; of others none but small ones are taken."""
@@ -218,18 +225,35 @@ class Conductor:
                 if features is None:
                     raise DecodeError("they are not there")
                 parts[device] = self.model.part(features, device)
-            except DecodeError as error:
-                log.warning("%s: features of %s refused: %s", self.order.work, device, error)
-                self.round.refuse(device, take.step)
-        if parts:
-            self._answer(take.step, self.model.take(parts, take.step - 1))
+            except (DecodeError, ValueError) as error:
+                self._refuse(device, take.step, error)
         self._beat("stepping")
-        actions = self.round.taken(time.monotonic())
+        answers = self._computed(parts, take.step)
+        self._idle_since = time.monotonic()
+        if not answers:
+            return self.round.untaken(self._idle_since)
+        self._answer(take.step, answers)
+        actions = self.round.taken(self._idle_since)
         if self.round.due_save:
             self.model.save(self._folder, self.round.done)
-            self.round.saved()
-        self._idle_since = time.monotonic()
+            self.round.saved(self.model.held(self._folder))
         return actions
+
+    def _computed(self, parts: dict[str, Any], step: int) -> dict[str, Any]:
+        """The answers of the step; whose features make no numbers of it is left out, the largest first."""
+        while parts:
+            try:
+                found: dict[str, Any] = self.model.take(parts, step - 1)
+                return found
+            except DecodeError as error:
+                worst = max(parts, key=lambda device: (float(parts[device].hidden.abs().max()), device))
+                self._refuse(worst, step, error)
+                del parts[worst]
+        return {}
+
+    def _refuse(self, device: str, step: int, error: Exception) -> None:
+        log.warning("%s: features of %s refused: %s", self.order.work, device, error)
+        self.round.refuse(device, step)
 
     def _answer(self, step: int, answers: dict[str, Any]) -> None:
         from shared import tensors
@@ -328,6 +352,12 @@ class TopWorker:
     def _begin(self, order: TopRound) -> None:
         self._round = self._before = None
         self._owes = True
+        if order.over:
+            self._link.open(order.broker, order.fleet, order.name)
+            self._over.append(order.work)
+            self._owes = False
+            self._writer.write(TopTrained(updates=[], steps=0, loss=0.0))
+            return
         self._link.open(order.broker, order.fleet, order.name)
         self._round = Conductor(order, self._link, self.beat, self._upper(order))
         self._round.start()

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from edge_daemon.protocol import Beat, Pause, Progressed, Resume, Shutdown, StepIn, Stop, ToAgent, Train
+from edge_daemon.protocol import Beat, Pause, Progressed, Resume, Shutdown, StepIn, StepOut, Stop, ToAgent, Train
 from shared.errors import DecodeError
 from shared.frames import FrameReader, FrameWriter
 
@@ -62,7 +62,9 @@ class Control:
 
     def send(self, message: Any) -> None:
         """Send one message to the daemon. Raises `PipeClosed` where it is gone."""
-        self._said = time.monotonic()
+        # Packets are no sign of life: the daemon passes them on unread.
+        if not isinstance(message, StepOut):
+            self._said = time.monotonic()
         try:
             self._writer.write(message)
         except BrokenPipeError:

@@ -9,8 +9,11 @@ then that at those weights, exactly, applied to the newer ones.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import shutil
+import statistics
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -26,6 +29,7 @@ from edge_daemon.training.memory import is_out_of_memory
 from edge_daemon.training.step_line import StepLine
 from shared import steps, tensors
 from shared.errors import DecodeError
+from shared.files import write_whole
 from shared.jobs import SplitSpec
 from shared.messages import MAX_CHUNK_BYTES
 from shared.modeling import half, split
@@ -37,7 +41,7 @@ log = logging.getLogger(__name__)
 HELLO_S = 1.0
 KEPT = 3
 """Checkpoints kept, beside that of the start."""
-_FOLDER = "step-"
+_FOLDER, _SECRET = "step-", "noise.key"
 
 
 @dataclass
@@ -83,6 +87,7 @@ class SplitLoop(Loop):
         """Seconds without a gradient after which features are sent again."""
         self.done = 0
         """Steps that the top worker counts as done."""
+        self._secret = self._kept_secret()
 
     @property
     def _split(self) -> SplitSpec:
@@ -102,10 +107,12 @@ class SplitLoop(Loop):
         except Stopped as stop:
             if stop.discard:
                 raise
+            self._take_latest()
             return stop.ended
         finally:
             self._optimizer.zero_grad(set_to_none=True)
             self.base.model.eval()
+        self._take_latest()
         return "complete"
 
     def save(self) -> None:
@@ -117,6 +124,21 @@ class SplitLoop(Loop):
             shutil.rmtree(self.checkpoint_dir / f"{_FOLDER}{step}", ignore_errors=True)
 
     # ---- where to go on
+
+    def _kept_secret(self) -> bytes:
+        """What the noise on features depends on: the device's own, so that nobody else can draw it again."""
+        path = self.checkpoint_dir / _SECRET
+        if not path.is_file():
+            self.checkpoint_dir.mkdir(parents=True, exist_ok=True)
+            write_whole(path, os.urandom(32))
+        return path.read_bytes()
+
+    def _take_latest(self) -> None:
+        """Work that ends before it was let go on again ends with its last checkpoint."""
+        if self.position.step or not (held := [step for step in self._held() if step]):
+            return
+        self._load(held[-1])
+        log.info("ends with its checkpoint of step %d", held[-1])
 
     def _prepare(self) -> None:
         """See to it that every checkpoint there is one of this work, and that of the start is there."""
@@ -151,7 +173,15 @@ class SplitLoop(Loop):
                     pass
 
     def _go_to(self, begin: steps.Begin) -> None:
-        found = load_checkpoint(self.checkpoint_dir / f"{_FOLDER}{begin.load}", self._work)
+        self._load(begin.load)
+        # Those of later steps are of a run that is over.
+        for step in [step for step in self._held() if step > begin.load]:
+            shutil.rmtree(self.checkpoint_dir / f"{_FOLDER}{step}", ignore_errors=True)
+        self.done = begin.step
+        log.info("run %d goes on at step %d, from checkpoint %d", begin.run, begin.step, begin.load)
+
+    def _load(self, step: int) -> None:
+        found = load_checkpoint(self.checkpoint_dir / f"{_FOLDER}{step}", self._work)
         limit = self.batch_limit or self.position.batch_limit
         if found is not None:
             position, state = found
@@ -160,8 +190,6 @@ class SplitLoop(Loop):
                 self.position = position
         if limit and self.position.batch > limit:
             self.position.batch = self.position.batch_limit = limit
-        self.done = begin.step
-        log.info("run %d goes on at step %d, from checkpoint %d", begin.run, begin.step, begin.load)
 
     # ---- steps
 
@@ -175,15 +203,15 @@ class SplitLoop(Loop):
             if not under_way:
                 return True
             first = under_way[0]
-            again_at = first.sent_at + self.again_s
+            usual = statistics.median(self.position.waits[-9:]) if self.position.waits else 0.0
+            again_at = first.sent_at + max(self.again_s, 3.0 * usual)
             match self._line.receive("waiting for the gradient", again_at):
                 case None:
                     if time.monotonic() >= again_at:
                         self._line.send(first.message)
                         first.sent_at = time.monotonic()
                 case steps.Gradient(run=self._line.run, step=first.step) as gradient:
-                    if self._learn(first, gradient):
-                        under_way.popleft()
+                    self._take(first, gradient, under_way)
                 case steps.Skip(run=self._line.run) as skip if skip.step >= first.step:
                     under_way.clear()
                     self.done = skip.step
@@ -194,6 +222,18 @@ class SplitLoop(Loop):
                     return True
                 case _:
                     pass
+
+    def _take(self, first: Sent, gradient: steps.Gradient, under_way: deque[Sent]) -> None:
+        """Learn from a gradient; where there is no room for that, go on with smaller batches, one step poorer."""
+        try:
+            if self._learn(first, gradient):
+                under_way.popleft()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            under_way.clear()
+            self._halve(error)
+            self.done = first.step
 
     def _send(self, step: int, ahead: int) -> Sent:
         """Compute the features of the next batch and send them; a batch that does not fit is halved until it does."""
@@ -225,7 +265,8 @@ class SplitLoop(Loop):
             value.requires_grad_(named[own].requires_grad)
         given = {self._names[own]: value for own, value in values.items()}
         hidden = torch.func.functional_call(self._runner, given, (batch,))
-        generator = torch.Generator(device=hidden.device).manual_seed(seed)
+        noise = hashlib.sha256(self._secret + f"{self.assignment.round}/{place}".encode()).digest()
+        generator = torch.Generator(device=hidden.device).manual_seed(int.from_bytes(noise[:7], "little"))
         hidden = split.clipped(hidden, asked.clip, asked.noise, generator)
         message = steps.Features(
             work=self._line.work, run=self._line.run, step=step, hidden=tensors.encode(_plain(hidden), asked.codec),

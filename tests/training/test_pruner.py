@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from edge_daemon.training.checkpoint import load_checkpoint
 from msgspec.structs import replace
 
 from edge_daemon.training import loop
@@ -23,6 +22,7 @@ from shared.errors import DecodeError
 from shared.jobs import Bits, TaskSpec
 from shared.messages import Pruning
 from shared.modeling import base_model, lora, pruning
+from shared.modeling.checkpoint import load_checkpoint
 from shared.modeling.data import tokenize
 from shared.norms import change_norm
 from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, global_adapter

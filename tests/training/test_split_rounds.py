@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from edge_daemon.training.loop import Loop
-from shared import adapter
+from shared import adapter, tensors
 from shared.jobs import Bits, SplitSpec, TrainingSpec
 from shared.messages import Assignment, Work
-from shared.modeling import base_model, lora
+from shared.modeling import base_model, lora, split
 from shared.modeling.data import tokenize
 from tests.training.split_rig import Rig
 from tests.training.tiny_models import Pipes, colour_rows, make_bert, write_jsonl
@@ -189,3 +189,69 @@ def test_features_that_are_none_are_refused(still: Path, shares: dict[str, Path]
     rig.finish()
     assert rig.loops["edge-1"].position.step == 3
     assert rig.top.model.copies[""].samples == 3 * 4, "of the honest one alone"
+
+
+@pytest.mark.parametrize("what", ["huge", "not numbers", "odd bytes"])
+def test_what_would_ruin_the_top_is_refused(still: Path, shares: dict[str, Path], tmp_path: Path, what: str) -> None:
+    rig = Rig(tmp_path / "rig", still, {name: shares[name] for name in ("edge-1", "edge-2")}, count=4)
+    bad = rig.loops["edge-2"]
+    inner = bad._line.send
+
+    def spoiled(message: Any) -> None:
+        if hasattr(message, "targets"):
+            values = np.full(np.shape(tensors.decode(message.hidden)), {"huge": 3e37}.get(what, np.nan), np.float32)
+            if what == "odd bytes":
+                message = msgspec.structs.replace(message, targets=memoryview(b"abc"))
+            else:
+                message = msgspec.structs.replace(message, hidden=tensors.encode(values, "fp32"))
+        inner(message)
+
+    bad._line.send = spoiled  # type: ignore[method-assign]  # a device that lies
+    rig.finish()
+    assert all(np.isfinite(value).all() for value in rig.top_values().values())
+    assert rig.loops["edge-1"].position.step == 4 and rig.top.model.copies[""].samples == 4 * 4
+
+
+def test_a_device_that_comes_back_after_the_end_delivers_its_last_checkpoint(
+    still: Path, shares: dict[str, Path], tmp_path: Path
+) -> None:
+    asked = SplitSpec(block=1, codec="fp32", step_s=0.5, overlap=False)
+    rig = Rig(tmp_path / "rig", still, shares, asked=asked)
+    rig.to(5)
+    rig.kill("edge-3")
+    rig.to(rig.count)
+    rig.start("edge-3")
+    rig.finish()
+    assert rig.ended["edge-3"] == "complete" and rig.loops["edge-3"].position.step in (2, 4)
+
+
+def test_the_noise_on_features_is_the_devices_own(still: Path, shares: dict[str, Path], tmp_path: Path) -> None:
+    asked = SplitSpec(block=1, codec="fp32", step_s=5.0, overlap=False, clip=1.0, noise=0.1)
+    found = []
+    for folder in ("one", "two"):
+        rig = Rig(tmp_path / folder, still, {"edge-1": shares["edge-1"]}, asked=asked, count=1)
+        loop = rig.loops["edge-1"]
+        rig.finish()
+        loop.base.model.train()
+        again = [tensors.decode(loop._forward(1, 0).message.hidden).copy() for _ in range(2)]
+        assert np.array_equal(again[0], again[1]), "the same after a rollback"
+        found.append(again[0])
+    assert not np.allclose(found[0], found[1], atol=1e-3), "nobody else can draw it"
+
+
+def test_a_merged_batch_that_does_not_fit_is_computed_in_pieces(
+    still: Path, shares: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calm = Rig(tmp_path / "calm", still, shares, count=3)
+    calm.finish()
+    inner = split.merged_step
+
+    def small(base: Any, parts: Any, most: int = 0) -> Any:
+        if not most or most > 5:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+        return inner(base, parts, most)
+
+    monkeypatch.setattr(split, "merged_step", small)
+    rig = Rig(tmp_path / "rig", still, shares, count=3)
+    rig.finish()
+    close(rig.top_values(), calm.top_values(), 1e-5)

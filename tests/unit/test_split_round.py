@@ -52,7 +52,7 @@ def do(made: SplitRound, devices: Iterable[str], now: float = 1.0) -> list[condu
     assert takes(found) == [(made.done + 1, tuple(sorted(devices)))]
     after = made.taken(now)
     if made.due_save:
-        made.saved()
+        made.saved({*made.held, made.done})
     return after
 
 
@@ -231,8 +231,8 @@ def test_whatever_is_lost_the_steps_come_to_their_end(seed: int) -> None:  # noq
                             held[device] = {*held[device], action.step}
                 todo += made.taken(now)
                 if made.due_save:
-                    made.saved()
                     top_held.add(made.done)
+                    made.saved(top_held)
             if isinstance(action, conduct.Say) and rng.random() < 0.7:
                 device = action.device
                 match action.message:
@@ -251,3 +251,65 @@ def test_whatever_is_lost_the_steps_come_to_their_end(seed: int) -> None:  # noq
         box = []
     assert made.phase == "over" and made.done == steps, f"stuck at {made.done} in {made.phase}"
     assert set(counted) == set(range(1, steps + 1))
+
+
+def test_a_straggler_does_not_take_the_others_to_the_start() -> None:
+    made = a_round("a", "b", "c", steps=60, every=10, held=[30, 40, 50])
+    made.start(0.0)
+    made.on_hello("a", hello(1, [0, 30, 40, 50]), 1.0)
+    made.on_hello("b", hello(1, [0, 40, 50]), 1.0)
+    actions = made.on_hello("c", hello(1, [0, 10]), 1.0)
+    assert conduct.GoTo(50) in actions and made.done == 50
+    assert said(actions, "a") == [Begin(work=WORK, run=1, load=50, step=50)]
+    assert said(actions, "c") == [Begin(work=WORK, run=1, load=10, step=50)], "from what it holds"
+
+
+def test_who_is_late_twice_is_no_longer_waited_for() -> None:
+    made = begun("a", "b")
+    for now in (0.0, 20.0):
+        made.on_features("a", features(1, made.done + 1), now)
+        assert made.tick(now + 9.0) == []
+        assert takes(made.tick(now + 10.0)) == [(made.done + 1, ("a",))]
+        made.taken(now + 10.0)
+        made.on_features("b", features(1, made.done), now + 15.0)
+    assert takes(made.on_features("a", features(1, 3), 40.0)) == [(3, ("a",))], "at once"
+    made.taken(40.0)
+    made.on_features("b", features(1, 4), 41.0)
+    made.taken(41.0)
+    assert made.dropped == 2
+
+
+def test_one_device_takes_the_others_back_twice_at_most() -> None:
+    made = begun("a", "b", every=2)
+    for _ in range(conduct.PATIENCE):
+        do(made, "ab")
+        made.on_hello("b", hello(0, [0]), 5.0)
+        for device in "ab":
+            made.on_hello(device, hello(made.run, [0]), 5.0)
+        assert made.done == 0
+    do(made, "ab")
+    actions = made.on_hello("b", hello(0, [0]), 6.0)
+    assert said(actions, "b") == [Begin(work=WORK, run=made.run, load=0, step=1)] and made.phase == "stepping"
+
+
+def test_a_step_of_which_nothing_was_good_is_still_to_be_done() -> None:
+    made = begun("a", "b")
+    made.on_features("a", features(1, 1), 1.0)
+    made.on_features("b", features(1, 1), 1.0)
+    for device in "ab":
+        made.refuse(device, 1)
+    assert made.untaken(2.0) == [] and made.done == 0
+    assert takes(made.on_features("a", features(1, 1), 3.0)) == [(1, ("a",))]
+
+
+def test_the_last_step_is_saved_and_a_new_process_that_must_finish_ends_with_what_it_holds() -> None:
+    made = begun("a", "b", steps=3, every=2)
+    for _ in range(2):
+        do(made, "ab")
+    for device in "ab":
+        made.on_features(device, features(1, 3), 1.0)
+    made.taken(1.0)
+    assert made.phase == "over" and made.due_save, "before the end is said"
+    again = a_round("a", "b", held=[2, 4])
+    again.start(0.0)
+    assert again.end()[0] == conduct.GoTo(4) and again.done == 4

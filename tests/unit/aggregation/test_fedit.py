@@ -21,6 +21,7 @@ from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.aggregation.hetlora import HetLora
 from coordinator.core.aggregation.legend import Legend
+from coordinator.core.aggregation.split import Split
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
 from shared.errors import UserError
@@ -103,7 +104,7 @@ def test_the_registry_knows_every_aggregator_by_its_name() -> None:
     assert {name: type(made[name]) for name in made} == {
         "fsr": FoldStackRecompress, "fresh": Fresh, "fedit": FedIt, "hetlora": HetLora, "flexlora": FlexLora,
         "flora": Flora, "ffa": Ffa, "fedex": FedEx, "legend": Legend, "dense": Dense,
-        "bottleneck": Bottleneck, "fedspine": FedSpine,
+        "bottleneck": Bottleneck, "fedspine": FedSpine, "split": Split,
     }  # fmt: skip
     assert all(aggregator.name == name for name, aggregator in made.items())
     assert isinstance(made["fsr"], FoldStackRecompress) and made["fsr"].energy == 0.5

@@ -144,7 +144,10 @@ def test_case_40_a_passphrase_comes_from_a_file_or_the_environment_alone(
         ("pki sign edge-01 --request none.csr", "--request none.csr: No such file"),
         ("pki sign edge-02 --request edge/edge-01.csr", "request of edge-02: it asks to be edge-01"),
         ("pki sign Edge-01 --request edge/edge-01.csr", "name 'Edge-01': use 2 to 63"),
-        ("pki sign edge-01 --request edge/edge-01.csr --as boss", "--as boss: there are device, coordinator, reader"),
+        (
+            "pki sign edge-01 --request edge/edge-01.csr --as boss",
+            "--as boss: there are device, coordinator, top",
+        ),
         ("pki sign edge-01 --request edge/edge-01.csr --host x", "--host is for servers"),
         ("pki issue broker-1 --as server", "a server needs the names that clients reach it by: --host NAME"),
         ("pki issue broker-1 --as server --host *.x", "neither a host name nor an address"),

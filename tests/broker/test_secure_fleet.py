@@ -63,7 +63,9 @@ def secure_fleet(place: Path) -> Fleet:
 def leaked(fleet: Fleet) -> Iterator[str]:
     """Where a key or the API's token can be seen that should not be: files, arguments and environments."""
     keys = list((fleet.folder / "pki").rglob("*.key"))
-    assert {path.name for path in keys} == {f"{name}.key" for name in ("ca", "server", "coord-1", *DEVICES)}
+    assert {path.name for path in keys} == {
+        f"{name}.key" for name in ("ca", "server", "coord-1", "coord-1-top", *DEVICES)
+    }
     secrets = {path: path.read_text("utf-8").splitlines()[1].encode() for path in keys}
     token = fleet.folder / "coordinator" / "token"
     secrets[token] = token.read_bytes().strip()

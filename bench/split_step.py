@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from paho.mqtt import client as paho
 
-from coordinator.workers.top_worker import LOOSE, Link
+from coordinator.workers.top_link import LOOSE, Link
 from muster.testbed.broker import Broker
 from shared import steps, tensors, topics
 from shared.blob_sender import chunk_limit

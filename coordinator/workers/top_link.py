@@ -1,0 +1,97 @@
+"""The top worker's connection to the broker: steps in, steps out, and what a device may send bounded."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import random
+import time
+from collections.abc import Mapping
+
+import msgspec
+
+from shared import steps, topics
+from shared.blob_sender import chunk_limit
+from shared.errors import DecodeError
+from shared.messages import MAX_CHUNK_BYTES
+from shared.settings import BrokerSettings
+from shared.transport.base import Connected, Outgoing, Received
+from shared.transport.mqtt import MqttTransport
+
+log = logging.getLogger(__name__)
+LOOSE = 4096
+"""Packets of gradients that may wait for a slow socket."""
+WAITING = 4096
+"""Packets that may wait while a step is computed; what comes beyond them is lost, and sent again."""
+SMALL = 64 * 1024
+"""Bytes of a message from a device that has no features to send."""
+
+
+class Link:
+    """The worker's connection; it is kept from round to round."""
+
+    def __init__(self, inbox: queue.SimpleQueue[object]) -> None:
+        self._inbox = inbox
+        self._transport: MqttTransport | None = None
+        self._key: tuple[BrokerSettings, str, str] | None = None
+        self._assemblers: dict[str, steps.Assembler] = {}
+        self._number = int(time.time()) % 2**31
+        self._packet = MAX_CHUNK_BYTES
+        self._fleet = ""
+
+    def open(self, broker: BrokerSettings, fleet: str, name: str) -> None:
+        """Connect as `name`, unless that connection is there. Raises `UserError` for bad certificates."""
+        key = (broker, fleet, name)
+        if key == self._key:
+            return
+        self.close()
+        epochs = iter(range(1, 2**31))
+        # What the broker kept for a former process is of no use: steps are asked for again.
+        transport = MqttTransport(
+            msgspec.structs.replace(broker, session_expiry_s=0), name, lambda: next(epochs), rng=random.Random(),
+            clean_start=True, loose=LOOSE,
+        )  # fmt: skip
+        transport.subscribe(topics.top_filters(fleet))
+        transport.start(self._take_in)
+        self._transport, self._key, self._fleet = transport, key, fleet
+
+    def _take_in(self, event: object) -> None:
+        """On the network's thread: hand on what came."""
+        if not isinstance(event, Received) or self._inbox.qsize() < WAITING:
+            self._inbox.put(event)
+
+    def expect(self, sizes: Mapping[str, int]) -> None:
+        """The largest message of each device from now on; of others none but small ones are taken."""
+        self._assemblers = {device: steps.Assembler(down=False, limit=size) for device, size in sizes.items()}
+
+    def close(self) -> None:
+        """Leave the broker."""
+        if self._transport is not None:
+            self._transport.stop(graceful=False)
+        self._transport = self._key = None
+
+    def connected(self, event: Connected) -> None:
+        """A session stands."""
+        self._packet = chunk_limit(event.max_packet)
+
+    def send(self, device: str, message: steps.Down) -> None:
+        """Hand `message` over to the broker; it may be lost."""
+        if self._transport is None:
+            return
+        self._number += 1
+        name = topics.DOWN_STEP.name(self._fleet, device=device)
+        for packet in steps.packets(message, self._number, self._packet):
+            self._transport.publish(Outgoing(topics.DOWN_STEP, name, packet))
+
+    def read(self, received: Received) -> tuple[str, steps.Up] | None:
+        """The message that a packet completes, with its device."""
+        parsed = topics.parse(received.name)
+        if parsed is None or parsed.topic is not topics.UP_STEP:
+            return None
+        assembler = self._assemblers.setdefault(parsed.device, steps.Assembler(down=False, limit=SMALL))
+        try:
+            message = assembler.add(received.payload)
+        except DecodeError as error:
+            log.warning("%s: a step packet is refused: %s", parsed.device, error)
+            return None
+        return (parsed.device, message) if isinstance(message, steps.Up) else None

@@ -208,7 +208,7 @@ class SplitRound:
     def end(self) -> list[Action]:
         """No step follows. A worker that has only just begun ends with what it holds."""
         latest: list[Action] = []
-        if self.phase == "gathering":
+        if self.phase == "gathering" and self.done < max(self.held):
             self.done = max(self.held)
             latest = [GoTo(self.done)]
         self.phase = "over"
@@ -231,12 +231,12 @@ class SplitRound:
         # One that is far behind does not take the others with it.
         reach = max(self.held) - REACH * self._every
         near = [held for held in here.values() if max(self.held & held) >= reach]
-        common = max(self.held.intersection(*(near or here.values())))
+        common = min(max(self.held & held) for held in (near or here.values()))
         self.phase, self.done, self._load = "stepping", common, common
         self._step_until = float("inf")
         self.held = {step for step in self.held if step <= common}
         for device in here:
-            self._seats[device].waited = True
+            self._seats[device].waited, self._seats[device].misses = True, 0
         loads = {device: max(step for step in held if step <= common) for device, held in here.items()}
         missing = [device for device in self._there() if device not in here]
         told = f"run {self.run} begins at step {common} with {len(here)} devices"
@@ -259,7 +259,7 @@ class SplitRound:
                 seat.returns += 1
                 self.run += 1
                 return [Note(f"{device} came back: all go back to step {common} or before"), *self.start(now)]
-        seat.held, seat.waited, seat.ready = frozenset(told), True, set()
+        seat.held, seat.waited, seat.ready = frozenset(told), seat.misses < PATIENCE, set()
         return [Say(device, Begin(work=self.work, run=self.run, load=best, step=self.done))]
 
     def _take_if_due(self, now: float) -> list[Action]:

@@ -137,7 +137,11 @@ class TopModel:
             found = {}
             for device, part in parts.items():
                 self._enter(device)
-                found[device] = self._merged([part])[0]
+                try:
+                    found[device] = self._merged([part])[0]
+                except DecodeError as error:
+                    log.warning("%s: features of %s refused: %s", self.order.work, device, error)
+                    continue
                 self._advance(device, rate, len(part.targets))
                 self.copies[device].losses.append(found[device].loss)
             return found

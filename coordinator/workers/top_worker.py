@@ -149,6 +149,8 @@ class Conductor:
         self._idle_since = time.monotonic()
         if not answers:
             return self.round.untaken(self._idle_since)
+        for device in parts.keys() - answers.keys():
+            self.round.refuse(device, take.step)
         self._answer(take.step, answers)
         actions = self.round.taken(self._idle_since)
         if self.round.due_save:
@@ -272,6 +274,8 @@ class TopWorker:
         if order.over:
             self._link.open(order.broker, order.fleet, order.name)
             self._over.append(order.work)
+            # Whoever missed the end sends features, of a size that only the model could tell.
+            self._link.expect(dict.fromkeys(order.batches, steps.MAX_STEP_BYTES))
             self._owes = False
             self._writer.write(TopTrained(updates=[], steps=0, loss=0.0))
             return

@@ -231,9 +231,10 @@ class SplitLoop(Loop):
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            # What is under way has the old size: its gradient would not fit what is computed anew.
+            self.done = under_way[-1].step
             under_way.clear()
             self._halve(error)
-            self.done = first.step
 
     def _send(self, step: int, ahead: int) -> Sent:
         """Compute the features of the next batch and send them; a batch that does not fit is halved until it does."""

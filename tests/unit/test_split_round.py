@@ -313,3 +313,21 @@ def test_the_last_step_is_saved_and_a_new_process_that_must_finish_ends_with_wha
     again = a_round("a", "b", held=[2, 4])
     again.start(0.0)
     assert again.end()[0] == conduct.GoTo(4) and again.done == 4
+
+
+def test_steps_that_one_lacks_cost_the_others_no_more_than_it() -> None:
+    made = a_round("a", "b", steps=60, every=5, held=[20, 25, 30])
+    made.start(0.0)
+    made.on_hello("a", hello(1, [0, 25, 30]), 1.0)
+    actions = made.on_hello("b", hello(1, [0, 20]), 1.0)
+    assert conduct.GoTo(20) in actions and made.done == 20
+    assert said(actions, "a") == [Begin(work=WORK, run=1, load=0, step=20)]
+
+
+def test_a_worker_that_must_finish_while_it_asks_again_keeps_what_it_has() -> None:
+    made = begun("a", "b", every=2)
+    for _ in range(3):
+        do(made, "ab")
+    made.on_hello("b", hello(0, [0, 2]), 5.0)
+    assert made.phase == "gathering"
+    assert not [one for one in made.end() if isinstance(one, conduct.GoTo)] and made.done == 3

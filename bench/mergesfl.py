@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ import numpy as np
 from bench.mergesfl_fleet import FEDAVG, Method, RoundOutcome, World
 from coordinator.core.aggregation.registry import SPLIT
 from muster.testbed import digits, inputs, partition
-from muster.testbed.rows import read_rows
+from muster.testbed.rows import read_rows, write_rows
 from shared.files import write_whole
 from shared.jobs import BaseSpec, JobSpec, RoundsSpec, SplitSpec, StrategySpec, TaskSpec, TrainingSpec
 from shared.modeling import base_model, convolutional
@@ -176,12 +177,12 @@ def world(run: Run) -> World:
         else dominant(labels, DEVICES, DOMINANT, run.seed)
     )
     base = base_model.load(model, spec, 32)
-    path = scratch / f"{run.task}-{run.seed}.jsonl"
-    digits.write(path, rows)
+    path = scratch / f"{run.task}-{run.seed}.jsonl.gz"
+    write_rows(path, rows)
     whole = tokenize(str(path), spec, base.tokenizer)
     names = [f"sim-{number + 1:02d}" for number in range(DEVICES)]
-    held = scratch / f"{run.task}-{run.seed}-held.jsonl"
-    digits.write(held, held_out)
+    held = scratch / f"{run.task}-{run.seed}-held.jsonl.gz"
+    write_rows(held, held_out)
     tuning_kind = "full" if run.task == "digits" else "lora"
     job = JobSpec(
         name="bench", base=BaseSpec(model="base"), task=spec, seed=run.seed,
@@ -195,7 +196,7 @@ def world(run: Run) -> World:
     return World(
         folder=scratch, job=job, model=model, held_out=tokenize(str(held), spec, base.tokenizer), seed=run.seed,
         shares={name: _only(whole, share) for name, share in zip(names, shares, strict=True)},
-        labels={name: _counted([labels[i] for i in share]) for name, share in zip(names, shares, strict=True)},
+        labels={name: dict(Counter(str(labels[i]) for i in share)) for name, share in zip(names, shares, strict=True)},
         sample_s=task.sample_s, lower_share=task.lower,
     )  # fmt: skip
 
@@ -218,13 +219,6 @@ def dominant(labels: Sequence[object], devices: int, ratio: float, seed: int) ->
 
 def _only(data: TokenData, share: Sequence[int]) -> TokenData:
     return data._only(np.asarray(share, dtype=np.int64))
-
-
-def _counted(labels: Sequence[object]) -> dict[str, int]:
-    found: dict[str, int] = {}
-    for label in labels:
-        found[str(label)] = found.get(str(label), 0) + 1
-    return found
 
 
 def _digits(scratch: Path, seed: int) -> tuple[TaskSpec, Path, list[dict[str, object]], list[dict[str, object]]]:

@@ -27,23 +27,24 @@ from coordinator.core.aggregation.registry import merges
 from coordinator.core.draw import Draw, drawn
 from coordinator.core.facts import ModelFacts
 from coordinator.core.planning import registry as planning
+from coordinator.core.planning import split_control as control
 from coordinator.core.planning.base import Candidate, FleetView, Planner, RoundReport
 from coordinator.fold import Reported, fold_round
-from coordinator.workers.model_worker import ModelWorker
 from coordinator.workers.protocol import Prepare, Prepared, TopRound
 from coordinator.workers.top_model import TopModel
 from muster.testbed import device_model as dm
+from muster.testbed.virtual_nodes import evaluator
 from shared import adapter
 from shared.adapter import Adapter
-from shared.frames import FrameWriter
 from shared.jobs import JobSpec
 from shared.messages import DatasetFacts, DeviceInfo, Load, UpdateFacts, Work
 from shared.modeling import base_model, evaluation, lora, split
 from shared.modeling.base_model import Base
 from shared.modeling.data import SampleOrder, TokenData
 from shared.modeling.lora import Carried
+from shared.modeling.lower import Lower
 from shared.modeling.objective import loss_sum
-from shared.modeling.optimizing import advance, learning_rate, optimizer_of
+from shared.modeling.optimizing import advance, optimizer_of, rate_of
 from shared.settings import BrokerSettings
 
 FEDAVG = "fedavg"
@@ -89,16 +90,8 @@ class World:
     devices: dict[str, dm.Device] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        kinds, names = list(CLASSES), sorted(self.shares)
-        for number, name in enumerate(names):
-            place = (number * 0.6180339887498949 + dm.draw(self.seed, "classes")) % 1.0
-            kind = kinds[-1]
-            for one in kinds:
-                place -= one.share
-                if place < 0:
-                    kind = one
-                    break
-            self.devices[name] = dm.Device(name, kind, self.seed)
+        drawn_devices = dm.drawn(CLASSES, len(self.shares), self.seed)
+        self.devices = dict(zip(sorted(self.shares), drawn_devices, strict=True))
 
     def speed(self, device: str, round: int) -> float:
         """Of the slowest class at full power: 1."""
@@ -121,18 +114,6 @@ class Timing(NamedTuple):
     transmit: float
 
 
-class _Runner(nn.Module):
-    """A base whose lower part can be computed with a device's own values."""
-
-    def __init__(self, base: Base) -> None:
-        super().__init__()
-        self.model = base.model
-        self._base = [base]
-
-    def forward(self, batch: Any) -> torch.Tensor:
-        return split.features(self._base[0], batch)
-
-
 class Method:
     """A strategy from its first round on. `rows`: of the held-out data that a round is evaluated on; 0: all."""
 
@@ -143,9 +124,8 @@ class Method:
         self.job = msgspec.structs.replace(world.job, strategy=strategy, training=training)
         self._scratch = tempfile.TemporaryDirectory(dir=world.folder)
         self.place = Path(self._scratch.name)
-        worker = ModelWorker(FrameWriter(open("/dev/null", "wb")))  # noqa: SIM115, PTH123 - as long as we are
         given = self.place / "global"
-        prepared = worker.answer(Prepare(job=self.job, base_path=str(world.model), adapter_path=str(given)))
+        prepared = evaluator().answer(Prepare(job=self.job, base_path=str(world.model), adapter_path=str(given)))
         if not isinstance(prepared, Prepared):
             raise RuntimeError(prepared.reason if hasattr(prepared, "reason") else str(prepared))
         self.facts: ModelFacts = prepared.facts
@@ -180,14 +160,9 @@ class Method:
     def divergence(self, batches: Mapping[str, int]) -> float:
         """KL of the label mix of these batches to the fleet's mean mix."""
         names = sorted(self.world.labels)
-        classes = sorted({label for one in self.world.labels.values() for label in one})
-        mixes = np.array([[self.world.labels[name].get(label, 0) for label in classes] for name in names], float)
-        mixes /= mixes.sum(axis=1, keepdims=True)
-        goal = mixes.mean(axis=0)
+        mixes, goal, _ = control.mixes_of([self.world.labels[name] for name in names])
         weights = np.array([batches.get(name, 0) for name in names], float)
-        merged = weights @ mixes / weights.sum()
-        held = merged > 0
-        return float((merged[held] * np.log(merged[held] / goal[held])).sum())
+        return float(control.divergence(weights @ mixes, goal))
 
     def _plan(self, number: int) -> dict[str, Work]:
         view = FleetView(
@@ -234,9 +209,7 @@ class Method:
         carried = lora.carry(
             lower, given, first.ranks, alpha_ratio=training.alpha_ratio, seed=self.job.seed, round=number
         )
-        runner = _Runner(lower)
-        own = {id(tensor): name for name, tensor in carried.named().items()}
-        paths = {own[id(p)]: path for path, p in runner.named_parameters() if id(p) in own}
+        of_values = Lower(lower, carried)
         copies = {name: _copied(carried) for name in works}
         optimizers = {name: optimizer_of(copies[name], training) for name in works}
         orders = {name: SampleOrder(world.shares[name].rows, self.job.seed, number) for name in works}
@@ -245,9 +218,8 @@ class Method:
             hidden, parts = {}, {}
             for name, work in sorted(works.items()):
                 batch = world.shares[name].batch(orders[name].take(step * work.batch, work.batch))
-                values = {paths[key]: value for key, value in copies[name].named().items()}
                 torch.manual_seed(int(dm.draw(self.job.seed, name, number, step) * 2**40))
-                hidden[name] = torch.func.functional_call(runner, values, (batch,))
+                hidden[name] = of_values.features(copies[name].named(), batch)
                 parts[name] = split.Part(
                     _on_the_wire(hidden[name]), batch.targets, None if lower.kind == "image" else batch.mask
                 )
@@ -338,8 +310,8 @@ class Method:
         return Done(reported, seconds, waiting, 2 * size * len(works))
 
     def _rate(self, number: int, step: int) -> float:
-        steps = self.job.rounds.local_steps
-        return learning_rate(self.job.training, (number - 1) * steps + step, self.job.rounds.count * steps)
+        rounds = self.job.rounds
+        return rate_of(self.job.training, number, rounds.count, rounds.local_steps, step)
 
     def _parts(self, block: int) -> tuple[Base, Base]:
         if self.lower is None or self.upper is None:

@@ -123,7 +123,7 @@ def _our_top(broker: BrokerSettings, go: Any, count: int) -> None:
                 here.add(heard[0])
         for device in sorted(here):
             link.send(device, answer)
-    time.sleep(0.5)
+    time.sleep(0.5)  # what was published last is still on its way
     link.close()
 
 
@@ -171,7 +171,7 @@ def _bare_top(broker: BrokerSettings, go: Any, count: int) -> None:
         for name in DEVICES:
             for piece in pieces:
                 client.publish(f"bare/{name}/down", piece, 0)
-    time.sleep(0.5)
+    time.sleep(0.5)  # what was published last is still on its way
     client.loop_stop()
 
 

@@ -129,8 +129,7 @@ class Runtime:
             case Finished():
                 self.step(event.event)
             case WorkerSpoke():
-                for worker in self._workers()[1 if event.top else 0 :][:1]:
-                    worker.on_spoke(event)
+                self._workers()[-1 if event.top else 0].on_spoke(event)
             case Call():
                 event.run()
             case _:

@@ -3,8 +3,7 @@
 The folder holds what transformers' `from_pretrained` takes. Every block has as many heads and channels as the others,
 so that the config can say it; where an architecture's config knows no such number of heads (BERT, RoBERTa, GPT-2; of
 LLaMA's kind one that does not divide the width), a file of model code lies beside it, which `trust_remote_code=True`
-loads. Size, latency and quality are measured against
-the whole model and stand in its card, README.md.
+loads. Size, latency and quality are measured against the whole model and stand in its card, README.md.
 """
 
 from __future__ import annotations

@@ -53,11 +53,12 @@ def start_piped(
         os.close(from_child[1])
     reader: FrameReader[T] = FrameReader(os.fdopen(from_child[0], "rb"), wanted)
     what = (reader, on_message, on_end, name)
-    threading.Thread(target=_read, args=what, name=f"{name}-reader", daemon=True).start()
+    threading.Thread(target=read_all, args=what, name=f"{name}-reader", daemon=True).start()
     return process, FrameWriter(os.fdopen(to_child[1], "wb"))
 
 
-def _read(reader: FrameReader[T], on_message: Callable[[T], None], on_end: Callable[[str], None], name: str) -> None:
+def read_all(reader: FrameReader[T], on_message: Callable[[T], None], on_end: Callable[[str], None], name: str) -> None:
+    """Hand each message on until the pipe ends, then say so once; as in `start_piped`, for either side."""
     problem = ""
     try:
         while (message := reader.read()) is not None:

@@ -10,7 +10,6 @@ import logging
 import math
 import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,9 +23,9 @@ from coordinator.workers.protocol import (
     Prepare,
     Prepared,
     ToWorker,
-    WorkerBeat,
     WorkerFailed,
 )
+from coordinator.workers.pulse import Pulse
 from shared import logs, units
 from shared.errors import DecodeError, UserError
 from shared.files import write_whole
@@ -38,7 +37,6 @@ from shared.tensors import Array
 from shared.units import Group
 
 log = logging.getLogger(__name__)
-BEAT_S = 2.0
 PRECISIONS: tuple[Bits, ...] = (32, 16)
 """What bases compute in: fp32, and bf16 at 16 bits and fewer."""
 
@@ -60,7 +58,9 @@ class ModelWorker:
 
     writer: FrameWriter
     _held: _Held = field(default_factory=_Held)
-    _last_beat: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._pulse = Pulse(self.writer)
 
     def answer(self, request: Prepare | Evaluate) -> Prepared | Evaluated | WorkerFailed:
         """Serve one request. The operator's faults become `WorkerFailed`, one line each."""
@@ -74,11 +74,8 @@ class ModelWorker:
             return WorkerFailed(reason="out of memory while the model was loaded or evaluated", operator=True)
 
     def beat(self, what: str) -> None:
-        """Say that work goes on, at most every `BEAT_S` seconds."""
-        now = time.monotonic()
-        if now - self._last_beat >= BEAT_S:
-            self._last_beat = now
-            self.writer.write(WorkerBeat(what=what))
+        """Say that work goes on, now and then."""
+        self._pulse(what)
 
     def _prepare(self, request: Prepare) -> ModelFacts:
         from shared import adapter

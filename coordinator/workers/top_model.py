@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +26,12 @@ from shared.errors import DecodeError
 from shared.files import write_whole
 from shared.modeling import half, lora, split
 from shared.modeling.base_model import Base
-from shared.modeling.checkpoint import Position, load_checkpoint, save_checkpoint
-from shared.modeling.faults import AdapterFault
-from shared.modeling.optimizing import advance, learning_rate, optimizer_of, restore, state_of
+from shared.modeling.checkpoint import Numbered, Position
+from shared.modeling.faults import AdapterFault, is_out_of_memory
+from shared.modeling.optimizing import advance, optimizer_of, rate_of, restore, state_of
 
-KEPT = 3
 LARGEST = 1e6
 """No feature of a sound model is larger; the largest known ones are some ten thousand."""
-_FOLDER = "step-"
 _COPY = "copy/"
 log = logging.getLogger(__name__)
 ALL = ""
@@ -72,6 +69,7 @@ class TopModel:
         self._most = 0
         """Samples that are computed at once; 0: all."""
         self._work = hashlib.sha256(f"{order.work}/{order.base_digest}/{order.adapter_path}".encode()).hexdigest()
+        self.checkpoints = Numbered(Path(order.folder), self._work)
 
     def _ranks(self) -> dict[str, int]:
         if self.order.split.tuning == "full":
@@ -156,7 +154,7 @@ class TopModel:
             except (MemoryError, RuntimeError) as error:
                 self._optimizer.zero_grad(set_to_none=True)
                 total = self._most or sum(len(part.targets) for part in parts)
-                if total == 1 or self.base.kind == "image" or not _is_out_of_memory(error):
+                if total == 1 or self.base.kind == "image" or not is_out_of_memory(error):
                     raise
                 self._most = total // 2
                 log.warning("out of memory: the merged batch is computed %d samples at a time", self._most)
@@ -169,8 +167,7 @@ class TopModel:
 
     def _rate(self, done: int) -> float:
         order = self.order
-        total = order.job.rounds.count * order.steps
-        return learning_rate(order.job.training, (order.round - 1) * order.steps + done, total)
+        return rate_of(order.job.training, order.round, order.job.rounds.count, order.steps, done)
 
     def _advance(self, name: str, rate: float, samples: int) -> None:
         advance(self._optimizer, self.carried, self.order.job.training, rate)
@@ -189,31 +186,18 @@ class TopModel:
 
     # ---- checkpoints and the end
 
-    def held(self, folder: Path) -> list[int]:
-        """Steps of the checkpoints there."""
-        found = (path.name.removeprefix(_FOLDER) for path in folder.glob(f"{_FOLDER}*"))
-        return sorted(int(step) for step in found if step.isdecimal())
-
-    def usable(self, folder: Path, step: int) -> bool:
-        """Whether the checkpoint of `step` is whole, and of this work."""
-        return load_checkpoint(folder / f"{_FOLDER}{step}", self._work) is not None
-
-    def save(self, folder: Path, done: int) -> None:
-        """Write the checkpoint of `done` steps; the oldest beyond `KEPT` goes, that of the start stays."""
+    def save(self, done: int) -> None:
+        """Write the checkpoint of `done` steps."""
         self.copies[self._here].state = self._state()
-        place = folder / f"{_FOLDER}{done}"
-        place.mkdir(parents=True, exist_ok=True)
         position = Position(step=done)
         for name, copy in self.copies.items():
             position.copies[name] = (copy.samples, copy.losses)
         state = {f"{_COPY}{n}/{key}": value for n, copy in self.copies.items() for key, value in copy.state.items()}
-        save_checkpoint(place, self._work, position, state)
-        for step in [step for step in self.held(folder) if step][:-KEPT]:
-            shutil.rmtree(folder / f"{_FOLDER}{step}", ignore_errors=True)
+        self.checkpoints.save(done, position, state)
 
-    def load(self, folder: Path, step: int) -> bool:
+    def load(self, step: int) -> bool:
         """Go back to the checkpoint of `step`; those of later steps are removed. False: it can't be read."""
-        found = load_checkpoint(folder / f"{_FOLDER}{step}", self._work)
+        found = self.checkpoints.load(step)
         if found is None:
             return False
         position, state = found
@@ -224,8 +208,7 @@ class TopModel:
             copy.samples, copy.losses = samples, list(losses)
         self._optimizer.zero_grad(set_to_none=True)
         restore(self._optimizer, self.carried, self.copies[self._here].state)
-        for later in [one for one in self.held(folder) if one > step]:
-            shutil.rmtree(folder / f"{_FOLDER}{later}", ignore_errors=True)
+        self.checkpoints.drop_after(step)
         return True
 
     def updates(self) -> list[TopUpdate]:
@@ -246,8 +229,7 @@ class TopModel:
     def loss(self) -> float:
         """Mean loss over the last fifth of the steps."""
         tails = [np.mean(copy.losses[-max(1, len(copy.losses) // 5) :]) for copy in self.copies.values() if copy.losses]
-        found = float(np.mean(tails)) if tails else 0.0
-        return found if math.isfinite(found) else 0.0
+        return float(np.mean(tails)) if tails else 0.0
 
     def _update(self, name: str) -> Adapter:
         order = self.order
@@ -255,7 +237,3 @@ class TopModel:
             self.carried, job=order.job_id, round=order.round, attempt=order.attempt, base_digest=order.base_digest,
             device=order.name if name == ALL else f"{order.name}/{name}",
         )  # fmt: skip
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or "memory" in str(error).lower()

@@ -11,7 +11,6 @@ import argparse
 import logging
 import os
 import queue
-import shutil
 import sys
 import threading
 import time
@@ -28,18 +27,18 @@ from coordinator.workers.protocol import (
     TopTrained,
     TopWithout,
     ToTop,
-    WorkerBeat,
     WorkerFailed,
 )
+from coordinator.workers.pulse import Pulse
 from coordinator.workers.top_link import Link
 from shared import logs, steps
 from shared.errors import DecodeError, MusterError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
+from shared.subprocess_pipe import read_all
 from shared.transport.base import Connected, Disconnected, Received, TransportFailed
 
 log = logging.getLogger(__name__)
-BEAT_S = 2.0
 TICK_S = 0.2
 REMEMBERED = 16
 """Works that are over, whose devices are told so."""
@@ -61,16 +60,13 @@ class Conductor:
         self._folder = Path(order.folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.model = TopModel(base, order)
-        for step in self.model.held(self._folder):
-            if not self.model.usable(self._folder, step):
-                log.warning("checkpoint of step %d is not usable", step)
-                shutil.rmtree(self._folder / f"step-{step}", ignore_errors=True)
-        if 0 not in self.model.held(self._folder):
-            self.model.save(self._folder, 0)
+        self.model.checkpoints.check()
+        if 0 not in self.model.checkpoints.held():
+            self.model.save(0)
         link.expect(dict.fromkeys(order.batches, self.model.message_bytes))
         self.round = SplitRound(
             order.work, order.batches, steps=order.steps, every=order.job.training.checkpoint_every,
-            held=self.model.held(self._folder), run=self._next_run(), step_s=order.split.step_s,
+            held=self.model.checkpoints.held(), run=self._next_run(), step_s=order.split.step_s,
         )  # fmt: skip
         self._features: dict[tuple[str, int], steps.Features] = {}
         self._last: dict[str, steps.Gradient] = {}
@@ -125,7 +121,7 @@ class Conductor:
                     self._features.clear()
                     self._last.clear()
                     self._idle_since = time.monotonic()
-                    if not self.model.load(self._folder, step):
+                    if not self.model.load(step):
                         raise UserError(f"checkpoint {step} of {self.order.work} can't be read any more")
                 case conduct.Note(text):
                     log.info("%s: %s", self.order.work, text)
@@ -154,8 +150,8 @@ class Conductor:
         self._answer(take.step, answers)
         actions = self.round.taken(self._idle_since)
         if self.round.due_save:
-            self.model.save(self._folder, self.round.done)
-            self.round.saved(self.model.held(self._folder))
+            self.model.save(self.round.done)
+            self.round.saved(self.model.checkpoints.held())
         return actions
 
     def _computed(self, parts: dict[str, Any], step: int) -> dict[str, Any]:
@@ -198,7 +194,7 @@ class TopWorker:
         self._over: deque[str] = deque(maxlen=REMEMBERED)
         self._before: Conductor | None = None
         """The round that ended last: its last gradients may be asked for again."""
-        self._beaten = 0.0
+        self.beat = Pulse(writer)
         self._owes = False
         """Whether a request waits for its answer."""
         self._loaded: tuple[tuple[object, ...], Any] | None = None
@@ -222,13 +218,6 @@ class TopWorker:
             except Exception as error:  # noqa: BLE001  # the loop: a fault of ours becomes an answer
                 log.exception("a turn failed")
                 self._fail(f"{type(error).__name__}: {error}"[:300], operator=False)
-
-    def beat(self, what: str) -> None:
-        """Say that work goes on."""
-        now = time.monotonic()
-        if now - self._beaten >= BEAT_S:
-            self._beaten = now
-            self._writer.write(WorkerBeat(what=what))
 
     def _handle(self, event: object) -> None:
         match event:
@@ -271,15 +260,13 @@ class TopWorker:
     def _begin(self, order: TopRound) -> None:
         self._round = self._before = None
         self._owes = True
+        self._link.open(order.broker, order.fleet, order.name)
         if order.over:
-            self._link.open(order.broker, order.fleet, order.name)
             self._over.append(order.work)
             # Whoever missed the end sends features, of a size that only the model could tell.
             self._link.expect(dict.fromkeys(order.batches, steps.MAX_STEP_BYTES))
-            self._owes = False
-            self._writer.write(TopTrained(updates=[], steps=0, loss=0.0))
+            self._answer(TopTrained(updates=[], steps=0, loss=0.0))
             return
-        self._link.open(order.broker, order.fleet, order.name)
         self._round = Conductor(order, self._link, self.beat, self._upper(order))
         self._round.start()
 
@@ -301,7 +288,7 @@ class TopWorker:
         return self._loaded[1]
 
     def _end(self, done: Conductor) -> None:
-        self._round, self._before, self._owes = None, done, False
+        self._round, self._before = None, done
         self._over.append(done.order.work)
         updates = done.model.updates()
         answer = TopTrained(
@@ -309,25 +296,17 @@ class TopWorker:
             waited_s=done.waited_s,
         )  # fmt: skip
         log.info("%s: %d steps, loss %.3f", done.order.work, answer.steps, answer.loss)
-        self._writer.write(answer)
+        self._answer(answer)
 
     def _fail(self, reason: str, *, operator: bool) -> None:
         log.error("%s", reason)
+        self._round = None
         if self._owes:
-            self._writer.write(WorkerFailed(reason=reason, operator=operator))
-        self._round, self._owes = None, False
+            self._answer(WorkerFailed(reason=reason, operator=operator))
 
-
-def _read(reader: FrameReader[ToTop], inbox: queue.SimpleQueue[object]) -> None:
-    while True:
-        try:
-            message = reader.read()
-        except (DecodeError, OSError) as error:
-            log.error("pipe from the coordinator is broken: %s", error)
-            message = None
-        inbox.put(_Closed() if message is None else message)
-        if message is None:
-            return
+    def _answer(self, answer: TopTrained | WorkerFailed) -> None:
+        self._writer.write(answer)
+        self._owes = False
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -341,7 +320,8 @@ def main(argv: list[str] | None = None) -> int:
     with os.fdopen(arguments.read_fd, "rb") as read, os.fdopen(arguments.write_fd, "wb") as write:
         worker = TopWorker(FrameWriter(write))
         reader: FrameReader[ToTop] = FrameReader(read, ToTop)  # type: ignore[arg-type]  # a union is no class
-        threading.Thread(target=_read, args=(reader, worker.inbox), name="pipe-reader", daemon=True).start()
+        heard = (reader, worker.inbox.put, lambda _problem: worker.inbox.put(_Closed()), "coordinator")
+        threading.Thread(target=read_all, args=heard, name="pipe-reader", daemon=True).start()
         code = worker.serve()
         # The reading thread may still hold its end of the pipe, which could then not be closed.
         os._exit(code)

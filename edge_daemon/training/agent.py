@@ -40,7 +40,7 @@ from edge_daemon.protocol import (
     Unfit,
 )
 from edge_daemon.training.control import Control, PipeClosed, Stopped
-from edge_daemon.training.memory import MemoryGauge, is_out_of_memory, let_go, resident_bytes, shares_memory
+from edge_daemon.training.memory import MemoryGauge, let_go, resident_bytes, shares_memory
 from shared import logs
 from shared.allocator import give_back
 from shared.errors import DecodeError, UserError
@@ -48,6 +48,7 @@ from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import Bits
 from shared.messages import Assignment, DatasetFacts, UpdateFacts
+from shared.modeling.faults import is_out_of_memory
 
 if TYPE_CHECKING:  # they import torch, which is loaded once the pipe is open
     from edge_daemon.training.loop import Loop

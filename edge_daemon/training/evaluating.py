@@ -15,13 +15,12 @@ from pathlib import Path
 from edge_daemon.protocol import Evaluate, Evaluated, Unfit
 from edge_daemon.training import fetching
 from edge_daemon.training.control import Control, Stopped
-from edge_daemon.training.memory import is_out_of_memory
 from shared import release_pack
 from shared.errors import DecodeError
 from shared.modeling import evaluation, released, weights
 from shared.modeling.base_model import Base
 from shared.modeling.data import DataStore
-from shared.modeling.faults import AdapterFault, BitsFault, DataFault, ModelFault
+from shared.modeling.faults import AdapterFault, BitsFault, DataFault, ModelFault, is_out_of_memory
 from shared.release_messages import MOST, Score
 
 log = logging.getLogger(__name__)

@@ -19,17 +19,17 @@ import torch
 
 from edge_daemon.protocol import Progressed
 from edge_daemon.training.control import Control, PipeClosed, Stopped
-from edge_daemon.training.memory import is_out_of_memory
 from edge_daemon.training.pruner import Pruner
 from shared.messages import Assignment
 from shared.modeling import half
 from shared.modeling.base_model import Base
 from shared.modeling.checkpoint import Position, identity, load_checkpoint, save_checkpoint
 from shared.modeling.data import SampleOrder, TokenData
+from shared.modeling.faults import is_out_of_memory
 from shared.modeling.importance import Scorer, sensitivities
 from shared.modeling.lora import Carried
 from shared.modeling.objective import loss_sum
-from shared.modeling.optimizing import advance, learning_rate, optimizer_of, restore, state_of
+from shared.modeling.optimizing import advance, optimizer_of, rate_of, restore, state_of
 
 log = logging.getLogger(__name__)
 _SCORE = "score/"
@@ -197,9 +197,8 @@ class Loop:
         return mean
 
     def _rate(self) -> float:
-        steps = self.assignment.work.steps
-        place = (self.assignment.round - 1) * steps + self._place()
-        return learning_rate(self.assignment.training, place, self.assignment.rounds * steps)
+        work = self.assignment
+        return rate_of(work.training, work.round, work.rounds, work.work.steps, self._place())
 
     def _place(self) -> int:
         """Steps of the round that are done."""
@@ -221,9 +220,7 @@ class Loop:
         if self.pruner is not None:
             self.carried = self.pruner.restore(tensors, self.carried)
             self._optimizer = self._make_optimizer()
-        if not restore(self._optimizer, self.carried, tensors):
-            log.warning("checkpoint lacks tensors, the work starts again")
-            return
+        restore(self._optimizer, self.carried, tensors)
         if self._scorer is not None:
             scores = {name: tensor for name, tensor in tensors.items() if name.startswith(_SCORE)}
             self._scorer.restore({name.removeprefix(_SCORE): state for name, state in scores.items()})

@@ -1,4 +1,4 @@
-"""How much memory the agent holds; and whether it ran out.
+"""How much memory the agent holds.
 
 Resident memory on the CPU, what torch allocated on a GPU with memory of its own, and both together where the GPU shares
 the machine's: what CUDA allocates there is in no process's resident memory.
@@ -11,15 +11,6 @@ from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
-_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "cannot allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's own, or torch's for CPU or CUDA, known by their text."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in _NO_MEMORY)
 
 
 def resident_bytes() -> int:

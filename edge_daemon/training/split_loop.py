@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
 import statistics
 import time
 from collections import deque
@@ -21,11 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from edge_daemon.training.control import Stopped
 from edge_daemon.training.loop import Diverged, Loop, mixed
-from edge_daemon.training.memory import is_out_of_memory
 from edge_daemon.training.step_line import StepLine
 from shared import steps, tensors
 from shared.errors import DecodeError
@@ -33,15 +30,14 @@ from shared.files import write_whole
 from shared.jobs import SplitSpec
 from shared.messages import MAX_CHUNK_BYTES
 from shared.modeling import half, split
-from shared.modeling.checkpoint import load_checkpoint, save_checkpoint
-from shared.modeling.data import Batch
+from shared.modeling.checkpoint import Numbered
+from shared.modeling.faults import is_out_of_memory
+from shared.modeling.lower import Lower
 from shared.modeling.optimizing import advance, restore, state_of
 
 log = logging.getLogger(__name__)
 HELLO_S = 1.0
-KEPT = 3
-"""Checkpoints kept, beside that of the start."""
-_FOLDER, _SECRET = "step-", "noise.key"
+_SECRET = "noise.key"
 
 
 @dataclass
@@ -58,18 +54,6 @@ class Sent:
     first_at: float = field(default_factory=time.monotonic)
 
 
-class _Runner(nn.Module):
-    """The device's blocks as a module, so that they can be computed with other values of what is trained."""
-
-    def __init__(self, loop: SplitLoop) -> None:
-        super().__init__()
-        self.model = loop.base.model
-        self._base = [loop.base]  # in a list: the base is no module, its model is registered above
-
-    def forward(self, batch: Batch) -> torch.Tensor:
-        return split.features(self._base[0], batch)
-
-
 @dataclass
 class SplitLoop(Loop):
     """A `Loop` whose base is the lower part of the model. `packet`: bytes of the largest packet."""
@@ -80,9 +64,8 @@ class SplitLoop(Loop):
         super().__post_init__()
         work = self.assignment
         self._line = StepLine(self.control, steps.identity(work.job, work.round, work.attempt), self.packet)
-        self._runner = _Runner(self)
-        own = {id(tensor): name for name, tensor in self.carried.named().items()}
-        self._names = {own[id(p)]: name for name, p in self._runner.named_parameters() if id(p) in own}
+        self._lower = Lower(self.base, self.carried)
+        self._checkpoints = Numbered(self.checkpoint_dir, self._work)
         self.again_s = max(2.0, self._split.step_s / 2)
         """Seconds without a gradient after which features are sent again."""
         self.done = 0
@@ -116,12 +99,8 @@ class SplitLoop(Loop):
         return "complete"
 
     def save(self) -> None:
-        """Write a checkpoint under the number of steps done; the oldest beyond `KEPT` goes."""
-        folder = self.checkpoint_dir / f"{_FOLDER}{self.done}"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_checkpoint(folder, self._work, self.position, state_of(self._optimizer, self.carried))
-        for step in [step for step in self._held() if step][:-KEPT]:
-            shutil.rmtree(self.checkpoint_dir / f"{_FOLDER}{step}", ignore_errors=True)
+        """Write a checkpoint under the number of steps done."""
+        self._checkpoints.save(self.done, self.position, state_of(self._optimizer, self.carried))
 
     # ---- where to go on
 
@@ -135,36 +114,28 @@ class SplitLoop(Loop):
 
     def _take_latest(self) -> None:
         """Work that ends before it was let go on again ends with its last checkpoint."""
-        if self.position.step or not (held := [step for step in self._held() if step]):
+        if self.position.step or not (held := [step for step in self._checkpoints.held() if step]):
             return
         self._load(held[-1])
         log.info("ends with its checkpoint of step %d", held[-1])
 
     def _prepare(self) -> None:
         """See to it that every checkpoint there is one of this work, and that of the start is there."""
-        for step in self._held():
-            folder = self.checkpoint_dir / f"{_FOLDER}{step}"
-            if load_checkpoint(folder, self._work) is None:
-                shutil.rmtree(folder, ignore_errors=True)
-        if 0 not in self._held():
-            self.done = 0
+        self._checkpoints.check()
+        if 0 not in self._checkpoints.held():
             self.save()
-
-    def _held(self) -> list[int]:
-        found = (path.name.removeprefix(_FOLDER) for path in self.checkpoint_dir.glob(f"{_FOLDER}*"))
-        return sorted(int(step) for step in found if step.isdecimal())
 
     def _begin(self) -> steps.Begin | None:
         """Say hello until the top worker says where to go on; None: the steps are over."""
         line, due = self._line, 0.0
         while True:
             if time.monotonic() >= due:
-                line.send(steps.Hello(work=line.work, run=line.run, held=self._held()))
+                line.send(steps.Hello(work=line.work, run=line.run, held=self._checkpoints.held()))
                 due = time.monotonic() + HELLO_S
             match line.receive("waiting for the other devices", due):
                 case steps.Query(run=run) if run > line.run:
                     line.run, due = run, 0.0
-                case steps.Begin() as begin if begin.load in self._held():
+                case steps.Begin() as begin if begin.load in self._checkpoints.held():
                     line.run = begin.run
                     return begin
                 case steps.End():
@@ -174,14 +145,12 @@ class SplitLoop(Loop):
 
     def _go_to(self, begin: steps.Begin) -> None:
         self._load(begin.load)
-        # Those of later steps are of a run that is over.
-        for step in [step for step in self._held() if step > begin.load]:
-            shutil.rmtree(self.checkpoint_dir / f"{_FOLDER}{step}", ignore_errors=True)
+        self._checkpoints.drop_after(begin.load)
         self.done = begin.step
         log.info("run %d goes on at step %d, from checkpoint %d", begin.run, begin.step, begin.load)
 
     def _load(self, step: int) -> None:
-        found = load_checkpoint(self.checkpoint_dir / f"{_FOLDER}{step}", self._work)
+        found = self._checkpoints.load(step)
         limit = self.batch_limit or self.position.batch_limit
         if found is not None:
             position, state = found
@@ -264,8 +233,7 @@ class SplitLoop(Loop):
         values |= {own: values[own].clone() for own in copied}
         for own, value in values.items():
             value.requires_grad_(named[own].requires_grad)
-        given = {self._names[own]: value for own, value in values.items()}
-        hidden = torch.func.functional_call(self._runner, given, (batch,))
+        hidden = self._lower.features(values, batch)
         noise = hashlib.sha256(self._secret + f"{self.assignment.round}/{place}".encode()).digest()
         generator = torch.Generator(device=hidden.device).manual_seed(int.from_bytes(noise[:7], "little"))
         hidden = split.clipped(hidden, asked.clip, asked.noise, generator)

@@ -365,8 +365,11 @@ class MemoryTable:
 
 def fleet(profile: str, count: int, seed: int) -> list[Device]:
     """`count` devices of a profile in the shares of its classes, in an order drawn by each device's own hash."""
-    kinds = PROFILES[profile]
-    restless = profile.startswith("jetson")
+    return drawn(PROFILES[profile], count, seed, restless=profile.startswith("jetson"))
+
+
+def drawn(kinds: Sequence[Kind], count: int, seed: int, *, restless: bool = True) -> list[Device]:
+    """`count` devices of these classes, as `fleet`."""
     width = max(2, len(str(count)))
     found = []
     for number in range(count):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,9 +18,3 @@ def rows(seed: int = 0) -> list[dict[str, Any]]:
     order = np.random.default_rng(seed).permutation(len(found.target))
     pictures = np.round(found.data / _LARGEST, 4)
     return [{"image": pictures[i].tolist(), "label": int(found.target[i])} for i in order]
-
-
-def write(path: Path, some: list[dict[str, Any]]) -> Path:
-    """Write rows as JSONL."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
-    return path

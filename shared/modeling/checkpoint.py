@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,3 +83,49 @@ def load_checkpoint(folder: Path, work: str) -> tuple[Position, dict[str, torch.
     except (OSError, SafetensorError, KeyError, msgspec.MsgspecError) as error:
         log.warning("checkpoint %s is not usable, the work starts again: %s", path, error)
         return None
+
+
+class Numbered:
+    """Checkpoints of `work` in `folder`, each under the number of its step: the start, 0, and the last `KEPT`."""
+
+    KEPT = 3
+    _NAME = "step-"
+
+    def __init__(self, folder: Path, work: str) -> None:
+        self._folder = folder
+        self._work = work
+
+    def held(self) -> list[int]:
+        """The steps, rising."""
+        found = (path.name.removeprefix(self._NAME) for path in self._folder.glob(f"{self._NAME}*"))
+        return sorted(int(step) for step in found if step.isdecimal())
+
+    def check(self) -> None:
+        """Remove those that can't be read, or are of other work."""
+        for step in self.held():
+            if self.load(step) is None:
+                self._remove(step)
+
+    def save(self, step: int, position: Position, tensors: dict[str, torch.Tensor]) -> None:
+        """Write that of `step`; the oldest beyond those that are kept goes."""
+        place = self._place(step)
+        place.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(place, self._work, position, tensors)
+        for old in [one for one in self.held() if one][: -self.KEPT]:
+            self._remove(old)
+
+    def load(self, step: int) -> tuple[Position, dict[str, torch.Tensor]] | None:
+        """As `load_checkpoint`."""
+        return load_checkpoint(self._place(step), self._work)
+
+    def drop_after(self, step: int) -> None:
+        """Those of later steps are of a run that is over."""
+        for later in self.held():
+            if later > step:
+                self._remove(later)
+
+    def _place(self, step: int) -> Path:
+        return self._folder / f"{self._NAME}{step}"
+
+    def _remove(self, step: int) -> None:
+        shutil.rmtree(self._place(step), ignore_errors=True)

@@ -23,6 +23,11 @@ def learning_rate(training: TrainingSpec, step: int, steps: int) -> float:
     return training.lr * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
+def rate_of(training: TrainingSpec, round: int, rounds: int, steps: int, done: int) -> float:
+    """Rate of the step after `done` of a round's `steps`, in round `round` (from 1) of the job's `rounds`."""
+    return learning_rate(training, (round - 1) * steps + done, rounds * steps)
+
+
 def optimizer_of(carried: Carried, training: TrainingSpec) -> torch.optim.Optimizer:
     """AdamW over what is trained. Decay of the factors would decay the directions that they took over from the global
     adapter."""

@@ -7,12 +7,8 @@ from pathlib import Path
 import pytest
 
 from coordinator.core import records as rec
-from muster.testbed.broker import free_port
-from muster.testbed.fleet import DeviceSpec, Fleet
-from tests.faults.scene import DEVICES, ROUNDS, Scene, check_whole, trap
-
-pytest.importorskip("torch")
-from tests.training.tiny_models import colour_rows, make_bert, write_jsonl  # noqa: E402 - it needs torch
+from tests.faults.real_scene import RealScene
+from tests.faults.scene import DEVICES, ROUNDS, check_whole, trap
 
 JOB = """
 name = "real"
@@ -44,31 +40,8 @@ worse_by = 10.0
 """
 
 
-class RealScene(Scene):
-    """The scene with the torch agent on a BERT of two layers."""
-
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.marker = self.folder / "killed"
-        self.victim = self.folder / "victim"
-        write_jsonl(self.folder / "held.jsonl", colour_rows(24, seed=99))
-        devices = [
-            DeviceSpec(
-                name,
-                data={"colours": write_jsonl(self.folder / f"{name}.jsonl", colour_rows(48, seed=seed))},
-                # One thread: the same bytes on a machine of any size.
-                settings={"policy": {"foreign_limit": 1000.0}, "agent": {"threads": 1}, **self.settings},
-            )
-            for seed, name in enumerate(DEVICES)
-        ]
-        self.fleet = Fleet(
-            self.folder / "fleet",
-            devices,
-            {"tiny": make_bert(self.folder / "tiny")},
-            limits=False,
-            commands={name: [part.format(scene=self) for part in command] for name, command in self.commands.items()},
-            coordinator={"api": {"port": free_port()}, "waits": {"gather_s": 0.3, "retry_s": 1.0}},
-        )
+class TwoRounds(RealScene):
+    """The scene with the job above."""
 
     def text(self) -> str:
         return JOB.format(rounds=self.rounds, held_out=self.folder / "held.jsonl")
@@ -81,7 +54,7 @@ class RealScene(Scene):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Digest of the adapter of the undisturbed run."""
-    scene = RealScene(tmp_path_factory.mktemp("undisturbed"))
+    scene = TwoRounds(tmp_path_factory.mktemp("undisturbed"))
     view = scene.run(seconds=120.0)
     assert view.state == "finished", view.reason
     assert [r.phase for r in view.rounds] == ["committed"] * ROUNDS
@@ -100,7 +73,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
 )
 def test_killed(tmp_path: Path, undisturbed: str, program: str, command: list[str]) -> None:
     place = "coordinator" if program in ("coordinator", "broker") else DEVICES[0]
-    scene = RealScene(tmp_path, commands={place: command})
+    scene = TwoRounds(tmp_path, commands={place: command})
     view = scene.run(seconds=120.0)
     assert scene.marker.exists(), "the trap never sprang"
     check_whole(scene, view, undisturbed)

@@ -13,12 +13,8 @@ import pytest
 
 from coordinator.core import records as rec
 from coordinator.web.views import JobView
-from muster.testbed.broker import free_port
-from muster.testbed.fleet import DeviceSpec, Fleet
+from tests.faults.real_scene import RealScene
 from tests.faults.scene import Scene
-
-pytest.importorskip("torch")
-from tests.training.tiny_models import colour_rows, make_bert, write_jsonl  # noqa: E402 - it needs torch
 
 DEVICES = tuple(f"edge-0{n}" for n in range(1, 5))
 STEPS, EVERY = 24, 4
@@ -56,26 +52,10 @@ worse_by = 10.0
 """
 
 
-class SplitScene(Scene):
+class SplitScene(RealScene):
     """Four devices that have the lower block of a BERT of two, and the coordinator's top worker with the other."""
 
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.marker = self.folder / "killed"
-        self.victim = self.folder / "victim"
-        write_jsonl(self.folder / "held.jsonl", colour_rows(24, seed=99))
-        devices = [
-            DeviceSpec(
-                name,
-                data={"colours": write_jsonl(self.folder / f"{name}.jsonl", colour_rows(48, seed=seed))},
-                settings={"policy": {"foreign_limit": 1000.0}, "agent": {"threads": 1}},
-            )
-            for seed, name in enumerate(DEVICES)
-        ]
-        self.fleet = Fleet(
-            self.folder / "fleet", devices, {"tiny": make_bert(self.folder / "tiny")}, limits=False,
-            coordinator={"api": {"port": free_port()}, "waits": {"gather_s": 0.3, "retry_s": 1.0}},
-        )  # fmt: skip
+    names = DEVICES
 
     def text(self) -> str:
         return JOB.format(steps=STEPS, every=EVERY, held_out=self.folder / "held.jsonl")

@@ -49,9 +49,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     held_out, rest = found[:400], found[400:]
     mine = [[row for row in rest if (row["label"] < 5) == first] for first in (True, False)]
     return {
-        "a": digits.write(folder / "a.jsonl", mine[0] + mine[1][:50]),
-        "b": digits.write(folder / "b.jsonl", mine[1] + mine[0][:50]),
-        "held out": digits.write(folder / "held_out.jsonl", held_out),
+        "a": write_jsonl(folder / "a.jsonl", mine[0] + mine[1][:50]),
+        "b": write_jsonl(folder / "b.jsonl", mine[1] + mine[0][:50]),
+        "held out": write_jsonl(folder / "held_out.jsonl", held_out),
     }
 
 

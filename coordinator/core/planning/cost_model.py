@@ -260,21 +260,28 @@ def _agent_bytes(need: Demand) -> int:
     return SMALL_AGENT_BYTES if need.kind == "least_squares" else AGENT_BYTES
 
 
-Needs = dict[tuple[float, int | tuple[tuple[str, int], ...]], Demand]
-"""By what is pruned and the ranks, and by the identity of their mapping, which most works of a plan share."""
+Variant = tuple[float, int]
+"""The ratio to which a work prunes the model, and the block at which it splits it; 0: it does not."""
+Needs = dict[tuple[Variant, int | tuple[tuple[str, int], ...]], Demand]
+"""By the variant and the ranks, and by the identity of their mapping, which most works of a plan share."""
 
 
 def _demand_of(facts: ModelFacts, job: JobSpec, work: Work, known: Needs) -> Demand:
     """The demand of `work`; most works of a round share one."""
+    ratio = middle(facts.groups, work.prune) if work.prune is not None else 0.0
+    variant = ratio, work.split.block if work.split is not None else 0
+    found = known.get((variant, id(work.ranks)))
+    if found is None:
+        key = variant, tuple(sorted(work.ranks.items()))
+        found = known.get(key) or _worked_out(facts, job, work, ratio)
+        known[key] = known[variant, id(work.ranks)] = found
+    return found
+
+
+def _worked_out(facts: ModelFacts, job: JobSpec, work: Work, ratio: float) -> Demand:
     if work.split is not None:
         return demand_of(facts, job, work)
-    ratio = middle(facts.groups, work.prune) if work.prune is not None else 0.0
-    found = known.get((ratio, id(work.ranks)))
-    if found is None:
-        key = ratio, tuple(sorted(work.ranks.items()))
-        found = known.get(key) or demand(facts_at(facts, ratio), job, work.ranks)
-        known[key] = known[ratio, id(work.ranks)] = found
-    return found
+    return demand(facts_at(facts, ratio), job, work.ranks)
 
 
 def _with_probe(found: DeviceModel, info: DeviceInfo | None) -> DeviceModel:

@@ -166,6 +166,7 @@ class SplitLoop(Loop):
         """Step by step; False: all go back to a checkpoint."""
         total, depth = self.assignment.work.steps, 2 if self._split.overlap else 1
         under_way: deque[Sent] = deque()
+        asked = False
         while True:
             while len(under_way) < depth and self.done + len(under_way) < total:
                 under_way.append(self._send(self.done + len(under_way) + 1, sum(sent.samples for sent in under_way)))
@@ -187,8 +188,12 @@ class SplitLoop(Loop):
                 case steps.Query(run=run) if run > self._line.run:
                     self._line.run = run
                     return False
-                case steps.End():
+                case steps.End() if asked or first.step < total:
                     return True
+                case steps.End():
+                    # The last gradient may be what was lost: who has it answers with it, and else with the end again.
+                    asked, first.sent_at = True, time.monotonic()
+                    self._line.send(first.message)
                 case _:
                     pass
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edge_daemon.training.loop import Loop
-from shared import adapter, tensors
+from shared import adapter, steps, tensors
 from shared.jobs import Bits, SplitSpec, TrainingSpec
 from shared.messages import Assignment, Work
 from shared.modeling import base_model, lora, split
@@ -255,3 +255,23 @@ def test_a_merged_batch_that_does_not_fit_is_computed_in_pieces(
     rig = Rig(tmp_path / "rig", still, shares, count=3)
     rig.finish()
     close(rig.top_values(), calm.top_values(), 1e-5)
+
+
+def test_a_last_gradient_that_is_lost_is_asked_for_though_the_end_is_said(
+    still: Path, shares: dict[str, Path], tmp_path: Path
+) -> None:
+    calm = Rig(tmp_path / "calm", still, shares, count=4)
+    calm.finish()
+    rig = Rig(tmp_path / "rig", still, shares, count=4)
+    inner, lost = rig.send, []
+
+    def losing(device: str, message: Any) -> None:
+        if isinstance(message, steps.Gradient) and (message.step, device, len(lost)) == (4, "edge-1", 0):
+            lost.append(message)
+        else:
+            inner(device, message)
+
+    rig.send = losing  # type: ignore[method-assign]  # one message does not arrive
+    rig.finish()
+    assert lost and all(loop.position.step == 4 for loop in rig.loops.values())
+    close(rig.values("edge-1"), calm.values("edge-1"), 0.0)

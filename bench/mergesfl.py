@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -61,8 +61,8 @@ class Task(NamedTuple):
 
 TASKS = {
     "digits": Task("digits", 40, 10, 16, (1e-3, 3e-3, 1e-2), 15, 2, 0.04, 0.9, 0.9, (0, 1, 2)),
-    "dbpedia14": Task("dbpedia14", 12, 5, 8, (3e-3, 1e-2), 4, 2, 0.25, 1 / 3, 0.7, (0,), 600),
-    "20news": Task("20news", 12, 5, 8, (3e-3, 1e-2), 4, 2, 0.5, 1 / 3, 0.4, (0,), 600),
+    "dbpedia14": Task("dbpedia14", 15, 5, 8, (3e-3, 1e-2), 5, 1, 0.25, 1 / 3, 0.7, (0, 1, 2), 400),
+    "20news": Task("20news", 15, 5, 8, (3e-3, 1e-2), 5, 1, 0.5, 1 / 3, 0.4, (0, 1, 2), 400),
 }
 
 
@@ -169,8 +169,8 @@ def world(run: Run) -> World:
     task = TASKS[run.task]
     scratch = ROOT / ".demo" / "mergesfl"
     scratch.mkdir(parents=True, exist_ok=True)
-    spec, model, rows, held_out = _digits(scratch, run.seed) if run.task == "digits" else _text(run.task, scratch)
-    labels = [int(row["label"]) if not isinstance(row["label"], str) else row["label"] for row in rows]
+    spec, model, rows, held_out = _digits(scratch, run.seed) if run.task == "digits" else _text(run.task)
+    labels = [row["label"] for row in rows]
     shares = (
         partition.dirichlet(labels, DEVICES, ALPHA, run.seed)
         if run.skew == "dirichlet"
@@ -183,13 +183,13 @@ def world(run: Run) -> World:
     names = [f"sim-{number + 1:02d}" for number in range(DEVICES)]
     held = scratch / f"{run.task}-{run.seed}-held.jsonl.gz"
     write_rows(held, held_out)
-    tuning_kind = "full" if run.task == "digits" else "lora"
+    tuning_kind: Literal["full", "lora"] = "full" if run.task == "digits" else "lora"
     job = JobSpec(
         name="bench", base=BaseSpec(model="base"), task=spec, seed=run.seed,
         rounds=RoundsSpec(count=task.rounds, local_steps=task.steps, sample=SAMPLE, deadline_s=1e6, min_devices=SAMPLE),
         strategy=StrategySpec(
             rank=4, batch=task.batch, batch_min=1, batch_max=4 * task.batch, bits=32,
-            split=SplitSpec(block=task.block, tuning=tuning_kind, overlap=False),
+            split=SplitSpec(block=task.block, tuning=tuning_kind),
         ),
         training=TrainingSpec(schedule="constant"),
     )  # fmt: skip
@@ -227,19 +227,18 @@ def _digits(scratch: Path, seed: int) -> tuple[TaskSpec, Path, list[dict[str, ob
     return TaskSpec(kind="image", dataset="digits", labels=digits.LABELS), model, rows[450:], rows[:450]
 
 
-def _text(name: str, scratch: Path) -> tuple[TaskSpec, Path, list[dict[str, object]], list[dict[str, object]]]:
+def _text(name: str) -> tuple[TaskSpec, Path, list[dict[str, object]], list[dict[str, object]]]:
     """A share of the training rows, and as many of the test rows as an evaluation takes."""
-    del scratch
     folder = Path(os.environ["MUSTER_DATA"])
     found = inputs.data_files(name, folder, lambda _text: None)
-    train, test = read_rows(found.train), read_rows(found.held_out)
+    train, test = read_rows(found.train), read_rows(found.test)
     rng = np.random.default_rng(7)
     some = [train[i] for i in sorted(rng.permutation(len(train))[:8000])]
     held = [test[i] for i in sorted(rng.permutation(len(test))[:1000])]
     labels = sorted({row["label"] for row in train}, key=lambda one: (str(type(one)), one))
     names = [str(one) for one in labels]
-    spec = TaskSpec(kind="classification", dataset=name, labels=names, max_tokens=32 if name == "dbpedia14" else 64)
-    model = inputs.base_model(inputs.MINILM, {}, None, lambda _text: None)
+    spec = TaskSpec(kind="classification", dataset=name, labels=names, max_tokens=32 if name == "dbpedia14" else 48)
+    model = inputs.base_model(inputs.MINILM3_NARROW, {}, None, lambda _text: None)
     return spec, Path(model), some, held
 
 

@@ -2,8 +2,11 @@
 
 80 devices of three classes (TX2, NX, AGX: 30, 40, 10; speeds 1 : 2 : 4, power modes and links as in the testbed's
 `jetson` profile). What a round takes follows the paper's cost of a sample: with mu_i and beta_i the seconds to compute
-and to transmit one, a merged step takes max d_i (mu_i + beta_i) over its devices, a device of an unmerged round the sum
-of its own; models travel before and after. The server's compute and its link count nothing, which favours splitting.
+and to transmit one, a device needs d_i (mu_i + beta_i) for a step, one thing at a time: a third of mu_i forward, its
+features up, their gradient down, the rest of mu_i backward. Merged features wait for the last device; with
+`split.overlap` a device computes and sends its next batch while it waits, with weights that are one step old. Where
+nothing is merged nobody waits for another before the round's end. Models travel before and after. The server's compute
+and its link count nothing, which favours splitting.
 Whole models (`fedavg`) are trained with the job's batch on devices drawn at random.
 """
 
@@ -12,7 +15,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import tempfile
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +44,7 @@ from shared.jobs import JobSpec
 from shared.messages import DatasetFacts, DeviceInfo, Load, UpdateFacts, Work
 from shared.modeling import base_model, evaluation, lora, split
 from shared.modeling.base_model import Base
-from shared.modeling.data import SampleOrder, TokenData
+from shared.modeling.data import Batch, SampleOrder, TokenData
 from shared.modeling.lora import Carried
 from shared.modeling.lower import Lower
 from shared.modeling.objective import loss_sum
@@ -51,6 +55,8 @@ FEDAVG = "fedavg"
 WIRE = 2
 """Bytes of a feature: bf16."""
 MIB = 2**20
+FORWARD = 1 / 3
+"""Of a step's compute."""
 CLASSES = (
     dataclasses.replace(dm.KINDS[0], share=0.375), dataclasses.replace(dm.KINDS[1], share=0.5),
     dataclasses.replace(dm.KINDS[2], share=0.125),
@@ -214,22 +220,45 @@ class Method:
         optimizers = {name: optimizer_of(copies[name], training) for name in works}
         orders = {name: SampleOrder(world.shares[name].rows, self.job.seed, number) for name in works}
         lower.model.train()
+        under_way: deque[dict[str, Sent]] = deque()
         for step in range(first.steps):
-            hidden, parts = {}, {}
-            for name, work in sorted(works.items()):
-                batch = world.shares[name].batch(orders[name].take(step * work.batch, work.batch))
-                torch.manual_seed(int(dm.draw(self.job.seed, name, number, step) * 2**40))
-                hidden[name] = of_values.features(copies[name].named(), batch)
-                parts[name] = split.Part(
-                    _on_the_wire(hidden[name]), batch.targets, None if lower.kind == "image" else batch.mask
-                )
+            while len(under_way) < self._depth and step + len(under_way) < first.steps:
+                ahead = step + len(under_way)
+                sent: dict[str, Sent] = {}
+                for name, work in sorted(works.items()):
+                    batch = world.shares[name].batch(orders[name].take(ahead * work.batch, work.batch))
+                    torch.manual_seed(int(dm.draw(self.job.seed, name, number, ahead) * 2**40))
+                    values = self._values(copies[name])
+                    sent[name] = Sent(of_values.features(values, batch), values, batch)
+                under_way.append(sent)
+            sent = under_way.popleft()
+            parts = {
+                name: split.Part(_on_the_wire(one.hidden), one.batch.targets, one.mask) for name, one in sent.items()
+            }
             for name, answer in top.take(parts, step).items():
-                hidden[name].backward(_on_the_wire(answer.gradient))
-                rate = self._rate(number, step)
-                advance(optimizers[name], copies[name], training, rate)
+                sent[name].hidden.backward(_on_the_wire(answer.gradient))
+                for own, parameter in copies[name].named().items():
+                    parameter.grad = sent[name].values[own].grad
+                advance(optimizers[name], copies[name], training, self._rate(number, step))
+        hidden = {name: one.hidden for name, one in sent.items()}
         reported = [self._reported(copies[name], name, number, work.batch * work.steps) for name, work in works.items()]
         reported += [Reported(f"top/{one.of}", one.samples, Path(one.path)) for one in top.updates()]
         return self._timed(works, number, hidden, carried, reported)
+
+    @property
+    def _depth(self) -> int:
+        """Batches that a device has under way."""
+        return 2 if self.job.strategy.split.overlap else 1
+
+    def _values(self, carried: Carried) -> dict[str, torch.Tensor]:
+        """What is trained, as it is now: a step that is taken before its gradient comes changes the rest."""
+        named = carried.named()
+        return {
+            own: (value.detach().clone() if not own.endswith(split.REMEMBERED) else value.detach()).requires_grad_(
+                value.requires_grad
+            )
+            for own, value in named.items()
+        }
 
     def _timed(
         self, works: Mapping[str, Work], number: int, hidden: Mapping[str, torch.Tensor], carried: Carried,
@@ -253,7 +282,17 @@ class Method:
         }
         links = {name: 2 * size / world.link(name, number) for name in works}
         if merges(self.name):
-            trained = sum(max(took[name][step] for name in works) for step in range(steps))
+            parts = {
+                name: [
+                    (
+                        work.batch * timing[name].compute * world.noise(name, number, step),
+                        work.batch * timing[name].transmit,
+                    )
+                    for step in range(steps)
+                ]
+                for name, work in works.items()
+            }
+            trained = merged_seconds(parts, self._depth)
             seconds = trained + max(links.values())
         else:  # nobody waits for another before the round's end
             trained = max(sum(one) for one in took.values())
@@ -362,6 +401,19 @@ class Method:
         return found
 
 
+class Sent(NamedTuple):
+    """A batch whose features are under way. `values`: of what is trained, as they were."""
+
+    hidden: torch.Tensor
+    values: dict[str, torch.Tensor]
+    batch: Batch
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """As the top model takes it."""
+        return self.batch.mask if self.hidden.dim() == 3 else None
+
+
 class Done(NamedTuple):
     """A round that was trained."""
 
@@ -369,6 +421,31 @@ class Done(NamedTuple):
     seconds: float
     waiting: float
     moved: int
+
+
+def merged_seconds(parts: Mapping[str, Sequence[tuple[float, float]]], depth: int) -> float:
+    """Seconds of a round of merged steps. `parts`: of each device and step the seconds to compute and to transmit;
+    `depth`: batches that a device has under way."""
+    steps = len(next(iter(parts.values())))
+    sent: dict[str, list[float]] = {name: [] for name in parts}
+    free = dict.fromkeys(parts, 0.0)
+
+    def send(name: str, step: int) -> None:
+        if step < steps:
+            compute, transmit = parts[name][step]
+            free[name] += FORWARD * compute + transmit / 2
+            sent[name].append(free[name])
+
+    for name in parts:
+        for step in range(depth):
+            send(name, step)
+    for step in range(steps):
+        merged = max(sent[name][step] for name in parts)
+        for name in parts:
+            compute, transmit = parts[name][step]
+            free[name] = max(free[name], merged) + transmit / 2 + (1.0 - FORWARD) * compute
+            send(name, step + depth)
+    return max(free.values())
 
 
 def _copied(carried: Carried) -> Carried:

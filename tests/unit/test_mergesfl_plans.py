@@ -262,8 +262,24 @@ def test_times_are_learned_by_moving_average_from_own_compute() -> None:
     assert "averaged over 2 rounds" in second.plan(at, given).participants["a"].reasons["split"]
 
 
+def test_what_was_learned_of_a_speed_moves_with_the_probe() -> None:
+    """A power mode that halves the probe doubles a sample's time, before any round at that mode."""
+    at, given, planner = trio(labels=False), spec(kl=9.0), MergeSflPlanner()
+    at = replace(at, candidates=tuple(replace(one, info=replace(one.info, flops=1e9)) for one in at.candidates))
+    plan = planner.plan(at, given)
+    told = {name: result(batch=work.batch, step_s=0.01 * work.batch) for name, work in plan.participants.items()}
+    learned = planner.learn(report(plan, at, given, told))
+    slower = tuple(
+        replace(one, info=replace(one.info, flops=5e8 if one.device == "b" else 1e9)) for one in at.candidates
+    )
+    before, after = (learned.plan(view, given).participants for view in (at, replace(at, candidates=slower)))
+    assert {name: work.batch for name, work in before.items()} == {"a": 16, "b": 16, "c": 16}
+    assert {name: work.batch for name, work in after.items()} == {"a": 16, "b": 8, "c": 16}
+
+
 def test_a_slow_link_lowers_the_batch() -> None:
     at, given, planner = trio(labels=False), spec(kl=9.0), MergeSflPlanner()
+    given = replace(given, strategy=replace(given.strategy, batch_max=16))
     plan = planner.plan(at, given)
     told = {
         name: replace(result(batch=work.batch, step_s=0.16), fetch_s=1.0 if name == "a" else 0.1)

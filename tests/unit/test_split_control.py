@@ -25,6 +25,7 @@ def fleet(
     budget: float = 0.0,
     most: int = 10,
     least: int = 1,
+    waits: bool = False,
 ) -> tuple[Fleet, np.ndarray]:  # type: ignore[type-arg]  # floats
     """Speeds 1:2:4, labels by Dirichlet, some used before."""
     rng = np.random.default_rng(seed)
@@ -34,7 +35,7 @@ def fleet(
     told = [{str(label): round(1000 * share) for label, share in enumerate(row)} for row in labels]
     mixes, goal, _ = control.mixes_of(told)
     rarity = 1.0 / (1 + rng.integers(0, 5, devices))
-    return Fleet(batches, mixes, goal, rarity, budget, least, most), times
+    return Fleet(batches, mixes, goal, rarity, budget, least, most, batches * times if waits else None), times
 
 
 @settings(max_examples=200, deadline=None)
@@ -88,12 +89,13 @@ def brute(group: Fleet) -> float:
     return best
 
 
+@pytest.mark.parametrize("waits", [False, True])
 @pytest.mark.parametrize(("most", "budget"), [(5, 0.0), (4, 150.0), (0, 160.0)])
-def test_selection_against_brute_force_for_12_devices(most: int, budget: float) -> None:
+def test_selection_against_brute_force_for_12_devices(most: int, budget: float, waits: bool) -> None:
     """The best of all selections, but for one fleet in twelve at most, where it is near the best."""
     gaps = []
     for seed in range(12):
-        group, _ = fleet(seed, devices=12, classes=6, most=most, budget=budget, least=2)
+        group, _ = fleet(seed, devices=12, classes=6, most=most, budget=budget, least=2, waits=waits)
         chosen = control.select(group, seed)
         assert group.holds(int(group.batches[chosen].sum())) and (not most or chosen.sum() == most)
         gaps.append(brute(group) - control.fitness(group, chosen))
@@ -114,7 +116,7 @@ def test_selection_is_decided_by_its_seed_and_far_better_than_a_draw() -> None:
 
 
 def test_selection_takes_less_than_a_second_for_80_devices() -> None:
-    group, _ = fleet(1, classes=20, budget=300.0)
+    group, _ = fleet(1, classes=20, budget=300.0, waits=True)
     begun = time.process_time()
     control.select(group, 1)
     assert time.process_time() - begun < 1.0
@@ -165,6 +167,39 @@ def test_no_move_is_left_that_would_lower_the_divergence() -> None:
 
 def chosen_of(*values: bool) -> Bools:
     return np.array(values, dtype=np.bool_)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 300.0]))
+def test_alignment_shortens_waiting_and_keeps_its_bounds(seed: int, budget: float) -> None:
+    one, times = fleet(seed, budget=budget)
+    most = np.random.default_rng(seed).integers(4, 200, len(times))
+    one = one._replace(batches=np.minimum(one.batches, most))
+    chosen = control.select(one, seed)
+    found = control.aligned(one, chosen, one.batches, times, most, 0.01)
+    assert (found[~chosen] == one.batches[~chosen]).all()
+    assert ((found >= 1) & (found <= most))[chosen].all()
+    assert control.waiting(found, chosen, times) <= control.waiting(one.batches, chosen, times) + 1e-12
+    assert control.kl_of(one, chosen, found) <= max(0.01, control.kl_of(one, chosen)) + 1e-9
+    took = (found * times)[chosen].max() / (one.batches * times)[chosen].max()
+    assert took <= control.STRETCH + 1e-9
+    assert not budget or found[chosen].sum() <= max(budget, one.batches[chosen].sum())
+
+
+def test_alignment_by_hand() -> None:
+    # 2 x 5 s and 3 x 3 s: one waits 1 s of 10. In 15 s, the least multiple of both, nobody waits.
+    one = Fleet(np.array([2, 3]), np.ones((2, 1)), np.ones(1), np.ones(2))
+    both, times = np.array([True, True]), np.array([5.0, 3.0])
+    assert control.aligned(one, both, one.batches, times, np.array([9, 9])).tolist() == [3, 5]
+    assert control.aligned(one, both, one.batches, times, np.array([2, 9])).tolist() == [2, 3]
+
+
+def test_who_would_wait_is_left_out_where_labels_do_not_tell() -> None:
+    """Of twelve alike but one whose data fills a third of the step, that one is not selected."""
+    took = np.array([1.0] * 11 + [1 / 3])
+    one = Fleet(np.full(12, 8), np.ones((12, 1)), np.ones(1), np.ones(12), 0.0, 1, 11, took)
+    assert control.select(one, 3).tolist() == [True] * 11 + [False]
+    assert control.fitness(one, np.ones(12, bool)) == pytest.approx(0.01 - 0.05 * (1 - 34 / 36))
 
 
 def test_spare_bandwidth_scales_all_batches_alike() -> None:

@@ -13,7 +13,8 @@ the server takes in, tunes the batches, and spends what bandwidth is left. **Our
 * of more than 200 candidates 200 are drawn by hash and planned over. Phi0 is the mean mix of those.
 * the block of the cut is the job's, or the one of the smallest mu + beta on the median device that its memory holds; it
   stays for the whole job. Of several agents of a device one trains.
-* batches are moved only while KL is above `split.kl`: below it equal finishing times are worth more.
+* batches are moved only while KL is above `split.kl`: below it equal finishing times are worth more. Then they are
+  aligned: whole samples leave up to one of a slow device unused, and a step up to twice as long may leave less.
 * without labels (causal tasks, owners that don't tell them) a device counts as having the mean mix; where none tells
   any, KL is 0 and who was used rarely goes first.
 
@@ -223,12 +224,14 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
         rarity = np.array([1.0 / (1 + self.used.get(draft.place.device, 0)) for draft in drafts])
         # Where neither a number nor bandwidth bounds them all take part.
         asked = job.rounds.sample or (0 if budget else len(drafts))
-        fleet = Fleet(formula, mixes, goal, rarity, budget, job.rounds.min_devices, asked)
+        took = formula * times if self.name == "mergesfl" else None
+        fleet = Fleet(formula, mixes, goal, rarity, budget, job.rounds.min_devices, asked, took)
         seed = _seed(job, view.round)
         chosen = control.select(fleet, seed) if self.name in _SEARCHED else _random(drafts, fleet, job, view.round)
         batches, factor = formula, 1.0
         if self.name == "mergesfl":
             batches = control.tuned(fleet, chosen, times, most, least, strategy.split.kl)
+            batches = control.aligned(fleet, chosen, batches, times, most, strategy.split.kl)
             batches, factor = control.scaled(batches, chosen, most, budget)
         return Control(
             chosen, batches, formula, factor, times, control.kl_of(fleet, chosen, batches), budget, told
@@ -284,7 +287,7 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
         if made.factor > 1.0:
             notes.append(f"scaled by {made.factor:.2f} into spare bandwidth, {formula} by the formula")
         elif batch != formula:
-            notes.append(f"moved from {formula} for more even labels")
+            notes.append(f"moved from {formula} for more even labels or less waiting")
         return word("batch", batch, reading, f"{draft.most} at most", *notes)
 
     def _reason(self, made: Control, cut: Cut, job: JobSpec) -> str:

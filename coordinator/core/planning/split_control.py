@@ -4,12 +4,11 @@
 together, d_i = floor(D (mu_l + beta_l) / (mu_i + beta_i)) with l the fastest; a genetic algorithm that chooses who
 takes part by the Kullback-Leibler divergence of the merged label mix Phi = sum d_i V_i / sum d_i to that of the
 fleet, Phi0 = mean of V_i, under the bandwidth that the server takes in. **Our reading**: operators and
-constants of the search, the fitness
+constants of the search, its fitness, waiting in it, moves of +-1 in place of a dual step, batches aligned to finish
+together, exchanges of one device for another after the search as long as they raise the fitness, and that a number to
+select is met exactly as far as the budget allows. The fitness is
 
-    -KL + 0.02 min(1, used / budget) + 0.01 mean q_i,      q_i = 1 / (1 + times selected),
-
-moves of +-1 in place of a dual step, exchanges of one device for another after the search as long as they raise the
-fitness, and that a number to select is met exactly as far as the budget allows.
+    -KL + 0.02 min(1, used / budget) + 0.01 mean q_i - 0.05 waiting,      q_i = 1 / (1 + times selected),
 
 Arrays have an entry per device: `batches` (samples), `mixes` (devices x classes) with rows of sum 1. A sample has the
 same size everywhere, so the budget is a number of samples. Pure; a seed decides every draw.
@@ -27,9 +26,13 @@ Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
 POPULATION, GENERATIONS, ELITE, TOURNAMENT = 30, 40, 2, 3
-USED, RARE = 0.02, 0.01
+USED, RARE, WAITING = 0.02, 0.01, 0.05
 LEAST_SHARE, LATEST = 0.9, 1.03
 """What a move may leave of a batch by the formula, and make of the longest time."""
+STRETCH = 2.0
+"""What alignment may make of the longest time."""
+LEAST_GAIN = 0.01
+"""Of waiting, below which batches stay as they are."""
 SPARE = 0.05
 """Share of the budget below which nothing is scaled up."""
 
@@ -48,6 +51,8 @@ class Fleet(NamedTuple):
     least: int = 1
     most: int = 0
     """How many may be selected; 0: all."""
+    took: Floats | None = None
+    """Seconds of a step; None: nobody waits."""
 
     @property
     def largest(self) -> int:
@@ -104,7 +109,11 @@ def fitness(fleet: Fleet, chosen: Bools) -> float:
     """What the search maximises; see the module."""
     used = float(fleet.batches[chosen].sum()) / fleet.budget if fleet.budget else 0.0
     rare = float(fleet.rarity[chosen].mean()) if chosen.any() else 0.0
-    return -kl_of(fleet, chosen) + USED * min(1.0, used) + RARE * rare
+    waits = 0.0
+    if fleet.took is not None and chosen.any():
+        took = fleet.took[chosen]
+        waits = 1.0 - float(took.mean() / took.max())
+    return -kl_of(fleet, chosen) + USED * min(1.0, used) + RARE * rare - WAITING * waits
 
 
 def repaired(fleet: Fleet, chosen: Bools, rng: np.random.Generator) -> Bools:
@@ -165,6 +174,10 @@ def _exchanged(fleet: Fleet, chosen: Bools) -> Bools:
         samples = fleet.batches[found].sum() - fleet.batches[inside][:, None] + fleet.batches[outside][None]
         rare = (fleet.rarity[found].sum() - fleet.rarity[inside][:, None] + fleet.rarity[outside][None]) / len(inside)
         after = RARE * rare - divergence(sums, fleet.goal)
+        if fleet.took is not None:
+            rest = np.array([fleet.took[np.delete(inside, place)].max(initial=0.0) for place in range(len(inside))])
+            mean = (fleet.took[found].sum() - fleet.took[inside][:, None] + fleet.took[outside][None]) / len(inside)
+            after -= WAITING * (1.0 - mean / np.maximum(rest[:, None], fleet.took[outside][None]))
         if fleet.budget:
             after += np.where(samples <= fleet.budget, USED * samples / fleet.budget, -np.inf)
         best = int(np.argmax(after))
@@ -207,6 +220,34 @@ def tuned(
         samples += step
         sums, now = sums + step * fleet.mixes[place], float(after[move])
     return batches
+
+
+def aligned(fleet: Fleet, chosen: Bools, batches: Ints, times: Floats, most: Ints, enough: float = 0.0) -> Ints:
+    """Batches of all devices, those `chosen` such that they wait least for each other, in a step up to twice as
+    long: whole samples of a slow device leave up to one of them unused, whatever the formula says.
+
+    KL stays as low as it is, or below `enough`; the budget holds.
+    """
+    index = np.flatnonzero(chosen)
+    pace, mixes, ceiling = times[index], fleet.mixes[index], most[index]
+    now = batches[index]
+    longest = float((now * pace).max())
+    bound = max(enough, float(divergence(now @ mixes, fleet.goal)))
+    multiples = np.arange(1, int(STRETCH * longest / pace.min()) + 1)
+    ends = np.unique(np.multiply.outer(pace, multiples))
+    ends = ends[(ends >= longest * (1 - 1e-9)) & (ends <= STRETCH * longest)]
+    tried = np.clip(np.floor(ends[:, None] / pace + 1e-9).astype(np.int64), 1, ceiling)
+    tried = np.concatenate([now[None], tried])
+    took = tried * pace
+    waits = 1.0 - took.mean(axis=1) / took.max(axis=1)
+    fine = divergence(tried @ mixes, fleet.goal) <= bound + 1e-12
+    if fleet.budget:
+        fine &= tried.sum(axis=1) <= fleet.budget
+    fine[0] = True
+    found = batches.copy()
+    waits[0] -= LEAST_GAIN
+    found[index] = tried[int(np.argmin(np.where(fine, waits, np.inf)))]
+    return found
 
 
 def scaled(batches: Ints, chosen: Bools, most: Ints, budget: float) -> tuple[Ints, float]:

@@ -2,9 +2,11 @@
 
 MergeSFL's moving average, a = 0.8 (its form is our recollection of the paper). Kept are core-seconds per FLOP and
 seconds per byte, so that neither live load nor the block of the cut spoils what was learned; the first measurement
-stands as it is. A device that was not measured takes the cost model's step time at the job's batch. beta counts
-features up and their gradient down at the rate of the device's downloads; 0 as long as that is not known. The wait that
-devices tell (`UpdateFacts.wait_s`) holds the top model and the slowest of the others too, so no beta is made of it.
+stands as it is. Where a device tells its probe, what was learned moves with it: a power mode of last week is not a
+speed of today (our reading). A device that was not measured takes the cost model's step time at the job's batch. beta
+counts features up and their gradient down at the rate of the device's downloads; 0 as long as that is not known. The
+wait that devices tell (`UpdateFacts.wait_s`) holds the top model and the slowest of the others too, so no beta is made
+of it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.cost_model import BITS_TIME, CostModel, measures_link, usable, used_cores
 from coordinator.core.planning.demand import Demand
 from coordinator.core.planning.lower_part import demand_of, own_compute
+from coordinator.core.planning.readings import probed_flops
 from coordinator.core.planning.reasons import plural, seconds
 from coordinator.core.planning.sizing import Seat
 from shared.jobs import Bits
@@ -31,6 +34,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
 
     flop_s: float = 0.0
     """Core-seconds per FLOP at 32 bits."""
+    flops: float = 0.0
+    """FLOP per second of the probe that `flop_s` goes with; 0: none was told."""
     byte_s: float = 0.0
     """Seconds per byte over its link; 0: not known."""
     rounds: int = 0
@@ -74,8 +79,9 @@ class SplitTimes(msgspec.Struct, frozen=True, kw_only=True):
             need = demand_of(report.facts, report.job, work)
             if cores is not None and own.step_s > 0 and own.batch > 0 and own.steps > 0 and need.flop > 0:
                 seen = own.step_s * cores / own.batch / need.flop / BITS_TIME[own.bits]
-                flop_s = _average(found.flop_s, seen, known=found.rounds > 0)
-                found = msgspec.structs.replace(found, flop_s=flop_s, rounds=found.rounds + 1)
+                probe = probed_flops(report.infos.get(device))
+                flop_s = _average(_moved(found, probe), seen, known=found.rounds > 0)
+                found = msgspec.structs.replace(found, flop_s=flop_s, flops=probe, rounds=found.rounds + 1)
             if measures_link(report.adapter_bytes, result.fetch_s):
                 byte_s = _average(found.byte_s, result.fetch_s / report.adapter_bytes, known=found.byte_s > 0)
                 found = msgspec.structs.replace(found, byte_s=byte_s)
@@ -89,7 +95,7 @@ class SplitTimes(msgspec.Struct, frozen=True, kw_only=True):
         found = self.devices.get(place.device, Seen())
         known = model.devices.get(place.device)
         if found.rounds:
-            compute = found.flop_s * need.flop * BITS_TIME[bits] / usable(place.free, known)
+            compute = _moved(found, place.free.flops) * need.flop * BITS_TIME[bits] / usable(place.free, known)
             source = f"averaged over {plural(found.rounds, 'round')}"
         else:
             pace = model.pace(place.device, need, bits, place.free)
@@ -102,6 +108,11 @@ def median(samples: Mapping[str, Sample]) -> str:
     """The device of median mu + beta, the lower one of two."""
     ordered = sorted(samples, key=lambda device: (samples[device].whole, device))
     return ordered[(len(ordered) - 1) // 2]
+
+
+def _moved(found: Seen, probe: float) -> float:
+    """Core-seconds per FLOP on a device that now probes so many FLOP per second."""
+    return found.flop_s * found.flops / probe if found.flops and probe else found.flop_s
 
 
 def _average(before: float, new: float, *, known: bool) -> float:

@@ -80,6 +80,7 @@ class Site:
         server = {
             **reach[SERVER],
             "muster_coordinator_profile": "coordinator",
+            "muster_coordinator_top": True,
             "muster_host_wheel_folders": SHARED,
             "muster_coordinator_settings": {
                 "worker": self._program("coordinator", "numpy_worker"),

@@ -31,6 +31,10 @@ def test_a_site_from_bare_machines(machines: Site) -> None:
     assert states == {"coord-1": "online", TORCH: "ready", SMALL: "ready"}
     keys = [machines.hosts[name].ssh(f"stat -c '%a %U' /etc/muster/pki/{name}.key").stdout.split() for name in DEVICES]
     assert keys == [["400", "root"]] * 2
+    server = machines.hosts[SERVER]
+    shown = "openssl x509 -noout -subject -in /run/credentials/muster-coordinator.service/top.crt"
+    assert "coord-1-top" in server.ssh(shown, root=True).stdout
+    assert 'certfile = "${CREDENTIALS_DIRECTORY}/top.crt"' in server.ssh("cat /etc/muster/coordinator.toml").stdout
     settings = machines.hosts[SMALL].ssh("cat /etc/muster/edge.toml", root=True).stdout
     assert "[release]\nhold_out = 0.125\nshare = 0.25\n" in settings
 

@@ -42,7 +42,7 @@ _SECRET = "noise.key"
 
 @dataclass
 class Sent:
-    """A batch whose features are under way. `values`: of what is trained, as they were."""
+    """A batch whose features are under way. `values`: of what is trained, as they were; `paused_s`: the pauses before."""
 
     step: int
     message: steps.Features
@@ -50,6 +50,8 @@ class Sent:
     values: dict[str, torch.Tensor]
     samples: int
     forward_s: float
+    cpu_s: float
+    paused_s: float
     sent_at: float = field(default_factory=time.monotonic)
     first_at: float = field(default_factory=time.monotonic)
 
@@ -70,6 +72,7 @@ class SplitLoop(Loop):
         """Seconds without a gradient after which features are sent again."""
         self.done = 0
         """Steps that the top worker counts as done."""
+        self._paused_s = 0.0
         self._secret = self._kept_secret()
 
     @property
@@ -80,6 +83,7 @@ class SplitLoop(Loop):
     def run(self) -> str:
         """As `Loop.run`; complete once the top worker's steps are done."""
         self._prepare()
+        self._paused_s = self.control.paused_s
         self.base.model.train()
         try:
             with half.fast_products(self.base.device):
@@ -227,6 +231,7 @@ class SplitLoop(Loop):
 
     def _forward(self, step: int, ahead: int) -> Sent:
         started, place, asked = time.monotonic(), self.position.samples + ahead, self._split
+        cpu_s = time.process_time()
         indices = self._order.take(place, self.position.batch)
         batch = self.data.batch(indices, self.base.device)
         seed = mixed(self.assignment.seed, self.assignment.round, place, self.part)
@@ -247,11 +252,13 @@ class SplitLoop(Loop):
             targets=memoryview(batch.targets.cpu().numpy().astype("<i4").tobytes()),
             mask=memoryview(b"" if self.base.kind == "image" else batch.mask.cpu().numpy().astype("u1").tobytes()),
         )  # fmt: skip
-        return Sent(step, message, hidden, values, len(indices), time.monotonic() - started)
+        took = time.monotonic() - started, time.process_time() - cpu_s
+        return Sent(step, message, hidden, values, len(indices), *took, self.control.paused_s)
 
     def _learn(self, sent: Sent, gradient: steps.Gradient) -> bool:
         """Go back through the blocks and take the step; False for a gradient that does not fit."""
-        waited, started = time.monotonic() - sent.first_at, time.monotonic()
+        started, cpu_s, paused_s = time.monotonic(), time.process_time(), self.control.paused_s
+        waited = started - sent.first_at - (paused_s - sent.paused_s)
         try:
             given = tensors.decode(gradient.hidden)
         except DecodeError as error:
@@ -273,6 +280,9 @@ class SplitLoop(Loop):
         position.losses.append(gradient.loss)
         position.step_seconds.append(seconds)
         position.train_s += seconds
+        position.cpu_s += sent.cpu_s + time.process_time() - cpu_s
+        position.paused_s += paused_s - self._paused_s
+        self._paused_s = paused_s
         position.waits.append(waited)
         if self.done % self.assignment.training.checkpoint_every == 0:
             self.save()

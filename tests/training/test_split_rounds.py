@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from edge_daemon.protocol import Pause, Resume
 from edge_daemon.training.loop import Loop
 from shared import adapter, steps, tensors
 from shared.jobs import Bits, SplitSpec, TrainingSpec
@@ -160,6 +162,20 @@ def test_a_top_that_is_killed_goes_on_from_the_last_checkpoint_that_all_hold(
         close(rig.top_values(), calm.top_values(), 0.0)
     mine, theirs = rig.top.model.updates(), calm.top.model.updates()
     assert [Path(a.path).read_bytes() == Path(b.path).read_bytes() for a, b in zip(mine, theirs, strict=True)]
+
+
+def test_a_pause_is_none_of_what_a_device_waited(still: Path, shares: dict[str, Path], tmp_path: Path) -> None:
+    asked = SplitSpec(block=1, codec="fp32", step_s=60.0, overlap=False)
+    rig = Rig(tmp_path / "rig", still, shares, asked=asked)
+    rig.to(2)
+    control = rig.loops["edge-1"].control
+    control._inbox.put(Pause(reason="the owner works"))
+    time.sleep(2.0)
+    control._inbox.put(Resume())
+    rig.finish()
+    paused, other = rig.loops["edge-1"].position, rig.loops["edge-2"].position
+    assert paused.paused_s > 0 and max(paused.waits) < paused.paused_s and max(other.waits) > 0.5 * paused.paused_s
+    assert other.paused_s == 0 and other.cpu_s > 0 and paused.cpu_s > 0
 
 
 def test_a_device_that_stays_away_is_not_waited_for(still: Path, shares: dict[str, Path], tmp_path: Path) -> None:

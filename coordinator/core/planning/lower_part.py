@@ -50,8 +50,8 @@ def demand_of(facts: ModelFacts, job: JobSpec, work: Work) -> Demand:
 
 def own_compute(result: UpdateFacts, work: Work) -> UpdateFacts:
     """`result` as speeds are learned from it: of a split work the seconds from first to last step are mostly waiting,
-    and so are the mean cores, while `step_s` is the device's own compute."""
-    return result if work.split is None else replace(result, train_s=0.0, cores_used=0.0)
+    while `step_s` and `cores_used` are of the device's own compute."""
+    return result if work.split is None else replace(result, train_s=0.0)
 
 
 def feature_bytes(facts: ModelFacts, job: JobSpec, block: int) -> float:

@@ -21,7 +21,8 @@ from typing import Literal, NamedTuple
 import msgspec
 import numpy as np
 
-from bench.mergesfl_fleet import FEDAVG, Method, RoundOutcome, World
+from bench.mergesfl_clock import World
+from bench.mergesfl_fleet import FEDAVG, Method, RoundOutcome
 from coordinator.core.aggregation.registry import SPLIT
 from muster.testbed import digits, inputs, partition
 from muster.testbed.rows import read_rows, write_rows

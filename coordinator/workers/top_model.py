@@ -124,7 +124,9 @@ class TopModel:
     def take(self, parts: Mapping[str, split.Part], done: int) -> dict[str, split.Answer]:
         """One step over these devices' features; the answer to each."""
         self.base.model.train()
-        torch.manual_seed(int(hashlib.sha256(f"{self._work}/{done}".encode()).hexdigest()[:12], 16))
+        # By the job's seed and the step: neither where files lie nor an attempt before decides what is dropped out.
+        place = f"{self.order.job.seed}/{self.order.round}/{done}/top"
+        torch.manual_seed(int(hashlib.sha256(place.encode()).hexdigest()[:12], 16))
         rate = self._rate(done)
         with half.fast_products(self.base.device):
             if self.order.merges:

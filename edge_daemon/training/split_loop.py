@@ -42,7 +42,7 @@ _SECRET = "noise.key"
 
 @dataclass
 class Sent:
-    """A batch whose features are under way. `values`: of what is trained, as they were; `paused_s`: the pauses before."""
+    """A batch whose features are under way. `values`: of what is trained, as they were; `paused_s`: pauses before."""
 
     step: int
     message: steps.Features

@@ -33,6 +33,8 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning import registry as planning
 from coordinator.core.planning import split_control as control
 from coordinator.core.planning.base import Candidate, FleetView, Planner, RoundReport
+from coordinator.core.planning.cost_model import measures_link
+from coordinator.core.planning.regulation import again
 from coordinator.fold import Reported, fold_round
 from coordinator.workers.protocol import Prepare, Prepared, TopRound
 from coordinator.workers.top_model import TopModel
@@ -129,7 +131,19 @@ class Method:
         )  # fmt: skip
         plan = self.planner.plan(view, self.job)
         self._view = view
-        return plan.participants
+        works = plan.participants
+        if plan.regulation is not None:
+            # As the top worker does, once the devices have fetched the model.
+            links = {
+                name: self.world.link(name, number) for name in works if measures_link(*self._fetched(name, number))
+            }
+            found = again(plan.regulation, {name: work.batch for name, work in works.items()}, links)
+            works = {name: msgspec.structs.replace(work, batch=found[name]) for name, work in works.items()}
+        return works
+
+    def _fetched(self, name: str, number: int) -> tuple[int, float]:
+        """Bytes of the model that a device fetches for a round, and the seconds that takes."""
+        return self._size(), self._size() / self.world.link(name, number)
 
     def _whole_works(self, number: int) -> dict[str, Work]:
         rounds = self.job.rounds

@@ -97,7 +97,7 @@ def _order(settings: CoordinatorSettings, job: Job, base_path: str, adapter: Pat
         base_digest=job.facts.base_digest, adapter_path=str(adapter), update_path=str(folder / "update"),
         folder=str(folder), batches={device: work.batch for device, work in works.items()},
         steps=max(work.steps for work in works.values()), split=first.split,
-        merges=merges(job.spec.strategy.name), over=bool(round.top),
+        merges=merges(job.spec.strategy.name), over=bool(round.top), regulation=round.plan.regulation,
     )  # fmt: skip
 
 

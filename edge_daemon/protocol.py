@@ -79,6 +79,8 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     """Largest batch known to fit; 0: not known. Set by the daemon after an agent was killed for memory."""
     packet: int = MAX_CHUNK_BYTES
     """Bytes of the largest `StepOut.packet` that the broker takes."""
+    fetch_s: float = 0.0
+    """Seconds that the download of the global adapter took."""
 
 
 class Partial(msgspec.Struct, frozen=True, kw_only=True):

@@ -255,6 +255,7 @@ class Runtime:
                 digests_path=str(store.digests),
                 train_for_s=order.train_for_s,
                 batch_limit=order.batch_limit,
+                fetch_s=order.fetch_s,
                 packet=self.sender.max_chunk,
             )
         )

@@ -29,6 +29,7 @@ from shared.errors import DecodeError
 from shared.tensors import WireTensor
 
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 Identity = Annotated[str, Meta(max_length=120)]
 """`identity` of the work: job, round and attempt."""
 MAX_STEP_BYTES = 256 * 1024 * 1024
@@ -54,6 +55,8 @@ class Hello(StepMessage, frozen=True, kw_only=True):
     """Ready for run `run` (0: no query was heard yet). `held`: steps of its checkpoints; the start, 0, always is."""
 
     held: Annotated[list[Count], Meta(max_length=64)]
+    fetch_s: Seconds = 0.0
+    """Of this round's download, as in `UpdateFacts`; 0: not known."""
 
 
 class Begin(StepMessage, frozen=True, kw_only=True):
@@ -61,6 +64,8 @@ class Begin(StepMessage, frozen=True, kw_only=True):
 
     load: Count
     step: Count
+    batch: Count = 0
+    """Samples of its steps from now on; 0: as the work says."""
 
 
 class Features(StepMessage, frozen=True, kw_only=True):

@@ -10,6 +10,7 @@ from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core.close import Status
 from coordinator.core.job import Job, Round
+from coordinator.core.planning import regulation
 from coordinator.core.turn import State, Turn
 from shared.messages import Ack, BlobRef, Manifest, Work
 
@@ -75,7 +76,7 @@ def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
     work, facts = round.plan.participants[device], manifest.facts
     if facts.agents > work.agents:
         return "refused", f"{facts.agents} agents claimed, the work is for {work.agents}"
-    samples = work.steps * work.batch * facts.agents
+    samples = work.steps * regulation.most(round.plan.regulation, device, work.batch) * facts.agents
     if not 0 < facts.samples <= samples:
         return "refused", f"{facts.samples} samples claimed, the work allows 1 to {samples}"
     most = _largest_update(job, work)

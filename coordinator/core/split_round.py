@@ -12,7 +12,7 @@ A *seat* is a device that takes part. Three rules:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -79,6 +79,8 @@ class _Seat:
     """Steps in a row that went on without it."""
     returns: int = 0
     """How often it took all others back."""
+    fetch_s: float = 0.0
+    """Of its download, as told."""
     gone: bool = False
     """The coordinator says that it will not come."""
 
@@ -86,12 +88,13 @@ class _Seat:
 class SplitRound:
     """Conducts the steps of `work`. `held`: the worker's own checkpoints; `run`: the number of its first run.
 
-    `every`: steps between checkpoints. Times are seconds of one clock, given with each call.
+    `every`: steps between checkpoints. Times are seconds of one clock, given with each call. `regulate`: the batches of
+    the devices that are there, by the seconds that each one's download took; called where a run begins.
     """
 
     def __init__(
         self, work: str, devices: Iterable[str], *, steps: int, every: int, held: Iterable[int], run: int,
-        step_s: float,
+        step_s: float, regulate: Callable[[Mapping[str, float]], dict[str, int]] | None = None,
     ) -> None:  # fmt: skip
         self.work = work
         self.steps = steps
@@ -103,6 +106,9 @@ class SplitRound:
         self.held = {0, *held}
         self._every = every
         self._step_s = step_s
+        self._regulate = regulate
+        self.batches: dict[str, int] = {}
+        """As they were regulated last; who is not in it keeps that of its work."""
         self._seats = {device: _Seat() for device in sorted(devices)}
         self._query_at = self._gather_until = self._step_until = float("inf")
         self._load = 0
@@ -123,7 +129,7 @@ class SplitRound:
         seat = self._seats.get(device)
         if seat is None or self.phase == "over":
             return [Say(device, End(work=self.work, run=self.run))]
-        seat.gone = False
+        seat.gone, seat.fetch_s = False, hello.fetch_s
         if self.phase == "stepping":
             return self._late(device, seat, hello, now)
         if hello.run != self.run:
@@ -241,10 +247,13 @@ class SplitRound:
         missing = [device for device in self._there() if device not in here]
         told = f"run {self.run} begins at step {common} with {len(here)} devices"
         note = Note(f"{told}, without {', '.join(missing)}" if missing else told)
-        begun = (
-            Say(device, Begin(work=self.work, run=self.run, load=load, step=common)) for device, load in loads.items()
-        )
-        return [note, GoTo(common), *begun]
+        if self._regulate is not None:
+            self.batches |= self._regulate({device: self._seats[device].fetch_s for device in here})
+        return [note, GoTo(common), *(self._begun(device, load) for device, load in loads.items())]
+
+    def _begun(self, device: str, load: int) -> Say:
+        batch = self.batches.get(device, 0)
+        return Say(device, Begin(work=self.work, run=self.run, load=load, step=self.done, batch=batch))
 
     def _late(self, device: str, seat: _Seat, hello: Hello, now: float) -> list[Action]:
         """A device says hello while the others are at it: it missed `Begin`, or it is a new process."""
@@ -260,7 +269,7 @@ class SplitRound:
                 self.run += 1
                 return [Note(f"{device} came back: all go back to step {common} or before"), *self.start(now)]
         seat.held, seat.waited, seat.ready = frozenset(told), seat.misses < PATIENCE, set()
-        return [Say(device, Begin(work=self.work, run=self.run, load=best, step=self.done))]
+        return [self._begun(device, best)]
 
     def _take_if_due(self, now: float) -> list[Action]:
         if self.phase != "stepping" or self._taking:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import msgspec
 
 from coordinator.core.facts import Metrics, ModelFacts
+from coordinator.core.planning.regulation import Regulation, most
 from shared.jobs import JobSpec, SplitSpec
 from shared.settings import BrokerSettings
 from shared.steps import identity
@@ -63,6 +64,8 @@ class TopRound(PipeMessage, frozen=True, kw_only=True):
     """Participant -> samples of a step at most."""
     steps: int
     split: SplitSpec
+    regulation: Regulation | None = None
+    """By what batches follow this round's links; None: they stay."""
     over: bool = False
     """Its part is on disk already: only tell devices that still ask that the steps are over."""
     merges: bool
@@ -72,6 +75,10 @@ class TopRound(PipeMessage, frozen=True, kw_only=True):
     def work(self) -> str:
         """As steps name it."""
         return identity(self.job_id, self.round, self.attempt)
+
+    def most(self, device: str) -> int:
+        """Samples that its features may have."""
+        return most(self.regulation, device, self.batches[device])
 
 
 class TopWithout(PipeMessage, frozen=True, kw_only=True):

@@ -89,7 +89,7 @@ class TopModel:
             numbers = tokens * int(config.hidden_size)
         # A float, its scale, a target and a mask for each; and the heads of the packets.
         sample: int = 4 * numbers + 16 * tokens
-        return max(self.order.batches.values()) * sample * 9 // 8 + 64 * 1024
+        return max(map(self.order.most, self.order.batches)) * sample * 9 // 8 + 64 * 1024
 
     # ---- steps
 
@@ -99,8 +99,8 @@ class TopModel:
         samples = hidden.shape[0] if hidden.ndim else 0
         if len(features.targets) % 4:
             raise DecodeError(f"targets of {len(features.targets)} bytes")
-        if not 0 < samples <= self.order.batches[device]:
-            raise DecodeError(f"features of {samples} samples, its batch is {self.order.batches[device]}")
+        if not 0 < samples <= self.order.most(device):
+            raise DecodeError(f"features of {samples} samples, its batch is {self.order.most(device)} at most")
         targets = np.frombuffer(features.targets, "<i4").astype(np.int64)
         if self.base.kind == "causal":
             targets = self._by_token(targets, samples, "targets")

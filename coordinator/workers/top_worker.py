@@ -15,10 +15,13 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from coordinator.core import split_round as conduct
+from coordinator.core.planning.cost_model import measures_link
+from coordinator.core.planning.regulation import again
 from coordinator.core.split_round import SplitRound
 from coordinator.workers.protocol import (
     Exit,
@@ -67,6 +70,7 @@ class Conductor:
         self.round = SplitRound(
             order.work, order.batches, steps=order.steps, every=order.job.training.checkpoint_every,
             held=self.model.checkpoints.held(), run=self._next_run(), step_s=order.split.step_s,
+            regulate=self._regulated if order.regulation is not None else None,
         )  # fmt: skip
         self._features: dict[tuple[str, int], steps.Features] = {}
         self._last: dict[str, steps.Gradient] = {}
@@ -80,6 +84,21 @@ class Conductor:
         # Runs may rise many times before the next death.
         write_whole(path, str(before + 1_000_000).encode())
         return before + 1
+
+    def _regulated(self, fetched: Mapping[str, float]) -> dict[str, int]:
+        """The batches of these devices by the links of this round; `fetched`: seconds that their downloads took."""
+        regulation, size = self.order.regulation, Path(self.order.adapter_path).stat().st_size
+        assert regulation is not None
+        links = {device: size / took for device, took in fetched.items() if measures_link(size, took)}
+        batches = {device: self.order.batches[device] for device in fetched}
+        found = again(regulation, batches, links)
+        for device in sorted(links):
+            if found[device] != batches[device]:
+                told = (
+                    f"batch {found[device]} for {batches[device]}, its download came at {links[device] / 1e6:.2f} MB/s"
+                )
+                log.info("%s: %s: %s", self.order.work, device, told)
+        return found
 
     def start(self) -> None:
         """Ask the devices."""

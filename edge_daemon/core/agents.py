@@ -118,6 +118,7 @@ def train(state: State, work: Assignment) -> Result:
         data_path=settings.data[work.task.dataset],
         train_for_s=left,
         batch_limit=state.journal.batch_limit,
+        fetch_s=state.journal.fetch_s,
     )
     agent = replace(state.agent, status="busy", heard_at=state.now, identity=identity_of(work))
     state, pause = rest(replace(state, phase="training", paused="", agent=agent, progressed=None))

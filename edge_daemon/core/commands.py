@@ -53,6 +53,7 @@ class Train:
     data_path: str
     train_for_s: float
     batch_limit: int
+    fetch_s: float
 
 
 @dataclass(frozen=True)

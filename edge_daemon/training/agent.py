@@ -220,7 +220,7 @@ class Agent:
         else:
             from edge_daemon.training.split_loop import SplitLoop
 
-            work = SplitLoop(*given, *parts, packet=request.packet)
+            work = SplitLoop(*given, *parts, packet=request.packet, fetch_s=request.fetch_s)
         # Not before: work whose time is over has to be loaded to deliver what its checkpoint holds.
         self._control.deadline = started + request.train_for_s if request.train_for_s > 0 else None
         try:

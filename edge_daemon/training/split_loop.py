@@ -58,9 +58,11 @@ class Sent:
 
 @dataclass
 class SplitLoop(Loop):
-    """A `Loop` whose base is the lower part of the model. `packet`: bytes of the largest packet."""
+    """A `Loop` whose base is the lower part of the model. `packet`: bytes of the largest packet; `fetch_s`: seconds
+    that this round's download took."""
 
     packet: int = MAX_CHUNK_BYTES
+    fetch_s: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -134,7 +136,9 @@ class SplitLoop(Loop):
         line, due = self._line, 0.0
         while True:
             if time.monotonic() >= due:
-                line.send(steps.Hello(work=line.work, run=line.run, held=self._checkpoints.held()))
+                line.send(
+                    steps.Hello(work=line.work, run=line.run, held=self._checkpoints.held(), fetch_s=self.fetch_s)
+                )
                 due = time.monotonic() + HELLO_S
             match line.receive("waiting for the other devices", due):
                 case steps.Query(run=run) if run > line.run:
@@ -149,6 +153,10 @@ class SplitLoop(Loop):
 
     def _go_to(self, begin: steps.Begin) -> None:
         self._load(begin.load)
+        if begin.batch:
+            self.position.batch = min(
+                begin.batch, self.batch_limit or begin.batch, self.position.batch_limit or begin.batch
+            )
         self._checkpoints.drop_after(begin.load)
         self.done = begin.step
         log.info("run %d goes on at step %d, from checkpoint %d", begin.run, begin.step, begin.load)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from coordinator.core.planning.regulation import Regulation
 from coordinator.workers.protocol import TopRound, TopUpdate
 from coordinator.workers.top_worker import Conductor
 from edge_daemon.protocol import StepIn, StepOut, Stop
@@ -59,11 +60,13 @@ class Rig:
         self, folder: Path, model: Path, shares: Mapping[str, Path], *, count: int = 8, batch: int = 4, rank: int = 2,
         task: TaskSpec = COLOURS, bits: Bits = 32, lost: float = 0.0, merges: bool = True, every: int = 2,
         training: TrainingSpec | None = None, asked: SplitSpec | None = None, given: Adapter | None = None,
+        regulation: Regulation | None = None, fetched: Mapping[str, float] | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.model, self.shares, self.task, self.bits = folder, model, dict(shares), task, bits
         self.asked = asked or SplitSpec(block=1, codec="fp32", step_s=5.0, overlap=False)
         self.training = training or TrainingSpec(lr=5e-3, checkpoint_every=every, max_grad_norm=0.0)
         self.count, self.batch, self.rank, self.merges, self.lost = count, batch, rank, merges, lost
+        self.regulation, self.fetched = regulation, dict(fetched or {})
         self.rng = random.Random(1)
         self.box: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.loops: dict[str, SplitLoop] = {}
@@ -98,6 +101,7 @@ class Rig:
             base_path=str(self.model), base_digest="digest", adapter_path=str(self.folder / "global"),
             update_path=str(self.folder / "top-update"), folder=str(self.folder / "top"),
             batches=dict.fromkeys(self.shares, self.batch), steps=self.count, split=self.asked, merges=self.merges,
+            regulation=self.regulation,
         )  # fmt: skip
         base = base_model.load(self.model, self.task, 32)
         split.upper(base, self.asked.block)
@@ -123,7 +127,8 @@ class Rig:
         )
         place = self.folder / device
         place.mkdir(exist_ok=True)
-        loop = SplitLoop(base, carried, data, work, Wired(self, device), place, packet=PACKET)
+        fetch_s = self.fetched.get(device, 0.0)
+        loop = SplitLoop(base, carried, data, work, Wired(self, device), place, packet=PACKET, fetch_s=fetch_s)
         self.loops[device] = loop
 
         def run() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from coordinator.core.planning.regulation import Regulated, Regulation
 from edge_daemon.protocol import Pause, Resume
 from edge_daemon.training.loop import Loop
 from shared import adapter, steps, tensors
@@ -162,6 +163,26 @@ def test_a_top_that_is_killed_goes_on_from_the_last_checkpoint_that_all_hold(
         close(rig.top_values(), calm.top_values(), 0.0)
     mine, theirs = rig.top.model.updates(), calm.top.model.updates()
     assert [Path(a.path).read_bytes() == Path(b.path).read_bytes() for a, b in zip(mine, theirs, strict=True)]
+
+
+def test_batches_follow_the_links_that_downloads_show(
+    still: Path, shares: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """edge-1's download came at half the speed of plan: its batch halves, before the first step and after a death."""
+    monkeypatch.setattr("coordinator.workers.top_worker.measures_link", lambda size, took: took > 0)
+    seats = {name: Regulated(compute_s=0.01, transmit_s=1.0, most=8, mix=[0.5, 0.5]) for name in shares}
+    plan = Regulation(participants=seats, sample_bytes=1e6, goal=[0.5, 0.5], kl=9.0)
+    probe = Rig(tmp_path / "probe", still, shares, count=1)
+    probe.finish()
+    size = (tmp_path / "probe/global").stat().st_size
+    fetched = {name: (2.0 if name == "edge-1" else 1.0) * size / 1e6 for name in shares}
+    rig = Rig(tmp_path / "rig", still, shares, count=6, regulation=plan, fetched=fetched)
+    rig.to(3)
+    rig.kill("edge-1")
+    rig.start("edge-1")
+    rig.finish()
+    for name, loop in rig.loops.items():
+        assert loop.position.samples == 6 * (2 if name == "edge-1" else 4), name
 
 
 def test_a_pause_is_none_of_what_a_device_waited(still: Path, shares: dict[str, Path], tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import msgspec
 import pytest
 
 from coordinator.core import split_round as conduct
@@ -65,6 +66,27 @@ def test_a_run_begins_once_all_have_said_what_they_hold() -> None:
     begin = Begin(work=WORK, run=1, load=2, step=2)
     assert conduct.GoTo(2) in actions and said(actions, "a") == said(actions, "b") == [begin]
     assert made.done == 2 and made.held == {0, 2}, "what is later is void"
+
+
+def test_batches_follow_what_the_devices_tell_of_their_downloads() -> None:
+    asked: list[dict[str, float]] = []
+
+    def regulate(fetched: Mapping[str, float]) -> dict[str, int]:
+        asked.append(dict(fetched))
+        return {device: int(10 * took) for device, took in fetched.items()}
+
+    made = SplitRound(WORK, "abc", steps=10, every=2, held=[], run=1, step_s=10.0, regulate=regulate)
+    made.start(0.0)
+    for device, took in {"a": 0.4, "b": 0.8}.items():
+        actions = made.on_hello(device, msgspec.structs.replace(hello(1), fetch_s=took), 0.0)
+    actions = made.tick(50.0)
+    assert asked == [{"a": 0.4, "b": 0.8}]
+    assert said(actions, "a") == [Begin(work=WORK, run=1, load=0, step=0, batch=4)]
+    assert said(actions, "b") == [Begin(work=WORK, run=1, load=0, step=0, batch=8)]
+    late = said(made.on_hello("c", msgspec.structs.replace(hello(1), fetch_s=2.0), 51.0), "c")
+    assert late == [Begin(work=WORK, run=1, load=0, step=0)], "that of its work: the others are at it"
+    again = said(made.on_hello("a", hello(1), 52.0), "a")
+    assert again == [Begin(work=WORK, run=1, load=0, step=0, batch=4)]
 
 
 def test_who_holds_nothing_takes_all_back_to_the_start() -> None:

@@ -16,7 +16,7 @@ from coordinator.web.history import job_view
 from muster.cli.tables import notes
 from shared import jobs
 from shared.messages import BlobRef
-from tests.unit.machine_rig import Rig, spec
+from tests.unit.machine_rig import Rig, facts, spec
 
 FACTS = ModelFacts(
     modules=[ModuleSpec(name=f"blocks.{n}.linear", out=8, inp=16, block=n) for n in range(2)], base_digest="b" * 64,
@@ -151,3 +151,14 @@ def test_what_the_top_worker_did_is_told(rig: SplitRig) -> None:
     told = "4 steps, 32 samples, loss 1.250, 2 times without a device that was late; it waited 0.5 s for features"
     assert view.rounds[0].top == told
     assert notes(view.rounds[0]) == [f"top worker: {told}"]
+
+
+def test_a_device_may_claim_the_samples_that_its_regulated_batch_allows() -> None:
+    rig, job = SplitRig(), a_job()
+    rig.open(replace(job, strategy=replace(job.strategy, batch=4, batch_max=8)))
+    regulation, work = rig.round.plan.regulation, rig.round.plan.participants["dev-a"]
+    assert regulation is not None and regulation.participants["dev-a"].most == 8 and work.batch == 4
+    rig.deliver("dev-b", "b" * 64, facts=replace(facts(), samples=work.steps * 8 + 1))
+    assert rig.round.participants["dev-b"].outcome == "refused"
+    rig.deliver("dev-a", "a" * 64, facts=replace(facts(), samples=work.steps * 8))
+    assert rig.round.participants["dev-a"].outcome == "done"

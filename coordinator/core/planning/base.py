@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from coordinator.core.facts import ModelFacts
+from coordinator.core.planning.regulation import Regulation
 from shared.jobs import JobSpec
 from shared.messages import DeviceInfo, Load, UpdateFacts, Work
 
@@ -59,6 +60,8 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Candidate -> why it takes no part."""
     weights: Weights | None = None
     """Where the planner chooses among the modules."""
+    regulation: Regulation | None = None
+    """By what the batches of split learning follow this round's links; None: they stay."""
 
 
 class RoundReport(msgspec.Struct, frozen=True, kw_only=True):

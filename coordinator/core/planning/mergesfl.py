@@ -15,6 +15,7 @@ the server takes in, tunes the batches, and spends what bandwidth is left. **Our
   stays for the whole job. Of several agents of a device one trains.
 * batches are moved only while KL is above `split.kl`: below it equal finishing times are worth more. Then they are
   aligned: whole samples leave up to one of a slow device unused, and a step up to twice as long may leave less.
+* where the round begins batches follow the links that its downloads have just shown (`regulation`).
 * without labels (causal tasks, owners that don't tell them) a device counts as having the mean mix; where none tells
   any, KL is 0 and who was used rarely goes first.
 
@@ -44,6 +45,7 @@ from coordinator.core.planning.drafts import job_batch
 from coordinator.core.planning.lower_part import feature_bytes, lower_demand, lower_facts
 from coordinator.core.planning.ranks import of_modules
 from coordinator.core.planning.reasons import plural, seconds, word
+from coordinator.core.planning.regulation import Regulated, Regulation
 from coordinator.core.planning.sizing import Seat, choose_bits, fits, seat
 from coordinator.core.planning.split_control import Bools, Fleet, Floats, Ints
 from coordinator.core.planning.split_times import Sample, SplitTimes, median
@@ -92,6 +94,8 @@ class Control(NamedTuple):
     kl: float
     budget: float
     told: Bools
+    mixes: Floats
+    goal: Floats
 
     @property
     def step_s(self) -> float:
@@ -234,7 +238,7 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
             batches = control.aligned(fleet, chosen, batches, times, most, strategy.split.kl)
             batches, factor = control.scaled(batches, chosen, most, budget)
         return Control(
-            chosen, batches, formula, factor, times, control.kl_of(fleet, chosen, batches), budget, told
+            chosen, batches, formula, factor, times, control.kl_of(fleet, chosen, batches), budget, told, mixes, goal
         )  # fmt: skip
 
     def _plan(
@@ -269,6 +273,7 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
         return Plan(
             participants=works, deadline_s=rounds.deadline_s, predicted_s=predicted, left_out=left_out,
             reason=f"{self._reason(made, cut, job)}; {taking}",
+            regulation=_regulation(drafts, made, cut, job) if self.name == "mergesfl" else None,
         )  # fmt: skip
 
     # ---- words
@@ -318,6 +323,20 @@ def _cut_at(block: int, view: FleetView, job: JobSpec, note: str = "") -> Cut:
         bound = global_rank(view, job, job.strategy.rank)
     need = lower_demand(view.facts, job, ranks, block, bound)
     return Cut(block, ranks, need, feature_bytes(view.facts, job, block), note)
+
+
+def _regulation(drafts: Sequence[Draft], made: Control, cut: Cut, job: JobSpec) -> Regulation:
+    seats = {
+        draft.place.device: Regulated(
+            compute_s=draft.sample.compute, transmit_s=draft.sample.transmit, most=draft.most,
+            mix=made.mixes[row].tolist(),
+        )
+        for row, draft in enumerate(drafts) if made.chosen[row]
+    }  # fmt: skip
+    return Regulation(
+        participants=seats, sample_bytes=2 * cut.features, goal=made.goal.tolist(), kl=job.strategy.split.kl,
+        budget=made.budget,
+    )  # fmt: skip
 
 
 def _most_bits(place: Seat, job: JobSpec) -> Bits:

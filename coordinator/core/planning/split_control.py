@@ -190,14 +190,16 @@ def _exchanged(fleet: Fleet, chosen: Bools) -> Bools:
 
 
 def tuned(
-    fleet: Fleet, chosen: Bools, times: Floats, most: Ints, least: int = 1, enough: float = 0.0
+    fleet: Fleet, chosen: Bools, times: Floats, most: Ints, least: int = 1, enough: float = 0.0,
+    share: float = LEAST_SHARE,
 ) -> Ints:  # fmt: skip
     """Batches of all devices, those `chosen` moved by +-1 while that lowers KL and it is above `enough`.
 
-    No batch falls below 0.9 of the formula's or rises above `most`; nobody takes longer than 1.03 times the longest.
+    No batch falls below `share` of the formula's or rises above `most`; nobody takes longer than 1.03 times the
+    longest.
     """
     batches, index = fleet.batches.copy(), np.flatnonzero(chosen)
-    floor = np.maximum(np.ceil(LEAST_SHARE * fleet.batches - 1e-9).astype(np.int64), np.minimum(least, fleet.batches))
+    floor = np.maximum(np.ceil(share * fleet.batches - 1e-9).astype(np.int64), np.minimum(least, fleet.batches))
     latest = LATEST * float((batches[index] * times[index]).max())
     ceiling = np.minimum(most, np.floor(latest / times + 1e-9).astype(np.int64))
     sums = batches[index].astype(np.float64) @ fleet.mixes[index]

@@ -46,6 +46,9 @@ def page(
         "",
         "<!-- Written by bench/planning.py from the files in bench/runs/planning: run `make bench-planning`. -->",
         "",
+        "Pages of their own: [FedSpine](results-fedspine.md), prune and tune; [MergeSFL](results-mergesfl.md), split "
+        "learning.",
+        "",
         f"`python -m bench.planning --profile {profile}`{took}: 80 virtual devices (TX2 / NX / AGX / GPU), 10 drawn "
         f"per round, 8 local steps, {'until the target or ' if grid.stop else ''}{grid.rounds} rounds. Times are "
         "virtual seconds from the first plan, under a device model that no planner knows. `full` fits no Jetson: its "

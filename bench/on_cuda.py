@@ -1,7 +1,7 @@
 """What only a CUDA device can tell: the doctor's steps on it, and a round at 4 bits. `not run` where there is none.
 
-`python bench/on_cuda.py [--device cpu]`: with `--device cpu` the same code runs without CUDA, as a rehearsal whose figures
-are marked so.
+`python bench/on_cuda.py [--device cpu]`: with `--device cpu` the same code runs without CUDA, as a rehearsal whose
+figures are marked so.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import random
+import threading
 import time
 from collections.abc import Mapping
 
@@ -23,6 +24,8 @@ LOOSE = 4096
 """Packets of gradients that may wait for a slow socket."""
 WAITING = 4096
 """Packets that may wait while a step is computed; what comes beyond them is lost, and sent again."""
+AHEAD = 3
+"""Messages of a device that may wait: two under way, and one that is sent again."""
 SMALL = 64 * 1024
 """Bytes of a message from a device that has no features to send."""
 
@@ -38,6 +41,10 @@ class Link:
         self._number = int(time.time()) % 2**31
         self._packet = MAX_CHUNK_BYTES
         self._fleet = ""
+        self._lock = threading.Lock()
+        self._room: dict[str, int] = {}
+        """Topic -> bytes that may wait of what comes over it."""
+        self._waiting: dict[str, int] = {}
 
     def open(self, broker: BrokerSettings, fleet: str, name: str) -> None:
         """Connect as `name`, unless that connection is there. Raises `UserError` for bad certificates."""
@@ -57,12 +64,19 @@ class Link:
 
     def _take_in(self, event: object) -> None:
         """On the network's thread: hand on what came."""
-        if not isinstance(event, Received) or self._inbox.qsize() < WAITING:
-            self._inbox.put(event)
+        if isinstance(event, Received):
+            with self._lock:
+                waiting = self._waiting.get(event.name, 0) + len(event.payload)
+                if self._inbox.qsize() >= WAITING or waiting > self._room.get(event.name, AHEAD * SMALL):
+                    return
+                self._waiting[event.name] = waiting
+        self._inbox.put(event)
 
     def expect(self, sizes: Mapping[str, int]) -> None:
         """The largest message of each device from now on; of others none but small ones are taken."""
         self._assemblers = {device: steps.Assembler(down=False, limit=size) for device, size in sizes.items()}
+        with self._lock:
+            self._room = {topics.UP_STEP.name(self._fleet, device=one): AHEAD * size for one, size in sizes.items()}
 
     def close(self) -> None:
         """Leave the broker."""
@@ -85,6 +99,8 @@ class Link:
 
     def read(self, received: Received) -> tuple[str, steps.Up] | None:
         """The message that a packet completes, with its device."""
+        with self._lock:
+            self._waiting[received.name] = max(0, self._waiting.get(received.name, 0) - len(received.payload))
         parsed = topics.parse(received.name)
         if parsed is None or parsed.topic is not topics.UP_STEP:
             return None

@@ -203,6 +203,8 @@ class Progressed(PipeMessage, frozen=True, kw_only=True):
     samples: int
     loss: float
     samples_per_s: float
+    batch: int = 0
+    """What it tries now, where that is not the work's own; 0: the work's."""
 
 
 class Trained(PipeMessage, frozen=True, kw_only=True):

@@ -89,7 +89,7 @@ class SplitRound:
     """Conducts the steps of `work`. `held`: the worker's own checkpoints; `run`: the number of its first run.
 
     `every`: steps between checkpoints. Times are seconds of one clock, given with each call. `regulate`: the batches of
-    the devices that are there, by the seconds that each one's download took; called where a run begins.
+    the devices that may come, by the seconds that each one's download took (0: not told); called where a run begins.
     """
 
     def __init__(
@@ -248,7 +248,8 @@ class SplitRound:
         told = f"run {self.run} begins at step {common} with {len(here)} devices"
         note = Note(f"{told}, without {', '.join(missing)}" if missing else told)
         if self._regulate is not None:
-            self.batches |= self._regulate({device: self._seats[device].fetch_s for device in here})
+            # Over those who may still come too: their batches are part of the step.
+            self.batches = self._regulate({device: self._seats[device].fetch_s for device in self._there()})
         return [note, GoTo(common), *(self._begun(device, load) for device, load in loads.items())]
 
     def _begun(self, device: str, load: int) -> Say:

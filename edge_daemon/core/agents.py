@@ -94,7 +94,7 @@ def beat(state: State, event: ev.AgentBeat) -> Result:
     state = replace(state, progressed=done)
     if done.step >= work.training.checkpoint_every and not state.journal.checkpointed:
         state = replace(state, journal=msgspec.structs.replace(state.journal, checkpointed=True))
-    if not state.connected:
+    if not state.connected or not done.step:
         return state, []
     if state.now - state.progress_at < PROGRESS_S:
         return state, []
@@ -229,7 +229,8 @@ def _died(state: State, work: Assignment, event: ev.AgentGone, deaths: int) -> R
         if deaths < state.settings.agent.tries:
             return state, []
         return _give_up(state, work, f"the agent died {deaths} times, last: {event.reason}", out_of_memory=False)
-    batch = min(work.work.batch, state.journal.batch_limit or work.work.batch)
+    tried = (state.progressed.batch if state.progressed is not None else 0) or work.work.batch
+    batch = min(tried, state.journal.batch_limit or tried)
     limit = batch // 2
     if limit < 1:
         return _give_up(state, work, "memory: not even a batch of one fits", out_of_memory=True)

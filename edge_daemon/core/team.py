@@ -280,6 +280,7 @@ def _signs(team: Team) -> Turn:
             samples=sum(progress.samples for progress in told),
             loss=sum(progress.loss for progress in told) / len(told),
             samples_per_s=sum(progress.samples_per_s for progress in told),
+            batch=max(progress.batch for progress in told),
         ),
     )
 

@@ -235,7 +235,7 @@ class Loop:
             step=position.step,
             steps=self.assignment.work.steps,
             samples=position.samples,
-            loss=position.losses[-1],
+            loss=position.losses[-1] if position.losses else 0.0,
             samples_per_s=position.samples / position.train_s if position.train_s > 0 else 0.0,
         )
 

@@ -18,9 +18,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
+from edge_daemon.protocol import Progressed
 from edge_daemon.training.control import Stopped
 from edge_daemon.training.loop import Diverged, Loop, mixed
 from edge_daemon.training.step_line import StepLine
@@ -74,7 +76,8 @@ class SplitLoop(Loop):
         """Seconds without a gradient after which features are sent again."""
         self.done = 0
         """Steps that the top worker counts as done."""
-        self._paused_s = 0.0
+        self._paused_s = self._paused_before = 0.0
+        """Of the agent when this work began here, and of the work before that."""
         self._secret = self._kept_secret()
 
     @property
@@ -85,7 +88,7 @@ class SplitLoop(Loop):
     def run(self) -> str:
         """As `Loop.run`; complete once the top worker's steps are done."""
         self._prepare()
-        self._paused_s = self.control.paused_s
+        self._paused_s, self._paused_before = self.control.paused_s, self._paused_of_latest()
         self.base.model.train()
         try:
             with half.fast_products(self.base.device):
@@ -151,13 +154,25 @@ class SplitLoop(Loop):
                 case _:
                     pass
 
+    def _paused_of_latest(self) -> float:
+        """What this work paused in a process before."""
+        found = self._checkpoints.load(self._checkpoints.held()[-1])
+        return found[0].paused_s if found is not None else 0.0
+
+    def _progress(self) -> Progressed:
+        return msgspec.structs.replace(super()._progress(), batch=self.position.batch)
+
     def _go_to(self, begin: steps.Begin) -> None:
         self._load(begin.load)
+        # What was paused before this checkpoint or after it: this process knows, the checkpoint does not.
+        self.position.paused_s = self._paused_before + self.control.paused_s - self._paused_s
         if begin.batch:
             self.position.batch = min(
                 begin.batch, self.batch_limit or begin.batch, self.position.batch_limit or begin.batch
             )
         self._checkpoints.drop_after(begin.load)
+        # An agent that is killed for memory can't tell any more what it tried.
+        self.control.send(self._progress())
         self.done = begin.step
         log.info("run %d goes on at step %d, from checkpoint %d", begin.run, begin.step, begin.load)
 
@@ -169,8 +184,9 @@ class SplitLoop(Loop):
             self._optimizer.zero_grad(set_to_none=True)
             if restore(self._optimizer, self.carried, state):
                 self.position = position
-        if limit and self.position.batch > limit:
-            self.position.batch = self.position.batch_limit = limit
+        if limit:
+            self.position.batch_limit = min(limit, self.position.batch_limit or limit)
+            self.position.batch = min(self.position.batch, limit)
 
     # ---- steps
 
@@ -289,8 +305,7 @@ class SplitLoop(Loop):
         position.step_seconds.append(seconds)
         position.train_s += seconds
         position.cpu_s += sent.cpu_s + time.process_time() - cpu_s
-        position.paused_s += paused_s - self._paused_s
-        self._paused_s = paused_s
+        position.paused_s = self._paused_before + paused_s - self._paused_s
         position.waits.append(waited)
         if self.done % self.assignment.training.checkpoint_every == 0:
             self.save()

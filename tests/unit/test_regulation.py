@@ -36,6 +36,25 @@ def test_who_cannot_do_one_sample_in_time_takes_one_and_nobody_is_stretched_for_
     assert again(plan, {"a": 12, "b": 12}, {"a": 1.0, "b": 2e6}) == {"a": 1, "b": 12}
 
 
+def test_a_first_plan_that_knows_no_link_does_not_make_all_batches_one() -> None:
+    """5 MB/s where 0.01 to 0.04 s of compute were planned: a sample takes 0.21 to 0.24 s, 4 of b, the median, 0.9 s."""
+    plan = planned((0.01, 0.0, 64), (0.02, 0.0, 64), (0.04, 0.0, 64))
+    found = again(plan, {"a": 8, "b": 4, "c": 2}, dict.fromkeys("abc", 5e6))
+    assert min(found.values()) >= 3 and max(found.values()) <= 8
+
+
+def test_the_budget_holds_with_those_who_are_not_moved() -> None:
+    plan = planned((0.5, 0.5, 64), (0.5, 0.5, 64), (0.5, 0.5, 64), budget=20.0)
+    found = again(plan, {"a": 6, "b": 6, "c": 6}, {"a": 1e9, "b": 1e9, "c": 1.0})
+    assert found["c"] == 1 and sum(found.values()) <= 20
+
+
+def test_the_smallest_batch_of_the_job_is_kept() -> None:
+    seats = {name: Regulated(compute_s=0.5, transmit_s=0.5, least=4, most=64, mix=[0.5, 0.5]) for name in ("a", "b")}
+    plan = Regulation(participants=seats, sample_bytes=1e6, goal=[0.5, 0.5], kl=9.0)
+    assert again(plan, {"a": 12, "b": 12}, {"a": 1e5, "b": 2e6})["a"] == 4
+
+
 def test_ingress_and_the_largest_batch_bound_it() -> None:
     plan = planned((0.5, 0.5, 13), (0.5, 0.5, 64), budget=30.0)
     found = again(plan, {"a": 12, "b": 12}, {"a": 1e9, "b": 1e9})

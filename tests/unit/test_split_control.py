@@ -194,6 +194,14 @@ def test_alignment_by_hand() -> None:
     assert control.aligned(one, both, one.batches, times, np.array([2, 9])).tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("lie", [1e15, 1e-12])
+def test_alignment_stays_small_where_a_device_lies_about_its_speed(lie: float) -> None:
+    one, times = fleet(5, devices=40)
+    times[3] = lie
+    found = control.aligned(one, np.ones(40, bool), one.batches, times, np.full(40, 4096), 9.0)
+    assert (found >= 1).all() and (found <= 4096).all()
+
+
 def test_who_would_wait_is_left_out_where_labels_do_not_tell() -> None:
     """Of twelve alike but one whose data fills a third of the step, that one is not selected."""
     took = np.array([1.0] * 11 + [1 / 3])

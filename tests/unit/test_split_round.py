@@ -73,18 +73,18 @@ def test_batches_follow_what_the_devices_tell_of_their_downloads() -> None:
 
     def regulate(fetched: Mapping[str, float]) -> dict[str, int]:
         asked.append(dict(fetched))
-        return {device: int(10 * took) for device, took in fetched.items()}
+        return {device: int(10 * took) or 3 for device, took in fetched.items()}
 
     made = SplitRound(WORK, "abc", steps=10, every=2, held=[], run=1, step_s=10.0, regulate=regulate)
     made.start(0.0)
     for device, took in {"a": 0.4, "b": 0.8}.items():
         actions = made.on_hello(device, msgspec.structs.replace(hello(1), fetch_s=took), 0.0)
     actions = made.tick(50.0)
-    assert asked == [{"a": 0.4, "b": 0.8}]
+    assert asked == [{"a": 0.4, "b": 0.8, "c": 0.0}], "who may still come is part of the step"
     assert said(actions, "a") == [Begin(work=WORK, run=1, load=0, step=0, batch=4)]
     assert said(actions, "b") == [Begin(work=WORK, run=1, load=0, step=0, batch=8)]
     late = said(made.on_hello("c", msgspec.structs.replace(hello(1), fetch_s=2.0), 51.0), "c")
-    assert late == [Begin(work=WORK, run=1, load=0, step=0)], "that of its work: the others are at it"
+    assert late == [Begin(work=WORK, run=1, load=0, step=0, batch=3)], "the others are at it: as was reckoned with"
     again = said(made.on_hello("a", hello(1), 52.0), "a")
     assert again == [Begin(work=WORK, run=1, load=0, step=0, batch=4)]
 

@@ -329,7 +329,7 @@ def _regulation(drafts: Sequence[Draft], made: Control, cut: Cut, job: JobSpec) 
     seats = {
         draft.place.device: Regulated(
             compute_s=draft.sample.compute, transmit_s=draft.sample.transmit, most=draft.most,
-            mix=made.mixes[row].tolist(),
+            least=min(job.strategy.batch_min, draft.most, int(made.batches[row])), mix=made.mixes[row].tolist(),
         )
         for row, draft in enumerate(drafts) if made.chosen[row]
     }  # fmt: skip

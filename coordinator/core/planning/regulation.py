@@ -24,8 +24,9 @@ class Regulated(msgspec.Struct, frozen=True, kw_only=True):
 
     compute_s: float
     transmit_s: float
+    least: int = 1
     most: int
-    """Its largest batch."""
+    """Its smallest and its largest batch."""
     mix: list[float]
     """Shares of its labels."""
 
@@ -50,8 +51,9 @@ def most(plan: Regulation | None, device: str, batch: int) -> int:
 def again(plan: Regulation, batches: Mapping[str, int], links: Mapping[str, float]) -> dict[str, int]:
     """The batches of these devices; `links`: bytes per second of whose download told.
 
-    A step takes as long as planned, or up to twice as long where whole samples leave less unused then. Who can't do a
-    single sample in that time takes one, and the others are not planned to wait for it.
+    A step takes as long as planned, and where links were not known as the median device needs for its planned batch; or
+    up to twice as long where whole samples leave less unused then. Who can't do its smallest batch in that time does
+    that, and the others are not planned to wait for it.
     """
     names = sorted(batches.keys() & plan.participants.keys())
     if not links.keys() & set(names):
@@ -65,14 +67,20 @@ def again(plan: Regulation, batches: Mapping[str, int], links: Mapping[str, floa
         for name, one in zip(names, seats, strict=True)
     ]
     times = np.maximum(np.array([one.compute_s for one in seats]) + np.array(transmit), 1e-12)
+    if not all(one.transmit_s for one in seats):
+        step_s = max(step_s, float(np.median(planned * times)))
     most = np.array([one.most for one in seats], dtype=np.int64)
-    wanted = np.clip(np.floor(step_s / times + 1e-9).astype(np.int64), 1, most)
-    if plan.budget and wanted.sum() > plan.budget:
-        wanted = np.maximum(1, np.floor(wanted * (plan.budget / wanted.sum())).astype(np.int64))
-    able = times <= step_s
+    least = np.minimum([one.least for one in seats], most)
+    wanted = np.clip(np.floor(step_s / times + 1e-9), least, most).astype(np.int64)
+    while plan.budget and wanted.sum() > plan.budget and (wanted > least).any():
+        wanted[int(np.argmax(np.where(wanted > least, wanted, 0)))] -= 1
+    able = least * times <= step_s
     if able.any():
         mixes = np.array([one.mix for one in seats])
-        fleet = Fleet(wanted, mixes, np.array(plan.goal), np.ones(len(names)), plan.budget)
-        moved = control.tuned(fleet, able, times, most, 1, plan.kl, LEAST_SHARE)
+        # What those take who are not moved is not left for the others.
+        budget = max(1.0, plan.budget - float(wanted[~able].sum())) if plan.budget else 0.0
+        fleet = Fleet(wanted, mixes, np.array(plan.goal), np.ones(len(names)), budget)
+        moved = control.tuned(fleet, able, times, most, int(least.min()), plan.kl, LEAST_SHARE)
+        moved = np.maximum(moved, least)
         wanted = control.aligned(fleet._replace(batches=moved), able, moved, times, most, plan.kl)
     return {name: int(batch) for name, batch in zip(names, wanted, strict=True)}

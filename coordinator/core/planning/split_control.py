@@ -31,6 +31,8 @@ LEAST_SHARE, LATEST = 0.9, 1.03
 """What a move may leave of a batch by the formula, and make of the longest time."""
 STRETCH = 2.0
 """What alignment may make of the longest time."""
+MOST_ENDS = 2000
+"""Ends of a step that alignment tries."""
 LEAST_GAIN = 0.01
 """Of waiting, below which batches stay as they are."""
 SPARE = 0.05
@@ -235,10 +237,12 @@ def aligned(fleet: Fleet, chosen: Bools, batches: Ints, times: Floats, most: Int
     now = batches[index]
     longest = float((now * pace).max())
     bound = max(enough, float(divergence(now @ mixes, fleet.goal)))
-    multiples = np.arange(1, int(STRETCH * longest / pace.min()) + 1)
+    # Beyond a device's largest batch nothing changes; a device that lies about its speed must not make more of them.
+    multiples = np.arange(1, int(min(STRETCH * longest / pace.min(), float(ceiling.max()))) + 1)
     ends = np.unique(np.multiply.outer(pace, multiples))
     ends = ends[(ends >= longest * (1 - 1e-9)) & (ends <= STRETCH * longest)]
-    tried = np.clip(np.floor(ends[:, None] / pace + 1e-9).astype(np.int64), 1, ceiling)
+    ends = ends[:: -(-len(ends) // MOST_ENDS) or 1]
+    tried = np.clip(np.floor(ends[:, None] / pace + 1e-9), 1, ceiling).astype(np.int64)
     tried = np.concatenate([now[None], tried])
     took = tried * pace
     waits = 1.0 - took.mean(axis=1) / took.max(axis=1)

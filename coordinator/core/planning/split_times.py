@@ -81,7 +81,9 @@ class SplitTimes(msgspec.Struct, frozen=True, kw_only=True):
                 seen = own.step_s * cores / own.batch / need.flop / BITS_TIME[own.bits]
                 probe = probed_flops(report.infos.get(device))
                 flop_s = _average(_moved(found, probe), seen, known=found.rounds > 0)
-                found = msgspec.structs.replace(found, flop_s=flop_s, flops=probe, rounds=found.rounds + 1)
+                found = msgspec.structs.replace(
+                    found, flop_s=flop_s, flops=probe or found.flops, rounds=found.rounds + 1
+                )
             if measures_link(report.adapter_bytes, result.fetch_s):
                 byte_s = _average(found.byte_s, result.fetch_s / report.adapter_bytes, known=found.byte_s > 0)
                 found = msgspec.structs.replace(found, byte_s=byte_s)

@@ -63,3 +63,14 @@ def test_without_a_checkpoint_nothing_is_tried_once_more() -> None:
     rig = _given_up(3, out_of_memory=True)
     assert rig.said(Ack)[0].verdict == "failed"
     assert rig.state.phase == "idle"
+
+
+@pytest.mark.parametrize(("told", "limit"), [(16, 8), (2, 1), (0, 2)])
+def test_an_agent_killed_for_memory_goes_on_with_half_of_what_it_tried(told: int, limit: int) -> None:
+    """The batch of split learning follows the round's link: what was tried may be more or less than the work's 4."""
+    rig = Rig().training()
+    assert rig.state.work is not None and rig.state.work.work.batch == 4
+    begun = protocol.Progressed(step=0, steps=8, samples=0, loss=0.0, samples_per_s=0.0, batch=told)
+    rig.feed(ev.AgentBeat, progressed=begun)
+    rig.gone(out_of_memory=True)
+    assert rig.state.journal.batch_limit == limit

@@ -134,16 +134,11 @@ class Method:
         works = plan.participants
         if plan.regulation is not None:
             # As the top worker does, once the devices have fetched the model.
-            links = {
-                name: self.world.link(name, number) for name in works if measures_link(*self._fetched(name, number))
-            }
+            size, links = self._size(), {name: self.world.link(name, number) for name in works}
+            links = {name: link for name, link in links.items() if measures_link(size, size / link)}
             found = again(plan.regulation, {name: work.batch for name, work in works.items()}, links)
             works = {name: msgspec.structs.replace(work, batch=found[name]) for name, work in works.items()}
         return works
-
-    def _fetched(self, name: str, number: int) -> tuple[int, float]:
-        """Bytes of the model that a device fetches for a round, and the seconds that takes."""
-        return self._size(), self._size() / self.world.link(name, number)
 
     def _whole_works(self, number: int) -> dict[str, Work]:
         rounds = self.job.rounds
@@ -199,7 +194,10 @@ class Method:
                 under_way.append(sent)
             sent = under_way.popleft()
             parts = {
-                name: split.Part(_on_the_wire(one.hidden), one.batch.targets, one.mask) for name, one in sent.items()
+                name: split.Part(
+                    _on_the_wire(one.hidden), one.batch.targets, None if lower.kind == "image" else one.batch.mask
+                )
+                for name, one in sent.items()
             }
             for name, answer in top.take(parts, step).items():
                 sent[name].hidden.backward(_on_the_wire(answer.gradient))
@@ -239,25 +237,19 @@ class Method:
         for name in works:
             compute = world.lower_share * world.sample_s / world.speed(name, number)
             timing[name] = Timing(compute, 2 * feature / world.link(name, number))
-        took = {
+        parts = {
             name: [
-                work.batch * (timing[name].compute * world.noise(name, number, step) + timing[name].transmit)
+                (
+                    work.batch * timing[name].compute * world.noise(name, number, step),
+                    work.batch * timing[name].transmit,
+                )
                 for step in range(steps)
             ]
             for name, work in works.items()
         }
+        took = {name: [compute + transmit for compute, transmit in one] for name, one in parts.items()}
         links = {name: 2 * size / world.link(name, number) for name in works}
         if merges(self.name):
-            parts = {
-                name: [
-                    (
-                        work.batch * timing[name].compute * world.noise(name, number, step),
-                        work.batch * timing[name].transmit,
-                    )
-                    for step in range(steps)
-                ]
-                for name, work in works.items()
-            }
             trained = merged_seconds(parts, self._depth)
             seconds = trained + max(links.values())
         else:  # nobody waits for another before the round's end
@@ -373,11 +365,6 @@ class Sent(NamedTuple):
     hidden: torch.Tensor
     values: dict[str, torch.Tensor]
     batch: Batch
-
-    @property
-    def mask(self) -> torch.Tensor | None:
-        """As the top model takes it."""
-        return self.batch.mask if self.hidden.dim() == 3 else None
 
 
 class Done(NamedTuple):

@@ -92,12 +92,12 @@ class Conductor:
         links = {device: size / took for device, took in fetched.items() if measures_link(size, took)}
         batches = {device: self.order.batches[device] for device in fetched}
         found = again(regulation, batches, links)
-        for device in sorted(links):
+        for device, link in sorted(links.items()):
             if found[device] != batches[device]:
-                told = (
-                    f"batch {found[device]} for {batches[device]}, its download came at {links[device] / 1e6:.2f} MB/s"
+                link_mb = f"{link / 1e6:.2f} MB/s of its download"
+                log.info(
+                    "%s: %s: batch %d for %d by %s", self.order.work, device, found[device], batches[device], link_mb
                 )
-                log.info("%s: %s: %s", self.order.work, device, told)
         return found
 
     def start(self) -> None:

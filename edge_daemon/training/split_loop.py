@@ -76,8 +76,8 @@ class SplitLoop(Loop):
         """Seconds without a gradient after which features are sent again."""
         self.done = 0
         """Steps that the top worker counts as done."""
-        self._paused_s = self._paused_before = 0.0
-        """Of the agent when this work began here, and of the work before that."""
+        self._paused_s = 0.0
+        """The agent's pauses as far as `position` holds them."""
         self._secret = self._kept_secret()
 
     @property
@@ -88,7 +88,7 @@ class SplitLoop(Loop):
     def run(self) -> str:
         """As `Loop.run`; complete once the top worker's steps are done."""
         self._prepare()
-        self._paused_s, self._paused_before = self.control.paused_s, self._paused_of_latest()
+        self._paused_s = self.control.paused_s
         self.base.model.train()
         try:
             with half.fast_products(self.base.device):
@@ -154,22 +154,13 @@ class SplitLoop(Loop):
                 case _:
                     pass
 
-    def _paused_of_latest(self) -> float:
-        """What this work paused in a process before."""
-        found = self._checkpoints.load(self._checkpoints.held()[-1])
-        return found[0].paused_s if found is not None else 0.0
-
     def _progress(self) -> Progressed:
         return msgspec.structs.replace(super()._progress(), batch=self.position.batch)
 
     def _go_to(self, begin: steps.Begin) -> None:
         self._load(begin.load)
-        # What was paused before this checkpoint or after it: this process knows, the checkpoint does not.
-        self.position.paused_s = self._paused_before + self.control.paused_s - self._paused_s
         if begin.batch:
-            self.position.batch = min(
-                begin.batch, self.batch_limit or begin.batch, self.position.batch_limit or begin.batch
-            )
+            self.position.batch = min(begin.batch, self.position.batch_limit or begin.batch)
         self._checkpoints.drop_after(begin.load)
         # An agent that is killed for memory can't tell any more what it tried.
         self.control.send(self._progress())
@@ -177,16 +168,18 @@ class SplitLoop(Loop):
         log.info("run %d goes on at step %d, from checkpoint %d", begin.run, begin.step, begin.load)
 
     def _load(self, step: int) -> None:
-        found = self._checkpoints.load(step)
-        limit = self.batch_limit or self.position.batch_limit
+        found, before = self._checkpoints.load(step), self.position
         if found is not None:
             position, state = found
             self._optimizer.zero_grad(set_to_none=True)
             if restore(self._optimizer, self.carried, state):
                 self.position = position
-        if limit:
-            self.position.batch_limit = min(limit, self.position.batch_limit or limit)
-            self.position.batch = min(self.position.batch, limit)
+        # What this process learned after the checkpoint stays true: what fits, and how long it paused.
+        self.position.paused_s = max(self.position.paused_s, before.paused_s)
+        limits = [one for one in (self.batch_limit, before.batch_limit, self.position.batch_limit) if one]
+        if limits:
+            self.position.batch_limit = min(limits)
+            self.position.batch = min(self.position.batch, self.position.batch_limit)
 
     # ---- steps
 
@@ -305,7 +298,8 @@ class SplitLoop(Loop):
         position.step_seconds.append(seconds)
         position.train_s += seconds
         position.cpu_s += sent.cpu_s + time.process_time() - cpu_s
-        position.paused_s = self._paused_before + paused_s - self._paused_s
+        position.paused_s += paused_s - self._paused_s
+        self._paused_s = paused_s
         position.waits.append(waited)
         if self.done % self.assignment.training.checkpoint_every == 0:
             self.save()

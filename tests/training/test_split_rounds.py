@@ -191,7 +191,7 @@ def test_a_pause_is_none_of_what_a_device_waited(still: Path, shares: dict[str, 
     rig.to(2)
     control = rig.loops["edge-1"].control
     control._inbox.put(Pause(reason="the owner works"))
-    time.sleep(2.0)
+    time.sleep(2.0)  # the pause itself, longer than these small steps let anyone wait
     control._inbox.put(Resume())
     rig.finish()
     paused, other = rig.loops["edge-1"].position, rig.loops["edge-2"].position

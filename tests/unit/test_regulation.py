@@ -63,7 +63,7 @@ def test_ingress_and_the_largest_batch_bound_it() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10_000), st.booleans())
-def test_every_batch_is_within_its_bounds_and_nobody_waits_longer_than_before(seed: int, bound: bool) -> None:
+def test_every_batch_is_within_its_bounds_and_no_step_is_more_than_twice_as_long(seed: int, bound: bool) -> None:
     rng = np.random.default_rng(seed)
     seats = [(float(c), float(t), int(m)) for c, t, m in rng.uniform((0.01, 0.01, 4), (2, 2, 64), (8, 3))]
     plan = planned(*seats, budget=200.0 if bound else 0.0)

@@ -80,7 +80,6 @@ def again(plan: Regulation, batches: Mapping[str, int], links: Mapping[str, floa
         # What those take who are not moved is not left for the others.
         budget = max(1.0, plan.budget - float(wanted[~able].sum())) if plan.budget else 0.0
         fleet = Fleet(wanted, mixes, np.array(plan.goal), np.ones(len(names)), budget)
-        moved = control.tuned(fleet, able, times, most, int(least.min()), plan.kl, LEAST_SHARE)
-        moved = np.maximum(moved, least)
+        moved = control.tuned(fleet, able, times, most, least, plan.kl, LEAST_SHARE)
         wanted = control.aligned(fleet._replace(batches=moved), able, moved, times, most, plan.kl)
     return {name: int(batch) for name, batch in zip(names, wanted, strict=True)}

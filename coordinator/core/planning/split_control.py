@@ -111,10 +111,7 @@ def fitness(fleet: Fleet, chosen: Bools) -> float:
     """What the search maximises; see the module."""
     used = float(fleet.batches[chosen].sum()) / fleet.budget if fleet.budget else 0.0
     rare = float(fleet.rarity[chosen].mean()) if chosen.any() else 0.0
-    waits = 0.0
-    if fleet.took is not None and chosen.any():
-        took = fleet.took[chosen]
-        waits = 1.0 - float(took.mean() / took.max())
+    waits = float(_idle(fleet.took[chosen])) if fleet.took is not None and chosen.any() else 0.0
     return -kl_of(fleet, chosen) + USED * min(1.0, used) + RARE * rare - WAITING * waits
 
 
@@ -177,7 +174,10 @@ def _exchanged(fleet: Fleet, chosen: Bools) -> Bools:
         rare = (fleet.rarity[found].sum() - fleet.rarity[inside][:, None] + fleet.rarity[outside][None]) / len(inside)
         after = RARE * rare - divergence(sums, fleet.goal)
         if fleet.took is not None:
-            rest = np.array([fleet.took[np.delete(inside, place)].max(initial=0.0) for place in range(len(inside))])
+            inner = fleet.took[inside]
+            slowest = int(inner.argmax())
+            rest = np.full(len(inner), inner[slowest])
+            rest[slowest] = np.delete(inner, slowest).max(initial=0.0)
             mean = (fleet.took[found].sum() - fleet.took[inside][:, None] + fleet.took[outside][None]) / len(inside)
             after -= WAITING * (1.0 - mean / np.maximum(rest[:, None], fleet.took[outside][None]))
         if fleet.budget:
@@ -192,7 +192,7 @@ def _exchanged(fleet: Fleet, chosen: Bools) -> Bools:
 
 
 def tuned(
-    fleet: Fleet, chosen: Bools, times: Floats, most: Ints, least: int = 1, enough: float = 0.0,
+    fleet: Fleet, chosen: Bools, times: Floats, most: Ints, least: int | Ints = 1, enough: float = 0.0,
     share: float = LEAST_SHARE,
 ) -> Ints:  # fmt: skip
     """Batches of all devices, those `chosen` moved by +-1 while that lowers KL and it is above `enough`.
@@ -244,8 +244,7 @@ def aligned(fleet: Fleet, chosen: Bools, batches: Ints, times: Floats, most: Int
     ends = ends[:: -(-len(ends) // MOST_ENDS) or 1]
     tried = np.clip(np.floor(ends[:, None] / pace + 1e-9), 1, ceiling).astype(np.int64)
     tried = np.concatenate([now[None], tried])
-    took = tried * pace
-    waits = 1.0 - took.mean(axis=1) / took.max(axis=1)
+    waits = _idle(tried * pace)
     fine = divergence(tried @ mixes, fleet.goal) <= bound + 1e-12
     if fleet.budget:
         fine &= tried.sum(axis=1) <= fleet.budget
@@ -274,8 +273,13 @@ def scaled(batches: Ints, chosen: Bools, most: Ints, budget: float) -> tuple[Int
 
 def waiting(batches: Ints, chosen: Bools, times: Floats) -> float:
     """Mean share of a step that those `chosen` wait for the slowest."""
-    took = batches[chosen] * times[chosen]
-    return float(1.0 - took.mean() / took.max())
+    return float(_idle(batches[chosen] * times[chosen]))
+
+
+def _idle(took: Floats) -> Floats:
+    """Mean share of a step that devices which take so long (... x devices) wait for the slowest."""
+    share: Floats = 1.0 - took.mean(axis=-1) / took.max(axis=-1)
+    return share
 
 
 def _winner(rng: np.random.Generator, scores: list[float]) -> int:

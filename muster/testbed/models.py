@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import importlib.util
 import json
@@ -13,8 +14,9 @@ import math
 import re
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,13 +71,27 @@ def cut_bert(source: Path, out: Path, layers: int, *, last: bool = False, channe
     if channels:
         _narrow(kept, channels)
         config["intermediate_size"] = channels
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(source, temporary, ignore=lambda _folder, names: [n for n in names if n.endswith(_WEIGHTS)])
-    (temporary / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}), encoding="utf-8")
-    save_file(kept, str(temporary / "model.safetensors"), metadata={"format": "pt"})
-    temporary.replace(out)
+    with _appearing(out) as made:
+        shutil.copytree(
+            source, made, dirs_exist_ok=True, ignore=lambda _folder, names: [n for n in names if n.endswith(_WEIGHTS)]
+        )
+        (made / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}), encoding="utf-8")
+        save_file(kept, str(made / "model.safetensors"), metadata={"format": "pt"})
     return out
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` when it is whole; where two processes make one, the first to end counts."""
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
+        made = Path(scratch) / out.name
+        made.mkdir()
+        yield made
+        try:
+            made.replace(out)
+        except OSError:
+            if not (out / "model.safetensors").is_file():
+                raise
 
 
 def _narrow(tensors: dict[str, torch.Tensor], channels: int) -> None:
@@ -138,11 +154,9 @@ def make_small_gpt2(
         )
     )  # fmt: skip
     _fit(model, ids, size, tell)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.replace(out)
+    with _appearing(out) as made:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
     return out
 
 

@@ -7,7 +7,9 @@ with use. A process that now and then holds large buffers so seems to grow for a
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
+from collections.abc import Callable
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
@@ -28,6 +30,19 @@ def give_back() -> None:
     libc = _libc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+@functools.cache
+def spare_imported(first: Callable[[], object]) -> None:
+    """Once for each `first`: call it for what it imports, let go of what it gives, and leave all that is there then out
+    of every later collection.
+
+    torch and transformers make about a million objects, and each collection would walk through them. Call it before
+    there is anything large: cycles among what is there are never collected any more.
+    """
+    first()
+    gc.collect()
+    gc.freeze()
 
 
 def _libc() -> ctypes.CDLL | None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from shared import bases
 from shared.adapter import Places
-from shared.allocator import give_back
+from shared.allocator import give_back, spare_imported
 from shared.jobs import Bits, TaskSpec
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import ModelFault, one_line
@@ -288,6 +288,7 @@ def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any, blocks: int = 0) 
 
     accelerate: Any = importlib.import_module("accelerate")
     factory: Any = getattr(transformers, FACTORIES[task.kind])
+    spare_imported(_import_all)
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
@@ -306,6 +307,12 @@ def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any, blocks: int = 0) 
     if task.kind == "causal":
         model.config.use_cache = False
     return model
+
+
+def _import_all() -> None:
+    """What importing costs once is not to be walked through at each collection."""
+    for name in ("peft", "transformers.modeling_utils", "transformers.models.auto"):
+        importlib.import_module(name)
 
 
 def _check_length(folder: Path, config: Any, max_tokens: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,30 +43,54 @@ def exported(base: Path, folder: Path, task: TaskSpec, *, heads: bool = True) ->
     return folder, adapter
 
 
-def plainly(made: Path, folder: Path, classifies: bool, *, trusting: bool) -> tuple[torch.Tensor, int]:
-    """Logits and parameters of the model in a process that knows nothing of Muster."""
-    code = (
-        "import sys, torch, transformers\n"
-        f"kind = transformers.AutoModelFor{'SequenceClassification' if classifies else 'CausalLM'}\n"
-        f"model = kind.from_pretrained(sys.argv[1], trust_remote_code={trusting}).eval()\n"
-        f"tokens = torch.tensor({TOKENS})\n"
-        "count = sum(p.numel() for p in model.parameters())\n"
-        "torch.save((model(input_ids=tokens).logits.detach(), count), sys.argv[2])\n"
-        "if 'CausalLM' in type(model).__mro__[1].__name__:\n"
-        "    model.generate(tokens, max_new_tokens=3, do_sample=False)\n"
-        "transformers.AutoTokenizer.from_pretrained(sys.argv[1])\n"
-        "assert not any(name.split('.')[0] in ('shared', 'muster') for name in sys.modules)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(made), str(folder / "said")], check=True, cwd=folder, timeout=100)
-    said, count = torch.load(folder / "said")
-    return said, int(count)
+PLAIN = """
+import json, sys, torch, transformers
+for line in sys.stdin:
+    made, classifies, trusting, out = json.loads(line)
+    kind = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
+    model = kind.from_pretrained(made, trust_remote_code=trusting).eval()
+    tokens = torch.tensor(TOKENS)
+    count = sum(p.numel() for p in model.parameters())
+    torch.save((model(input_ids=tokens).logits.detach(), count), out)
+    if not classifies:
+        model.generate(tokens, max_new_tokens=3, do_sample=False)
+    transformers.AutoTokenizer.from_pretrained(made)
+    assert not any(name.split(".")[0] in ("shared", "muster") for name in sys.modules)
+    print("said", flush=True)
+"""
+Plain = Callable[..., tuple[torch.Tensor, int]]
+
+
+@pytest.fixture(scope="module")
+def plainly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
+    """Logits and parameters of a model in a process that knows nothing of Muster; one for all, it starts slowly."""
+    folder = tmp_path_factory.mktemp("plain")
+    process = subprocess.Popen(
+        [sys.executable, "-c", PLAIN.replace("TOKENS", str(TOKENS))],
+        cwd=folder, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+
+    def ask(made: Path, *, classifies: bool, trusting: bool) -> tuple[torch.Tensor, int]:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps([str(made), classifies, trusting, str(folder / "said")]) + "\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "said\n", "plain transformers does not take it: see stderr"
+        said, count = torch.load(folder / "said")
+        return said, int(count)
+
+    with process:
+        yield ask
+        process.stdin.close()
+        assert process.wait(30) == 0
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)
 @pytest.mark.parametrize("heads", [True, False])
 def test_plain_transformers_says_what_the_coordinator_evaluated(
-    name: str, task: TaskSpec, heads: bool, tmp_path: Path, request: pytest.FixtureRequest, colours: Path, stories: Path
-) -> None:
+    name: str, task: TaskSpec, heads: bool, tmp_path: Path, request: pytest.FixtureRequest, colours: Path, stories: Path,
+    plainly: Plain,
+) -> None:  # fmt: skip
     base: Path = request.getfixturevalue(name)
     folder, adapter = exported(base, tmp_path / "adapter", task, heads=heads)
     rows = colours if name == "bert" else stories
@@ -75,7 +100,7 @@ def test_plain_transformers_says_what_the_coordinator_evaluated(
     lora.merge(ours, adapter)
     with torch.no_grad():
         wanted = ours.model(input_ids=torch.tensor(TOKENS)).logits
-    said, count = plainly(made, tmp_path, name == "bert", trusting=heads and name != "llama")
+    said, count = plainly(made, classifies=name == "bert", trusting=heads and name != "llama")
     assert said.numpy() == pytest.approx(wanted.numpy(), abs=2e-5)
     measured = json.loads((made / "measured.json").read_text())
     assert measured["smaller"]["parameters"] == count < whole == measured["whole"]["parameters"]
@@ -88,7 +113,7 @@ def test_plain_transformers_says_what_the_coordinator_evaluated(
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2"])
 @pytest.mark.parametrize(("ratio", "coded"), [(0.2, True), (0.5, False)])
 def test_a_number_of_heads_that_does_not_divide_the_width_brings_model_code(
-    kind: str, ratio: float, coded: bool, tmp_path: Path
+    kind: str, ratio: float, coded: bool, tmp_path: Path, plainly: Plain
 ) -> None:
     base = make_llama(tmp_path / "base", kind, hidden=48, heads=12, key_heads=6)
     folder, adapter = exported(base, tmp_path / "adapter", STORIES)
@@ -100,7 +125,7 @@ def test_a_number_of_heads_that_does_not_divide_the_width_brings_model_code(
     lora.merge(ours, replace(adapter, kept=units.pack(known, kept)))
     with torch.no_grad():
         wanted = ours.model(input_ids=torch.tensor(TOKENS)).logits
-    said, count = plainly(made, tmp_path, False, trusting=coded)
+    said, count = plainly(made, classifies=False, trusting=coded)
     assert count == sum(p.numel() for p in ours.model.parameters())
     assert said.numpy() == pytest.approx(wanted.numpy(), abs=2e-5)
 

@@ -176,7 +176,11 @@ def test_a_killed_run_leaves_no_process_and_the_next_takes_its_folder(place: Pat
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
-    place: Path, options: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    place: Path,
+    options: tuple[str, ...],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(place)
     assert told in _refused(place, capsys, "--data", "points", "--job", "job.toml", "--out", "run", *options)

@@ -79,8 +79,8 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
 
     fleet: Name
     """The fleet this coordinator works for."""
-    name: Name = "coord-1"
-    """Id of this coordinator on the broker."""
+    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,58}\Z")] = "coord-1"
+    """Id of this coordinator on the broker; its top worker is `<name>-top`."""
     state_dir: FilePath = "/var/lib/muster-coordinator"
     """Folder of the event log, the blobs, the token and the exports."""
     broker: BrokerSettings = BrokerSettings(window=32, queue=4096)

@@ -274,8 +274,12 @@ def _adapter_stored(state: State, event: ev.AdapterStored) -> Result:
     work = state.work
     if work is None or work.adapter.sha != event.sha or not state.accepted or state.adapter_there:
         return state, commands
+    state = replace(state, adapter_there=True)
+    if state.received_at < state.started_at:
+        # Part of it came to a process that is gone; the rest alone would make the link look faster than it is.
+        return state, commands
     journal = msgspec.structs.replace(state.journal, fetch_s=state.journal.fetch_s + state.now - state.fetch_since)
-    return replace(state, adapter_there=True, journal=journal), commands
+    return replace(state, journal=journal), commands
 
 
 def _adapter_lost(state: State, event: ev.AdapterLost) -> Result:

@@ -59,6 +59,25 @@ def test_time_spent_before_a_restart_counts(boot: str, left: float) -> None:
     assert order.train_for_s == pytest.approx(left)
 
 
+def test_a_fetch_that_a_restart_cut_in_two_measures_no_link() -> None:
+    rig = Rig().up()
+    rig.assign(assignment())
+    rig.tick(10.0)
+    rig.feed(ev.AdapterStored, sha=ADAPTER)
+    assert rig.did(cmd.Train)[-1].fetch_s == pytest.approx(10.0)
+    again = rig.restart().up()
+    again.tick(2.0)
+    again.feed(ev.AdapterStored, sha=ADAPTER)
+    assert again.did(cmd.Train)[-1].fetch_s == pytest.approx(10.0), "as it was measured before the restart"
+    rig = Rig().up()
+    rig.assign(assignment())
+    rig.tick(10.0)
+    again = rig.restart().up()
+    again.tick(2.0)
+    again.feed(ev.AdapterStored, sha=ADAPTER)
+    assert again.did(cmd.Train)[-1].fetch_s == 0.0, "the rest alone came in 2 s"
+
+
 def test_time_that_is_over_still_gives_an_order() -> None:
     rig = Rig().up()
     rig.assign(assignment())

@@ -88,8 +88,8 @@ def plainly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
 @pytest.mark.parametrize(("name", "task"), TASKS)
 @pytest.mark.parametrize("heads", [True, False])
 def test_plain_transformers_says_what_the_coordinator_evaluated(
-    name: str, task: TaskSpec, heads: bool, tmp_path: Path, request: pytest.FixtureRequest, colours: Path, stories: Path,
-    plainly: Plain,
+    name: str, task: TaskSpec, heads: bool, tmp_path: Path, request: pytest.FixtureRequest, colours: Path,
+    stories: Path, plainly: Plain,
 ) -> None:  # fmt: skip
     base: Path = request.getfixturevalue(name)
     folder, adapter = exported(base, tmp_path / "adapter", task, heads=heads)

@@ -35,7 +35,9 @@ WHOLE = "hetlora"
 METHODS = (*PRUNING, WHOLE)
 NEAR = 0.02
 """A model this much above the sparsity asked for counts as there: shares of units are whole units."""
-Results = dict[tuple[str, str], list[simulated.Result]]
+MINE = "fedspine"
+Results = dict[tuple[str, str], dict[int, simulated.Result]]
+"""(method, sparsity) -> seed -> run."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,12 +78,12 @@ def final_runs() -> Iterator[Run]:
 
 
 def results() -> Results:
-    """(method, sparsity) -> the runs that are there."""
+    """The runs that are there."""
     found: Results = {}
     for run in final_runs():
         result = planning.result_of(run)
         if result is not None:
-            found.setdefault((run.method.name, run.variant), []).append(result)
+            found.setdefault((run.method.name, run.variant), {})[run.seed] = result
     return found
 
 
@@ -117,11 +119,60 @@ def page() -> str:
         lines += ["| method | lr | seeds | s to target | accuracy, last 3 rounds | s a round | largest peak, MiB |"]
         lines += ["|---|---|---|---|---|---|---|"]
         for name in METHODS:
-            mine = found.get((name, "half" if name == WHOLE else variant), [])
-            lines.append(_row(name, mine, 0.0 if name == WHOLE else share))
-        lines.append("")
+            lines.append(_row(name, list(of(found, name, variant).values()), share_of(name, variant)))
+        lines += ["", *_claims(found, variant), ""]
     lines += ["## The bandit on synthetic rewards", "", "`python -m bench.bandit`", "", *bandit.table(), ""]
     return "\n".join(lines)
+
+
+def of(found: Results, name: str, variant: str) -> dict[int, simulated.Result]:
+    """Seed -> run; the unpruned rival's are the same for each sparsity."""
+    return found.get((name, "half" if name == WHOLE else variant), {})
+
+
+def share_of(name: str, variant: str) -> float:
+    """What has to be gone before a model of the method counts."""
+    return 0.0 if name == WHOLE else SPARSITY[variant]
+
+
+def _claims(found: Results, variant: str) -> list[str]:
+    """Each rival against the method, seed by seed."""
+    mine = of(found, MINE, variant)
+    if not mine:
+        return []
+    lines = ["| claim | asked | measured | seeds |", "|---|---|---|---|"]
+    for name in (one for one in METHODS if one != MINE):
+        pairs = [(mine[seed], theirs) for seed, theirs in of(found, name, variant).items() if seed in mine]
+        if not pairs:
+            continue
+        shares = SPARSITY[variant], share_of(name, variant)
+        lines.append(f"| time to target against {name} | >= 1.4x | {_times(pairs, *shares)} | {len(pairs)} |")
+        both = [(last_quality(a, shares[0]), last_quality(b, shares[1])) for a, b in pairs]
+        points = [100 * (a - b) for a, b in both if a is not None and b is not None]
+        asked = ">= +0.4" if name in PRUNING else "reported"
+        lines.append(f"| points above {name} | {asked} | {_told(points, '{:+.2f}')} | {len(points)} |")
+        if name == WHOLE:
+            ratios = [_peak(a) / _peak(b) for a, b in pairs]
+            lines.append(
+                f"| largest peak of memory to {name}'s | <= 1.15 | {_told(ratios, '{:.2f}')} | {len(ratios)} |"
+            )
+    return lines
+
+
+def _times(pairs: Sequence[tuple[simulated.Result, simulated.Result]], share: float, rivals: float) -> str:
+    """How much longer the rival takes; what does not arrive took its whole run at least."""
+    ratios, least = [], False
+    for one, other in pairs:
+        mine, theirs = reached(one, share), reached(other, rivals)
+        if mine is None:
+            return "fedspine does not reach it in every seed"
+        least |= theirs is None
+        ratios.append((simulated.whole_run(other.rounds) if theirs is None else theirs) / mine)
+    return ("at least " if least else "") + _told(ratios, "{:.2f}x")
+
+
+def _peak(result: simulated.Result) -> float:
+    return max(part.peak for one in result.rounds for part in one.devices)
 
 
 def _row(name: str, mine: list[simulated.Result], share: float) -> str:
@@ -132,7 +183,7 @@ def _row(name: str, mine: list[simulated.Result], share: float) -> str:
         _told([reached(one, share) for one in mine], "{:.0f}"),
         _told([last_quality(one, share) for one in mine], "{:.4f}"),
         _told([simulated.whole_run(one.rounds) / len(one.rounds) for one in mine], "{:.1f}"),
-        f"{max(part.peak for one in mine for r in one.rounds for part in r.devices) / 2**20:.0f}",
+        f"{max(map(_peak, mine)) / 2**20:.0f}",
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"
 

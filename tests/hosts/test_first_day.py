@@ -11,9 +11,10 @@ import pytest
 
 from tests.hosts.site import DEVICES, SERVER, SMALL, TORCH, Site
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = pytest.mark.timeout(2400)
 
 
+@pytest.mark.slow
 def test_case_42_check_mode_works_on_a_clean_host(machines: Site) -> None:
     ran = machines.play("site", "--check", label="site --check on clean hosts")
     assert all(ran.changed[host.name] > 0 for host in machines.all), "it names what it would do"
@@ -52,7 +53,7 @@ def test_a_round_through_the_services(machines: Site) -> None:
 
 @pytest.mark.parametrize(
     "unit",
-    ["muster-edge", "muster-coordinator", "mosquitto"],
+    ["muster-edge", *(pytest.param(unit, marks=pytest.mark.slow) for unit in ("muster-coordinator", "mosquitto"))],
 )
 def test_a_killed_service_comes_back(machines: Site, unit: str) -> None:
     """kill -9 in the middle of a round: systemd starts it again, and the round ends with both devices."""

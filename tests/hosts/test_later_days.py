@@ -188,9 +188,10 @@ def test_case_33_a_suspended_device_is_out_of_the_round_until_it_is_resumed(flee
     fleet.ended_well(fleet.submit("resumed"))
 
 
-def test_torch_on_one_device(fleet: Site, tmp_path: Path) -> None:
+def test_torch_on_one_device(fleet: Site, tmp_path_factory: pytest.TempPathFactory) -> None:
     """From the shared wheelhouse, with a base model that Ansible brings; a round of real training, in the sandbox."""
-    model = tiny_models.make_bert(tmp_path / "tiny")
+    # It stays for the tests after this one: the inventory names it from now on.
+    model = tiny_models.make_bert(tmp_path_factory.mktemp("model") / "tiny")
     rows = "".join(json.dumps({"text": f"the {word} sea", "label": n % 3}) + "\n"
                    for n, word in enumerate(("red", "green", "blue") * 8))  # fmt: skip
     for name in (SERVER, TORCH):

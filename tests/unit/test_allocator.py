@@ -53,3 +53,19 @@ def test_cycles_are_collected() -> None:
         "assert ref() is not None\ngive_back()\nassert ref() is None\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_was_imported_is_left_out_of_later_collections_and_what_comes_later_is_not() -> None:
+    code = (
+        "import gc, weakref\nfrom shared.allocator import give_back, spare_imported\ngc.disable()\n"
+        "class Node: pass\n"
+        "def cycle():\n    node = Node(); node.self = node\n    return weakref.ref(node)\n"
+        "refs = []\n"
+        "def first(): refs.append(cycle()); return [0] * 10\n"
+        "spare_imported(first); spare_imported(first)\n"
+        "assert len(refs) == 1 and refs[0]() is None, 'once, and nothing of it is kept'\n"
+        "frozen = gc.get_freeze_count()\nassert frozen > 1000\n"
+        "ref = cycle()\nassert ref() is not None\ngive_back()\nassert ref() is None\n"
+        "assert gc.get_freeze_count() <= frozen\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -46,7 +46,9 @@ TUNING_SEED = 100
 
 
 class Task(NamedTuple):
-    """A task with its sizes. `sample_s`: as in `World`; `lower`: share of the compute below the cut."""
+    """A task with its sizes. `sample_s`: as in `World`; `lower`: share of the compute below the cut.
+    `target`: of the texts the highest multiple of 0.05 that mergesfl's tuning runs reach under both skews, set before a
+    final run was looked at."""
 
     name: str
     rounds: int
@@ -65,8 +67,8 @@ class Task(NamedTuple):
 
 TASKS = {
     "digits": Task("digits", 40, 10, 16, (1e-3, 3e-3, 1e-2), 15, 2, 0.04, 0.9, 0.9, (0, 1, 2)),
-    "dbpedia14": Task("dbpedia14", 15, 5, 8, (3e-3, 1e-2), 15, 1, 0.25, 1 / 3, 0.7, (0, 1, 2), 400),
-    "20news": Task("20news", 15, 5, 8, (3e-3, 1e-2), 15, 1, 0.5, 1 / 3, 0.4, (0, 1, 2), 400),
+    "dbpedia14": Task("dbpedia14", 15, 5, 8, (3e-3, 1e-2), 15, 1, 0.25, 1 / 3, 0.6, (0, 1, 2), 400),
+    "20news": Task("20news", 15, 5, 8, (3e-3, 1e-2), 15, 1, 0.5, 1 / 3, 0.15, (0, 1, 2), 400),
 }
 
 

@@ -12,6 +12,7 @@ import argparse
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +24,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
+import torch
 
 from bench.mergesfl_clock import World
 from bench.mergesfl_fleet import FEDAVG, Method, RoundOutcome
@@ -43,6 +45,7 @@ DEVICES, SAMPLE = 80, 10
 SKEWS = ("dirichlet", "dominant")
 ALPHA, DOMINANT = 0.1, 0.8
 TUNING_SEED = 100
+_scratch = Path()
 
 
 class Task(NamedTuple):
@@ -110,7 +113,11 @@ def _run_all(options: argparse.Namespace) -> bool:
     for task in missing:
         print(f"{task} not run: MUSTER_DATA", file=sys.stderr)
     worlds = [(task, skew) for task in options.tasks if task not in missing for skew in options.skews]
-    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with (
+        tempfile.TemporaryDirectory(prefix="muster-bench-") as scratch,
+        ProcessPoolExecutor(options.workers, spawn, initializer=_begin, initargs=(scratch,)) as pool,
+    ):
 
         def done(runs: Iterable[Run]) -> bool:
             return None not in list(pool.map(carry_out, runs, repeat(until)))
@@ -120,6 +127,14 @@ def _run_all(options: argparse.Namespace) -> bool:
         # broken off leaves whole tables.
         rest = sorted((run for one in worlds for run in finals(*one, options.seeds)), key=lambda run: run.seed)
         return done(rest) and tuned and not missing
+
+
+def _begin(scratch: str) -> None:
+    """Of a worker: one thread, and files that no other writes over."""
+    global _scratch  # noqa: PLW0603  # set once, before any run
+    torch.set_num_threads(1)
+    _scratch = Path(scratch) / str(os.getpid())
+    _scratch.mkdir()
 
 
 def tuning(task: str, skew: str) -> Iterator[Run]:
@@ -181,8 +196,7 @@ def carry_out(run: Run, until: float = float("inf")) -> list[RoundOutcome] | Non
 def world(run: Run) -> World:
     """The fleet that `run` meets; the same for all methods of a seed."""
     task = TASKS[run.task]
-    scratch = ROOT / ".demo" / "mergesfl" / str(os.getpid())  # workers don't write over each other's files
-    scratch.mkdir(parents=True, exist_ok=True)
+    scratch = _scratch
     spec, model, rows, held_out = _digits(scratch, run.seed) if run.task == "digits" else _text(run.task)
     labels = [row["label"] for row in rows]
     shares = (

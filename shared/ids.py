@@ -15,6 +15,8 @@ Digest = NewType("Digest", str)
 """sha256 of a content, 64 lower-case hex digits."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{1,62}")
+LONGEST_COORDINATOR = 59
+"""Characters of a coordinator's name: its top worker's is `<name>-top`."""
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("MUSTER_DATA") or ROOT.parent / "shared" / "data")
 SESSION_VARIABLE = "MUSTER_TEST_SESSION"
 SLOW_TIMEOUT_S = 900
+STRAYS = 7
+"""Exit code where processes were left behind: no test to be tried once more."""
 GRACE_S = 5.0
 """How long processes of the last test may take to end."""
 VERSIONS = ("torch", "transformers", "peft", "bitsandbytes", "numpy", "paho-mqtt", "msgspec")
@@ -121,7 +123,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):  # one of several processes: the first one tells of it
         session.config.workeroutput["strays"] = _strays
     if _strays:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+        session.exitstatus = STRAYS
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -109,7 +109,8 @@ def _started(state: State, event: ev.Started) -> Result:
         kept.append(identity_of(journal.assignment))
         shas.append(journal.assignment.adapter.sha)
     tidy = [cmd.Adopt(offer.identity, offer.sha) for offer in journal.outbox]
-    state, more = releasing.started(replace(state, received_at=received_at), event)
+    resumed = journal.assignment is not None
+    state, more = releasing.started(replace(state, received_at=received_at, resumed=resumed), event)
     return state, [*tidy, cmd.Tidy(tuple(kept), (*shas, *releasing.blobs(state))), *more]
 
 
@@ -255,7 +256,7 @@ def _take(state: State, wanted: Assignment | None) -> Result:
         deaths=0, batch_limit=0, given_up="", given_up_memory=False, checkpointed=False, fetch_s=0.0,
     )  # fmt: skip
     state = replace(state, journal=journal, received_at=state.now, accepted=False, adapter_there=False, paused="")
-    state = replace(state, phase="idle")
+    state = replace(state, phase="idle", resumed=False)
     commands: list[cmd.Command] = []
     if old is not None and (wanted is None or wanted.adapter.sha != old.adapter.sha):
         commands += outbox.drop_blob(state, old.adapter.sha)
@@ -275,7 +276,7 @@ def _adapter_stored(state: State, event: ev.AdapterStored) -> Result:
     if work is None or work.adapter.sha != event.sha or not state.accepted or state.adapter_there:
         return state, commands
     state = replace(state, adapter_there=True)
-    if state.received_at < state.started_at:
+    if state.resumed:
         # Part of it came to a process that is gone; the rest alone would make the link look faster than it is.
         return state, commands
     journal = msgspec.structs.replace(state.journal, fetch_s=state.journal.fetch_s + state.now - state.fetch_since)

@@ -200,6 +200,8 @@ class State:
     """Unix seconds, for people and for the journal only."""
     received_at: float = 0.0
     """When the assignment came, on this process's monotonic clock."""
+    resumed: bool = False
+    """The assignment came to a process before this one."""
     accepted: bool = False
     """The owner's policy took the assignment."""
     adapter_there: bool = False

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta, structs
 
 from shared.errors import UserError
-from shared.ids import check_name
+from shared.ids import LONGEST_COORDINATOR, check_name
 
 Role = Literal["device", "coordinator", "top", "reader", "gate", "server"]
 """What a name is: `reader` may read the whole fleet (a dashboard), `gate` its presence alone (a health gate), and
@@ -114,6 +114,8 @@ def checked_hosts(hosts: Iterable[str]) -> tuple[str, ...]:
 def admit(register: Register, wanted: Wanted, now: datetime.datetime) -> None:
     """Raises `UserError` with the reason why `wanted` must not be issued."""
     name = check_name(wanted.name, "name")
+    if wanted.role == "coordinator" and len(name) > LONGEST_COORDINATOR:
+        raise UserError(f"{name}: a coordinator's name has {LONGEST_COORDINATOR} characters at most, for its -top")
     if wanted.role == "server" and not wanted.hosts:
         raise UserError(f"{name}: a server needs the names that clients reach it by: --host NAME")
     if wanted.role != "server" and wanted.hosts:

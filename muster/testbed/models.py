@@ -83,6 +83,7 @@ def cut_bert(source: Path, out: Path, layers: int, *, last: bool = False, channe
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` when it is whole; where two processes make one, the first to end counts."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent, ignore_cleanup_errors=True) as scratch:
         made = Path(scratch) / out.name
         made.mkdir()

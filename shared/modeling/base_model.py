@@ -238,6 +238,7 @@ def _bare(folder: Path, task: TaskSpec, bits: Bits, device: str, blocks: int = 0
     """A base whose parameters hold nothing yet, and the names of the layers that its files hold transposed."""
     if task.kind == "image" and bits != 32:
         raise ModelFault("task.kind image: its models compute at 32 bits only")
+    spare_imported(import_libraries)
     tokenizer = _tokenizer(folder, task)
     model = _empty_model(folder, task, tokenizer, blocks)
     transposed = _conv1d_to_linear(model)
@@ -288,7 +289,6 @@ def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any, blocks: int = 0) 
 
     accelerate: Any = importlib.import_module("accelerate")
     factory: Any = getattr(transformers, FACTORIES[task.kind])
-    spare_imported(_import_all)
 
     try:
         config = transformers.AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
@@ -307,12 +307,6 @@ def _empty_model(folder: Path, task: TaskSpec, tokenizer: Any, blocks: int = 0) 
     if task.kind == "causal":
         model.config.use_cache = False
     return model
-
-
-def _import_all() -> None:
-    """What importing costs once is not to be walked through at each collection."""
-    for name in ("peft", "transformers.modeling_utils", "transformers.models.auto"):
-        importlib.import_module(name)
 
 
 def _check_length(folder: Path, config: Any, max_tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -46,7 +47,7 @@ def exported(base: Path, folder: Path, task: TaskSpec, *, heads: bool = True) ->
 PLAIN = """
 import json, sys, torch, transformers
 for line in sys.stdin:
-    made, classifies, trusting, out = json.loads(line)
+    made, classifies, trusting, out = json.loads(line)  # out: a file of this request alone
     kind = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
     model = kind.from_pretrained(made, trust_remote_code=trusting).eval()
     tokens = torch.tensor(TOKENS)
@@ -56,7 +57,7 @@ for line in sys.stdin:
         model.generate(tokens, max_new_tokens=3, do_sample=False)
     transformers.AutoTokenizer.from_pretrained(made)
     assert not any(name.split(".")[0] in ("shared", "muster") for name in sys.modules)
-    print("said", flush=True)
+    print(out, flush=True)
 """
 Plain = Callable[..., tuple[torch.Tensor, int]]
 
@@ -71,18 +72,25 @@ def plainly(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Plain]:
     )  # fmt: skip
     assert process.stdin is not None and process.stdout is not None
 
+    asked = itertools.count()
+
     def ask(made: Path, *, classifies: bool, trusting: bool) -> tuple[torch.Tensor, int]:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps([str(made), classifies, trusting, str(folder / "said")]) + "\n")
+        out = folder / f"said-{next(asked)}"
+        process.stdin.write(json.dumps([str(made), classifies, trusting, str(out)]) + "\n")
         process.stdin.flush()
-        assert process.stdout.readline() == "said\n", "plain transformers does not take it: see stderr"
-        said, count = torch.load(folder / "said")
+        assert process.stdout.readline() == f"{out}\n", "plain transformers does not take it: see stderr"
+        said, count = torch.load(out)
         return said, int(count)
 
-    with process:
+    try:
         yield ask
         process.stdin.close()
         assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 @pytest.mark.parametrize(("name", "task"), TASKS)

@@ -43,6 +43,7 @@ ONE = issued(EMPTY, "edge-01", 0)
     [
         (EMPTY, Wanted(name="Edge 1", role="device", key="k"), "name 'Edge 1': use 2 to 63 of"),
         (EMPTY, Wanted(name="broker-1", role="server", key="k"), "a server needs the names that clients reach it by"),
+        (EMPTY, Wanted(name="c" * 60, role="coordinator", key="k"), "a coordinator's name has 59 characters at most"),
         (EMPTY, Wanted(name="edge-01", role="device", hosts=("x",), key="k"), "--host is for servers"),
         (ONE, Wanted(name="edge-01", role="coordinator", key="k"), "given to a device; a coordinator needs another"),
         (revoked(ONE, "edge-01", 1), Wanted(name="edge-01", role="reader", key="k"), "given to a device"),

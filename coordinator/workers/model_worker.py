@@ -79,10 +79,13 @@ class ModelWorker:
 
     def _prepare(self, request: Prepare) -> ModelFacts:
         from shared import adapter
-        from shared.modeling import base_model, split, stored_form
+        from shared.modeling import base_model, lora, pruning, split, stored_form
 
         job = request.job
         base = self._base(job, request.base_path)
+        if base.cuts:  # by the last evaluation, perhaps of another job
+            lora.detach(base)
+            pruning.prune(base, {})
         if job.evaluation.data:
             self._data(job)
         start = create(job.strategy).start

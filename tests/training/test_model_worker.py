@@ -6,6 +6,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,10 @@ from coordinator.workers.protocol import (
     WorkerBeat,
     WorkerFailed,
 )
-from shared import adapter
+from shared import adapter, units
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import BaseSpec, EvaluationSpec, JobSpec, TaskSpec
-from shared.modeling import base_model, lora, weights
+from shared.modeling import base_model, lora, pruning, weights
 from shared.modeling.data import tokenize
 from tests.training.tiny_models import COLOURS, STORIES, colour_rows, global_adapter, story_rows, write_jsonl
 
@@ -131,6 +132,20 @@ def test_evaluation_leaves_nothing_behind_and_ignores_order(worker: ModelWorker,
     assert tuned.loss != pytest.approx(first.loss, abs=1e-3)
     assert again.loss == pytest.approx(first.loss, abs=1e-6)
     assert first.perplexity == pytest.approx(float(np.exp(first.loss)))
+
+
+def test_a_base_that_a_pruned_job_left_small_is_described_whole(
+    worker: ModelWorker, bert: Path, colours: Path, tmp_path: Path
+) -> None:
+    spec = job(COLOURS, colours)
+    told = prepare(worker, spec, bert, tmp_path / "g0").facts
+    base = base_model.load(bert, COLOURS)
+    known = pruning.groups_of(base)
+    kept = units.best(known, {group.name: np.arange(group.count) + 1.0 for group in known}, 0.5)
+    pruned = replace(global_adapter(base, 3), base_digest=weights.base_digest(bert), kept=units.pack(known, kept))
+    (tmp_path / "g1").write_bytes(adapter.write(pruned))
+    assert evaluate(worker, spec, bert, tmp_path / "g1").metrics.pruned > 0.4
+    assert prepare(worker, spec, bert, tmp_path / "g2").facts == told
 
 
 def test_rows_takes_the_first_ones(worker: ModelWorker, bert: Path, tmp_path: Path) -> None:

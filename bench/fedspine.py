@@ -4,8 +4,8 @@
 
 As `bench/planning.py` (its runs, files and fleet), with 20 local steps a round, the model evaluated at the size that it
 was pruned to. All methods have one rate, that of `bench/planning.py`'s tuning for LoRA on this task: tuning each would
-take hours. Time to target counts from the first plan to the first round whose model has the sparsity asked for and
-reaches the target.
+take hours. Time to a target counts from the first plan to the first round whose model has the sparsity asked for
+and reaches the target.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ RATE, ROUNDS = 0.02, 12
 SPARSITY = {"half": 0.5, "third": 0.3}
 WHOLE = "hetlora"
 METHODS = (*PRUNING, WHOLE)
+TARGETS = (TASKS[TASK].target, 0.85, 0.9)
+"""The common one of `bench/planning.py`, which with 20 local steps all pass while they still prune; two above it."""
 NEAR = 0.02
 """A model this much above the sparsity asked for counts as there: shares of units are whole units."""
 MINE = "fedspine"
@@ -92,10 +94,10 @@ def at_size(result: simulated.Result, share: float) -> list[simulated.RoundResul
     return [one for one in result.rounds if one.pruned >= share - NEAR]
 
 
-def reached(result: simulated.Result, share: float) -> float | None:
-    """Seconds to the target at this sparsity."""
+def reached(result: simulated.Result, share: float, target: float) -> float | None:
+    """Seconds to `target` at this sparsity."""
     for one in at_size(result, share):
-        if one.accepted and one.accuracy is not None and one.accuracy >= TASKS[TASK].target:
+        if one.accepted and one.accuracy is not None and one.accuracy >= target:
             return one.at - simulated.first_plan(result.rounds)
     return None
 
@@ -115,9 +117,10 @@ def page() -> str:
         f"{TASK}, Dirichlet {ALPHA:g}, {ROUNDS} rounds; the model is evaluated at the size it was pruned to.", "",
     ]  # fmt: skip
     for variant, share in SPARSITY.items():
-        lines += [f"## {share:.0%} of heads and channels gone", "", f"Target: accuracy {TASKS[TASK].target:g}.", ""]
-        lines += ["| method | lr | seeds | s to target | accuracy, last 3 rounds | s a round | largest peak, MiB |"]
-        lines += ["|---|---|---|---|---|---|---|"]
+        to = " | ".join(f"s to {target:g}" for target in TARGETS)
+        lines += [f"## {share:.0%} of heads and channels gone", ""]
+        lines += [f"| method | lr | seeds | {to} | accuracy, last 3 rounds | s a round | largest peak, MiB |"]
+        lines += ["|---|---|---|" + "---|" * len(TARGETS) + "---|---|---|"]
         for name in METHODS:
             lines.append(_row(name, list(of(found, name, variant).values()), share_of(name, variant)))
         lines += ["", *_claims(found, variant), ""]
@@ -146,7 +149,9 @@ def _claims(found: Results, variant: str) -> list[str]:
         if not pairs:
             continue
         shares = SPARSITY[variant], share_of(name, variant)
-        lines.append(f"| time to target against {name} | >= 1.4x | {_times(pairs, *shares)} | {len(pairs)} |")
+        for target in TARGETS:
+            ratio = _times(pairs, *shares, target)
+            lines.append(f"| time to {target:g} against {name} | >= 1.4x | {ratio} | {len(pairs)} |")
         both = [(last_quality(a, shares[0]), last_quality(b, shares[1])) for a, b in pairs]
         points = [100 * (a - b) for a, b in both if a is not None and b is not None]
         asked = ">= +0.4" if name in PRUNING else "reported"
@@ -159,11 +164,13 @@ def _claims(found: Results, variant: str) -> list[str]:
     return lines
 
 
-def _times(pairs: Sequence[tuple[simulated.Result, simulated.Result]], share: float, rivals: float) -> str:
+def _times(
+    pairs: Sequence[tuple[simulated.Result, simulated.Result]], share: float, rivals: float, target: float
+) -> str:
     """How much longer the rival takes; what does not arrive took its whole run at least."""
     ratios, least = [], False
     for one, other in pairs:
-        mine, theirs = reached(one, share), reached(other, rivals)
+        mine, theirs = reached(one, share, target), reached(other, rivals, target)
         if mine is None:
             return "fedspine does not reach it in every seed"
         least |= theirs is None
@@ -177,10 +184,10 @@ def _peak(result: simulated.Result) -> float:
 
 def _row(name: str, mine: list[simulated.Result], share: float) -> str:
     if not mine:
-        return f"| {name} | - | 0 of {len(SEEDS)} | not run | not run | - | - |"
+        return f"| {name} | - | 0 of {len(SEEDS)} | {'not run | ' * len(TARGETS)}not run | - | - |"
     cells = [
         name, f"{RATE:g}", f"{len(mine)} of {len(SEEDS)}",
-        _told([reached(one, share) for one in mine], "{:.0f}"),
+        *(_told([reached(one, share, target) for one in mine], "{:.0f}") for target in TARGETS),
         _told([last_quality(one, share) for one in mine], "{:.4f}"),
         _told([simulated.whole_run(one.rounds) / len(one.rounds) for one in mine], "{:.1f}"),
         f"{max(map(_peak, mine)) / 2**20:.0f}",

@@ -92,18 +92,20 @@ class Host:
         self._watcher = threading.Thread(target=self._run, name=f"host-{self.name}", daemon=True)
         self._watcher.start()
 
-    def wait(self, boots: int = 1) -> None:
+    def wait(self, boots: int = 1, within_s: float = BOOT_WITHIN_S) -> None:
         """Wait until it was booted `boots` times and systemd has started all it has to. Raises `HostFailed`."""
-        until = time.monotonic() + BOOT_WITHIN_S
-        state = ""
+        until = time.monotonic() + within_s
+        state = "not booted"
         while time.monotonic() < until:
             if self.boots >= boots:
                 done = self.ssh("systemctl is-system-running", check=False)
-                state = done.stdout.strip() or done.stderr.strip()
+                state = done.stdout.strip() or f"exit code {done.returncode} {done.stderr.strip()}"
                 if state in ("running", "degraded"):
                     return
             time.sleep(_LOOK_EVERY_S)
-        raise HostFailed(f"{self.name} did not boot in {BOOT_WITHIN_S:.0f} s ({state}): {self.last_words()}")
+        running = len(lan.processes(lan.namespace(self.number)))
+        words = f"{state}, {running} processes: {self.last_words()}"
+        raise HostFailed(f"{self.name} did not boot in {within_s:.0f} s ({words})")
 
     def kill(self) -> None:
         """Cut its power. Raises `HostFailed` if anything of it runs on: beside it, another boot would prove nothing."""

@@ -75,6 +75,8 @@ bits = 32
 BURNER = "while True: sum(i * i for i in range(10_000))"
 MUCH = 0.3
 """Share of a device's cores that the burner takes for certain: beside a training agent it gets half of them."""
+SETTLING = 10
+"""Plans within which the speeds that were learned have settled."""
 NONE = 0.02
 """And what is left of it in the readings afterwards."""
 
@@ -186,7 +188,10 @@ def test_one_run_follows_memory_load_and_the_age_of_readings(tmp_path: Path) -> 
         wait_until_heard(fleet)
         job = fleet.client.submit(text).id
         wait_for(fleet, job, committed(2), seconds=200)
-        before, reading = _batch(_next_plan(fleet, job, slowed, lambda share: share < NONE), slowed)
+        for _ in range(SETTLING):  # what two rounds taught of speeds may be off by a sample
+            before, reading = _batch(_next_plan(fleet, job, slowed, lambda share: share < NONE), slowed)
+            if before == 8:
+                break
         assert before == 8, "there is nothing to lower"
         assert "foreign 0.00 of" in reading
         burner = start_in(fleet.edges[slowed].group, [sys.executable, "-c", BURNER], tmp_path / "burner.log")

@@ -113,6 +113,7 @@ def _our_top(broker: BrokerSettings, go: Any, count: int) -> None:
     connected = inbox.get(timeout=30)
     assert isinstance(connected, Connected)
     link.connected(connected)
+    link.expect(dict.fromkeys(DEVICES, sum(map(len, _pieces()))))
     answer = steps.Gradient(work=WORK, run=1, step=1, loss=0.0, hidden=_features(1).hidden)
     go.wait()
     for _ in range(count):

@@ -207,7 +207,7 @@ def probe() -> None:
             host.prepare()
             host.start()
             stack.callback(host.kill)
-            host.wait()
+            _wait(host)
         except (TreeFailed, lan.LanFailed, HostFailed) as error:
             raise NotPossible(str(error)) from error
 
@@ -247,14 +247,7 @@ def _boot(stack: contextlib.ExitStack) -> Site:
             found[name].start()
             stack.callback(found[name].kill)
         for host in found.values():
-            try:
-                host.wait(within_s=BOOT_FIRST_S)
-            except HostFailed as error:
-                # Seen once in some dozens of boots, with nothing on its console: like a machine that hangs.
-                sys.stderr.write(f"hosts: {error}; booted once more\n")
-                host.kill()
-                host.start()
-                host.wait()
+            _wait(host)
     except (TreeFailed, lan.LanFailed, HostFailed) as error:
         raise NotPossible(str(error)) from error
     controller = Controller(RUN, keys)
@@ -265,6 +258,17 @@ def _boot(stack: contextlib.ExitStack) -> Site:
     _lay_data(site)
     site.describe()
     return site
+
+
+def _wait(host: Host) -> None:
+    """Until it has booted. Seen once in some dozens of boots, with nothing on the console: it hangs, as machines do."""
+    try:
+        host.wait(within_s=BOOT_FIRST_S)
+    except HostFailed as error:
+        sys.stderr.write(f"hosts: {error}; booted once more\n")
+        host.kill()
+        host.start()
+        host.wait()
 
 
 def _lay_data(site: Site) -> None:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from shared.ids import LONGEST_COORDINATOR
 from shared.settings import BrokerSettings, FilePath, HealthSettings, Section
 
 Name = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,62}\Z")]
@@ -79,7 +80,7 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
 
     fleet: Name
     """The fleet this coordinator works for."""
-    name: Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{1,58}\Z")] = "coord-1"
+    name: Annotated[Name, Meta(max_length=LONGEST_COORDINATOR)] = "coord-1"
     """Id of this coordinator on the broker; its top worker is `<name>-top`."""
     state_dir: FilePath = "/var/lib/muster-coordinator"
     """Folder of the event log, the blobs, the token and the exports."""

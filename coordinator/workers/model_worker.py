@@ -83,8 +83,8 @@ class ModelWorker:
 
         job = request.job
         base = self._base(job, request.base_path)
+        lora.detach(base)
         if base.cuts:  # by the last evaluation, perhaps of another job
-            lora.detach(base)
             pruning.prune(base, {})
         if job.evaluation.data:
             self._data(job)
@@ -205,10 +205,8 @@ def _modules(base: Any, job: JobSpec, start: Start) -> list[ModuleSpec]:
 
 def _groups(base: Any, *, heads: bool) -> list[Group]:
     """What can be pruned of the whole base. Raises `UserError` naming the architectures where this is none."""
-    from shared.modeling import lora, pruning
+    from shared.modeling import pruning
 
-    lora.detach(base)
-    pruning.prune(base, {})
     known = pruning.chosen(pruning.groups_of(base), heads=heads)
     if reason := units.too_many(known):
         raise UserError(f"base.model: too large for a strategy that prunes: {reason}")

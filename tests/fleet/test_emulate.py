@@ -171,7 +171,10 @@ def test_a_killed_run_leaves_no_process_and_the_next_takes_its_folder(place: Pat
         (("--agent", "torch"), "the numpy agent does least_squares"),
         (("--data", "docstrings"), "--agent numpy works on points"),
         (("--devices", "none"), "Invalid value for '--devices'"),
-        (("--job", "held-out.toml"), "held-out.toml: evaluation.data: nowhere.jsonl: no such file; without that"),
+        (
+            ("--job", "held-out.toml"),
+            "held-out.toml: evaluation.data: nowhere.jsonl: no such file; without that key",
+        ),
         (("--job", "many.toml", "--devices", "3"), "many.toml: rounds.min_devices: 4 wanted, and --devices is 3"),
     ],
 )

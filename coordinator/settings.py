@@ -81,7 +81,7 @@ class CoordinatorSettings(Section, frozen=True, kw_only=True):
     fleet: Name
     """The fleet this coordinator works for."""
     name: Annotated[Name, Meta(max_length=LONGEST_COORDINATOR)] = "coord-1"
-    """Id of this coordinator on the broker; its top worker is `<name>-top`."""
+    """Id of this coordinator on the broker, of 59 characters at most: its top worker is `<name>-top`."""
     state_dir: FilePath = "/var/lib/muster-coordinator"
     """Folder of the event log, the blobs, the token and the exports."""
     broker: BrokerSettings = BrokerSettings(window=32, queue=4096)

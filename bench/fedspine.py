@@ -4,8 +4,9 @@
 
 As `bench/planning.py` (its runs, files and fleet), with 20 local steps a round, the model evaluated at the size that it
 was pruned to. All methods have one rate, that of `bench/planning.py`'s tuning for LoRA on this task: tuning each would
-take hours. Time to a target counts from the first plan to the first round whose model has the sparsity asked for
-and reaches the target.
+take hours. The largest share that may go in a round (`strategy.prune_step`) is chosen for the method on the validation
+split, by its time to `TUNED_TO`. Time to a target counts from the first plan to the first round whose model has the
+sparsity asked for and reaches the target.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bench import bandit, planning
-from bench.planning_grid import TASKS, Method, Run
+from bench.planning_grid import TASKS, TUNING_SEED, Method, Run
+from bench.planning_studies import PRUNE_STEPS, SPARSITY, pruned
 from bench.planning_tables import interval
 from coordinator.core.aggregation.registry import PRUNING
 from muster.testbed import simulated
@@ -30,9 +32,11 @@ from shared.files import write_whole
 PAGE = planning.ROOT / "docs" / "results-fedspine.md"
 TASK, ALPHA, SEEDS = "dbpedia14", 1.0, (0, 1, 2)
 RATE, ROUNDS = 0.02, 12
-SPARSITY = {"half": 0.5, "third": 0.3}
 WHOLE = "hetlora"
 METHODS = (*PRUNING, WHOLE)
+STEPPED = ("fedspine", "fedspine-fixed")
+"""Those that go by a share a round."""
+TUNED_TO = 0.85
 TARGETS = (TASKS[TASK].target, 0.85, 0.9)
 """The common one of `bench/planning.py`, which with 20 local steps all pass while they still prune; two above it."""
 NEAR = 0.02
@@ -59,33 +63,55 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 1
         until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
         with Session(options.workers) as session:
+            complete = planning._run_all(tuning_runs(), until, session)
             asked = (options.seeds, options.variants, options.only)
-            wanted = [run for run in final_runs() if _is_of(run, *asked)]
-            complete = planning._run_all(wanted, until, session)
+            wanted = [run for run, sparsity in final_runs() if _is_of(run, sparsity, *asked)]
+            complete = complete and planning._run_all(wanted, until, session)
     write_whole(PAGE, page().encode())
     return 0 if complete else 1
 
 
-def _is_of(run: Run, seeds: Sequence[int], variants: Sequence[str], names: Sequence[str]) -> bool:
-    return run.seed in seeds and run.variant in variants and run.method.name in names
+def _is_of(run: Run, sparsity: str, seeds: Sequence[int], variants: Sequence[str], names: Sequence[str]) -> bool:
+    return run.seed in seeds and sparsity in variants and run.method.name in names
 
 
-def final_runs() -> Iterator[Run]:
-    """The runs of the tables, seed by seed; the unpruned rival once."""
+def tuning_runs() -> Iterator[Run]:
+    """What chooses the share that may go in a round, in the order of `PRUNE_STEPS`."""
+    for step in PRUNE_STEPS:
+        variant = pruned("half", step)
+        yield Run(Method(MINE), TASK, ALPHA, TUNING_SEED, RATE, "validation", ROUNDS, variant=variant)
+
+
+def prune_step() -> float | None:
+    """The share whose run is first at `TUNED_TO`; None: the runs are not all there."""
+    found = []
+    for step, run in zip(PRUNE_STEPS, tuning_runs(), strict=True):
+        if (result := planning.result_of(run)) is None:
+            return None
+        arrived = reached(result, SPARSITY["half"], TUNED_TO)
+        found.append((math.inf if arrived is None else arrived, step))
+    return min(found)[1]
+
+
+def final_runs() -> Iterator[tuple[Run, str]]:
+    """The runs of the tables with their sparsity, seed by seed; the unpruned rival once."""
+    step = prune_step()
     for seed in SEEDS:
-        for variant in SPARSITY:
+        for sparsity in SPARSITY:
             for name in METHODS:
-                if name != WHOLE or variant == "half":
-                    yield Run(Method(name), TASK, ALPHA, seed, RATE, "test", ROUNDS, variant=variant)
+                own = (step if name in STEPPED else None) or PRUNE_STEPS[0]
+                if name != WHOLE or sparsity == "half":
+                    variant = pruned(sparsity, own)
+                    yield Run(Method(name), TASK, ALPHA, seed, RATE, "test", ROUNDS, variant=variant), sparsity
 
 
 def results() -> Results:
     """The runs that are there."""
     found: Results = {}
-    for run in final_runs():
+    for run, sparsity in final_runs():
         result = planning.result_of(run)
         if result is not None:
-            found.setdefault((run.method.name, run.variant), {})[run.seed] = result
+            found.setdefault((run.method.name, sparsity), {})[run.seed] = result
     return found
 
 
@@ -115,6 +141,7 @@ def page() -> str:
         "# FedSpine against its rivals", "",
         "`python -m bench.fedspine` (`make bench-fedspine`). 80 virtual devices, 10 a round, 20 local steps, "
         f"{TASK}, Dirichlet {ALPHA:g}, {ROUNDS} rounds; the model is evaluated at the size it was pruned to.", "",
+        *_tuned(),
     ]  # fmt: skip
     for variant, share in SPARSITY.items():
         to = " | ".join(f"s to {target:g}" for target in TARGETS)
@@ -126,6 +153,23 @@ def page() -> str:
         lines += ["", *_claims(found, variant), ""]
     lines += ["## The bandit on synthetic rewards", "", "`python -m bench.bandit`", "", *bandit.table(), ""]
     return "\n".join(lines)
+
+
+def _tuned() -> list[str]:
+    """What chose `strategy.prune_step`."""
+    step = prune_step()
+    if step is None:
+        return []
+    lines = [
+        f"On the validation split, seed {TUNING_SEED}, half gone; {step:g} is taken for {' and '.join(STEPPED)}.", "",
+        f"| largest share in a round | s to {TUNED_TO:g} | accuracy, last 3 rounds |", "|---|---|---|",
+    ]  # fmt: skip
+    for one, run in zip(PRUNE_STEPS, tuning_runs(), strict=True):
+        result = planning.result_of(run)
+        assert result is not None
+        arrived, quality = reached(result, SPARSITY["half"], TUNED_TO), last_quality(result, SPARSITY["half"])
+        lines.append(f"| {one:g} | {_told([arrived], '{:.0f}')} | {_told([quality], '{:.4f}')} |")
+    return [*lines, ""]
 
 
 def of(found: Results, name: str, variant: str) -> dict[int, simulated.Result]:

@@ -16,6 +16,9 @@ from bench.planning_grid import Method, Run
 from coordinator.core.planning.fedpipe import FedPipePlanner
 from muster.testbed.oracle import planners
 
+SPARSITY = {"half": 0.5, "third": 0.3}
+PRUNE_STEPS = (0.2, 0.35, 0.5)
+"""The first is also what methods get that have no use for it."""
 Rates = Mapping[tuple[str, str], float]
 SEEDS = (0, 1, 2)
 FIVE = (0, 1, 2, 3, 4)
@@ -30,6 +33,11 @@ class Variant:
     around: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
+def pruned(sparsity: str, step: float) -> str:
+    """The name of the variant that prunes so much, at most `step` of it on a device in a round."""
+    return sparsity if step == PRUNE_STEPS[0] else f"{sparsity}-step{step:g}"
+
+
 VARIANTS: dict[str, Variant] = {
     "": Variant(),
     "equal": Variant(fields={"profile": "equal"}),
@@ -41,13 +49,14 @@ VARIANTS: dict[str, Variant] = {
     "every5": Variant(tables={"strategy": {"rescore_every": 5}}),
     "pair": Variant(fields={"profile": "pair", "devices": 2}, tables={"rounds": {"sample": 2, "min_devices": 2}}),
     **{
-        name: Variant(
+        pruned(name, step): Variant(
             tables={
-                "strategy": {"prune": share, "prune_step": 0.2, "rank": 8},
+                "strategy": {"prune": share, "prune_step": step, "rank": 8},
                 "rounds": {"local_steps": 20},
             }
         )
-        for name, share in (("half", 0.5), ("third", 0.3))
+        for name, share in SPARSITY.items()
+        for step in PRUNE_STEPS
     },
     **{
         f"{directions}{energy}": Variant(tables={"strategy": {"directions": directions, "energy": energy}})

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import time
+from typing import Protocol
 
 from coordinator.workers.protocol import WorkerBeat
-from shared.frames import FrameWriter
 
 BEAT_S = 2.0
+
+
+class Writer(Protocol):
+    """Where a worker's messages go, as `shared.frames.FrameWriter`."""
+
+    def write(self, message: object) -> None:
+        """Send one message."""
 
 
 class Pulse:
     """Says over `writer` that work goes on, at most every `BEAT_S` seconds."""
 
-    def __init__(self, writer: FrameWriter) -> None:
+    def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._said = 0.0
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-import queue
 import random
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import msgspec
 
@@ -16,7 +16,7 @@ from shared.blob_sender import chunk_limit
 from shared.errors import DecodeError
 from shared.messages import MAX_CHUNK_BYTES
 from shared.settings import BrokerSettings
-from shared.transport.base import Connected, Outgoing, Received
+from shared.transport.base import Connected, Outgoing, Received, Transport
 from shared.transport.mqtt import MqttTransport
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,32 @@ SMALL = 64 * 1024
 """Bytes of a message from a device that has no features to send."""
 
 
+class Inbox(Protocol):
+    """Where events of the connection go, as `queue.SimpleQueue`."""
+
+    def put(self, event: object, /) -> None:
+        """Called on the connection's thread."""
+
+    def qsize(self) -> int:
+        """How many wait."""
+
+
+Connect = Callable[[BrokerSettings, str], Transport]
+"""(broker, client's name) -> its transport, not yet started."""
+
+
+def _over_mqtt(broker: BrokerSettings, name: str) -> Transport:
+    epochs = iter(range(1, 2**31))
+    return MqttTransport(broker, name, lambda: next(epochs), rng=random.Random(), clean_start=True, loose=LOOSE)
+
+
 class Link:
     """The worker's connection; it is kept from round to round."""
 
-    def __init__(self, inbox: queue.SimpleQueue[object]) -> None:
+    def __init__(self, inbox: Inbox, connect: Connect | None = None) -> None:
         self._inbox = inbox
-        self._transport: MqttTransport | None = None
+        self._connect = connect or _over_mqtt
+        self._transport: Transport | None = None
         self._key: tuple[BrokerSettings, str, str] | None = None
         self._assemblers: dict[str, steps.Assembler] = {}
         self._number = int(time.time()) % 2**31
@@ -52,12 +72,8 @@ class Link:
         if key == self._key:
             return
         self.close()
-        epochs = iter(range(1, 2**31))
         # What the broker kept for a former process is of no use: steps are asked for again.
-        transport = MqttTransport(
-            msgspec.structs.replace(broker, session_expiry_s=0), name, lambda: next(epochs), rng=random.Random(),
-            clean_start=True, loose=LOOSE,
-        )  # fmt: skip
+        transport = self._connect(msgspec.structs.replace(broker, session_expiry_s=0), name)
         transport.subscribe(topics.top_filters(fleet))
         transport.start(self._take_in)
         self._transport, self._key, self._fleet = transport, key, fleet

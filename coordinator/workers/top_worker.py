@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from coordinator.workers.protocol import (
     ToTop,
     WorkerFailed,
 )
-from coordinator.workers.pulse import Pulse
+from coordinator.workers.pulse import Pulse, Writer
 from coordinator.workers.top_link import Link
 from shared import logs, steps
 from shared.errors import DecodeError, MusterError, UserError
@@ -54,12 +54,15 @@ class _Closed:
 class Conductor:
     """One round: the decisions, the tensors, and what is said. Raises `MusterError` where the model can't be had."""
 
-    def __init__(self, order: TopRound, link: Link, beat: Any, base: Any) -> None:
+    def __init__(
+        self, order: TopRound, link: Link, beat: Any, base: Any, clock: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
         from coordinator.workers.top_model import TopModel
 
         self.order = order
         self._link = link
         self._beat = beat
+        self._clock = clock
         self._folder = Path(order.folder)
         self._folder.mkdir(parents=True, exist_ok=True)
         self.model = TopModel(base, order)
@@ -102,11 +105,11 @@ class Conductor:
 
     def start(self) -> None:
         """Ask the devices."""
-        self._do(self.round.start(time.monotonic()))
+        self._do(self.round.start(self._clock()))
 
     def hear(self, device: str, message: steps.Up) -> None:
         """Take what a device says."""
-        now = time.monotonic()
+        now = self._clock()
         if isinstance(message, steps.Hello):
             self._do(self.round.on_hello(device, message, now))
             return
@@ -116,11 +119,11 @@ class Conductor:
 
     def without(self, devices: list[str]) -> None:
         """These will not come."""
-        self._do(self.round.without(devices, time.monotonic()))
+        self._do(self.round.without(devices, self._clock()))
 
     def tick(self) -> None:
         """Let time pass."""
-        self._do(self.round.tick(time.monotonic()))
+        self._do(self.round.tick(self._clock()))
 
     def finish(self) -> None:
         """End with what is done."""
@@ -139,7 +142,7 @@ class Conductor:
                 case conduct.GoTo(step):
                     self._features.clear()
                     self._last.clear()
-                    self._idle_since = time.monotonic()
+                    self._idle_since = self._clock()
                     if not self.model.load(step):
                         raise UserError(f"checkpoint {step} of {self.order.work} can't be read any more")
                 case conduct.Note(text):
@@ -149,7 +152,7 @@ class Conductor:
 
     def _take(self, take: conduct.Take) -> list[conduct.Action]:
         if self._idle_since is not None:
-            self.waited_s += time.monotonic() - self._idle_since
+            self.waited_s += self._clock() - self._idle_since
         parts = {}
         for device in take.devices:
             features = self._features.pop((device, take.step), None)
@@ -161,7 +164,7 @@ class Conductor:
                 self._refuse(device, take.step, error)
         self._beat("stepping")
         answers = self._computed(parts, take.step)
-        self._idle_since = time.monotonic()
+        self._idle_since = self._clock()
         if not answers:
             return self.round.untaken(self._idle_since)
         for device in parts.keys() - answers.keys():
@@ -205,10 +208,13 @@ class Conductor:
 class TopWorker:
     """The main loop: requests from the pipe and messages from the broker, one after the other."""
 
-    def __init__(self, writer: FrameWriter) -> None:
+    def __init__(
+        self, writer: Writer, link: Link | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:  # fmt: skip
         self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._writer = writer
-        self._link = Link(self.inbox)
+        self._link = link or Link(self.inbox)
+        self._clock = clock
         self._round: Conductor | None = None
         self._over: deque[str] = deque(maxlen=REMEMBERED)
         self._before: Conductor | None = None
@@ -226,17 +232,25 @@ class TopWorker:
             except queue.Empty:
                 event = None
             if isinstance(event, (_Closed, Exit)):
-                self._link.close()
+                self.close()
                 return 0
-            try:
-                self._handle(event)
-            except MusterError as error:
-                self._fail(str(error), operator=isinstance(error, UserError))
-            except MemoryError:
-                self._fail("out of memory: the upper part of the model and the merged batch do not fit", operator=True)
-            except Exception as error:  # noqa: BLE001  # the loop: a fault of ours becomes an answer
-                log.exception("a turn failed")
-                self._fail(f"{type(error).__name__}: {error}"[:300], operator=False)
+            self.turn(event)
+
+    def turn(self, event: object) -> None:
+        """Take an event (None: there was none) and let time pass."""
+        try:
+            self._handle(event)
+        except MusterError as error:
+            self._fail(str(error), operator=isinstance(error, UserError))
+        except MemoryError:
+            self._fail("out of memory: the upper part of the model and the merged batch do not fit", operator=True)
+        except Exception as error:  # noqa: BLE001  # the loop: a fault of ours becomes an answer
+            log.exception("a turn failed")
+            self._fail(f"{type(error).__name__}: {error}"[:300], operator=False)
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self._link.close()
 
     def _handle(self, event: object) -> None:
         match event:
@@ -286,7 +300,7 @@ class TopWorker:
             self._link.expect(dict.fromkeys(order.batches, steps.MAX_STEP_BYTES))
             self._answer(TopTrained(updates=[], steps=0, loss=0.0))
             return
-        self._round = Conductor(order, self._link, self.beat, self._upper(order))
+        self._round = Conductor(order, self._link, self.beat, self._upper(order), self._clock)
         self._round.start()
 
     def _upper(self, order: TopRound) -> Any:

@@ -52,6 +52,7 @@ from shared.modeling.faults import is_out_of_memory
 
 if TYPE_CHECKING:  # they import torch, which is loaded once the pipe is open
     from edge_daemon.training.loop import Loop
+    from edge_daemon.training.split_loop import SplitLoop
     from shared.modeling.base_model import Base
     from shared.modeling.data import DataStore, TokenData
 
@@ -205,22 +206,20 @@ class Agent:
 
         assignment = request.assignment
         gauge = MemoryGauge(self._device)
-        started = time.monotonic()
+        started = self._control.now()
         loaded, fresh = self._load(request)
         data, data_fresh = self._data(request, loaded)
         try:
             carried, pruner = carrying.carry(request, loaded.base)
         except carrying.Unfit as error:
             raise Refused(error.kind, str(error)) from error
-        load_s = time.monotonic() - started if fresh or data_fresh else 0.0
+        load_s = self._control.now() - started if fresh or data_fresh else 0.0
         given = (loaded.base, carried, data, assignment, self._control, Path(request.checkpoint_dir))
         parts = (request.batch_limit, request.part, request.parts, pruner)
         if assignment.work.split is None:
             work = loop.Loop(*given, *parts)
         else:
-            from edge_daemon.training.split_loop import SplitLoop
-
-            work = SplitLoop(*given, *parts, packet=request.packet, fetch_s=request.fetch_s)
+            work = self._split_loop()(*given, *parts, packet=request.packet, fetch_s=request.fetch_s)
         # Not before: work whose time is over has to be loaded to deliver what its checkpoint holds.
         self._control.deadline = started + request.train_for_s if request.train_for_s > 0 else None
         try:
@@ -234,6 +233,11 @@ class Agent:
         work.forget_moments()
         self._control.beat("saving")
         return self._deliver(request, work, ended, load_s, gauge.peak(), loaded)
+
+    def _split_loop(self) -> type[SplitLoop]:
+        from edge_daemon.training.split_loop import SplitLoop
+
+        return SplitLoop
 
     def _load(self, request: Train) -> tuple[_Loaded, bool]:
         """The base the work wants, loaded now (True) or still there (False)."""

@@ -50,9 +50,13 @@ class Control:
         self._inbox: queue.Queue[ToAgent | None] = queue.Queue()
         self._waiting: list[ToAgent | None] = []
         self._steps: deque[bytes] = deque(maxlen=KEPT_PACKETS)
-        self._said = time.monotonic()
+        self._said = self.now()
         self._progressed = 0.0
         threading.Thread(target=self._read, name="pipe-reader", daemon=True).start()
+
+    def now(self) -> float:
+        """Seconds of the clock that all times here are of."""
+        return time.monotonic()
 
     def next(self) -> ToAgent | None:
         """The next request; waits for it. None: the daemon is gone."""
@@ -64,7 +68,7 @@ class Control:
         """Send one message to the daemon. Raises `PipeClosed` where it is gone."""
         # Packets are no sign of life: the daemon passes them on unread.
         if not isinstance(message, StepOut):
-            self._said = time.monotonic()
+            self._said = self.now()
         try:
             self._writer.write(message)
         except BrokenPipeError:
@@ -72,12 +76,12 @@ class Control:
 
     def beat(self, what: str) -> None:
         """Say that work goes on, if nothing was said for half of `beat_s`."""
-        if time.monotonic() - self._said >= self.beat_s / 2:
+        if self.now() - self._said >= self.beat_s / 2:
             self.send(Beat(what=what))
 
     def progress(self, make: Callable[[], Progressed]) -> None:
         """Send the progress that `make` gives, at most twice a second."""
-        now = time.monotonic()
+        now = self.now()
         if now - self._progressed >= PROGRESS_S:
             self._progressed = now
             self.send(make())
@@ -93,7 +97,7 @@ class Control:
         self._check_time()
 
     def packet(self, what: str, until: float) -> bytes | None:
-        """The next packet from the top worker; waits for it to `until` (monotonic). None: there was none.
+        """The next packet from the top worker; waits for it to `until` (`now`). None: there was none.
 
         Raises what `poll` does.
         """
@@ -101,13 +105,17 @@ class Control:
             self.poll(what)
             if self._steps:
                 return self._steps.popleft()
-            left = min(until - time.monotonic(), _PAUSE_POLL_S)
+            left = min(until - self.now(), _PAUSE_POLL_S)
             if left <= 0:
                 return None
             try:
-                self._heed(self._inbox.get(timeout=left))
+                self._heed(self._heard(left))
             except queue.Empty:
                 continue
+
+    def _heard(self, seconds: float) -> ToAgent | None:
+        """The next message; waits for it. Raises `queue.Empty` where none came within `seconds`."""
+        return self._inbox.get(timeout=seconds)
 
     def forget_packets(self) -> None:
         """Those that came were for other work."""
@@ -133,12 +141,12 @@ class Control:
 
     def _pause(self, pause: Pause) -> None:
         log.info("paused: %s", pause.reason)
-        started = time.monotonic()
+        started = self.now()
         self.send(Beat(what="paused"))
         try:
             while True:
                 try:
-                    message = self._inbox.get(timeout=_PAUSE_POLL_S)
+                    message = self._heard(_PAUSE_POLL_S)
                 except queue.Empty:
                     self.beat("paused")
                     self._check_time()
@@ -148,10 +156,10 @@ class Control:
                 if not isinstance(message, Pause):
                     self._heed(message)
         finally:
-            self.paused_s += time.monotonic() - started
+            self.paused_s += self.now() - started
 
     def _check_time(self) -> None:
-        if self.deadline is not None and time.monotonic() >= self.deadline:
+        if self.deadline is not None and self.now() >= self.deadline:
             raise Stopped("time")
 
     def _read(self) -> None:

@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -33,6 +33,7 @@ from shared.jobs import SplitSpec
 from shared.messages import MAX_CHUNK_BYTES
 from shared.modeling import half, split
 from shared.modeling.checkpoint import Numbered
+from shared.modeling.data import Batch
 from shared.modeling.faults import is_out_of_memory
 from shared.modeling.lower import Lower
 from shared.modeling.optimizing import advance, restore, state_of
@@ -54,8 +55,8 @@ class Sent:
     forward_s: float
     cpu_s: float
     paused_s: float
-    sent_at: float = field(default_factory=time.monotonic)
-    first_at: float = field(default_factory=time.monotonic)
+    sent_at: float = 0.0
+    first_at: float = 0.0
 
 
 @dataclass
@@ -138,11 +139,11 @@ class SplitLoop(Loop):
         """Say hello until the top worker says where to go on; None: the steps are over."""
         line, due = self._line, 0.0
         while True:
-            if time.monotonic() >= due:
+            if self.control.now() >= due:
                 line.send(
                     steps.Hello(work=line.work, run=line.run, held=self._checkpoints.held(), fetch_s=self.fetch_s)
                 )
-                due = time.monotonic() + HELLO_S
+                due = self.control.now() + HELLO_S
             match line.receive("waiting for the other devices", due):
                 case steps.Query(run=run) if run > line.run:
                     line.run, due = run, 0.0
@@ -198,9 +199,9 @@ class SplitLoop(Loop):
             again_at = first.sent_at + max(self.again_s, 3.0 * usual)
             match self._line.receive("waiting for the gradient", again_at):
                 case None:
-                    if time.monotonic() >= again_at:
+                    if self.control.now() >= again_at:
                         self._line.send(first.message)
-                        first.sent_at = time.monotonic()
+                        first.sent_at = self.control.now()
                 case steps.Gradient(run=self._line.run, step=first.step) as gradient:
                     self._take(first, gradient, under_way)
                 case steps.Skip(run=self._line.run) as skip if skip.step >= first.step:
@@ -213,7 +214,7 @@ class SplitLoop(Loop):
                     return True
                 case steps.End():
                     # The last gradient may be what was lost: who has it answers with it, and else with the end again.
-                    asked, first.sent_at = True, time.monotonic()
+                    asked, first.sent_at = True, self.control.now()
                     self._line.send(first.message)
                 case _:
                     pass
@@ -243,11 +244,11 @@ class SplitLoop(Loop):
                     raise
                 self._halve(error)
         self._line.send(sent.message)
-        sent.sent_at = sent.first_at = time.monotonic()
+        sent.sent_at = sent.first_at = self.control.now()
         return sent
 
     def _forward(self, step: int, ahead: int) -> Sent:
-        started, place, asked = time.monotonic(), self.position.samples + ahead, self._split
+        started, place, asked = self.control.now(), self.position.samples + ahead, self._split
         cpu_s = time.process_time()
         indices = self._order.take(place, self.position.batch)
         batch = self.data.batch(indices, self.base.device)
@@ -260,7 +261,7 @@ class SplitLoop(Loop):
         values |= {own: values[own].clone() for own in copied}
         for own, value in values.items():
             value.requires_grad_(named[own].requires_grad)
-        hidden = self._lower.features(values, batch)
+        hidden = self._features(values, batch)
         noise = hashlib.sha256(self._secret + f"{self.assignment.round}/{place}".encode()).digest()
         generator = torch.Generator(device=hidden.device).manual_seed(int.from_bytes(noise[:7], "little"))
         hidden = split.clipped(hidden, asked.clip, asked.noise, generator)
@@ -269,12 +270,12 @@ class SplitLoop(Loop):
             targets=memoryview(batch.targets.cpu().numpy().astype("<i4").tobytes()),
             mask=memoryview(b"" if self.base.kind == "image" else batch.mask.cpu().numpy().astype("u1").tobytes()),
         )  # fmt: skip
-        took = time.monotonic() - started, time.process_time() - cpu_s
+        took = self.control.now() - started, time.process_time() - cpu_s
         return Sent(step, message, hidden, values, len(indices), *took, self.control.paused_s)
 
     def _learn(self, sent: Sent, gradient: steps.Gradient) -> bool:
         """Go back through the blocks and take the step; False for a gradient that does not fit."""
-        started, cpu_s, paused_s = time.monotonic(), time.process_time(), self.control.paused_s
+        started, cpu_s, paused_s = self.control.now(), time.process_time(), self.control.paused_s
         waited = started - sent.first_at - (paused_s - sent.paused_s)
         try:
             given = tensors.decode(gradient.hidden)
@@ -285,13 +286,12 @@ class SplitLoop(Loop):
             raise Diverged(f"the gradient of step {sent.step} is not finite, or of shape {given.shape}")
         trained = {own: value for own, value in sent.values.items() if value.requires_grad}
         outer = torch.from_numpy(np.array(given)).to(sent.hidden.device, sent.hidden.dtype)
-        found = torch.autograd.grad(sent.hidden, list(trained.values()), outer, allow_unused=True)
         named = self.carried.named()
-        for own, grad in zip(trained, found, strict=True):
+        for own, grad in zip(trained, self._gradients(sent, list(trained.values()), outer), strict=True):
             named[own].grad = grad
         advance(self._optimizer, self.carried, self.assignment.training, self._rate())
         self.done = sent.step
-        position, seconds = self.position, sent.forward_s + time.monotonic() - started
+        position, seconds = self.position, sent.forward_s + self.control.now() - started
         position.step += 1
         position.samples += sent.samples
         position.losses.append(gradient.loss)
@@ -305,6 +305,14 @@ class SplitLoop(Loop):
             self.save()
         self.control.progress(self._progress)
         return True
+
+    def _features(self, values: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        return self._lower.features(values, batch)
+
+    def _gradients(
+        self, sent: Sent, trained: list[torch.Tensor], outer: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:  # fmt: skip
+        return torch.autograd.grad(sent.hidden, trained, outer, allow_unused=True)
 
     def _place(self) -> int:
         return self.done

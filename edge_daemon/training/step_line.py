@@ -32,7 +32,7 @@ class StepLine:
             self._control.send(StepOut(packet=packet))
 
     def receive(self, what: str, until: float) -> steps.Down | None:
-        """The next message of this work that is not of an earlier run; None: there was none to `until` (monotonic).
+        """The next message of this work that is not of an earlier run; None: there was none to `until` (`Control.now`).
 
         Raises what `Control.poll` does.
         """

@@ -12,7 +12,7 @@ import msgspec
 
 from coordinator import runtime as coordinator_runtime
 from coordinator.adapters.event_log import LogUnavailable, SqliteEventLog
-from coordinator.adapters.worker import Answer, Reply, WorkerSpoke
+from coordinator.adapters.worker import Answer, Reply, Top, WorkerSpoke
 from coordinator.core import events as ev
 from coordinator.core.records import AnyRecord, UpdateAdmitted
 from coordinator.settings import CoordinatorSettings
@@ -157,7 +157,7 @@ class CoordinatorNode(Node):
         self._transport.subscribe(topics.coordinator_filters(FLEET))
         ports = coordinator_runtime.Ports(
             transport=self._transport, log=WatchedLog(self._sqlite, self), blobs=self.blobs,
-            worker=_Worker(self, self.worker()),
+            worker=_Worker(self, self.worker()), top=self.top(),
             clock=lambda: self.now, wall=lambda: EPOCH_WALL + self.now, post=self.post, offload=self._offload,
         )  # fmt: skip
         self.runtime = coordinator_runtime.Runtime(self.settings, ports)
@@ -166,6 +166,10 @@ class CoordinatorNode(Node):
     def worker(self) -> Answers:
         """What answers for the model worker; asked at each start."""
         return numpy_worker.Worker()
+
+    def top(self) -> Top | None:
+        """The top worker; asked at each start."""
+        return None
 
     def _offload(self, work: Callable[[], ev.AnyEvent], post: Callable[[coordinator_runtime.Finished], None]) -> None:
         self.later(self.work_s, lambda: post(coordinator_runtime.Finished(work())))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -122,6 +123,8 @@ class _Ready:
     devices: list[VirtualDevice]
     paths: dict[str, Path]
     rows: dict[str, int]
+    labels: dict[str, dict[str, int]] | None
+    """Of each device's rows; None: nobody asks for them."""
 
 
 def run(simulation: Simulation, *, command: str = "") -> int:
@@ -170,7 +173,7 @@ def _simulated(
     fleet = SimulatedFleet(
         scratch / "fleet", ready.devices, data=ready.paths, rows=ready.rows, dataset=ready.spec.task.dataset,
         models={ready.spec.base.model: ready.model}, workers=session.workers, evaluator=session.evaluator,
-        seed=ready.spec.seed,
+        seed=ready.spec.seed, labels=ready.labels,
     )  # fmt: skip
     knowing = oracle.known_to_planners(ready.devices) if simulation.oracle else nullcontext()
     try:
@@ -203,16 +206,11 @@ def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
     if tables["task"]["kind"] == "least_squares":
         raise UserError(f"{path}: task.kind least_squares: a simulation trains real models")
     name = tables.get("strategy", {}).get("name", "")
-    if name in SPLIT:
-        raise UserError(
-            f"{path}: strategy {name}: the simulated wire carries no steps of split learning; use "
-            "muster emulate, or python -m bench.mergesfl"
-        )
     inputs.check_data(simulation.data)
     given = inputs.named_folders(simulation.models)
     inputs.check_base(tables.get("base", {}).get("model", inputs.MINILM), given, simulation.lm)
-    if simulation.oracle and (simulation.replay is not None or name == "legend"):
-        raise UserError("--oracle knows nothing of --replay's links, and legend keeps averages of its own")
+    if simulation.oracle and (simulation.replay is not None or name in {"legend", *SPLIT}):
+        raise UserError("--oracle knows nothing of --replay's links; legend and split learning keep averages of their own")
     if simulation.replay is not None:
         replay.read(simulation.replay, ["one"])
     return tables, given
@@ -231,23 +229,28 @@ def _prepare(
     folder = inputs.base_model(spec.base.model, given, simulation.lm, tell)
     models = virtual_fleets.fleet(simulation.profile, simulation.devices, spec.seed)
     names = [model.name for model in models]
-    paths, counts = _shares(simulation, spec, rows, names, scratch, str(data.train))
+    paths, counts, labels = _shares(simulation, spec, rows, names, scratch, str(data.train))
     steps = load_steps()
     clock = Clockwork(
         dm.StepTable(steps), dm.MemoryTable.of(steps), _base(folder, spec),
         replay.read(simulation.replay, names) if simulation.replay is not None else None,
     )  # fmt: skip
-    return _Ready(spec, str(folder), [VirtualDevice(model, clock) for model in models], paths, counts)
+    asked = labels if spec.strategy.name in SPLIT and spec.task.kind != "causal" else None
+    return _Ready(spec, str(folder), [VirtualDevice(model, clock) for model in models], paths, counts, asked)
 
 
 def _shares(
     simulation: Simulation, spec: JobSpec, rows: list[Row], names: list[str], scratch: Path, source: str
-) -> tuple[dict[str, Path], dict[str, int]]:
+) -> tuple[dict[str, Path], dict[str, int], dict[str, dict[str, int]]]:
+    """Of each device: the file of its rows, how many there are, and how many of each label."""
     dealt = inputs.shares(
         rows, spec.task, simulation.devices, alpha=simulation.alpha, by_field="", seed=spec.seed, source=source
     )
     paths = partition.write_shares(rows, dealt, scratch / "shares", names)
-    return dict(zip(names, paths, strict=True)), {n: len(share) for n, share in zip(names, dealt, strict=True)}
+    field = spec.task.label_field
+    mine = dict(zip(names, dealt, strict=True))
+    labels = {name: dict(Counter(str(rows[row].get(field, "")) for row in share)) for name, share in mine.items()}
+    return dict(zip(names, paths, strict=True)), {name: len(share) for name, share in mine.items()}, labels
 
 
 def load_steps() -> dm.Steps:

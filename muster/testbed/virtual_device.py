@@ -13,7 +13,7 @@ from edge_daemon.core.state import Machine
 from muster.testbed import device_model as dm
 from muster.testbed.replay import Replay
 from shared import units
-from shared.jobs import Bits
+from shared.jobs import Bits, SplitSpec
 from shared.messages import Assignment, Load, Work
 from shared.units import Group
 
@@ -39,6 +39,13 @@ class Base:
     whole: bool = False
     groups: tuple[Group, ...] = ()
     """What can be pruned of it."""
+
+    def below(self, cut: SplitSpec | None) -> dm.Shape:
+        """The part of it that a device runs; None: all."""
+        if cut is None or not 0 < cut.block < self.shape.blocks:
+            return self.shape
+        linear = sum(out * inp for out, inp, block in self.linears.values() if block < cut.block)
+        return replace(self.shape, blocks=cut.block, linear_params=linear)
 
     def left(self, ratio: float) -> float:
         """Share of the parameters in linear layers that stays where `ratio` of each group goes."""
@@ -145,7 +152,7 @@ class VirtualDevice:
         """Seconds of step `step` of `work` if it begins `now`."""
         noise = self.model.noise(work.job, work.round, work.attempt, step)
         return self.model.step_s(
-            self.clock.table, self._step(work.work, batch), self.clock.base.shape, round=work.round,
+            self.clock.table, self._step(work.work, batch), self.clock.base.below(work.work.split), round=work.round,
             heat=heat, noise=noise, foreign=self.foreign(now).share,
         )  # fmt: skip
 
@@ -198,7 +205,8 @@ class VirtualDevice:
         """Resident bytes of the agent at the worst moment of `work`."""
         base = self.clock.base
         left = 1.0 if work.prune is None else base.left(begun(base.groups, work.prune))
-        shape = replace(base.shape, linear_params=round(left * base.shape.linear_params))
+        below = base.below(work.split)
+        shape = replace(below, linear_params=round(left * below.linear_params))
         return self.clock.memory.peak(shape, self._step(work, batch))
 
     def would_fit(self, work: Work, batch: int, now: float) -> bool:
@@ -255,11 +263,14 @@ class VirtualDevice:
 
     def _step(self, work: Work, batch: int) -> dm.StepWork:
         base = self.clock.base
-        if base.whole:
-            everything = base.shape.linear_params + base.shape.other_params + base.dense
+        if base.whole or (work.split is not None and work.split.tuning == "full"):
+            shape = base.below(work.split)
+            everything = shape.linear_params + shape.other_params + base.dense
             return dm.StepWork(work.bits, batch, 0, everything, whole=True)
         tuned = [(base.linears[name], rank) for name, rank in work.ranks.items() if rank > 0]
-        factors = base.dense + sum(rank * (out + inp) for (out, inp, _), rank in tuned)
+        # Below a cut there is no head.
+        dense = base.dense if work.split is None else 0
+        factors = dense + sum(rank * (out + inp) for (out, inp, _), rank in tuned)
         lowest = min((block for (_, _, block), _ in tuned), default=base.shape.blocks)
         left = 1.0
         if work.prune is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from coordinator import runtime as coordinator_runtime
+from coordinator.adapters.worker import Top
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand
+from coordinator.core.planning.lower_part import demand_of
 from coordinator.core.records import AnyRecord, RoundCommitted, RoundPlanned, UpdateAdmitted
 from coordinator.settings import CoordinatorSettings
 from coordinator.workers import protocol as worker_wire
@@ -23,7 +26,9 @@ from muster.testbed.memory_nodes import COORDINATOR, FLEET, Answers, Coordinator
 from muster.testbed.memory_process import History, World
 from muster.testbed.simulated import Expected, Watched
 from muster.testbed.virtual_device import VirtualDevice
-from muster.testbed.virtual_trainer import VirtualTrainer
+from muster.testbed.virtual_split import Bench
+from muster.testbed.virtual_top import VirtualTop
+from muster.testbed.virtual_trainer import Splitting, VirtualTrainer
 from shared.blob_folder import BlobFolder
 from shared.frames import FrameWriter
 from shared.messages import Load
@@ -59,6 +64,15 @@ class ModelNode(CoordinatorNode):
         torch.set_num_threads(EVALUATION_THREADS)
         return self._answers
 
+    def top(self) -> Top:
+        """The real one, on the virtual clock."""
+        self._top = VirtualTop(self.world.network, self.later, lambda reply: self.post(coordinator_runtime.Call(reply)))
+        return self._top
+
+    def _close(self) -> None:
+        self._top.stop()
+        super()._close()
+
 
 def evaluator() -> ModelWorker:
     """The coordinator's model worker, for use in this process; it keeps its base from run to run."""
@@ -83,7 +97,7 @@ class VirtualNode(DeviceNode):
 
     def __init__(
         self, world: World, folder: Path, settings: EdgeSettings, device: VirtualDevice, rows: int, workers: Workers,
-        scratch: Path, blob: Callable[[str], Path | None],
+        scratch: Path, blob: Callable[[str], Path | None], splitting: Splitting | None = None,
     ) -> None:  # fmt: skip
         super().__init__(world, folder, settings)
         self.device = device
@@ -91,13 +105,14 @@ class VirtualNode(DeviceNode):
         self._workers = workers
         self._scratch = scratch
         self._blob = blob
+        self._splitting = splitting
         self._trainer: VirtualTrainer | None = None
         self._ahead: Identity | None = None
 
     def agent(self, post: Callable[[AgentSpoke], None]) -> Trainer:
         """An agent on the virtual clock."""
         self._trainer = VirtualTrainer(
-            self.device, self._rows, self._workers, self._scratch, post, self.later, lambda: self.now
+            self.device, self._rows, self._workers, self._scratch, post, self.later, lambda: self.now, self._splitting
         )
         return self._trainer
 
@@ -110,6 +125,8 @@ class VirtualNode(DeviceNode):
         return self.device.load(self.now)
 
     def _close(self) -> None:
+        if self._trainer is not None:
+            self._trainer.kill("its daemon ended")
         self.device.end_process(self.now)
         self._workers.forget(self.client_id)
         super()._close()
@@ -119,6 +136,8 @@ class VirtualNode(DeviceNode):
         work = self.runtime.state.work
         if work is None or not self.runtime.state.accepted or self._ahead == identity_of(work):
             return
+        if work.work.split is not None:
+            return  # its gradients come from the top worker
         # The global adapter is the same blob everywhere: work can be computed while it is still being fetched.
         self._ahead, path = identity_of(work), self._blob(work.adapter.sha)
         if path is not None and self._trainer is not None:
@@ -137,7 +156,9 @@ class SimulatedFleet(VirtualFleet):
     def __init__(
         self, root: Path, devices: list[VirtualDevice], *, data: dict[str, Path], rows: dict[str, int], dataset: str,
         models: dict[str, str], workers: Workers, evaluator: ModelWorker, seed: int,
+        labels: Mapping[str, dict[str, int]] | None = None,
     ) -> None:  # fmt: skip
+        """`labels`: of each device's rows, where the job is of split learning, whose planner asks for them."""
         network = MemoryNetwork(seed, Faults(delay_s=LATENCY_S))
         self._by_name = {device.model.name: device for device in devices}
         self._clock = devices[0].clock  # which the whole fleet shares
@@ -152,6 +173,7 @@ class SimulatedFleet(VirtualFleet):
         coordinator.on_append = self._on_append
         scratch = root / "scratch"
         scratch.mkdir(parents=True, exist_ok=True)
+        bench = Bench()
         nodes = {
             name: VirtualNode(
                 world, root / "devices" / name,
@@ -160,6 +182,7 @@ class SimulatedFleet(VirtualFleet):
                     data={dataset: str(data[name])},
                 ),
                 device, rows[name], workers, scratch, lambda sha: coordinator.blobs.path(sha),
+                Splitting(bench, labels[name]) if labels is not None else None,
             )
             for name, device in self._by_name.items()
         }  # fmt: skip
@@ -249,7 +272,9 @@ class SimulatedFleet(VirtualFleet):
             return found
         for device, work in record.plan.participants.items():
             known = self.coordinator.runtime.state.fleet.get(device)
-            need, peak = demand(job.facts, job.spec, work.ranks), 0
+            split = work.split is not None
+            need = demand_of(job.facts, job.spec, work) if split else demand(job.facts, job.spec, work.ranks)
+            peak = 0
             if isinstance(model, CostModel) and known is not None and known.info is not None:
                 peak = int(model.memory(device, need, work.bits, work.batch, known.info)[0])
             found[device] = Expected(peak, need.adapter_params)

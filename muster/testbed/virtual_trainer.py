@@ -20,6 +20,7 @@ from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
 from muster.testbed.clocked_process import ClockedProcess, Later
 from muster.testbed.gradients import Order, Workers, scratch
 from muster.testbed.virtual_device import VirtualDevice
+from muster.testbed.virtual_split import Bench, VirtualSplit
 from shared.messages import DatasetFacts, UpdateFacts
 
 _PROGRESS_S = 1.0
@@ -42,14 +43,23 @@ class _Task:
     stop: Literal["", "drain", "discard"] = ""
 
 
+@dataclass
+class Splitting:
+    """What a device of a job with split learning has beside: agents to take, and the labels that it tells."""
+
+    bench: Bench
+    labels: dict[str, int]
+
+
 class VirtualTrainer(ClockedProcess):
     """`Trainer` of a virtual device. `rows`: of its data set."""
 
     def __init__(
         self, device: VirtualDevice, rows: int, workers: Workers, folder: Path, post: Callable[[AgentSpoke], None],
-        later: Later, clock: Callable[[], float],
+        later: Later, clock: Callable[[], float], splitting: Splitting | None = None,
     ) -> None:  # fmt: skip
         super().__init__(post, later)
+        self._splitting = splitting
         self._device = device
         self._rows = rows
         self._workers = workers
@@ -57,6 +67,7 @@ class VirtualTrainer(ClockedProcess):
         self._clock = clock
         self._beat_s = 5.0
         self._task: _Task | None = None
+        self._split: VirtualSplit | None = None
 
     # ---- what the daemon asks
 
@@ -73,8 +84,12 @@ class VirtualTrainer(ClockedProcess):
             return
         task = self._task
         match message:
+            case protocol.Train() if message.assignment.work.split is not None:
+                self._begin_split(message)
             case protocol.Train():
                 self._begin(message)
+            case protocol.Pause() | protocol.Resume() | protocol.Stop() | protocol.StepIn() if self._split is not None:
+                self._split.hear(message)
             case protocol.Pause() if task is not None and task.paused_at is None:
                 # The step under way is finished first.
                 task.paused_at = self._clock()
@@ -91,10 +106,13 @@ class VirtualTrainer(ClockedProcess):
 
     def _gone(self) -> None:
         self._task = None
+        if self._split is not None:
+            self._split.end()
+            self._split = None
         self._device.end_process(self._clock())
 
     def _probed(self, probe: protocol.Probe) -> protocol.Probed:
-        facts = DatasetFacts(rows=self._rows)
+        facts = DatasetFacts(rows=self._rows, labels=self._splitting.labels if self._splitting else {})
         return protocol.Probed(
             bits=list(self._device.bits), datasets=dict.fromkeys(probe.datasets, facts),
             agent_bytes=self._device.idle_bytes, hardware=f"virtual {self._device.model.kind.name}",
@@ -104,6 +122,21 @@ class VirtualTrainer(ClockedProcess):
     # ---- work
 
     def _begin(self, order: protocol.Train) -> None:
+        placed = self._placed(order)
+        if placed is None:
+            return
+        batch, halved, load_s = placed
+        steps = self._device.resumed(order.assignment)
+        task = _Task(order, batch, halved, begun=self._clock(), load_s=load_s, steps=steps)
+        self._task = task
+        self._later(load_s, lambda: self._between(task))
+        self._later(self._beat_s, self._beat)
+        expected = self._expected(task)
+        if expected:
+            self._workers.begin(self._order(order, task.halved, expected))
+
+    def _placed(self, order: protocol.Train) -> tuple[int, int, float] | None:
+        """(batch, largest one that fits or 0, seconds to load the base); None: it does not fit, and that was said."""
         work, now = order.assignment.work, self._clock()
         batch = _batch(order)
         halved = order.batch_limit if batch < work.batch else 0
@@ -111,18 +144,51 @@ class VirtualTrainer(ClockedProcess):
         while not self._device.fits(work, batch, now):
             if self._device.kernel_kills:
                 self._later(load_s, lambda: self._die(AgentEnded("out of memory", out_of_memory=True)))
-                return
+                return None
             if batch == 1:
                 self._later(load_s, lambda: self._fail(order, "memory", "a batch of one sample does not fit"))
-                return
+                return None
             batch = halved = batch // 2
-        task = _Task(order, batch, halved, begun=now, load_s=load_s, steps=self._device.resumed(order.assignment))
-        self._task = task
-        self._later(load_s, lambda: self._between(task))
-        self._later(self._beat_s, self._beat)
-        expected = self._expected(task)
-        if expected:
-            self._workers.begin(self._order(order, task.halved, expected))
+        return batch, halved, load_s
+
+    # ---- split learning
+
+    def _begin_split(self, order: protocol.Train) -> None:
+        placed = self._placed(order)
+        if placed is None:
+            return
+        assert self._splitting is not None  # or no split work would be planned
+        _, halved, load_s = placed
+        given = msgspec.structs.replace(
+            order, batch_limit=halved or order.batch_limit, digests_path=str(self._folder / "digests.json")
+        )
+
+        def done(answer: protocol.Trained | protocol.Failed) -> None:
+            if self._split is not work:
+                return
+            self._split = None
+            self._device.rest(self._clock())
+            if isinstance(answer, protocol.Trained):
+                answer = msgspec.structs.replace(answer, facts=self._split_facts(given, answer.facts, load_s))
+            self._say(answer)
+
+        def beat() -> None:
+            if self._split is work:
+                self._say(protocol.Beat(what="training"))
+                self._later(self._beat_s, beat)
+
+        work = self._split = VirtualSplit(
+            given, self._device, self._splitting.bench, self._later, self._clock, self._say, done
+        )
+        self._later(load_s, work.strand.start)
+        self._later(self._beat_s, beat)
+
+    def _split_facts(self, order: protocol.Train, real: UpdateFacts, load_s: float) -> UpdateFacts:
+        work = order.assignment.work
+        return msgspec.structs.replace(
+            real, load_s=load_s, peak_bytes=self._device.peak_bytes(work, real.batch),
+            base_bytes=self._device.base_bytes(work.bits), cores_used=self._device.cores_used(self._clock()),
+        )  # fmt: skip
 
     def ahead(self, order: protocol.Train) -> None:
         """Let the gradients of work that is about to come be computed already, where nothing can change them."""

@@ -15,44 +15,13 @@ from muster.testbed.simulate import Session, Simulation, carry_out, load_steps, 
 from muster.testbed.simulated import Result
 from shared.errors import UserError
 from shared.modeling import base_model
-from tests.training.tiny_models import COLOURS, colour_rows, write_jsonl
-
-JOB = """
-name = "tiny"
-[base]
-model = "tiny"
-[task]
-kind = "classification"
-max_tokens = 16
-[rounds]
-count = 2
-sample = 3
-local_steps = 3
-deadline_s = 200
-[strategy]
-rank = 2
-batch = 8
-batch_min = 2
-[training]
-lr = 1e-2
-checkpoint_every = 2
-[evaluation]
-rows = 20
-"""
+from tests.training.simulate_rig import tiny_simulation
+from tests.training.tiny_models import COLOURS
 
 
 @pytest.fixture
 def asked(tmp_path: Path, bert: Path) -> Simulation:
-    data = tmp_path / "colours"
-    data.mkdir()
-    write_jsonl(data / "train.jsonl", colour_rows(160))
-    write_jsonl(data / "test.jsonl", colour_rows(40, seed=1))
-    (data / "labels.json").write_text(json.dumps(["red", "green", "blue"]))
-    job = tmp_path / "tiny.toml"
-    job.write_text(JOB)
-    return Simulation(
-        devices=8, data=str(data), job=job, models=(f"tiny={bert}",), seed=4, workers=0, out=tmp_path / "one"
-    )
+    return tiny_simulation(tmp_path, bert)
 
 
 def _silent(_line: str) -> None:
@@ -157,8 +126,6 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 
 
 def test_the_library_says_so_too(asked: Simulation) -> None:
-    with pytest.raises(UserError, match="carries no steps of split learning"):
-        carry_out(replace(asked, strategy="mergesfl"))
     with pytest.raises(UserError, match="unknown profile"):
         carry_out(replace(asked, profile="nothing"), tell=_silent)
 

@@ -39,6 +39,15 @@ def source(spot: Spot, said: Said) -> None:
         assert ("median" if spot.scene.fleet.known else "assumed") in said
 
 
+def own_source(spot: Spot, said: Said) -> None:
+    """The same, of `legend` by its own averages."""
+    known = spot.scene.fleet.known.get(spot.device)
+    if spot.round.name == "legend" and known is not None and known.steps:
+        equal(said["averaged"], len(known.steps))
+    else:
+        source(spot, said)
+
+
 def budget(spot: Spot, said: Said) -> None:
     budget_of(spot.seat, said)
 
@@ -194,7 +203,7 @@ def batch_time(spot: Spot, said: Said) -> None:
     batch, steps = spot.work.batch, spot.work.steps
     step_s, left = spot.step_s(_step_need(spot), batch), spot.round.lefts[spot.device]
     close_s(said["step_s"], step_s)
-    source(spot, said)
+    own_source(spot, said)
     capacity(spot, said)
     equal(said["steps"], steps)
     close_s(said["took_s"], steps * step_s)
@@ -241,11 +250,7 @@ def depth(spot: Spot, said: Said) -> None:
     equal(said["passed"], k)
     equal(said["all"], spot.scene.facts.blocks)
     capacity(spot, said)
-    known = spot.scene.fleet.known.get(spot.device)
-    if known is not None and known.steps:
-        equal(said["averaged"], len(known.steps))
-    else:
-        source(spot, said)
+    own_source(spot, said)
     assert place.times[k - 1] <= chosen.best.round_s * (1 + 1e-9)
 
 
@@ -253,7 +258,7 @@ def steps(spot: Spot, said: Said) -> None:
     rounds, count = spot.scene.job.rounds, spot.work.steps
     if spot.round.name == "legend":
         k = len({one.block for one in spot.scene.facts.modules if one.name in spot.work.ranks})
-        step_s = spot.place.forward + spot.round.chosen.needs[k - 1].blocks * spot.place.block
+        step_s = spot.step_s(spot.round.chosen.needs[k - 1], spot.work.batch)
     elif spot.round.name == "head":
         step_s = spot.step_s(need_of(spot.scene.facts, spot.job, {}), spot.work.batch)
     else:

@@ -50,7 +50,9 @@ MEMORY = (
     rf", activations {m('activations')} or loading {m('loading')}"
     rf"|measured {m('peak')}(?: at {n('peak_bits')} bits)? with {n('samples')} samples at once)\)"
 )
-STEP = rf"step {s('step')} \({SOURCE}\) at {CAPACITY}, {n('steps')} steps? {s('took')}"
+OWN = rf"(?:averaged over {n('averaged')} rounds?|{SOURCE}(?:, 0 rounds of its own)?)"
+"""Of `legend`, which measures by itself."""
+STEP = rf"step {s('step')} \({OWN}\) at {CAPACITY}, {n('steps')} steps? {s('took')}"
 TARGET = rf"{s('target')} round target"
 RANKS = rf"ranks {n('lowest')}(?: to {n('highest')})? on {n('modules')} modules?, {n('params')} parameters?"
 
@@ -131,7 +133,7 @@ NOTES: dict[str, str] = {
     "worth": rf"worth {f('worth')} of {f('most')} at under-training {n('under')}%",
     "least ranks": r"the least ranks all the same",
     "largest batch": rf"{n('size')} is the largest batch of the job",
-    "the job's batch": rf"{n('size')} is the batch of the job, speed is met by other means",
+    "the job's batch": rf"{n('size')} is the batch of the job, not to be passed by old readings",
     "alike": rf"{n('size')} is the batch of the job, as every device has it",
     "rows": rf"the data set has {n('rows')} rows?",
     "ran out": rf"{n('size')} ran out of memory before \(limit {n('limit')}\)",
@@ -182,11 +184,11 @@ NOTES_OF: dict[str, set[str]] = {
     "rank/by having run": {"worth"},
     "rank/by time": {"worth", "least ranks"},
     "batch/time": {
-        "largest batch", "rows", "ran out", "batch by memory", "batch by time", "least batch", "no room",
-        "no room in time", "bounded J", "greedy J", "J", "old: batch", "old: least batch",
+        "largest batch", "the job's batch", "rows", "ran out", "batch by memory", "batch by time", "least batch",
+        "no room", "no room in time", "bounded J", "greedy J", "J", "old: batch", "old: least batch",
     },
-    "batch/memory": {"the job's batch", "alike", "rows", "ran out", "batch by memory"},
-    "batch/ran": {"the job's batch", "alike", "ran out", "batch by memory"},
+    "batch/memory": {"alike", "rows", "ran out", "batch by memory"},
+    "batch/ran": {"alike", "ran out", "batch by memory"},
     "bits/memory": {"bits ran out", "bits by memory", "old: bits", "bits proven", "bits asked"},
     "bits/ran": {"bits by memory", "bits ran out", "old: bits", "bits proven", "bits asked"},
     "depth": {"all blocks", "depth by memory", "depth by deadline", "depth by time", "old: depth", "old: least depth"},

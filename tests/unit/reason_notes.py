@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tests.unit.reason_checks import judged
 from tests.unit.reason_plans import LEFT_OUT, check_refused, matched
 from tests.unit.reason_scene import ONE_BATCH, Said, Spot, close, close_mib, close_s, equal
-from tests.unit.second import fedpipe
+from tests.unit.second import fedpipe, legend
 from tests.unit.second.costs import MIB, Need, need_of, tuned
 from tests.unit.second.seats import fits, held, limit_of, moved, sizes_of, transfer
 
@@ -131,7 +131,8 @@ def least_ranks(spot: Spot, said: Said) -> None:
 
 
 def _held(spot: Spot) -> list[int]:
-    return held(spot.scene, spot.seat, spot.bits_need, sizes_of(spot.job))
+    sizes = legend.offered(spot.scene, spot.seat) if spot.round.name == "legend" else sizes_of(spot.job)
+    return held(spot.scene, spot.seat, spot.batch_need, sizes)
 
 
 def _before(spot: Spot) -> int:
@@ -148,6 +149,11 @@ def largest_batch(spot: Spot, said: Said) -> None:
 def jobs_batch(spot: Spot, said: Said) -> None:
     equal(said["size"], spot.job.strategy.batch)
     assert spot.work.batch == spot.job.strategy.batch
+
+
+def not_passed(spot: Spot, said: Said) -> None:
+    jobs_batch(spot, said)
+    assert spot.round.name == "legend" and spot.seat.careful
 
 
 def alike(spot: Spot, said: Said) -> None:
@@ -167,9 +173,9 @@ def ran_out(spot: Spot, said: Said) -> None:
 
 def batch_by_memory(spot: Spot, said: Said) -> None:
     size = int(said["size"])
-    close_mib(said["size_mib"], spot.size(spot.bits_need, spot.work.bits, size))
+    close_mib(said["size_mib"], spot.size(spot.batch_need, spot.work.bits, size))
     close_mib(said["budget_mib"], spot.seat.budget)
-    assert _next(spot) == size and not fits(spot.scene, spot.seat, spot.bits_need, spot.work.bits, size)
+    assert _next(spot) == size and not fits(spot.scene, spot.seat, spot.batch_need, spot.work.bits, size)
 
 
 def _next(spot: Spot) -> int:
@@ -299,7 +305,7 @@ def all_blocks(spot: Spot, said: Said) -> None:
 
 def depth_by_memory(spot: Spot, said: Said) -> None:
     k = int(said["depth"])
-    close_mib(said["size_mib"], spot.size(spot.round.chosen.needs[k - 1], spot.work.bits, spot.work.batch))
+    close_mib(said["size_mib"], spot.size(spot.round.chosen.needs[k - 1], spot.work.bits, spot.place.batch))
     close_mib(said["budget_mib"], spot.seat.budget)
     assert k == spot.place.held + 1 == _reached(spot) + 1
 
@@ -374,7 +380,7 @@ NOTES: dict[str, Callable[[Spot, Said], None]] = {
     "nothing measured": nothing_measured, "not measured itself": not_measured_itself,
     "trial too large": trial_too_large, "trial by bits": trial_by_bits, "rising": rising, "worth": worth,
     "least ranks": least_ranks,
-    "largest batch": largest_batch, "the job's batch": jobs_batch, "alike": alike, "rows": rows,
+    "largest batch": largest_batch, "the job's batch": not_passed, "alike": alike, "rows": rows,
     "ran out": ran_out,
     "batch by memory": batch_by_memory, "batch by time": batch_by_time, "no room": no_room,
     "no room in time": no_room_in_time, "bounded J": bounded_j, "greedy J": greedy_j, "J": objective,

@@ -135,6 +135,9 @@ class Round:
         taking = list(self.seats.values())
         if self.name == "fedpipe" and not self.scoring:
             found = fedpipe.lefts_of(self.scene, self.task, taking)
+        elif self.name == "legend":
+            pairs = zip(self.chosen.places, self.chosen.best.depths, strict=True)
+            found = [legend.left(self.chosen, place, depth) for place, depth in pairs]
         else:
             found = lefts(self.scene, taking, self.needs, [self.ranks(one) for one in self.seats], self.bound)
         return dict(zip(self.seats, found, strict=True))
@@ -169,6 +172,8 @@ class Spot:
         return next(one for one in self.round.chosen.places if one.seat.device == self.device)
 
     def step_s(self, need: Need, batch: int) -> float:
+        if self.round.name == "legend":
+            return legend.step_s(self.place, need, batch)
         fixed, sample = self.scene.fleet.pace(self.device, need, self.work.bits, self.seat.free)
         return fixed + sample * batch
 
@@ -176,8 +181,13 @@ class Spot:
         return self.scene.fleet.memory(self.device, self.seat.info, need, bits, batch)
 
     @property
+    def batch_need(self) -> Need:
+        """What batches are judged by: of `legend` that of the depth."""
+        return self.round.need(self.device) if self.round.name == "legend" else self.bits_need
+
+    @property
     def bits_need(self) -> Need:
-        """What bits and batches are judged by."""
+        """What bits are judged by."""
         if self.round.name == "legend":
             return self.round.chosen.needs[0]
         if self.round.name == "fedpipe" and not self.round.scoring:

@@ -22,6 +22,7 @@ from coordinator.core.planning.digest import plan_digest
 from coordinator.core.planning.legend import LegendPlanner
 from coordinator.core.planning.readings import budget
 from coordinator.core.planning.reasons import PATTERN
+from coordinator.core.planning.sizing import batch_sizes
 from shared.codec import pack, unpack
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec, RoundsSpec, StrategySpec
@@ -81,14 +82,34 @@ def _learned(planner: LegendPlanner, seen: FleetView, spec: JobSpec, rounds: int
 # ---- depth
 
 
-def test_depth_follows_speed_and_the_batch_stays() -> None:
-    plan = _plan(*FLEET)
+ONE_BATCH = job(batch=16, batch_min=16, batch_max=16)
+"""As in the paper: speed is met by depth alone."""
+
+
+def test_depth_follows_speed_and_one_batch_stays() -> None:
+    plan = _plan(*FLEET, spec=ONE_BATCH)
     depths = _depths(plan)
     assert [depths[c.device] for c in FLEET] == sorted(depths.values())
     assert depths["d00"] < depths["d05"] <= depths["d09"]
     assert {work.batch for work in plan.participants.values()} == {16}
     assert {work.bits for work in plan.participants.values()} == {32}
     assert plan.predicted_s.keys() == plan.participants.keys()
+
+
+def test_batches_make_equal_what_depth_can_not() -> None:
+    """All of a job's batches: at the depths of one batch each takes what the median, + 20 %, has time for."""
+    fleet = (*FLEET, device("d10", cores=8.0))
+    plan, alone = _plan(*fleet), _plan(*fleet, spec=ONE_BATCH)
+    assert _depths(plan) == _depths(alone)
+    target = 1.2 * float(np.median(list(alone.predicted_s.values())))
+    for name, work in plan.participants.items():
+        sample_s = alone.predicted_s[name] / 16
+        fitting = [size for size in batch_sizes(job().strategy, 1) if size * sample_s <= target]
+        assert work.batch == max(fitting) and plan.predicted_s[name] == pytest.approx(work.batch * sample_s)
+    batches = [plan.participants[c.device].batch for c in fleet]
+    assert batches[0] < 16 < batches[-1]
+    spread = [max(p.predicted_s.values()) / min(p.predicted_s.values()) for p in (plan, alone)]
+    assert 1.5 * spread[0] < spread[1]
 
 
 def test_one_speed_for_all_means_full_depth() -> None:
@@ -262,7 +283,7 @@ def test_live_load_lowers_depth_at_once_and_its_end_raises_it_again() -> None:
 
 def test_memory_caps_depth() -> None:
     fleet = [device(name, memory=memory, bits=(32,)) for name, memory in [("a", 4096), ("b", 520), ("c", 480)]]
-    plan = _plan(*fleet)
+    plan = _plan(*fleet, spec=ONE_BATCH)
     depths = _depths(plan)
     assert depths["a"] == 6 > depths["b"] > depths["c"] >= 1
     assert {work.batch for work in plan.participants.values()} == {16}
@@ -332,7 +353,8 @@ def test_old_or_missing_telemetry_means_half_the_depth() -> None:
         "telemetry is 41 s old (limit 30 s): cautious depth 3 instead of 6" in plan.participants["b"].reasons["depth"]
     )
     assert "no telemetry yet: cautious depth 3 instead of 6" in plan.participants["c"].reasons["depth"]
-    assert {work.batch for work in plan.participants.values()} == {16}
+    assert plan.participants["b"].batch == plan.participants["c"].batch == 16
+    assert "16 is the batch of the job, not to be passed by old readings" in plan.participants["b"].reasons["batch"]
     slow = _plan(device("a", cores=8.0), device("b", cores=0.5, age_s=41.0)).participants["b"]
     if _depth(slow) == 1:
         assert "depth 1 is the least already" in slow.reasons["depth"] or "instead of" in slow.reasons["depth"]
@@ -418,7 +440,7 @@ def test_plans_are_sound(fleet: list[Candidate], least: int, batch: int, rng: ra
     for name, work in plan.participants.items():
         known = by_id[name]
         rows = known.info.datasets["news"].rows
-        assert min(least, rows) <= work.batch <= max(least, min(batch, rows, 32))
+        assert min(least, rows) <= work.batch <= max(least, min(rows, 32))
         assert work.bits in known.info.bits
         need = demand(minilm(), spec, work.ranks)
         size, _ = planner.model.memory(name, need, work.bits, work.batch, known.info)
@@ -491,7 +513,7 @@ def test_depths_settle_whatever_a_forward_pass_really_costs(forward_blocks: floa
         report = _report(plan, seen, spec)
         for name, work in plan.participants.items():
             blocks = (demand(seen.facts, spec, work.ranks).flop - 6 * _BLOCK_FLOP) / _BLOCK_FLOP
-            step_s = (forward_blocks + blocks) * 0.2 / report.loads[name].cores
+            step_s = (forward_blocks + blocks) * 0.2 / report.loads[name].cores * work.batch / 16
             report.results[name] = replace(report.results[name], step_s=step_s, train_s=10 * step_s)
         planner = planner.learn(report)
     assert plans[-1] == plans[-2] == plans[-3] == plans[-4]

@@ -14,8 +14,11 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 * ranks: R_tot = blocks * `strategy.rank`, so that full depth costs what `uniform` does; r_1 in {1, 2, 4}, a quarter of
   it. A block has one rank in the whole fleet. Modules outside the blocks are tuned like the top block.
 * k_i^max: the deepest that memory holds at the chosen bits and batch, and that meets the deadline at measured speed.
-* depth is the knob: bits are the largest that hold the job's batch at depth 1, and the batch is smaller than the job's
-  only where memory or data forbid it. Where telemetry is old, a device gets half the depth.
+* LCD is over rounds of the job's batch: bits are the largest that hold it at depth 1, and a smaller batch is taken only
+  where memory or data forbid it. Where telemetry is old, a device gets half the depth.
+* depth alone can't make devices equal that differ tenfold: with the depths chosen, the median device's round plus
+  `SLACK` is the target of all, and each takes the batch that meets it. That is ours, no part of the paper; a job with
+  `batch_min` = `batch_max` goes without. A device whose telemetry is old gets no more than the job's batch.
 
 `aggregation.legend` is the other half: the mean of a module over the devices that tuned it.
 """
@@ -36,12 +39,25 @@ from coordinator.core.planning.common import DEADLINE_SHARE, global_rank, moved,
 from coordinator.core.planning.cost_model import (
     BITS_TIME,
     CostModel,
+    Pace,
     usable,
 )
 from coordinator.core.planning.demand import Demand, block_flop, demand, depth_share, tuned_modules
 from coordinator.core.planning.drafts import batches_to_the_jobs
 from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
-from coordinator.core.planning.sizing import Seat, agents_reason, batch_by_memory, choose_bits, fits, seat
+from coordinator.core.planning.sizing import (
+    LARGEST,
+    SLACK,
+    Seat,
+    Target,
+    agents_reason,
+    batch_by_memory,
+    batch_sizes,
+    choose_batch,
+    choose_bits,
+    fits,
+    seat,
+)
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec
 from shared.messages import Work
@@ -78,7 +94,7 @@ class _Draft(NamedTuple):
     bits: Bits
     bits_reason: str
     batch: int
-    batch_reason: str
+    """That depths are chosen at."""
     most: int
     stopped: str
     """Why not deeper than `most`."""
@@ -99,6 +115,14 @@ class _Told(NamedTuple):
     """The deepest that meets the deadline."""
     bytes: int
     """Over its link at this depth."""
+
+
+class _Sized(NamedTuple):
+    """A device's batch."""
+
+    batch: int
+    step_s: float
+    reason: str
 
 
 class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
@@ -124,15 +148,18 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         traffic = {count: [moved(view, job, ranks, bound, count) for ranks in ladder.ranks] for count in counts}
         times = _times(drafts, ladder, traffic, job)
         choice, in_time = self._choose(drafts, ladder, times, job)
+        target_s = self._target_s(times, choice, job)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}
         for row, draft in enumerate(drafts):
             depth, reached = int(choice.depths[row]), int(choice.reached[row])
             told = _Told(times[row].tolist(), depth, reached, int(in_time[row]), traffic[draft.place.agents][depth - 1])
-            predicted[draft.place.device], works[draft.place.device] = _work(draft, told, ladder, choice, job)
+            sized = self._sized(draft, told, target_s, ladder, job)
+            predicted[draft.place.device], works[draft.place.device] = _work(draft, told, sized, ladder, choice, job)
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
-            participants=works, deadline_s=job.rounds.deadline_s, reason=f"{_reason(choice, ladder)}; {taking}",
+            participants=works, deadline_s=job.rounds.deadline_s,
+            reason=f"{_reason(choice, ladder)}; batches for {seconds(target_s)}; {taking}",
             predicted_s=predicted, left_out=left_out,
         )  # fmt: skip
 
@@ -147,6 +174,22 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         rows = np.array([draft.place.rows * draft.place.agents for draft in drafts], dtype=np.float64)
         halved = np.array([bool(draft.place.caution) for draft in drafts])
         return lcd.choose(times, np.minimum(most, in_time), halved, rows / rows.sum(), ladder.by_block), in_time
+
+    def _target_s(self, times: Floats, choice: lcd.Choice, job: JobSpec) -> float:
+        """Seconds that batches are chosen for."""
+        wanted = SLACK * float(np.median(np.take_along_axis(times, choice.depths[:, None] - 1, axis=1)))
+        return min(wanted, DEADLINE_SHARE * job.rounds.deadline_s) if self.model.devices else wanted
+
+    def _sized(self, draft: _Draft, told: _Told, target_s: float, ladder: Ladder, job: JobSpec) -> _Sized:
+        """The batch of a device at its depth."""
+        step_s = draft.forward + float(ladder.backward[told.depth - 1]) * draft.block
+        left = Target(max(0.0, target_s - told.bytes * draft.byte_s), job.rounds.local_steps)
+        pace = Pace(0.0, step_s / draft.batch, draft.source)
+        sizes, named = batch_sizes(job.strategy, job.training.accumulation), LARGEST
+        if draft.place.caution:  # half the depth is the price of that; half the batch need not come to it
+            sizes, named = batches_to_the_jobs(job), "the batch of the job, not to be passed by old readings"
+        place, need = draft.place._replace(caution=""), ladder.needs[told.depth - 1]
+        return _Sized(*choose_batch(place, need, draft.bits, self.model, sizes, left, pace, named))
 
     def _drafts(self, view: FleetView, job: JobSpec, ladder: Ladder) -> tuple[list[_Draft], dict[str, str]]:
         """(participants in the order of their ids, candidate -> why it takes no part)."""
@@ -171,12 +214,9 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(chosen, str):
             return chosen
         bits, bits_reason = chosen
-        told = "speed is met by other means"
-        batch, batch_reason = batch_by_memory(place, ladder.needs[0], bits, self.model, sizes, told)
+        batch, _ = batch_by_memory(place, ladder.needs[0], bits, self.model, sizes, "over which depths are chosen")
         most, stopped = self._deepest(place, ladder, bits, batch)
-        return _Draft(
-            place, bits, bits_reason, batch, batch_reason, most, stopped, *self._capacity(place, ladder, bits, batch)
-        )
+        return _Draft(place, bits, bits_reason, batch, most, stopped, *self._capacity(place, ladder, bits, batch))
 
     def _deepest(self, place: Seat, ladder: Ladder, bits: Bits, batch: int) -> tuple[int, str]:
         """(k_i^max by memory, what stopped the next block); depth 1 was found to fit."""
@@ -250,19 +290,20 @@ def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[int]
     return times
 
 
-def _work(draft: _Draft, told: _Told, ladder: Ladder, choice: lcd.Choice, job: JobSpec) -> tuple[float, Work]:
+def _work(
+    draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec
+) -> tuple[float, Work]:
     """(seconds of training expected, the work) of one device."""
-    step_s = draft.forward + float(ladder.backward[told.depth - 1]) * draft.block
     took = f"{mebibytes(told.bytes)} at {1e-6 / draft.byte_s:.2f} MB/s" if draft.byte_s else "link not yet measured"
-    predicted, why_steps = steps_reason(job, step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})")
+    predicted, why_steps = steps_reason(job, sized.step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})")
     reasons = {
         "rank": ladder.words[told.depth - 1], "depth": _depth_reason(draft, told, ladder, choice, job),
-        "batch": draft.batch_reason, "bits": draft.bits_reason, "steps": why_steps,
+        "batch": sized.reason, "bits": draft.bits_reason, "steps": why_steps,
     }  # fmt: skip
     if draft.place.info.agents > 1:
         reasons["agents"] = agents_reason(draft.place)
     work = Work(
-        ranks=ladder.ranks[told.depth - 1], batch=draft.batch, bits=draft.bits, steps=job.rounds.local_steps,
+        ranks=ladder.ranks[told.depth - 1], batch=sized.batch, bits=draft.bits, steps=job.rounds.local_steps,
         agents=draft.place.agents, train_for_s=job.rounds.train_for_s, reasons=reasons,
     )  # fmt: skip
     return predicted, work

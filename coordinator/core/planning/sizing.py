@@ -12,7 +12,7 @@ from bisect import bisect
 from typing import NamedTuple
 
 from coordinator.core.planning.base import Candidate
-from coordinator.core.planning.cost_model import CostModel
+from coordinator.core.planning.cost_model import CostModel, Pace
 from coordinator.core.planning.demand import Demand
 from coordinator.core.planning.readings import Budget, Capacity, budget, capacity
 from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
@@ -24,6 +24,9 @@ SLACK = 1.2
 all where a step's time hardly depends on it."""
 SMALL_MARGIN = 0.8
 """Cautious bits are taken where more than this share of the memory budget would be filled."""
+
+
+LARGEST = "the largest batch of the job"
 
 
 class Seat(NamedTuple):
@@ -157,14 +160,16 @@ def fits(place: Seat, need: Demand, bits: Bits, batch: int, size: float, model: 
 
 
 def choose_batch(
-    place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...], target: Target
-) -> tuple[int, float, str]:
+    place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...], target: Target,
+    pace: Pace | None = None, largest: str = LARGEST,
+) -> tuple[int, float, str]:  # fmt: skip
     """(batch, seconds per step, reason): the largest of `sizes` that data and memory hold and that meets the target.
 
-    `bits` must hold the smallest size (`choose_bits`). Where telemetry is old, the next batch of at most half.
+    `bits` must hold the smallest size (`choose_bits`). Where telemetry is old, the next batch of at most half. `pace`:
+    of a planner that measures by itself, in place of the cost model's. `largest`: what the largest of `sizes` is.
     """
-    held, note = _held(place, need, bits, model, sizes)
-    pace = model.pace(place.device, need, bits, place.free)
+    held, note = _held(place, need, bits, model, sizes, largest)
+    pace = pace or model.pace(place.device, need, bits, place.free)
     in_time = [size for size in held if target.steps * pace.step_s(size) <= target.seconds]
     batch = in_time[-1] if in_time else held[0]
     if batch < held[-1]:
@@ -206,10 +211,12 @@ def batch_by_memory(
     return batch, word("batch", batch, f"{mebibytes(size)} ({why})", bound, note)
 
 
-def _held(place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...]) -> tuple[list[int], str]:
+def _held(
+    place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...], largest: str = LARGEST
+) -> tuple[list[int], str]:
     """The sizes that data and memory hold, rising and never empty, and what stopped the next one."""
     limit = model.batch_limit(place.device, bits)
-    allowed, note = len(sizes), f"{sizes[-1]} is the largest batch of the job"
+    allowed, note = len(sizes), f"{sizes[-1]} is {largest}"
     for index, size in enumerate(sizes):
         if size > place.rows:
             allowed, note = index, f"the data set has {plural(place.rows, 'row')}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -37,22 +38,48 @@ class Choice(NamedTuple):
     best: Found
     reached: list[int]
     """Before halving where readings are old."""
+    target_s: float
+    """The median of the rounds at these depths and the job's batch, + 20 %."""
 
 
 def plan(scene: Scene) -> dict[str, Asked]:
     """What each participant is asked for."""
     chosen, steps = choose(scene), scene.job.rounds.local_steps
-    return {
-        place.seat.device: Asked(
-            chosen.ladder[depth - 1], place.batch, place.seat.bits, steps, place.seat.agents,
-            capped(scene, steps * (place.forward + chosen.needs[depth - 1].blocks * place.block)),
-        )
-        for place, depth in zip(chosen.places, chosen.best.depths, strict=True)
-    }  # fmt: skip
+    asked = {}
+    for place, depth in zip(chosen.places, chosen.best.depths, strict=True):
+        need = chosen.needs[depth - 1]
+        batch = sized(scene, place, need, left(chosen, place, depth))
+        asked[place.seat.device] = Asked(
+            chosen.ladder[depth - 1], batch, place.seat.bits, steps, place.seat.agents,
+            capped(scene, steps * step_s(place, need, batch)),
+        )  # fmt: skip
+    return asked
+
+
+def step_s(place: Place, need: Need, batch: int) -> float:
+    """Seconds of a step over so many samples."""
+    return (place.forward + need.blocks * place.block) * batch / place.batch
+
+
+def left(chosen: Choice, place: Place, depth: int) -> float:
+    """Seconds that a participant has for its steps: the target of all less its own transfers."""
+    return max(0.0, chosen.target_s - place.moved[depth - 1] * place.byte_s)
+
+
+def offered(scene: Scene, seat: Seat) -> list[int]:
+    """The batches to choose from."""
+    sizes = sizes_of(scene.job)
+    return ([size for size in sizes if size <= scene.job.strategy.batch] or sizes[:1]) if seat.careful else sizes
+
+
+def sized(scene: Scene, place: Place, need: Need, left_s: float) -> int:
+    """The largest batch that is done in time; not beyond the job's where the reading is old."""
+    sizes = held(scene, place.seat, need, offered(scene, place.seat))
+    return max([n for n in sizes if scene.job.rounds.local_steps * step_s(place, need, n) <= left_s] or sizes[:1])
 
 
 def choose(scene: Scene) -> Choice:
-    """Bits and batch by memory, then the depths."""
+    """Bits and batch by memory, then the depths, then what batches are to meet."""
     job, facts = scene.job, scene.facts
     modules = tuned(facts, job)
     blocks = sorted({one.block for one in modules if one.block >= 0})
@@ -69,7 +96,10 @@ def choose(scene: Scene) -> Choice:
     shares = [own / sum(rows) for own in rows]
     best, _, _ = brute_force(times, most, [place.seat.careful for place in places], shares, by_block)
     whole = _deadline(times, most, [place.seat.careful for place in places], best.depths)
-    return Choice(by_block, ladder, needs, places, best, whole)
+    target = 1.2 * statistics.median([place.times[depth - 1] for place, depth in zip(places, best.depths, strict=True)])
+    if scene.fleet.known:
+        target = min(target, 0.9 * job.rounds.deadline_s)
+    return Choice(by_block, ladder, needs, places, best, whole, target)
 
 
 def _deadline(times: list[list[float]], most: list[int], halved: list[bool], depths: list[int]) -> list[int]:

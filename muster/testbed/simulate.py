@@ -210,7 +210,9 @@ def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
     given = inputs.named_folders(simulation.models)
     inputs.check_base(tables.get("base", {}).get("model", inputs.MINILM), given, simulation.lm)
     if simulation.oracle and (simulation.replay is not None or name in {"legend", *SPLIT}):
-        raise UserError("--oracle knows nothing of --replay's links; legend and split learning keep averages of their own")
+        raise UserError(
+            "--oracle knows nothing of --replay's links; legend and split learning keep averages of their own"
+        )
     if simulation.replay is not None:
         replay.read(simulation.replay, ["one"])
     return tables, given

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +37,25 @@ _WHOLE_HEADS = ("classifier", "score")
 """peft saves these as a whole for SEQ_CLS; a second wrapper inside one of them would clash."""
 _NO_TARGETS = "dummy-target-modules"
 """What peft takes for "no LoRA at all, the head alone"."""
+MOST_NAMED = 8
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose linear layers are transformers' Conv1D, which stores W as (in x out)."""
 
 
 def export_peft(
     adapter: Adapter, folder: Path, *, spec: JobSpec, base: str, metrics: Metrics | None = None,
-    groups: Sequence[Group] = (), classes: Mapping[str, float] | None = None,
+    groups: Sequence[Group] = (), classes: Mapping[str, float] | None = None, transposed: Container[str] = (),
 ) -> None:  # fmt: skip
     """Write `adapter` to `folder`, whole or not at all; a former export there is replaced.
 
-    `metrics`: the held-out evaluation to quote in the README. `groups`, `classes`: of a job that prunes. Raises
-    `UserError` where `folder` can't be written.
+    `metrics`: the held-out evaluation to quote in the README. `groups`, `classes`: of a job that prunes. `transposed`:
+    dense tensors that transformers stores as (in x out). Raises `UserError` where `folder` can't be written.
     """
     factors = {name: part for name, part in sorted(adapter.factors.items()) if part.rank > 0}
+    dense = {name: one.T if name in transposed else one for name, one in adapter.dense.items()}
     files = {
         "adapter_config.json": as_json(_config(factors, adapter.dense, spec, base)),
-        "adapter_model.safetensors": tensor_file(_tensors(factors, adapter.dense), adapter.base_digest),
+        "adapter_model.safetensors": tensor_file(_tensors(factors, dense), adapter.base_digest),
         "README.md": _readme(adapter, factors, spec, base, metrics).encode(),
     }
     if spec.task.labels:
@@ -142,7 +144,7 @@ def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, bas
         f"- base model: `{base}`, digest `{adapter.base_digest}`",
         f"- task: {spec.task.kind} on `{spec.task.dataset}`",
         f"- tuned modules: {len(ranks)}" + (f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""),
-        f"- dense tensors: {', '.join(sorted(adapter.dense)) or 'none'}",
+        f"- dense tensors: {_some(sorted(adapter.dense))}",
         *metrics_lines(metrics),
     ]
     if adapter.kept:
@@ -154,6 +156,13 @@ def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, bas
         lines += ["", "Labels (also in `labels.json`):", ""]
         lines += [f"{index}. {label}" for index, label in enumerate(spec.task.labels)]
     return "\n".join([*lines, "", *_usage(spec, base), ""])
+
+
+def _some(names: Sequence[str]) -> str:
+    """All of a few; of many how many."""
+    if len(names) > MOST_NAMED:
+        return f"{len(names)}, one side of the split model among them; they replace the base's"
+    return ", ".join(names) or "none"
 
 
 def metrics_lines(metrics: Metrics | None) -> list[str]:

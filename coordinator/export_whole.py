@@ -51,9 +51,14 @@ def export_whole(
 
 def _tensors(dense: Mapping[str, Array], facts: ModelFacts) -> dict[str, Array]:
     """Parameters as transformers stores them: of a Conv1D W is (in x out)."""
-    config = json.loads(facts.config) if facts.config else {}
-    turned = {f"{one.name}.weight" for one in facts.modules} if config.get("model_type") in CONV1D_MODELS else set()
+    turned = transposed(facts)
     return {name: narrow(tensor.T if name in turned else tensor) for name, tensor in sorted(dense.items())}
+
+
+def transposed(facts: ModelFacts) -> set[str]:
+    """The weights that transformers stores as (in x out), where every linear layer may be among them."""
+    config = json.loads(facts.config) if facts.config else {}
+    return {f"{one.name}.weight" for one in facts.modules} if config.get("model_type") in CONV1D_MODELS else set()
 
 
 def _tokenizer(base: str, revision: str) -> dict[str, bytes]:

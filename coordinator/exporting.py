@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from coordinator.core.planning.base import Shrinking
 from coordinator.export import export_peft
 from coordinator.export_bottleneck import export_bottleneck
-from coordinator.export_whole import export_whole
+from coordinator.export_whole import export_whole, transposed
 from shared import adapter as adapter_files
 from shared.starts import start_of
 
@@ -32,4 +32,7 @@ def export_job(job: Job, adapter: Path, base: str, folder: Path) -> None:
     else:
         groups = job.facts.groups if job.facts is not None else []
         classes = job.planner.ratios if isinstance(job.planner, Shrinking) else {}
-        export_peft(given, folder, spec=job.spec, base=base, metrics=metrics, groups=groups, classes=classes)
+        turned = transposed(job.facts) if start == "sides" and job.facts is not None else ()
+        export_peft(
+            given, folder, spec=job.spec, base=base, metrics=metrics, groups=groups, classes=classes, transposed=turned
+        )

@@ -92,7 +92,10 @@ class SplitSpec(Spec, frozen=True, kw_only=True):
     block: Natural = 0
     """Blocks that run on the devices; 0: the planner chooses by compute, memory and size of the features."""
     tuning: Literal["lora", "full"] = "lora"
-    """What is trained on both sides: LoRA and the head, or every parameter (at 32 bits)."""
+    """What is trained on the devices: LoRA, or every parameter (at 32 bits)."""
+    top_tuning: Literal["same", "lora", "full"] = "same"
+    """What the top worker trains, beside the head: the same, LoRA, or every parameter. Another than on the devices
+    needs `block`."""
     codec: Codec = "bf16"
     """Precision of features and of their gradients on the wire."""
     clip: NonNegative = 0.0
@@ -107,6 +110,16 @@ class SplitSpec(Spec, frozen=True, kw_only=True):
     """Whether a device computes the features of the next batch while it waits: then with weights one step old."""
     kl: Rate = 0.01
     """Divergence of the merged label mix from the fleet's below which a selection is even enough, in nats."""
+
+    @property
+    def above(self) -> Literal["lora", "full"]:
+        """What the top worker trains."""
+        return self.tuning if self.top_tuning == "same" else self.top_tuning
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the two sides are trained differently."""
+        return self.above != self.tuning
 
 
 class StrategySpec(Spec, frozen=True, kw_only=True):

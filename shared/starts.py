@@ -10,6 +10,7 @@
 | `frozen_a` | B alone; A is the job's, the same everywhere and always | rides along frozen | factors averaged |
 | `bottleneck` | bottleneck adapters of the blocks that the work names: dense tensors | is dropped | tensors averaged |
 | `dense` | every parameter of the base, itself: there are no factors | there is none | tensors averaged |
+| `sides` | of a split model one side as `directions`, the other as `dense` | rides along frozen | products stacked |
 
 A module that the device does not tune keeps all of the global adapter, frozen, under every start: what is dropped is
 dropped from what a device tunes. Factors are averaged where the aggregator averages them itself.
@@ -26,7 +27,9 @@ import numpy as np
 
 from shared.tensors import Array
 
-Start = Literal["directions", "factors", "fresh", "cut_directions", "cut_factors", "frozen_a", "dense", "bottleneck"]
+Start = Literal[
+    "directions", "factors", "fresh", "cut_directions", "cut_factors", "frozen_a", "dense", "bottleneck", "sides"
+]
 START_NOTE = "start"
 
 

@@ -76,10 +76,14 @@ def _split_faults(job: JobSpec) -> list[str]:
         found.append("task.kind: least_squares has no blocks to split")
     if strategy.max_share != 1.0:
         found.append("strategy.max_share: it would cap the top worker's own part, too; it is not for split learning")
+    if strategy.split.mixed and not strategy.split.block:
+        found.append("strategy.split.block: name it, where strategy.split.top_tuning is another than tuning")
+    if strategy.split.mixed and job.task.kind == "image":
+        found.append("strategy.split.top_tuning: convolutional models have no linear layers for LoRA on either side")
+    if "full" in (strategy.split.tuning, strategy.split.above) and job.base.targets:
+        found.append("base.targets: full tuning of a side of the split tunes every parameter of it; leave it empty")
     if strategy.split.tuning == "lora":
         return found
-    if job.base.targets:
-        found.append("base.targets: strategy.split.tuning full tunes every parameter; leave it empty")
     if strategy.bits not in ("auto", 32):
         found.append(f"strategy.bits: {strategy.bits}, but strategy.split.tuning full tunes the base itself, at 32")
     if job.training.codec != "fp32":

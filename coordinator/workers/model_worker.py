@@ -30,7 +30,7 @@ from shared import logs, units
 from shared.errors import DecodeError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
-from shared.jobs import Bits, JobSpec
+from shared.jobs import Bits, JobSpec, SplitSpec
 from shared.messages import MAX_BLOB_BYTES
 from shared.starts import START_NOTE, Start
 from shared.tensors import Array
@@ -92,8 +92,10 @@ class ModelWorker:
         modules = _modules(base, job, start)
         covered, others = base_model.count_parameters(base)
         dense = base_model.fresh_head(base, job.seed)
-        if start == "dense":
+        if start in ("dense", "sides"):
             dense = _whole(base, dense)
+        if start == "sides":
+            dense = _side(base, dense, job.strategy.split)
         first = adapter.Adapter(
             kind="global", job=job.name, round=0, base_digest=self._held.digest, factors={}, dense=dense,
             notes={START_NOTE: start},
@@ -113,7 +115,7 @@ class ModelWorker:
             blocks=1 + max(linear.block for linear in base.linears.values()),
             activations=dict(self._held.counted),
             groups=_groups(base, heads=job.strategy.prune_heads) if job.strategy.name in PRUNING else [],
-            config=stored_form.whole_config(base, job.task) if start == "dense" else "",
+            config=stored_form.whole_config(base, job.task) if start in ("dense", "sides") else "",
             features=[math.prod(config.shape_after(block + 1)) for block in range(len(config.channels))]
             if job.task.kind == "image"
             else [],
@@ -226,6 +228,15 @@ def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:
     lora.detach(base)
     base.restore()
     return {name: base.model.get_parameter(name).detach().numpy() for name in base.shapes} | head
+
+
+def _side(base: Any, dense: dict[str, Array], asked: SplitSpec) -> dict[str, Array]:
+    """Of all parameters those that are trained themselves: one side's, and the head, which belongs to the upper one."""
+    from shared.modeling import split
+
+    places, upper = split.places(base, dense), asked.above == "full"
+    mine = {name for name, place in places.items() if (place >= asked.block) == upper} - split.tied(base)
+    return {name: one for name, one in dense.items() if name in mine or name in base.head}
 
 
 def _check_task(job: JobSpec) -> None:

@@ -72,7 +72,7 @@ class TopModel:
         self.checkpoints = Numbered(Path(order.folder), self._work)
 
     def _ranks(self) -> dict[str, int]:
-        if self.order.split.tuning == "full":
+        if self.order.split.above == "full":
             return {}
         tunable = self.base.tunable(self.order.job.base.targets)
         rank = self.order.job.strategy.rank

@@ -237,7 +237,8 @@ def _prepare(
         dm.StepTable(steps), dm.MemoryTable.of(steps), _base(folder, spec),
         replay.read(simulation.replay, names) if simulation.replay is not None else None,
     )  # fmt: skip
-    asked = labels if spec.strategy.name in SPLIT and spec.task.kind != "causal" else None
+    untold = dict[str, dict[str, int]]((name, {}) for name in names)
+    asked = (untold if spec.task.kind == "causal" else labels) if spec.strategy.name in SPLIT else None
     return _Ready(spec, str(folder), [VirtualDevice(model, clock) for model in models], paths, counts, asked)
 
 

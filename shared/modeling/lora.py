@@ -108,6 +108,8 @@ def _dense_shapes(base: Base, adapter: Adapter) -> dict[str, tuple[int, ...]]:
     start = start_of(adapter.notes)
     if start != "dense":
         head = {name: tuple(tensor.shape) for name, tensor in base.head.items()}
+        if start == "sides":
+            return head | {name: base.shapes[name] for name in adapter.dense.keys() & base.shapes.keys()}
         return head | bottleneck.dense_shapes(base, adapter.dense) if start == "bottleneck" else head
     if base.bits != 32:
         raise AdapterFault(f"adapter of round {adapter.round}: it is the whole model, for a base of 32 bits only")

@@ -100,20 +100,30 @@ def blocks(base: Base) -> int:
 
 
 def places(base: Base, names: Iterable[str]) -> dict[str, int]:
-    """Where parameters of a whole base belong: index of the block; -1 before the blocks, their number after them.
+    """Where parameters of a whole base belong: index of the block; -1 before the blocks, their number after them, and
+    of a token table that is the output matrix, too, which no device trains.
 
     Raises `ModelFault` where the model can't be cut.
     """
     layout, count, prefix = _layout(base), blocks(base), base.model.base_model_prefix
     first = tuple(f"{prefix}.{one}." for one in layout.first)
     inside = f"{prefix}.{layout.blocks}."
-    found = {}
+    found, shared = {}, tied(base)
     for name in names:
-        if name.startswith(inside):
+        if name in shared:
+            found[name] = count
+        elif name.startswith(inside):
             found[name] = int(name.removeprefix(inside).partition(".")[0])
         else:
             found[name] = -1 if name.startswith(first) else count
     return found
+
+
+def tied(base: Base) -> set[str]:
+    """The token table of a whole base whose output matrix it is, too."""
+    if not _is_tied(base.model):
+        return set()
+    return {name for name in base.shapes if base.model.get_parameter(name) is _table(_inner(base))}
 
 
 def lower(base: Base, block: int) -> None:
@@ -123,7 +133,7 @@ def lower(base: Base, block: int) -> None:
     """
     layout = _start(base, block)
     model, inner = base.model, _inner(base)
-    tied = {name for name in base.shapes if _is_tied(model) and model.get_parameter(name) is _table(inner)}
+    shared = tied(base)
     for name, _ in list(model.named_children()):
         if name != model.base_model_prefix:
             setattr(model, name, nn.Identity())
@@ -131,7 +141,7 @@ def lower(base: Base, block: int) -> None:
     set_module(inner, layout.blocks, stay[:block])
     setattr(inner, layout.last, None if layout is _BERT else nn.Identity())
     base.head = {}
-    _finish(base, "lower", block, tied)
+    _finish(base, "lower", block, shared)
 
 
 def upper(base: Base, block: int) -> None:
@@ -152,7 +162,7 @@ def part_of(adapter: Adapter, base: Base) -> Adapter:
     if start == "bottleneck" or adapter.kept:
         what = "bottleneck adapters" if start == "bottleneck" else "a pruned model"
         raise AdapterFault(f"adapter of round {adapter.round}: split learning is not written for {what}")
-    dense = base.shapes.keys() if start == "dense" else base.head.keys()
+    dense = base.shapes.keys() if start in ("dense", "sides") else base.head.keys()
     return replace(
         adapter,
         factors={name: part for name, part in adapter.factors.items() if name in base.linears},
@@ -313,8 +323,8 @@ def _start(base: Base, block: int) -> _Layout:
     return layout
 
 
-def _finish(base: Base, which: Literal["lower", "upper"], block: int, tied: set[str]) -> None:
-    left = {name for name, _ in base.model.named_parameters()} - tied
+def _finish(base: Base, which: Literal["lower", "upper"], block: int, shared: set[str]) -> None:
+    left = {name for name, _ in base.model.named_parameters()} - shared
     base.shapes = {name: shape for name, shape in base.shapes.items() if name in left}
     base.linears = {
         name: linear for name, linear in base.linears.items() if (linear.block < block) == (which == "lower")

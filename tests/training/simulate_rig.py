@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from muster.testbed.simulate import Simulation
-from tests.training.tiny_models import colour_rows, write_jsonl
+from tests.training.tiny_models import colour_rows, story_rows, write_jsonl
 
 JOB = """
 name = "tiny"
@@ -30,6 +30,19 @@ checkpoint_every = 2
 [evaluation]
 rows = 20
 """
+
+
+def tiny_stories(folder: Path, model: Path) -> Simulation:
+    """The same with a causal task."""
+    data = folder / "stories"
+    data.mkdir()
+    write_jsonl(data / "train.jsonl", story_rows(120))
+    write_jsonl(data / "test.jsonl", story_rows(30))
+    job = folder / "stories.toml"
+    job.write_text(JOB.replace("classification", "causal"))
+    return Simulation(
+        devices=6, data=str(data), job=job, models=(f"tiny={model}",), seed=4, workers=0, alpha=0.0, out=folder / "two"
+    )
 
 
 def tiny_simulation(folder: Path, bert: Path) -> Simulation:

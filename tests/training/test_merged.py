@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -17,8 +18,9 @@ from muster.merged import merge  # noqa: E402
 from shared.adapter import Adapter  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 from shared.jobs import BaseSpec, JobSpec, TaskSpec  # noqa: E402
-from shared.modeling import base_model, evaluation, lora, weights  # noqa: E402
+from shared.modeling import base_model, evaluation, lora, split, weights  # noqa: E402
 from shared.modeling.data import tokenize  # noqa: E402
+from shared.starts import START_NOTE  # noqa: E402
 from tests.training.tiny_models import COLOURS, STORIES, global_adapter, make_bert  # noqa: E402
 
 
@@ -61,6 +63,42 @@ def test_the_merged_model_is_the_global_one(
     assert abs(evaluation.evaluate(ours, data).loss - wanted.loss) > 1e-3, "the adapter does something"
     if name == "bert":
         assert model.config.id2label == {0: "red", 1: "green", 2: "blue"}
+
+
+@pytest.mark.parametrize("upper", [True, False], ids=["top", "devices"])
+@pytest.mark.parametrize(
+    ("name", "task"), [("bert", COLOURS), ("gpt2", STORIES), ("gpt2", COLOURS), ("llama", STORIES)]
+)
+def test_a_side_that_was_tuned_itself_is_merged_too(
+    name: str, task: TaskSpec, upper: bool, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Split learning with LoRA on one side of the cut after block 1, and every parameter on the other."""
+    base: Path = request.getfixturevalue(name)
+    loaded, rng = base_model.load(base, task), np.random.default_rng(4)
+    made = global_adapter(loaded, 3, size=0.3)
+    of = split.places(loaded, loaded.shapes)
+    mine = {name for name, place in of.items() if (place >= 1) == upper} - split.tied(loaded)
+    dense = {n: loaded.model.get_parameter(n).detach().numpy() for n in sorted(mine)}
+    dense = {n: one + 0.02 * rng.standard_normal(one.shape).astype(np.float32) for n, one in dense.items()} | made.dense
+    factors = {n: part for n, part in made.factors.items() if (loaded.linears[n].block >= 1) != upper}
+    adapter = Adapter(
+        **{**vars(made), "base_digest": weights.base_digest(base), "dense": dense, "factors": factors},
+    )
+    adapter.notes[START_NOTE] = "sides"
+    spec = JobSpec(name="tiny", base=BaseSpec(model="tiny"), task=task)
+    turned = {f"{n}.weight" for n in loaded.linears} if name == "gpt2" else ()
+    export.export_peft(adapter, tmp_path / "adapter", spec=spec, base=str(base), transposed=turned)
+    kind: Any = transformers.AutoModelForSequenceClassification
+    model = (kind if task is COLOURS else transformers.AutoModelForCausalLM).from_pretrained(
+        str(merge(tmp_path / "adapter", tmp_path / "merged"))
+    )
+    ids = torch.arange(1, 13).reshape(1, 12)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with torch.no_grad():
+        plain = loaded.model.eval()(**given).logits
+        lora.merge(loaded, adapter)
+        wanted, found = loaded.model.eval()(**given).logits, model.eval()(**given).logits
+    assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(found, plain, atol=1e-2)
 
 
 def test_why_there_is_nothing_to_merge(bert: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from muster.testbed import device_model as dm
 from muster.testbed.simulate import Simulation, carry_out
-from tests.training.simulate_rig import tiny_simulation
+from tests.training.simulate_rig import tiny_simulation, tiny_stories
 
 OVER: dict[str, Any] = {"strategy": {"bits": 32, "split": {"block": 1}}}
 
@@ -46,6 +46,24 @@ def test_so_do_its_rivals(asked: Simulation, strategy: str) -> None:
     done = carry_out(replace(asked, strategy=strategy, rounds=1), tell=_silent)
     assert done.result.state == "finished"
     assert [part.status for part in done.result.rounds[0].devices] == ["done"] * 3
+
+
+@pytest.mark.parametrize(("below", "above"), [("lora", "full"), ("full", "lora"), ("full", "full")])
+@pytest.mark.parametrize("task", ["colours", "stories"])
+def test_each_side_may_be_tuned_in_its_own_way(
+    asked: Simulation, below: str, above: str, task: str, tmp_path: Path, gpt2: Path
+) -> None:
+    """GPT-2's token table is its output matrix, too: no side trains it."""
+    over = {"strategy": {"bits": 32, "split": {"block": 1, "tuning": below, "top_tuning": above}}}
+    if task == "stories":
+        asked = replace(tiny_stories(tmp_path, gpt2), strategy="mergesfl", profile="jetson-roomy")
+    done = carry_out(replace(asked, over=over), tell=_silent)
+    assert done.result.state == "finished" and done.result.baseline is not None
+    assert [part.status for part in done.result.rounds[-1].devices] == ["done"] * 3
+    losses = [round.loss for round in done.result.rounds]
+    assert losses[-1] is not None and losses[-1] < done.result.baseline.loss
+    params = {part.params for round in done.result.rounds for part in round.devices}
+    assert len(params) == 1 and (params.pop() > 4000) == (below == "full")
 
 
 def test_devices_that_crash_in_the_middle_of_a_round_are_gone_on_without(

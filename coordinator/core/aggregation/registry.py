@@ -17,7 +17,7 @@ from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
 from coordinator.core.aggregation.hetlora import HetLora
 from coordinator.core.aggregation.legend import Legend
-from coordinator.core.aggregation.split import Split, SplitDense
+from coordinator.core.aggregation.split import Split, SplitDense, SplitSides
 from shared.errors import UserError
 from shared.jobs import StrategySpec
 
@@ -38,9 +38,7 @@ _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
     "fedspine": lambda spec: FedSpine(
         spec.energy, spec.global_rank, spec.server_lr, sampled=spec.directions == "sampled"
     ),
-    "split": lambda spec: (
-        SplitDense() if spec.split.tuning == "full" else Split(spec.energy, spec.global_rank, spec.max_share)
-    ),
+    "split": lambda spec: _split(spec),
     "dense": lambda _spec: Dense(),
     "bottleneck": lambda spec: Bottleneck(spec.global_rank),
 }
@@ -75,6 +73,13 @@ MOVES_FURTHER = frozenset({"fsr", "fresh", "legend", "fedspine"})
 """Aggregators that know `strategy.server_lr`."""
 TRAINS_DIRECTIONS = frozenset({"fsr", "legend", "fedspine"})
 """Aggregators whose devices train directions of the global adapter, so that `strategy.directions` means something."""
+
+
+def _split(spec: StrategySpec) -> Aggregator:
+    if spec.split.tuning == spec.split.above == "full":
+        return SplitDense()
+    kind = SplitSides if spec.split.mixed else Split
+    return kind(spec.energy, spec.global_rank, spec.max_share)
 
 
 def names() -> list[str]:

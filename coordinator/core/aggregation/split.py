@@ -11,12 +11,19 @@ from __future__ import annotations
 
 from coordinator.core.aggregation.dense import Dense
 from coordinator.core.aggregation.legend import Legend
+from shared.starts import Start
 
 
 class Split(Legend):
     """The aggregator `split` of jobs that tune LoRA."""
 
     name = "split"
+
+
+class SplitSides(Split):
+    """The aggregator `split` of jobs that tune LoRA on one side and every parameter on the other."""
+
+    start: Start = "sides"
 
 
 class SplitDense(Dense):

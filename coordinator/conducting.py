@@ -84,7 +84,7 @@ def _order(settings: CoordinatorSettings, job: Job, base_path: str, adapter: Pat
     assert round is not None and job.facts is not None
     works = {device: work for device, work in round.plan.participants.items() if work.split is not None}
     first = next(iter(works.values()))
-    assert first.split is not None
+    assert first.split is not None and job.fetched is not None
     place = Path(settings.state_dir) / "work" / FOLDER
     folder = place / f"{job.id}-{round.number}-{round.attempt}"
     # What a round before left can't be asked for again.
@@ -97,7 +97,8 @@ def _order(settings: CoordinatorSettings, job: Job, base_path: str, adapter: Pat
         base_digest=job.facts.base_digest, adapter_path=str(adapter), update_path=str(folder / "update"),
         folder=str(folder), batches={device: work.batch for device, work in works.items()},
         steps=max(work.steps for work in works.values()), split=first.split,
-        merges=merges(job.spec.strategy.name), over=bool(round.top), regulation=round.plan.regulation,
+        merges=merges(job.spec.strategy.name), over=bool(round.top), fetched=job.fetched.size,
+        regulation=round.plan.regulation,
     )  # fmt: skip
 
 

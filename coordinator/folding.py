@@ -7,6 +7,8 @@ from pathlib import Path
 
 from coordinator.core.aggregation import registry
 from coordinator.core.aggregation.base import Expectation
+from coordinator.core.aggregation.registry import SPLIT
+from coordinator.core.facts import ModelFacts
 from coordinator.core.job import Job
 from coordinator.core.planning import pruned
 from coordinator.fold import Reported, fold_round
@@ -27,6 +29,7 @@ class Made:
     """A folded round on disk."""
 
     adapter: BlobRef
+    lower: BlobRef | None
     residual: BlobRef | None
     ranks: dict[str, int]
     lost_energy: float
@@ -100,13 +103,31 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
     if job.facts.groups:
         kept, scores = _units_left(job, reported, result.weights, blobs)
         adapter = replace(adapter, kept=kept, scores=scores)
+    made = blobs.put(adapter_files.write(adapter))
+    cuts = [work.split.block for work in job.round.plan.participants.values() if work.split is not None]
     return Made(
-        adapter=blobs.put(adapter_files.write(adapter)),
+        adapter=made,
+        lower=lower_blob(job, job.facts, made, max(cuts, default=0), blobs),
         residual=blobs.put(adapter_files.write(result.residual)) if result.residual else None,
         ranks={name: stats.rank for name, stats in result.modules.items()},
         lost_energy=result.lost_energy,
         norm=result.norm,
     )
+
+
+def lower_blob(job: Job, facts: ModelFacts, adapter: BlobRef, block: int, blobs: BlobFolder) -> BlobRef | None:
+    """What of a global adapter devices need that run the lower `block` blocks; None: all of it, or it is not known yet
+    where the cut will be."""
+    if job.spec.strategy.name not in SPLIT or not block:
+        return None
+    whole = adapter_files.read_file(_path(adapter, blobs))
+    below = {module.name for module in facts.modules if module.block < block}
+    cut = replace(
+        whole,
+        factors={name: part for name, part in whole.factors.items() if name in below},
+        dense={name: one for name, one in whole.dense.items() if facts.dense_blocks.get(name, block) < block},
+    )
+    return blobs.put(adapter_files.write(cut))
 
 
 def _units_left(

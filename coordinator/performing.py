@@ -111,8 +111,8 @@ class Performer:
         def work() -> ev.AnyEvent:
             made = folding.fold_job(job, blobs)
             return ev.Folded(
-                job=job.id, round=number, adapter=made.adapter, residual=made.residual, ranks=made.ranks,
-                lost_energy=made.lost_energy, norm=made.norm, **self._runtime.now(),
+                job=job.id, round=number, adapter=made.adapter, lower=made.lower, residual=made.residual,
+                ranks=made.ranks, lost_energy=made.lost_energy, norm=made.norm, **self._runtime.now(),
             )  # fmt: skip
 
         self._offload(work, job, "aggregation")
@@ -166,7 +166,8 @@ class Performer:
             if isinstance(answer, wire.Prepared):
                 ref = runtime.ports.blobs.adopt(target)
                 facts = replace(answer.facts, served=self._served(answer.packed))
-                runtime.step(ev.BasePrepared(job=job.id, facts=facts, adapter=ref, **runtime.now()))
+                lower = folding.lower_blob(job, facts, ref, job.spec.strategy.split.block, runtime.ports.blobs)
+                runtime.step(ev.BasePrepared(job=job.id, facts=facts, adapter=ref, lower=lower, **runtime.now()))
             else:
                 self._worker_failed(job, "preparing the base", answer)
 
@@ -224,9 +225,9 @@ class Performer:
 
 def referenced(job: Job) -> set[str]:
     """Digests of the blobs that the live state of `job` refers to."""
-    refs = [job.adapter, job.residual]
+    refs = [job.adapter, job.lower, job.residual]
     if job.round is not None:
-        refs += [job.round.folded, job.round.residual, *(top.blob for top in job.round.top)]
+        refs += [job.round.folded, job.round.lower, job.round.residual, *(top.blob for top in job.round.top)]
         refs += [*(part.blob for part in job.round.participants.values())]
     return {ref.sha for ref in refs if ref is not None}
 

@@ -129,6 +129,8 @@ class BasePrepared(Event):
     job: str
     facts: ModelFacts
     adapter: BlobRef
+    lower: BlobRef | None = None
+    """What of it devices of a split model need; None: all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ class Folded(Event):
     job: str
     round: int
     adapter: BlobRef
+    lower: BlobRef | None = None
     residual: BlobRef | None
     ranks: dict[str, int]
     lost_energy: float

@@ -55,6 +55,8 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     counted: tuple[str, ...] = ()
     """Devices whose updates are folded, once closed."""
     folded: BlobRef | None = None
+    lower: BlobRef | None = None
+    """Of `folded`, what devices of a split model need."""
     residual: BlobRef | None = None
     top: tuple[rec.TopUpdate, ...] = ()
     """Of the top worker, once its steps are done (split learning)."""
@@ -75,6 +77,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     facts: ModelFacts | None = None
     adapter: BlobRef | None = None
+    lower: BlobRef | None = None
+    """Of `adapter`, what devices of a split model need; None: all."""
     residual: BlobRef | None = None
     committed: int = 0
     """Rounds that are over."""
@@ -96,6 +100,11 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     told: dict[str, DeviceInfo] = {}
     """What the records of its plans tell of each device, as last told."""
 
+    @property
+    def fetched(self) -> BlobRef | None:
+        """What a device fetches of the global adapter."""
+        return self.lower or self.adapter
+
 
 class BrokenLog(MusterError):
     """The event log contradicts itself; an operator must look at it."""
@@ -115,7 +124,7 @@ def apply(job: Job | None, record: rec.JobRecord) -> Job:
             return replace(job, phase="preparing")
         case rec.JobPrepared():
             phase: Phase = "baseline" if job.spec.evaluation.data else "waiting"
-            return replace(job, phase=phase, facts=record.facts, adapter=record.adapter)
+            return replace(job, phase=phase, facts=record.facts, adapter=record.adapter, lower=record.lower)
         case rec.BaselineEvaluated():
             return replace(
                 job, phase="waiting", baseline=record.metrics, judged=(record.metrics,), metrics=record.metrics
@@ -134,7 +143,8 @@ def apply(job: Job | None, record: rec.JobRecord) -> Job:
                 job, phase="waiting", round=None, attempt=record.attempt, reason=record.reason, planner=learned
             )
         case rec.RoundFolded():
-            folded = replace(_current(job, record.round), folded=record.adapter, residual=record.residual)
+            current = _current(job, record.round)
+            folded = replace(current, folded=record.adapter, lower=record.lower, residual=record.residual)
             return replace(job, phase="evaluating", round=folded)
         case rec.RoundCommitted():
             return _committed(job, record)
@@ -216,8 +226,9 @@ def _committed(job: Job, record: rec.RoundCommitted) -> Job:
     if record.accepted:
         judged = job.judged if record.metrics is None else _best(job.judged, record.metrics)
         return replace(
-            job, adapter=round.folded, residual=round.residual, refusals=0, judged=judged, metrics=record.metrics
-        )
+            job, adapter=round.folded, lower=round.lower, residual=round.residual, refusals=0, judged=judged,
+            metrics=record.metrics,
+        )  # fmt: skip
     return replace(job, refusals=job.refusals + 1)
 
 
@@ -240,6 +251,6 @@ def report(job: Job, round: Round, *, accepted: bool = True) -> RoundReport:
         loads=round.loads,
         facts=job.facts,
         job=job.spec,
-        adapter_bytes=job.adapter.size if job.adapter else 0,
+        adapter_bytes=job.fetched.size if job.fetched else 0,
         accepted=accepted,
     )

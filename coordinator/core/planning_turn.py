@@ -77,7 +77,7 @@ def _view(state: State, job: Job, able: list[Presence], now: float) -> FleetView
         round=job.committed + 1,
         candidates=tuple(_candidate(known, now) for known in able),
         facts=job.facts,
-        adapter_bytes=job.adapter.size if job.adapter else 0,
+        adapter_bytes=job.fetched.size if job.fetched else 0,
         fresh_s=state.waits.fresh_s,
     )
 

@@ -41,6 +41,8 @@ class JobPrepared(Record, frozen=True, kw_only=True):
 
     facts: ModelFacts
     adapter: BlobRef
+    lower: BlobRef | None = None
+    """What of it devices of a split model need; None: all."""
 
 
 class BaselineEvaluated(Record, frozen=True, kw_only=True):
@@ -147,6 +149,8 @@ class RoundFolded(Record, frozen=True, kw_only=True):
 
     round: int
     adapter: BlobRef
+    lower: BlobRef | None = None
+    """As in `JobPrepared`."""
     residual: BlobRef | None = None
     ranks: dict[str, int] = {}
     lost_energy: float = 0.0

@@ -194,7 +194,7 @@ def _on_job(turn: Turn, event: ev.JobEvent) -> None:
         case ev.ResumeRequested():
             turn.record(rec.JobResumed(job=job.id))
         case ev.BasePrepared():
-            turn.record(rec.JobPrepared(job=job.id, facts=event.facts, adapter=event.adapter))
+            turn.record(rec.JobPrepared(job=job.id, facts=event.facts, adapter=event.adapter, lower=event.lower))
         case ev.Evaluated(round=0):
             turn.record(rec.BaselineEvaluated(job=job.id, metrics=event.metrics))
         case ev.Evaluated():
@@ -207,6 +207,7 @@ def _on_job(turn: Turn, event: ev.JobEvent) -> None:
                         job=job.id,
                         round=event.round,
                         adapter=event.adapter,
+                        lower=event.lower,
                         residual=event.residual,
                         ranks=event.ranks,
                         lost_energy=event.lost_energy,
@@ -333,12 +334,12 @@ def _assignments(state: State, job: Job) -> list[cmd.Command]:
 def _assign(state: State, job: Job, device: str) -> Assign:
     """The desired state of a participant that still owes an update."""
     round = job.round
-    assert round is not None and job.facts is not None and job.adapter is not None
+    assert round is not None and job.facts is not None and job.fetched is not None
     work = round.plan.participants[device]
     assignment = Assignment(
         job=job.id, round=round.number, attempt=round.attempt, work=work, base=job.spec.base,
         base_digest=job.facts.base_digest, source=job.facts.served.get(str(work.bits)), task=job.spec.task,
-        training=job.spec.training, rounds=job.spec.rounds.count, seed=job.spec.seed, adapter=job.adapter,
+        training=job.spec.training, rounds=job.spec.rounds.count, seed=job.spec.seed, adapter=job.fetched,
         chunk=state.chunk,
     )  # fmt: skip
     return Assign(term=state.term, assignment=assignment)

@@ -64,6 +64,8 @@ class TopRound(PipeMessage, frozen=True, kw_only=True):
     """Participant -> samples of a step at most."""
     steps: int
     split: SplitSpec
+    fetched: int = 0
+    """Bytes that a participant fetched for the round."""
     regulation: Regulation | None = None
     """By what batches follow this round's links; None: they stay."""
     over: bool = False

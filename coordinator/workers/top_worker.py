@@ -90,7 +90,7 @@ class Conductor:
 
     def _regulated(self, fetched: Mapping[str, float]) -> dict[str, int]:
         """The batches of these devices by the links of this round; `fetched`: seconds that their downloads took."""
-        regulation, size = self.order.regulation, Path(self.order.adapter_path).stat().st_size
+        regulation, size = self.order.regulation, self.order.fetched
         assert regulation is not None
         links = {device: size / took for device, took in fetched.items() if measures_link(size, took)}
         batches = {device: self.order.batches[device] for device in fetched}

@@ -101,7 +101,7 @@ class Rig:
             base_path=str(self.model), base_digest="digest", adapter_path=str(self.folder / "global"),
             update_path=str(self.folder / "top-update"), folder=str(self.folder / "top"),
             batches=dict.fromkeys(self.shares, self.batch), steps=self.count, split=self.asked, merges=self.merges,
-            regulation=self.regulation,
+            regulation=self.regulation, fetched=(self.folder / "global").stat().st_size,
         )  # fmt: skip
         base = base_model.load(self.model, self.task, 32)
         split.upper(base, self.asked.block)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from coordinator import folding
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
@@ -14,7 +18,9 @@ from coordinator.core.release_records import ReleaseRecord
 from coordinator.performing import referenced
 from coordinator.web.history import job_view
 from muster.cli.tables import notes
-from shared import jobs
+from shared import adapter, jobs
+from shared.adapter import Adapter, Factors
+from shared.blob_folder import BlobFolder
 from shared.messages import BlobRef
 from tests.unit.machine_rig import Rig, facts, spec
 
@@ -162,3 +168,37 @@ def test_a_device_may_claim_the_samples_that_its_regulated_batch_allows() -> Non
     assert rig.round.participants["dev-b"].outcome == "refused"
     rig.deliver("dev-a", "a" * 64, facts=replace(facts(), samples=work.steps * 8))
     assert rig.round.participants["dev-a"].outcome == "done"
+
+
+def test_devices_fetch_what_their_side_needs(tmp_path: Path) -> None:
+    """Before a plan only where the job names the block; after it where the plan cut."""
+    blobs = BlobFolder(tmp_path, fsync=False)
+    factors = {
+        f"blocks.{n}.linear": Factors(b=np.ones((8, 2), np.float32), a=np.ones((2, 16), np.float32), scaling=1.0)
+        for n in range(2)
+    }
+    dense = {"blocks.0.bias": np.ones(3, np.float32), "head.weight": np.ones((2, 8), np.float32)}
+    whole = Adapter(kind="global", job="job-1", round=0, base_digest="b" * 64, factors=factors, dense=dense)
+    ref = blobs.put(adapter.write(whole))
+    told = replace(FACTS, dense_blocks={"blocks.0.bias": 0, "head.weight": 2})
+    made = SplitRig()
+    made.open(a_job())
+    assert folding.lower_blob(made.job, told, ref, 0, blobs) is None
+    lower = folding.lower_blob(made.job, told, ref, 1, blobs)
+    assert lower is not None
+    path = blobs.path(lower.sha)
+    assert path is not None
+    found = adapter.read_file(path)
+    assert (set(found.factors), set(found.dense)) == ({"blocks.0.linear"}, {"blocks.0.bias"})
+    assert folding.lower_blob(replace(made.job, spec=spec()), told, ref, 1, blobs) is None, "it splits nothing"
+
+    rig = SplitRig()
+    for device in ("dev-a", "dev-b"):
+        rig.birth(device)
+    rig.submit(a_job())
+    rig.feed(ev.BasePrepared, job="job-1", facts=told, adapter=ref, lower=lower)
+    assert rig.job.fetched == lower and lower.sha in referenced(rig.job)
+    orders = [one.assign.assignment for one in rig.last if isinstance(one, cmd.PublishAssign)]
+    assert orders and all(one is not None and one.adapter == lower for one in orders)
+    rig.restart()
+    assert rig.job.lower == lower, "the log tells it"

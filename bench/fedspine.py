@@ -42,6 +42,10 @@ TARGETS = (TASKS[TASK].target, 0.85, 0.9)
 NEAR = 0.02
 """A model this much above the sparsity asked for counts as there: shares of units are whole units."""
 MINE = "fedspine"
+OTHERS = {"20news": (0.3, 0.35), "e2e": (-3.5, -3.0)}
+"""Further tasks, one seed, half gone, with their targets: accuracy, or minus the loss."""
+BEST = (MINE, "loraprune", "magprune")
+"""On those the method and its two best rivals of the first task."""
 Results = dict[tuple[str, str], dict[int, simulated.Result]]
 """(method, sparsity) -> seed -> run."""
 
@@ -54,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--variants", nargs="+", choices=sorted(SPARSITY), default=list(SPARSITY))
+    parser.add_argument("--tasks", nargs="*", choices=sorted(OTHERS), default=sorted(OTHERS), help="further ones")
     parser.add_argument("--render", action="store_true", help="only write the page from the runs that are there")
     options = parser.parse_args(argv)
     complete = True
@@ -67,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             asked = (options.seeds, options.variants, options.only)
             wanted = [run for run, sparsity in final_runs() if _is_of(run, sparsity, *asked)]
             complete = complete and planning._run_all(wanted, until, session)
+            others = [run for task in options.tasks for run in other_runs(task)]
+            complete = complete and planning._run_all(others, until, session)
     write_whole(PAGE, page().encode())
     return 0 if complete else 1
 
@@ -105,6 +112,13 @@ def final_runs() -> Iterator[tuple[Run, str]]:
                     yield Run(Method(name), TASK, ALPHA, seed, RATE, "test", ROUNDS, variant=variant), sparsity
 
 
+def other_runs(task: str) -> Iterator[Run]:
+    """The runs on a further task."""
+    for name in BEST:
+        own = (prune_step() if name in STEPPED else None) or PRUNE_STEPS[0]
+        yield Run(Method(name), task, ALPHA, SEEDS[0], RATE, "test", ROUNDS, variant=pruned("half", own))
+
+
 def results() -> Results:
     """The runs that are there."""
     found: Results = {}
@@ -123,14 +137,15 @@ def at_size(result: simulated.Result, share: float) -> list[simulated.RoundResul
 def reached(result: simulated.Result, share: float, target: float) -> float | None:
     """Seconds to `target` at this sparsity."""
     for one in at_size(result, share):
-        if one.accepted and one.accuracy is not None and one.accuracy >= target:
+        found = simulated.quality(one)
+        if one.accepted and found is not None and found >= target:
             return one.at - simulated.first_plan(result.rounds)
     return None
 
 
 def last_quality(result: simulated.Result, share: float) -> float | None:
-    """Mean accuracy of the last three rounds at this sparsity."""
-    last = [one.accuracy for one in at_size(result, share)[-3:] if one.accuracy is not None]
+    """Mean quality of the last three rounds at this sparsity: accuracy, or minus the loss."""
+    last = [found for one in at_size(result, share)[-3:] if (found := simulated.quality(one)) is not None]
     return statistics.fmean(last) if last else None
 
 
@@ -151,6 +166,8 @@ def page() -> str:
         for name in METHODS:
             lines.append(_row(name, list(of(found, name, variant).values()), share_of(name, variant)))
         lines += ["", *_claims(found, variant), ""]
+    for task in OTHERS:
+        lines += [*_other(task), ""]
     lines += ["## The bandit on synthetic rewards", "", "`python -m bench.bandit`", "", *bandit.table(), ""]
     return "\n".join(lines)
 
@@ -180,6 +197,29 @@ def of(found: Results, name: str, variant: str) -> dict[int, simulated.Result]:
 def share_of(name: str, variant: str) -> float:
     """What has to be gone before a model of the method counts."""
     return 0.0 if name == WHOLE else SPARSITY[variant]
+
+
+def _other(task: str) -> list[str]:
+    """The table of a further task."""
+    targets, share = OTHERS[task], SPARSITY["half"]
+    lines = [f"## {task}, half gone, one seed", ""]
+    runs = [(run.method.name, planning.result_of(run)) for run in other_runs(task)]
+    if not any(result for _, result in runs):
+        return [*lines, "Not run."]
+    what = "accuracy" if targets[0] > 0 else "minus the loss"
+    to = " | ".join(f"s to {target:g}" for target in targets)
+    lines += [f"| method | {to} | {what}, last 3 rounds | s a round |", "|---|" + "---|" * len(targets) + "---|---|"]
+    for name, result in runs:
+        if result is None:
+            lines.append(f"| {name} | {'not run | ' * len(targets)}not run | - |")
+            continue
+        cells = [
+            name, *(_told([reached(result, share, target)], "{:.0f}") for target in targets),
+            _told([last_quality(result, share)], "{:.4f}"),
+            f"{simulated.whole_run(result.rounds) / len(result.rounds):.1f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
 
 
 def _claims(found: Results, variant: str) -> list[str]:

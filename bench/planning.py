@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", default="standard", choices=sorted(GRIDS))
     parser.add_argument("--only", nargs="*", default=[], help="strategies, or strategy+aggregator")
     parser.add_argument("--tasks", nargs="*", default=sorted(TASKS), help="only these")
+    parser.add_argument("--alphas", nargs="*", type=float, default=[], help="of the final runs only these")
     parser.add_argument("--tune", action="store_true", help="only the runs that choose the learning rates")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so many; 0: no limit")
     parser.add_argument("--workers", type=int, default=2)
@@ -91,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 complete = _run_all(tuning_runs(grid, chosen), until, session)
                 finals = final_runs(grid, chosen, rates(grid, chosen))
+                finals = (run for run in finals if not options.alphas or run.alpha in options.alphas)
                 complete = complete and (options.tune or _run_all(finals, until, session))
     _render(options.profile, grid, chosen)
     return 0 if complete else 1

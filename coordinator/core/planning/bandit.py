@@ -29,7 +29,7 @@ Point = tuple[float, float]
 START = 3
 KEEP = 0.98
 CURIOSITY = 0.1
-WIDTH = 0.15
+WIDTH = 0.1
 ENOUGH, FINEST = 2.5, 0.08
 POINTS = 4
 """Points a side of a region that are looked at: a region is offered if the device holds one of them."""

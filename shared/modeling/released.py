@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from shared import pruning_file, units
@@ -24,11 +24,14 @@ from shared.modeling import base_model, bottleneck, pruning
 from shared.modeling.base_model import Base
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import AdapterFault, ModelFault, one_line
+from shared.modeling.parameters import set_module
 from shared.pruning_file import PruningFile
 from shared.release_messages import ReleaseKind
 from shared.releases import FILE_MODE
 
 _BASE_KEY = "base_model_name_or_path"
+_PREFIX = "base_model.model."
+TENSORS = "adapter_model.safetensors"
 _UNREADABLE = (
     MusterError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, SafetensorError,
 )  # fmt: skip
@@ -78,11 +81,48 @@ def _with_lora(base: Base, folder: Path) -> Any:
     told = pruning_file.read(folder)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")  # ours, registered above
+        if own := _trained_itself(base, folder):
+            return _sided(base, folder, config, own)
         if told is not None:
             wrapped = _smaller(base, told, folder, config)
         else:
             wrapped = PeftModel.from_pretrained(base.model, str(folder), config=config, torch_device=base.device)
     # What peft wraps is the same model, its layers replaced; it still is one of transformers.
+    return wrapped.get_base_model()
+
+
+def _trained_itself(base: Base, folder: Path) -> set[str]:
+    """The tensors beside LoRA and the head: one side of a model that was split."""
+    with safe_open(folder / TENSORS, framework="pt") as file:
+        names = {key.removeprefix(_PREFIX) for key in file.keys() if ".lora_" not in key}  # noqa: SIM118  # no mapping
+    return names - base.head.keys()
+
+
+def _sided(base: Base, folder: Path, config: Any, own: set[str]) -> Any:
+    """`base` with one side as it was trained itself, at full precision whatever the bits of the rest, and LoRA on the
+    other."""
+    from peft import get_peft_model, set_peft_model_state_dict
+
+    tensors = {key.removeprefix(_PREFIX): one for key, one in load_file(folder / TENSORS, device=base.device).items()}
+    kind = next(one.dtype for one in base.model.parameters() if one.is_floating_point())
+    for module in sorted({name.rpartition(".")[0] for name in own} & base.linears.keys()):
+        linear = base.linears[module]
+        # A weight of few bits takes no values; and the folder stores GPT-2's as transformers does.
+        layer = torch.nn.Linear(linear.inp, linear.out, f"{module}.bias" in own, device=base.device, dtype=kind)
+        set_module(base.model, module, layer)
+        if base.is_transposed(module):
+            tensors[f"{module}.weight"] = tensors[f"{module}.weight"].T
+    with torch.no_grad():
+        for name in sorted(own | base.head.keys()):
+            base.model.get_parameter(name).copy_(tensors[name])
+    config.modules_to_save = config.task_type = None
+    factors = {f"{_PREFIX}{name}": one for name, one in tensors.items() if ".lora_" in name}
+    if not factors:
+        return base.model
+    wrapped = get_peft_model(base.model, config)
+    found: Any = set_peft_model_state_dict(wrapped, factors)
+    if found.unexpected_keys:
+        raise KeyError(found.unexpected_keys[0])
     return wrapped.get_base_model()
 
 
@@ -92,7 +132,7 @@ def _smaller(base: Base, told: PruningFile, folder: Path, config: Any) -> Any:
 
     kept = told.units_left()
     pruning.prune(base, kept)
-    tensors = load_file(folder / "adapter_model.safetensors", device=base.device)
+    tensors = load_file(folder / TENSORS, device=base.device)
     for module, sides in units.places(told.groups, kept).items():
         for part, dim, where in (("lora_B", 0, sides.get("out")), ("lora_A", 1, sides.get("in"))):
             name = f"base_model.model.{module}.{part}.weight"

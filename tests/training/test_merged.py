@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -18,10 +17,9 @@ from muster.merged import merge  # noqa: E402
 from shared.adapter import Adapter  # noqa: E402
 from shared.errors import UserError  # noqa: E402
 from shared.jobs import BaseSpec, JobSpec, TaskSpec  # noqa: E402
-from shared.modeling import base_model, evaluation, lora, split, weights  # noqa: E402
+from shared.modeling import base_model, evaluation, lora, weights  # noqa: E402
 from shared.modeling.data import tokenize  # noqa: E402
-from shared.starts import START_NOTE  # noqa: E402
-from tests.training.tiny_models import COLOURS, STORIES, global_adapter, make_bert  # noqa: E402
+from tests.training.tiny_models import COLOURS, STORIES, global_adapter, make_bert, sided_adapter  # noqa: E402
 
 
 def exported(base: Path, folder: Path, task: TaskSpec, named: str = "") -> tuple[Path, Adapter]:
@@ -74,17 +72,8 @@ def test_a_side_that_was_tuned_itself_is_merged_too(
 ) -> None:
     """Split learning with LoRA on one side of the cut after block 1, and every parameter on the other."""
     base: Path = request.getfixturevalue(name)
-    loaded, rng = base_model.load(base, task), np.random.default_rng(4)
-    made = global_adapter(loaded, 3, size=0.3)
-    of = split.places(loaded, loaded.shapes)
-    mine = {name for name, place in of.items() if (place >= 1) == upper} - split.tied(loaded)
-    dense = {n: loaded.model.get_parameter(n).detach().numpy() for n in sorted(mine)}
-    dense = {n: one + 0.02 * rng.standard_normal(one.shape).astype(np.float32) for n, one in dense.items()} | made.dense
-    factors = {n: part for n, part in made.factors.items() if (loaded.linears[n].block >= 1) != upper}
-    adapter = Adapter(
-        **{**vars(made), "base_digest": weights.base_digest(base), "dense": dense, "factors": factors},
-    )
-    adapter.notes[START_NOTE] = "sides"
+    loaded = base_model.load(base, task)
+    adapter = sided_adapter(loaded, upper=upper, digest=weights.base_digest(base))
     spec = JobSpec(name="tiny", base=BaseSpec(model="tiny"), task=task)
     turned = {f"{n}.weight" for n in loaded.linears} if name == "gpt2" else ()
     export.export_peft(adapter, tmp_path / "adapter", spec=spec, base=str(base), transposed=turned)

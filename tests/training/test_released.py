@@ -30,11 +30,20 @@ from shared.modeling import base_model, bottleneck, evaluation, lora, pruning, r
 from shared.modeling.base_model import Base
 from shared.modeling.data import TokenData, tokenize
 from shared.modeling.faults import AdapterFault, ModelFault
+from shared.modeling.parameters import set_module
 from shared.release_messages import ReleaseKind
 from shared.starts import START_NOTE
 from tests.training.test_agent import Agent, probe
 from tests.training.test_full import whole_adapter
-from tests.training.tiny_models import COLOURS, STORIES, colour_rows, empty_adapter, global_adapter, write_jsonl
+from tests.training.tiny_models import (
+    COLOURS,
+    STORIES,
+    colour_rows,
+    empty_adapter,
+    global_adapter,
+    sided_adapter,
+    write_jsonl,
+)
 
 pytestmark = pytest.mark.timeout(300)  # some start torch three times
 CASES = [("bert", COLOURS), ("gpt2", STORIES), ("llama", STORIES)]
@@ -66,6 +75,43 @@ def release(folder: Path, adapter: Adapter, base: Path, task: TaskSpec, kind: Re
 
 def loss(base: Base, data: Path, task: TaskSpec) -> float:
     return evaluation.evaluate(base, tokenize(str(data), task, base.tokenizer)).loss
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+@pytest.mark.parametrize("upper", [True, False], ids=["top", "devices"])
+@pytest.mark.parametrize(("name", "task"), CASES)
+def test_a_side_that_was_trained_itself_is_opened_at_any_bits(
+    name: str, task: TaskSpec, upper: bool, bits: Bits, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """What is not trained itself has these bits; the other side is exact."""
+    folder: Path = request.getfixturevalue(name)
+    whole, ids = base_model.load(folder, task), torch.arange(1, 13).reshape(1, 12)
+
+    def logits(base: Base) -> torch.Tensor:
+        with torch.inference_mode():
+            found: torch.Tensor = base.model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        return found.float()
+
+    adapter = sided_adapter(whole, upper=upper)
+    turned = {f"{n}.weight" for n in whole.linears} if name == "gpt2" else ()
+    export_peft(adapter, tmp_path / "out", spec=spec(task), base="elsewhere", transposed=turned)
+    found = logits(released.opened(tmp_path / "out", "lora", folder, task, bits, "cpu"))
+
+    base = base_model.load(folder, task, bits)
+    head = {key: adapter.dense[key] for key in base.head}
+    lora.carry(base, dataclasses.replace(adapter, dense=head, notes={}), {}, alpha_ratio=1.0, seed=0, round=1)
+    kind = base.model.get_input_embeddings().weight.dtype
+    for module in whole.linears:
+        if f"{module}.weight" in adapter.dense:
+            out, inp = adapter.dense[f"{module}.weight"].shape
+            set_module(base.model, module, torch.nn.Linear(inp, out, f"{module}.bias" in adapter.dense).to(kind))
+    with torch.no_grad():
+        for key, value in adapter.dense.items():
+            base.model.get_parameter(key).copy_(torch.from_numpy(np.array(value)))
+    wanted, plain = logits(base), logits(released.untuned(folder, task, bits, "cpu", 1))
+    moved = float((plain - wanted).abs().max())
+    assert moved > 0.2, "it makes no difference: the test shows nothing"
+    assert float((found - wanted).abs().max()) < (1e-4 if bits == 32 else 0.05) * moved
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])

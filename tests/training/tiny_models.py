@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -20,8 +21,9 @@ from shared.adapter import Adapter, Factors
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import BaseSpec, Bits, TaskSpec, TrainingSpec
 from shared.messages import Assignment, BlobRef, Work
-from shared.modeling import base_model
+from shared.modeling import base_model, split
 from shared.modeling.base_model import Base
+from shared.starts import START_NOTE
 
 WORDS = ["red", "green", "blue", "cold", "warm", "sun", "rain", "sea", "hill", "road", "bird", "fish", "the", "a"]
 COLOURS = TaskSpec(kind="classification", dataset="colours", labels=["red", "green", "blue"], max_tokens=16)
@@ -139,6 +141,17 @@ def global_adapter(base: Base, rank: int, *, triplets: bool = True, size: float 
     return Adapter(
         kind="global", job="test", round=1, base_digest="d", factors=factors, dense=base_model.fresh_head(base, 1)
     )
+
+
+def sided_adapter(base: Base, *, upper: bool, digest: str = "d") -> Adapter:
+    """The global adapter of a model cut after block 1: LoRA on one side, every parameter of the other."""
+    rng, made, of = np.random.default_rng(4), global_adapter(base, 3, size=0.3), split.places(base, base.shapes)
+    mine = {name for name, place in of.items() if (place >= 1) == upper} - split.tied(base)
+    dense = {name: base.model.get_parameter(name).detach().numpy() for name in sorted(mine)}
+    dense = {name: one + 0.05 * rng.standard_normal(one.shape).astype(np.float32) for name, one in dense.items()}
+    dense |= {name: one + rng.standard_normal(one.shape).astype(np.float32) for name, one in made.dense.items()}
+    factors = {name: part for name, part in made.factors.items() if (base.linears[name].block >= 1) != upper}
+    return dataclasses.replace(made, base_digest=digest, dense=dense, factors=factors, notes={START_NOTE: "sides"})
 
 
 def empty_adapter(base: Base, digest: str = "d") -> Adapter:

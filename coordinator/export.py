@@ -28,6 +28,7 @@ from shared.files import sync_folder
 from shared.jobs import JobSpec, TaskKind, TaskSpec
 from shared.norms import column_weights
 from shared.pruning_file import PRUNING_FILE, PruningFile
+from shared.starts import start_of
 from shared.tensors import Array
 from shared.units import Group
 
@@ -37,7 +38,6 @@ _WHOLE_HEADS = ("classifier", "score")
 """peft saves these as a whole for SEQ_CLS; a second wrapper inside one of them would clash."""
 _NO_TARGETS = "dummy-target-modules"
 """What peft takes for "no LoRA at all, the head alone"."""
-MOST_NAMED = 8
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 """Model types whose linear layers are transformers' Conv1D, which stores W as (in x out)."""
 
@@ -144,7 +144,7 @@ def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, bas
         f"- base model: `{base}`, digest `{adapter.base_digest}`",
         f"- task: {spec.task.kind} on `{spec.task.dataset}`",
         f"- tuned modules: {len(ranks)}" + (f", ranks {min(ranks)} to {max(ranks)}" if ranks else ""),
-        f"- dense tensors: {_some(sorted(adapter.dense))}",
+        f"- dense tensors: {_some(sorted(adapter.dense), sided=start_of(adapter.notes) == 'sides')}",
         *metrics_lines(metrics),
     ]
     if adapter.kept:
@@ -158,10 +158,9 @@ def _readme(adapter: Adapter, factors: Mapping[str, Factors], spec: JobSpec, bas
     return "\n".join([*lines, "", *_usage(spec, base), ""])
 
 
-def _some(names: Sequence[str]) -> str:
-    """All of a few; of many how many."""
-    if len(names) > MOST_NAMED:
-        return f"{len(names)}, one side of the split model among them; they replace the base's"
+def _some(names: Sequence[str], *, sided: bool) -> str:
+    if sided:
+        return f"{len(names)}, one side of the split model; they replace the base's"
     return ", ".join(names) or "none"
 
 

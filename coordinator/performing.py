@@ -17,6 +17,7 @@ from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core import release_records as release_rec
+from coordinator.core.facts import ModelFacts
 from coordinator.core.job import Job
 from coordinator.workers import protocol as wire
 from shared import bases, logs, topics
@@ -166,14 +167,18 @@ class Performer:
             if isinstance(answer, wire.Prepared):
                 ref = runtime.ports.blobs.adopt(target)
                 facts = replace(answer.facts, served=self._served(answer.packed))
-                lower = folding.lower_blob(job, facts, ref, job.spec.strategy.split.block, runtime.ports.blobs)
-                runtime.step(ev.BasePrepared(job=job.id, facts=facts, adapter=ref, lower=lower, **runtime.now()))
+                self._offload(lambda: self._prepared(job, facts, ref), job, "preparing the base")
             else:
                 self._worker_failed(job, "preparing the base", answer)
 
         into = str(Path(runtime.settings.state_dir) / bases.FOLDER) if runtime.settings.api.public_url else ""
         question = wire.Prepare(job=job.spec, base_path=self._base(job), adapter_path=str(target), pack_into=into)
         runtime.ports.worker.ask(question, reply)
+
+    def _prepared(self, job: Job, facts: ModelFacts, ref: BlobRef) -> ev.AnyEvent:
+        block = job.spec.strategy.split.block
+        lower = folding.lower_blob(job, facts, ref, block, self._runtime.ports.blobs)
+        return ev.BasePrepared(job=job.id, facts=facts, adapter=ref, lower=lower, **self._runtime.now())
 
     def _served(self, packed: Mapping[str, str]) -> dict[str, BaseSource]:
         """Where devices find what the worker packed."""

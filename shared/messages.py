@@ -266,7 +266,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True):
     """Rounds of the whole job, for the schedule."""
     seed: Natural
     adapter: BlobRef
-    """The global adapter to start from."""
+    """The global adapter to start from; of split work what of it lies below the cut."""
     chunk: Natural = MAX_CHUNK_BYTES
 
 

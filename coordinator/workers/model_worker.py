@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,7 +31,7 @@ from shared import logs, units
 from shared.errors import DecodeError, UserError
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
-from shared.jobs import Bits, JobSpec, SplitSpec
+from shared.jobs import Bits, JobSpec
 from shared.messages import MAX_BLOB_BYTES
 from shared.starts import START_NOTE, Start
 from shared.tensors import Array
@@ -93,9 +94,7 @@ class ModelWorker:
         covered, others = base_model.count_parameters(base)
         dense = base_model.fresh_head(base, job.seed)
         if start in ("dense", "sides"):
-            dense = _whole(base, dense)
-        if start == "sides":
-            dense = _side(base, dense, job.strategy.split)
+            dense = _stored(base, _trained(base, job, start)) | dense
         first = adapter.Adapter(
             kind="global", job=job.name, round=0, base_digest=self._held.digest, factors={}, dense=dense,
             notes={START_NOTE: start},
@@ -215,28 +214,35 @@ def _groups(base: Any, *, heads: bool) -> list[Group]:
     return known
 
 
-def _whole(base: Any, head: dict[str, Array]) -> dict[str, Array]:
-    """Every parameter of the base as stored, and `head`. Raises `UserError` where no blob holds that much."""
-    from shared.modeling import lora
-
-    size = 4 * sum(math.prod(shape) for shape in base.shapes.values())
-    if size > MAX_BLOB_BYTES:
-        raise UserError(
-            f"strategy.name full: {base.folder} has {size >> 20} MiB of parameters in fp32, a device can send "
-            f"{MAX_BLOB_BYTES >> 20}"
-        )
-    lora.detach(base)
-    base.restore()
-    return {name: base.model.get_parameter(name).detach().numpy() for name in base.shapes} | head
-
-
-def _side(base: Any, dense: dict[str, Array], asked: SplitSpec) -> dict[str, Array]:
-    """Of all parameters those that are trained themselves: one side's, and the head, which belongs to the upper one."""
+def _trained(base: Any, job: JobSpec, start: Start) -> list[str]:
+    """The parameters that are trained themselves: all, or of a split model those of one side. Raises `UserError` where
+    no blob holds that much."""
     from shared.modeling import split
 
-    places, upper = split.places(base, dense), asked.above == "full"
-    mine = {name for name, place in places.items() if (place >= asked.block) == upper} - split.tied(base)
-    return {name: one for name, one in dense.items() if name in mine or name in base.head}
+    names, setting, asked = list(base.shapes), "strategy.name full", job.strategy.split
+    some, bound = "", "a device can send"
+    if job.strategy.name in SPLIT:
+        setting = f"strategy.split.{'tuning' if asked.tuning == 'full' else 'top_tuning'} full"
+    if start == "sides":
+        places, upper = split.places(base, names), asked.above == "full"
+        shared = split.tied(base)
+        names = [name for name in names if (places[name] >= asked.block) == upper and name not in shared]
+        some, bound = " on that side", "an adapter can hold"
+    size = 4 * sum(math.prod(base.shapes[name]) for name in names)
+    if size > MAX_BLOB_BYTES:
+        raise UserError(
+            f"{setting}: {base.folder} has {size >> 20} MiB of parameters{some} in fp32, {bound} {MAX_BLOB_BYTES >> 20}"
+        )
+    return names
+
+
+def _stored(base: Any, names: Iterable[str]) -> dict[str, Array]:
+    """Parameters of the base as stored."""
+    from shared.modeling import lora
+
+    lora.detach(base)
+    base.restore()
+    return {name: base.model.get_parameter(name).detach().numpy() for name in names}
 
 
 def _check_task(job: JobSpec) -> None:

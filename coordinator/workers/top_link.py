@@ -52,13 +52,14 @@ def _over_mqtt(broker: BrokerSettings, name: str) -> Transport:
 class Link:
     """The worker's connection; it is kept from round to round."""
 
-    def __init__(self, inbox: Inbox, connect: Connect | None = None) -> None:
+    def __init__(self, inbox: Inbox, connect: Connect | None = None, first: int = 0) -> None:
+        """`first`: of the numbers of its messages, larger than those of an earlier process; 0: by the wall clock."""
         self._inbox = inbox
         self._connect = connect or _over_mqtt
         self._transport: Transport | None = None
         self._key: tuple[BrokerSettings, str, str] | None = None
         self._assemblers: dict[str, steps.Assembler] = {}
-        self._number = int(time.time()) % 2**31
+        self._number = first or int(time.time()) % 2**31
         self._packet = MAX_CHUNK_BYTES
         self._fleet = ""
         self._lock = threading.Lock()

@@ -58,6 +58,10 @@ class Control:
         """Seconds of the clock that all times here are of."""
         return time.monotonic()
 
+    def stamp(self) -> int:
+        """A number larger than any that an earlier process of this device had."""
+        return int(time.time()) % 2**31
+
     def next(self) -> ToAgent | None:
         """The next request; waits for it. None: the daemon is gone."""
         if self._waiting:

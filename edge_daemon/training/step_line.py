@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 
 from edge_daemon.protocol import StepOut
 from edge_daemon.training.control import Control
@@ -21,7 +20,7 @@ class StepLine:
         self.run = 0
         self._control = control
         self._packet = packet
-        self._number = int(time.time()) % 2**31  # after a restart other numbers than before
+        self._number = control.stamp()  # after a restart other numbers than before
         self._assembler = steps.Assembler(down=True)
         control.forget_packets()
 

@@ -29,10 +29,11 @@ class Strand:
         self._resting = False
         self._cut = False
         self._fault: BaseException | None = None
-        self.ended = False
+        self.started = self.ended = False
 
     def start(self) -> None:
         """Run to the first rest."""
+        self.started = True
         self._thread.start()
         self._turn()
 
@@ -67,7 +68,11 @@ class Strand:
     def _turn(self) -> None:
         """Of the owner: let it run until it rests or ends. Raises what the program raised."""
         self._go.release()
-        self._back.acquire()
+        try:
+            self._back.acquire()
+        except BaseException:  # Ctrl-C; it still computes, and nothing else may until it rests
+            self._back.acquire()
+            raise
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise fault

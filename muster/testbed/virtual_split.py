@@ -11,7 +11,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,7 +22,8 @@ from edge_daemon.training.split_loop import Sent, SplitLoop
 from muster.testbed.clocked_process import Later
 from muster.testbed.strand import Strand
 from muster.testbed.virtual_device import VirtualDevice
-from shared.modeling.data import Batch
+from shared.jobs import Bits
+from shared.modeling.data import Batch, DataStore
 
 FORWARD = 1 / 3
 """Of a step's compute."""
@@ -52,6 +53,10 @@ class VirtualControl(Control):
     def now(self) -> float:
         """Virtual seconds."""
         return self._work.now() if self._work is not None else time.monotonic()
+
+    def stamp(self) -> int:
+        """By the virtual clock: equal seeds, equal bytes."""
+        return int(1000 * self.now()) % 2**31
 
     def send(self, message: Any) -> None:
         """Say it to the daemon."""
@@ -98,18 +103,36 @@ class ChargedLoop(SplitLoop):
         return found
 
 
+class Known(NamedTuple):
+    """What the first agent proved, and the shares that they read."""
+
+    bits: list[Bits]
+    notes: dict[str, str]
+    store: DataStore | None
+
+
 class VirtualAgent(Agent):
     """The real agent, with a loop whose time is charged."""
 
     control: VirtualControl
 
-    def __init__(self, like: VirtualAgent | None) -> None:
+    def __init__(self, known: Known | None) -> None:
         self.control = VirtualControl()
         super().__init__(self.control, data_sets=_DATA_SETS)
-        if like is None:
+        if known is None:
             self.probe(protocol.Probe(datasets={}, threads=1))
-        else:  # what one proved goes for all, and so do the shares that it read
-            self._bits, self._notes, self._store = like._bits, like._notes, like._store
+        else:
+            self._bits, self._notes, self._store = known
+
+    @property
+    def known(self) -> Known:
+        """What goes for all agents."""
+        return Known(self._bits, self._notes, self._store)
+
+    def forget(self) -> None:
+        """Let its base go: it is as work that was cut left it."""
+        self.control.attach(None)
+        self._loaded = None
 
     def _split_loop(self) -> type[SplitLoop]:
         return ChargedLoop
@@ -119,15 +142,15 @@ class Bench:
     """Agents to be had: each holds the lower part of a base, so there are as many as train at once."""
 
     def __init__(self) -> None:
-        self._first: VirtualAgent | None = None
+        self._known: Known | None = None
         self._free: list[VirtualAgent] = []
 
     def take(self) -> VirtualAgent:
         """An agent that is free, or a new one."""
         if self._free:
             return self._free.pop()
-        agent = VirtualAgent(self._first)
-        self._first = self._first or agent
+        agent = VirtualAgent(self._known)
+        self._known = agent.known
         return agent
 
     def give(self, agent: VirtualAgent) -> None:
@@ -160,9 +183,13 @@ class VirtualSplit:
         self.strand.wake()
 
     def end(self) -> None:
-        """The agent's process dies. Its agent here does, too: the base is as the work left it."""
-        if not self.strand.ended:
+        """The agent's process dies."""
+        if self.strand.ended:
+            return
+        if self.strand.started:
             self.strand.cut()
+            self._agent.forget()
+        self._bench.give(self._agent)
 
     def compute(self, share: float, samples: int) -> None:
         """Of the strand: so much of a step passes; what the daemon says meanwhile waits for its end."""

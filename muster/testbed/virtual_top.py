@@ -95,7 +95,9 @@ class VirtualTop:
         return 0
 
     def _start(self) -> None:
-        self._worker = TopWorker(self, Link(self, self._connect), lambda: self._network.now)
+        self._worker = TopWorker(
+            self, Link(self, self._connect, int(1000 * self._network.now) + 1), lambda: self._network.now
+        )
         run = self._run
 
         def tick() -> None:

@@ -26,7 +26,7 @@ from muster.merged import merge
 from shared import adapter as adapters
 from shared.adapter import Adapter
 from shared.errors import UserError
-from shared.jobs import BaseSpec, EvaluationSpec, JobSpec, RoundsSpec, StrategySpec, TaskSpec, TrainingSpec
+from shared.jobs import BaseSpec, EvaluationSpec, JobSpec, RoundsSpec, SplitSpec, StrategySpec, TaskSpec, TrainingSpec
 from shared.messages import Work
 from shared.modeling import base_model, checkpoint, evaluation, lora
 from shared.modeling.base_model import Base
@@ -127,8 +127,34 @@ def test_what_can_not_be_tuned_is_refused(bert: Path) -> None:
 
 def test_a_base_that_no_blob_holds_is_refused_before_it_is_read() -> None:
     large = SimpleNamespace(folder="/bases/large", shapes={"w": (12_000, 12_000)})
+    asked = JobSpec(
+        name="t", base=BaseSpec(model="large"), task=COLOURS, strategy=StrategySpec(name="full"), rounds=RoundsSpec()
+    )
     with pytest.raises(UserError, match="strategy.name full: /bases/large has 549 MiB .* a device can send 512"):
-        model_worker._whole(large, {})
+        model_worker._trained(large, asked, "dense")
+    half = structs.replace(asked, strategy=StrategySpec(name="mergesfl", split=SplitSpec(tuning="full")))
+    with pytest.raises(UserError, match=r"strategy\.split\.tuning full: /bases/large has 549 MiB"):
+        model_worker._trained(large, half, "dense")
+
+
+def test_of_a_split_base_the_side_that_is_trained_itself_alone_is_counted(
+    bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_model.load(bert, COLOURS)
+    job = JobSpec(
+        name="t", base=BaseSpec(model="bert"), task=COLOURS, rounds=RoundsSpec(),
+        strategy=StrategySpec(name="mergesfl", split=SplitSpec(block=1, top_tuning="full")),
+    )  # fmt: skip
+    names = model_worker._trained(base, job, "sides")
+    assert names and all(".layer.0." not in name and ".embeddings." not in name for name in names)
+    size = 4 * sum(math.prod(base.shapes[name]) for name in names)
+    monkeypatch.setattr(model_worker, "MAX_BLOB_BYTES", size)
+    assert model_worker._trained(base, job, "sides") == names
+    monkeypatch.setattr(model_worker, "MAX_BLOB_BYTES", size - 1)
+    with pytest.raises(
+        UserError, match=r"strategy\.split\.top_tuning full: .* on that side in fp32, an adapter can hold"
+    ):
+        model_worker._trained(base, job, "sides")
 
 
 def trained(folder: Path, source: Path, task: TaskSpec, checkpoints: Path, stop_at: int = 6) -> Loop:

@@ -24,6 +24,7 @@ PARTS: dict[str, str] = {
     "exactly": r"ranks (?P<how>exactly|greedily) by J",
     "depths": rf"round target {s('target')}, of {n('deadlines')} candidates: depths {n('least')} to {n('most')} of "
     rf"{n('blocks')} \(mean {f('mean')}\), utility (?P<utility>[\d.e+-]+) per second",
+    "at batch": rf"all that at batch {n('batch')}",
     "batches": rf"batches for {s('target')}",
     "waiting": rf"waiting {n('waiting')}% meets {n('bound')}%(?:, relaxed from {n('strict')}%)?",
     "coverage": rf"{n('share')}% of the devices tune the lowest block, at least {n('asked')}% asked",
@@ -122,6 +123,10 @@ def _waiting(round: Round, said: Said) -> None:
     assert 100 * chosen.best.waiting / chosen.best.round_s <= bound * (1 + 1e-9)
 
 
+def _at_batch(round: Round, said: Said) -> None:
+    equal(said["batch"], round.job.strategy.batch)
+
+
 def _batches(round: Round, said: Said) -> None:
     close_s(said["target_s"], round.chosen.target_s)
 
@@ -158,7 +163,8 @@ def _trial(round: Round, said: Said) -> None:
 
 CHECKS: dict[str, Callable[[Round, Said], None]] = {
     "target": _target, "alike": _alike, "lowered": _lowered, "taking": _taking, "head": _head, "exactly": _exactly,
-    "depths": _depths, "batches": _batches, "waiting": _waiting, "coverage": _coverage, "seen": _seen, "trial": _trial,
+    "depths": _depths, "batches": _batches, "at batch": _at_batch, "waiting": _waiting, "coverage": _coverage,
+    "seen": _seen, "trial": _trial,
 }  # fmt: skip
 
 

@@ -202,3 +202,29 @@ def test_devices_fetch_what_their_side_needs(tmp_path: Path) -> None:
     assert orders and all(one is not None and one.adapter == lower for one in orders)
     rig.restart()
     assert rig.job.lower == lower, "the log tells it"
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_what_devices_fetch_changes_with_the_global_adapter_alone(refused: bool) -> None:
+    first, second = (BlobRef(sha=digit * 64, size=10) for digit in "ef")
+    rig = SplitRig()
+    for device in ("dev-a", "dev-b"):
+        rig.birth(device)
+    made = a_job()
+    rig.submit(replace(made, evaluation=replace(made.evaluation, data="held-out", worse_by=0.01)))
+    rig.feed(ev.BasePrepared, job="job-1", facts=FACTS, adapter=BlobRef(sha="0" * 64, size=100), lower=first)
+    rig.evaluated(1.0, round=0)
+    rig.deliver("dev-a", "a" * 64)
+    rig.deliver("dev-b", "b" * 64)
+    rig.top_done()
+    rig.feed(
+        ev.Folded, job="job-1", round=1, adapter=BlobRef(sha="9" * 64, size=100), lower=second, residual=None, ranks={},
+        lost_energy=0.0, norm=1.0,
+    )  # fmt: skip
+    rig.restart()
+    assert rig.job.phase == "evaluating" and rig.job.lower == first, "it does not count yet"
+    assert {first.sha, second.sha} <= referenced(rig.job)
+    rig.evaluated(5.0 if refused else 0.5)
+    assert rig.job.committed == 1 and rig.job.fetched == (first if refused else second)
+    rig.restart()
+    assert rig.job.fetched == (first if refused else second)

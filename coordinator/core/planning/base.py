@@ -34,7 +34,7 @@ class FleetView(msgspec.Struct, frozen=True, kw_only=True):
     candidates: tuple[Candidate, ...]
     facts: ModelFacts
     adapter_bytes: int = 0
-    """Size of the global adapter that every participant fetches; 0: not known."""
+    """Size of what every participant fetches of the global adapter; 0: not known."""
     fresh_s: float = 30.0
     """A load older than this is stale: plan cautiously and say so."""
 
@@ -80,7 +80,7 @@ class RoundReport(msgspec.Struct, frozen=True, kw_only=True):
     """The base that was tuned; without it and `job` speed and memory can't be learned."""
     job: JobSpec | None = None
     adapter_bytes: int = 0
-    """Size of the global adapter that the participants fetched."""
+    """Size of what the participants fetched of the global adapter."""
     accepted: bool = True
     """Whether the aggregate passed the gate; else the global adapter stays what it was."""
 

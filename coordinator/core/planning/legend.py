@@ -43,7 +43,7 @@ from coordinator.core.planning.cost_model import (
     usable,
 )
 from coordinator.core.planning.demand import Demand, block_flop, demand, depth_share, tuned_modules
-from coordinator.core.planning.drafts import batches_to_the_jobs
+from coordinator.core.planning.drafts import batches_to_the_jobs, job_batch
 from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
 from coordinator.core.planning.sizing import (
     LARGEST,
@@ -159,7 +159,8 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
             participants=works, deadline_s=job.rounds.deadline_s,
-            reason=f"{_reason(choice, ladder)}; batches for {seconds(target_s)}; {taking}",
+            reason=f"{_reason(choice, ladder)}; all that at batch {job_batch(job)}; batches for {seconds(target_s)}; "
+            f"{taking}",
             predicted_s=predicted, left_out=left_out,
         )  # fmt: skip
 

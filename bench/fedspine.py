@@ -206,6 +206,9 @@ def _other(task: str) -> list[str]:
     runs = [(run.method.name, planning.result_of(run)) for run in other_runs(task)]
     if not any(result for _, result in runs):
         return [*lines, "Not run."]
+    lines += [f"The rate of the first task ({RATE:g}) for all, not tuned for this one.", ""]
+    if TASKS[task].kind == "causal":
+        lines += ["The base is a small GPT-2 that is trained for 150 s of wall time: beside other work a poor one.", ""]
     what = "accuracy" if targets[0] > 0 else "minus the loss"
     to = " | ".join(f"s to {target:g}" for target in targets)
     lines += [f"| method | {to} | {what}, last 3 rounds | s a round |", "|---|" + "---|" * len(targets) + "---|---|"]

@@ -100,23 +100,28 @@ def prune_step() -> float | None:
     return min(found)[1]
 
 
+def _variant(name: str, sparsity: str, step: float | None) -> str:
+    """Of a method; `step`: the share that was chosen, which is for those that go by one."""
+    return pruned(sparsity, (step if name in STEPPED else None) or PRUNE_STEPS[0])
+
+
 def final_runs() -> Iterator[tuple[Run, str]]:
     """The runs of the tables with their sparsity, seed by seed; the unpruned rival once."""
     step = prune_step()
     for seed in SEEDS:
         for sparsity in SPARSITY:
             for name in METHODS:
-                own = (step if name in STEPPED else None) or PRUNE_STEPS[0]
                 if name != WHOLE or sparsity == "half":
-                    variant = pruned(sparsity, own)
+                    variant = _variant(name, sparsity, step)
                     yield Run(Method(name), TASK, ALPHA, seed, RATE, "test", ROUNDS, variant=variant), sparsity
 
 
 def other_runs(task: str) -> Iterator[Run]:
     """The runs on a further task."""
+    step = prune_step()
     for name in BEST:
-        own = (prune_step() if name in STEPPED else None) or PRUNE_STEPS[0]
-        yield Run(Method(name), task, ALPHA, SEEDS[0], RATE, "test", ROUNDS, variant=pruned("half", own))
+        variant = _variant(name, "half", step)
+        yield Run(Method(name), task, ALPHA, SEEDS[0], RATE, "test", ROUNDS, variant=variant)
 
 
 def results() -> Results:

@@ -87,7 +87,7 @@ class ChargedLoop(SplitLoop):
     control: VirtualControl
 
     def _kept_secret(self) -> bytes:
-        # Of the device, so that equal seeds give equal bytes; nobody is to be kept from it here.
+        # No secret here, so that equal seeds give equal bytes.
         return f"{self.assignment.seed}/{self.data.rows}".encode()
 
     def _features(self, values: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
@@ -131,7 +131,6 @@ class VirtualAgent(Agent):
 
     def forget(self) -> None:
         """Let its base go: it is as work that was cut left it."""
-        self.control.attach(None)
         self._loaded = None
 
     def _split_loop(self) -> type[SplitLoop]:

@@ -51,11 +51,11 @@ from coordinator.core.planning.sizing import (
     Seat,
     Target,
     agents_reason,
-    batch_by_memory,
     batch_sizes,
     choose_batch,
     choose_bits,
     fits,
+    held_batches,
     seat,
 )
 from shared.errors import UserError
@@ -215,7 +215,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         if isinstance(chosen, str):
             return chosen
         bits, bits_reason = chosen
-        batch, _ = batch_by_memory(place, ladder.needs[0], bits, self.model, sizes, "over which depths are chosen")
+        batch = held_batches(place, ladder.needs[0], bits, self.model, sizes)[0][-1]
         most, stopped = self._deepest(place, ladder, bits, batch)
         return _Draft(place, bits, bits_reason, batch, most, stopped, *self._capacity(place, ladder, bits, batch))
 

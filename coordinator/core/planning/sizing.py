@@ -24,9 +24,8 @@ SLACK = 1.2
 all where a step's time hardly depends on it."""
 SMALL_MARGIN = 0.8
 """Cautious bits are taken where more than this share of the memory budget would be filled."""
-
-
 LARGEST = "the largest batch of the job"
+"""What the largest of a job's batches is called in reasons."""
 
 
 class Seat(NamedTuple):
@@ -168,7 +167,7 @@ def choose_batch(
     `bits` must hold the smallest size (`choose_bits`). Where telemetry is old, the next batch of at most half. `pace`:
     of a planner that measures by itself, in place of the cost model's. `largest`: what the largest of `sizes` is.
     """
-    held, note = _held(place, need, bits, model, sizes, largest)
+    held, note = held_batches(place, need, bits, model, sizes, largest)
     pace = pace or model.pace(place.device, need, bits, place.free)
     in_time = [size for size in held if target.steps * pace.step_s(size) <= target.seconds]
     batch = in_time[-1] if in_time else held[0]
@@ -200,7 +199,7 @@ def batch_by_memory(
 
     `bits` must hold the smallest size (`choose_bits`). `told`: why no larger one than the job's.
     """
-    held, note = _held(place, need, bits, model, sizes)
+    held, note = held_batches(place, need, bits, model, sizes)
     batch = held[-1]
     if batch == sizes[-1]:
         note = f"{batch} is the batch of the job, {told}"
@@ -211,10 +210,11 @@ def batch_by_memory(
     return batch, word("batch", batch, f"{mebibytes(size)} ({why})", bound, note)
 
 
-def _held(
+def held_batches(
     place: Seat, need: Demand, bits: Bits, model: CostModel, sizes: tuple[int, ...], largest: str = LARGEST
 ) -> tuple[list[int], str]:
-    """The sizes that data and memory hold, rising and never empty, and what stopped the next one."""
+    """The sizes that data and memory hold, rising and never empty, and what stopped the next one. `largest`: what the
+    largest of `sizes` is."""
     limit = model.batch_limit(place.device, bits)
     allowed, note = len(sizes), f"{sizes[-1]} is {largest}"
     for index, size in enumerate(sizes):

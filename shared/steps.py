@@ -34,6 +34,8 @@ Identity = Annotated[str, Meta(max_length=120)]
 """`identity` of the work: job, round and attempt."""
 MAX_STEP_BYTES = 256 * 1024 * 1024
 """Of a message, where its receiver does not know better."""
+UNDER_WAY = 2
+"""Steps whose features a device may have sent without a gradient, and gradients of each device that are kept."""
 MAX_PARTS = 2**16 - 1
 _HEAD = struct.Struct("<4sIHH")
 """Mark, number of the message, part, parts."""

@@ -7,7 +7,8 @@ A *seat* is a device that takes part. Three rules:
    in a row takes part where it is in time, and is not waited for.
 2. After a death all go back to the highest checkpoint that all hold, under a new run. A seat that comes back so late
    that this would cost more than `REACH` checkpoints goes on with its own latest one instead, and the others go on.
-3. What the top worker says may be lost: devices ask again, and are answered again.
+3. What the top worker says may be lost: devices ask again, and are answered again, by as many gradients back as a
+   device can miss: a broker that dies takes along those of all steps under way.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shared.steps import Begin, Down, End, Features, Hello, Query, Skip
+from shared.steps import UNDER_WAY, Begin, Down, End, Features, Hello, Query, Skip
 
 QUERY_S = 1.0
 GATHER_STEPS = 4.0
@@ -36,9 +37,10 @@ class Say:
 
 @dataclass(frozen=True)
 class Again:
-    """Send the device its last gradient again."""
+    """Send the device its gradient of that step again."""
 
     device: str
+    step: int
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,8 @@ class _Seat:
     waited: bool = False
     ready: set[int] = field(default_factory=set)
     """Steps whose features are there."""
-    last: int = 0
-    """The step whose gradient it got last in this run."""
+    answered: tuple[int, ...] = ()
+    """The last steps of this run that it took part in: their gradients are kept."""
     misses: int = 0
     """Steps in a row that went on without it."""
     returns: int = 0
@@ -121,7 +123,7 @@ class SplitRound:
         self.phase, self._taking = "gathering", False
         self._gather_until, self._query_at = float("inf"), now + QUERY_S
         for seat in self._seats.values():
-            seat.held, seat.waited, seat.ready, seat.last = None, False, set(), 0
+            seat.held, seat.waited, seat.ready, seat.answered = None, False, set(), ()
         return [Say(device, Query(work=self.work, run=self.run)) for device in self._there()]
 
     def on_hello(self, device: str, hello: Hello, now: float) -> list[Action]:
@@ -142,19 +144,19 @@ class SplitRound:
         """Features came; the worker keeps them by (device, step) until the step is taken or the run ends."""
         seat = self._seats.get(device)
         if seat is None or self.phase == "over":
-            if seat is not None and (features.run, features.step) == (self.run, seat.last):
-                return [Again(device)]
+            if seat is not None and features.run == self.run and features.step in seat.answered:
+                return [Again(device, features.step)]
             return [Say(device, End(work=self.work, run=self.run))]
         if features.run != self.run:
             return [Say(device, Query(work=self.work, run=self.run))]
         if self.phase != "stepping":
             return []
         if features.step <= self.done:
-            if features.step == seat.last:
-                return [Again(device)]
+            if features.step in seat.answered:
+                return [Again(device, features.step)]
             seat.waited = seat.misses < PATIENCE
             return [Say(device, Skip(work=self.work, run=self.run, step=self.done))]
-        if features.step > self.done + 2:
+        if features.step > self.done + UNDER_WAY:
             return []
         seat.waited = seat.misses < PATIENCE
         seat.ready.add(features.step)
@@ -163,7 +165,7 @@ class SplitRound:
     def wants(self, device: str, features: Features) -> bool:
         """Whether the features are worth keeping."""
         stepping = self.phase == "stepping" and device in self._seats and features.run == self.run
-        return stepping and self.done < features.step <= self.done + 2
+        return stepping and self.done < features.step <= self.done + UNDER_WAY
 
     def refuse(self, device: str, step: int) -> None:
         """The features of that step are no good: as if they had not come, and nobody waits for the device."""
@@ -195,7 +197,7 @@ class SplitRound:
         self.done += 1
         for seat in self._seats.values():
             if self.done in seat.ready:
-                seat.last, seat.misses = self.done, 0
+                seat.answered, seat.misses = (*seat.answered, self.done)[-UNDER_WAY:], 0
             seat.ready = {step for step in seat.ready if step > self.done}
         self._step_until = float("inf")
         if self.done >= self.steps:

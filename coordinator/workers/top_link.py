@@ -24,8 +24,8 @@ LOOSE = 4096
 """Packets of gradients that may wait for a slow socket."""
 WAITING = 4096
 """Packets that may wait while a step is computed; what comes beyond them is lost, and sent again."""
-AHEAD = 3
-"""Messages of a device that may wait: two under way, and one that is sent again."""
+AHEAD = steps.UNDER_WAY + 1
+"""Messages of a device that may wait: those under way, and one that is sent again."""
 SMALL = 64 * 1024
 """Bytes of a message from a device that has no features to send."""
 

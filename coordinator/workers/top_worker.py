@@ -76,7 +76,8 @@ class Conductor:
             regulate=self._regulated if order.regulation is not None else None,
         )  # fmt: skip
         self._features: dict[tuple[str, int], steps.Features] = {}
-        self._last: dict[str, steps.Gradient] = {}
+        self._kept: dict[str, deque[steps.Gradient]] = {}
+        """The last gradients of each device: they may be asked for again."""
         self._idle_since: float | None = None
         self.waited_s = 0.0
 
@@ -136,12 +137,13 @@ class Conductor:
             match todo.popleft():
                 case conduct.Say(device, message):
                     self._link.send(device, message)
-                case conduct.Again(device):
-                    if device in self._last:
-                        self._link.send(device, self._last[device])
+                case conduct.Again(device, step):
+                    for gradient in self._kept.get(device, ()):
+                        if gradient.step == step:
+                            self._link.send(device, gradient)
                 case conduct.GoTo(step):
                     self._features.clear()
-                    self._last.clear()
+                    self._kept.clear()
                     self._idle_since = self._clock()
                     if not self.model.load(step):
                         raise UserError(f"checkpoint {step} of {self.order.work} can't be read any more")
@@ -201,7 +203,7 @@ class Conductor:
                 work=self.order.work, run=self.round.run, step=step, loss=answer.loss,
                 hidden=tensors.encode(plain, self.order.split.codec),
             )  # fmt: skip
-            self._last[device] = message
+            self._kept.setdefault(device, deque(maxlen=steps.UNDER_WAY)).append(message)
             self._link.send(device, message)
 
 

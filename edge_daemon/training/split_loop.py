@@ -186,7 +186,7 @@ class SplitLoop(Loop):
 
     def _steps(self) -> bool:
         """Step by step; False: all go back to a checkpoint."""
-        total, depth = self.assignment.work.steps, 2 if self._split.overlap else 1
+        total, depth = self.assignment.work.steps, steps.UNDER_WAY if self._split.overlap else 1
         under_way: deque[Sent] = deque()
         asked = False
         while True:
@@ -210,12 +210,15 @@ class SplitLoop(Loop):
                 case steps.Query(run=run) if run > self._line.run:
                     self._line.run = run
                     return False
-                case steps.End() if asked or first.step < total:
+                case steps.End() if asked:
                     return True
                 case steps.End():
-                    # The last gradient may be what was lost: who has it answers with it, and else with the end again.
-                    asked, first.sent_at = True, self.control.now()
-                    self._line.send(first.message)
+                    # The last gradients may be what was lost: who has them answers with them, and else with the end
+                    # again.
+                    asked = True
+                    for sent in under_way:
+                        self._line.send(sent.message)
+                        sent.sent_at = self.control.now()
                 case _:
                     pass
 

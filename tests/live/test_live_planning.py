@@ -72,6 +72,8 @@ batch_min = 1
 batch_max = 8
 bits = 32
 """
+LEAST, MOST = 4, 8
+"""Batches of the job in which a load lowers one."""
 BURNER = "while True: sum(i * i for i in range(10_000))"
 MUCH = 0.3
 """Share of a device's cores that the burner takes for certain: beside a training agent it gets half of them."""
@@ -158,9 +160,11 @@ def _batch(planned: rec.RoundPlanned, device: str) -> tuple[int, str]:
 def _five_devices(folder: Path) -> list[DeviceSpec]:
     """Four that differ in memory, and one that tells its load only when its work changes.
 
-    Quotas far below the machine's cores, so that they bind although other things run on it. The median device has
-    seven eighths of the first's cores, and the round target is 1.2 times its time: the first needs 0.73 of the target
-    for the largest batch, and 1.46 with half of its cores. The fifth's reading is old when the others are through.
+    Quotas far below the machine's cores, so that they bind although other things run on it. Which device is the median
+    one, whose time times 1.2 is the round target, depends on the machine: cores that compute 16 bits well make those
+    with little memory the fast ones. Where they do not, it has 0.79 of the first's cores, which needs 0.66 of the
+    target for the largest batch and 1.3 with half of its cores; where they do, it is the fifth with 1.25 times as many:
+    1.04 and 2.1, the largest batch but one and the least. The fifth's reading is old when the others are through.
     """
     shares = [write_texts(folder / f"{seed}.jsonl", 64, seed) for seed in range(5)]
     size = profiles.measure_agent(AGENTS["torch"], {"texts": str(shares[0])})
@@ -169,7 +173,7 @@ def _five_devices(folder: Path) -> list[DeviceSpec]:
     quiet = {**owner, "telemetry": {"idle_s": 300.0, "busy_s": 300.0, "change": 1e9}}
     shapes = profiles.shapes("mixed", 4, size)
     four = [
-        DeviceSpec(one.name, 0.315 if n else 0.36, one.memory_bytes, {"texts": shares[n]}, owner)
+        DeviceSpec(one.name, 0.315 if n else 0.4, one.memory_bytes, {"texts": shares[n]}, owner)
         for n, one in enumerate(shapes)
     ]
     return [*four, DeviceSpec("edge-05", 0.5, None, {"texts": shares[4]}, quiet)]
@@ -182,7 +186,7 @@ def test_one_run_follows_memory_load_and_the_age_of_readings(tmp_path: Path) -> 
     device's control group moves the very next plans both ways, and an old reading makes a plan cautious."""
     slowed, quiet = "edge-01", "edge-05"
     specs = _five_devices(tmp_path)
-    text = texts_job(devices=5, rounds=200, steps=8, batch=8, least=4, most=8, bits='"auto"', tokens=32)
+    text = texts_job(devices=5, rounds=200, steps=8, batch=MOST, least=LEAST, most=MOST, bits='"auto"', tokens=32)
     waits = {"period_s": 1.0, "cautious_periods": 3.0}
     with Fleet(tmp_path / "fleet", specs, {"minilm": minilm_folder()}, coordinator={"waits": waits}) as fleet:
         wait_until_heard(fleet)
@@ -190,9 +194,9 @@ def test_one_run_follows_memory_load_and_the_age_of_readings(tmp_path: Path) -> 
         wait_for(fleet, job, committed(2), seconds=200)
         for _ in range(SETTLING):  # what two rounds taught of speeds may be off by a sample
             before, reading = _batch(_next_plan(fleet, job, slowed, lambda share: share < NONE), slowed)
-            if before == 8:
+            if before == MOST:
                 break
-        assert before == 8, "there is nothing to lower"
+        assert before > LEAST, f"there is nothing to lower: {history(fleet.client.job(job))}"
         assert "foreign 0.00 of" in reading
         burner = start_in(fleet.edges[slowed].group, [sys.executable, "-c", BURNER], tmp_path / "burner.log")
         try:

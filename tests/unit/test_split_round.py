@@ -155,7 +155,22 @@ def test_who_is_late_is_left_behind_and_told_which_step_is_next() -> None:
 def test_a_lost_gradient_is_sent_again() -> None:
     made = begun("a", "b")
     do(made, "ab")
-    assert made.on_features("a", features(1, 1), 2.0) == [conduct.Again("a")]
+    assert made.on_features("a", features(1, 1), 2.0) == [conduct.Again("a", 1)]
+
+
+def test_both_gradients_of_a_device_that_is_two_ahead_may_be_lost() -> None:
+    made = begun("a", "b", steps=4)
+    for device in "ab":
+        made.on_features(device, features(1, 1), 1.0)
+        made.on_features(device, features(1, 2), 1.0)
+    made.taken(2.0)
+    made.taken(2.0)
+    assert made.done == 2
+    assert made.on_features("a", features(1, 1), 9.0) == [conduct.Again("a", 1)]
+    assert made.on_features("a", features(1, 2), 9.0) == [conduct.Again("a", 2)]
+    do(made, "ab", 10.0)
+    gone = made.on_features("b", features(1, 1), 11.0)
+    assert said(gone, "b") == [Skip(work=WORK, run=1, step=3)], "nobody keeps more than can be under way"
 
 
 def test_a_begin_that_was_lost_is_said_again() -> None:
@@ -196,7 +211,7 @@ def test_refused_features_are_as_if_they_had_not_come() -> None:
     made.on_features("b", features(1, 1), 1.0)
     made.refuse("b", 1)
     made.taken(2.0)
-    assert made.on_features("b", features(1, 1), 3.0) != [conduct.Again("b")]
+    assert made.on_features("b", features(1, 1), 3.0) != [conduct.Again("b", 1)]
 
 
 def test_the_round_ends_after_its_steps_and_says_so_to_whoever_asks() -> None:
@@ -205,8 +220,9 @@ def test_the_round_ends_after_its_steps_and_says_so_to_whoever_asks() -> None:
     ended = do(made, "ab")
     assert made.phase == "over" and said(ended, "a") == [End(work=WORK, run=1)]
     assert said(made.on_hello("b", hello(1), 9.0), "b") == [End(work=WORK, run=1)]
-    assert made.on_features("b", features(1, 2), 9.0) == [conduct.Again("b")], "the last gradient may be lost, too"
-    assert said(made.on_features("b", features(1, 1), 9.0), "b") == [End(work=WORK, run=1)]
+    assert made.on_features("b", features(1, 2), 9.0) == [conduct.Again("b", 2)], "the last gradient may be lost, too"
+    assert made.on_features("b", features(1, 1), 9.0) == [conduct.Again("b", 1)], "and the one before"
+    assert said(made.on_features("b", features(2, 1), 9.0), "b") == [End(work=WORK, run=1)]
     assert said(made.on_hello("stranger", hello(1), 9.0), "stranger") == [End(work=WORK, run=1)]
 
 
@@ -269,7 +285,7 @@ def test_whatever_is_lost_the_steps_come_to_their_end(seed: int) -> None:  # noq
                     case Gradient() | End() | _:
                         pass
             if isinstance(action, conduct.Again) and rng.random() < 0.7:
-                at[action.device] = made.done
+                at[action.device] = action.step
         box = []
     assert made.phase == "over" and made.done == steps, f"stuck at {made.done} in {made.phase}"
     assert set(counted) == set(range(1, steps + 1))

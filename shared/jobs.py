@@ -72,7 +72,8 @@ class RoundsSpec(Spec, frozen=True, kw_only=True):
     deadline_s: Rate = 900.0
     """Seconds from planning to closing at the latest."""
     train_for_s: NonNegative = 0.0
-    """Seconds a device may train in a round; 0: the steps decide alone."""
+    """Seconds a device may train in a round; 0: the steps decide alone. `fedpipe` and `legend` set a shorter limit by
+    the time that they plan for the round."""
     local_steps: Positive = 10
     """Optimizer steps per device and round."""
     sample: Natural = 0

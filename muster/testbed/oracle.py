@@ -75,7 +75,9 @@ class TrueModel(CostModel, frozen=True, kw_only=True):
     def learn(self, report: RoundReport) -> TrueModel:
         """What was learned of memory; times are known."""
         learned = CostModel.learn(self, report)
-        return replace(self, devices=learned.devices, activation_scale=learned.activation_scale)
+        return replace(
+            self, devices=learned.devices, activation_scale=learned.activation_scale, load_s=learned.load_s
+        )  # fmt: skip
 
 
 def work_of(need: Demand, base: Base) -> tuple[int, int]:

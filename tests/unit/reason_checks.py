@@ -263,8 +263,8 @@ def steps(spot: Spot, said: Said) -> None:
         step_s = spot.step_s(need_of(spot.scene.facts, spot.job, {}), spot.work.batch)
     else:
         step_s = spot.step_s(_step_need(spot), spot.work.batch)
-    bound = rounds.train_for_s or rounds.deadline_s
-    assert (spot.reason.kind == "steps/time") == (rounds.train_for_s > 0)
+    bound = spot.work.train_for_s or rounds.deadline_s
+    assert (spot.reason.kind == "steps/time") == (spot.work.train_for_s > 0)
     assert (int(said["asked"]), spot.reason.value) == (count, count)
     close_s(said["step_s"], step_s)
     close_s(said["took_s"], count * step_s)

@@ -192,7 +192,7 @@ NOTES_OF: dict[str, set[str]] = {
     "bits/memory": {"bits ran out", "bits by memory", "old: bits", "bits proven", "bits asked"},
     "bits/ran": {"bits by memory", "bits ran out", "old: bits", "bits proven", "bits asked"},
     "depth": {"all blocks", "depth by memory", "depth by deadline", "depth by time", "old: depth", "old: least depth"},
-    "steps/deadline": {"lost", "undone", "transfer", "only the head"},
+    "steps/deadline": {"lost", "transfer", "only the head"},
     "steps/time": {"partial work", "undone", "transfer", "only the head"},
     "agents/cores": set(),
     "agents/gpus": set(),

@@ -325,11 +325,11 @@ def depth_by_time(spot: Spot, said: Said) -> None:
 
 
 def partial_work(spot: Spot, said: Said) -> None:
-    assert spot.reason.verb == "exceeds" and spot.job.rounds.train_for_s > 0
+    assert spot.reason.verb == "exceeds" and spot.work.train_for_s > 0
 
 
 def lost(spot: Spot, said: Said) -> None:
-    assert spot.reason.verb == "exceeds" and not spot.job.rounds.train_for_s
+    assert spot.reason.verb == "exceeds" and not spot.work.train_for_s
 
 
 def undone(spot: Spot, said: Said) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from coordinator.core.aggregation import registry as aggregation
 from coordinator.core.planning.base import FleetView
+from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import traffic
 from coordinator.core.planning.reasons import seconds, word
-from shared.jobs import JobSpec
+from shared.jobs import Bits, JobSpec
 from shared.starts import averages_factors
 
+LATE = 1.1
+"""Round times after which a device that is late stops: partial work counts, and the others wait no longer."""
 DEADLINE_SHARE = 0.9
 """Of the deadline, what training may fill; the rest is for fetching, loading and delivering."""
 
@@ -35,9 +39,24 @@ def moved(view: FleetView, job: JobSpec, ranks: Mapping[str, int], bound: int, a
     return (view.adapter_bytes or down) + up
 
 
-def steps_reason(job: JobSpec, step_s: float, transfer: str) -> tuple[float, str]:
-    """(seconds of training expected, reason of the number of steps)."""
-    steps, limit = job.rounds.local_steps, job.rounds.train_for_s
+def time_limit(job: JobSpec, model: CostModel, device: str, bits: Bits, round_s: float) -> float:
+    """Seconds from receipt after which a device delivers what it has done, so that nobody waits long for one that is
+    slower than was thought; 0: no limit.
+
+    The job's own, or `LATE` times `round_s`, which the work should take with its transfers. That not before speeds were
+    measured; a device that did not train over such a base yet has the time to load it.
+    """
+    if not model.devices:
+        return job.rounds.train_for_s
+    known = model.devices.get(device)
+    loads_s = 0.0 if known is not None and str(bits) in known.fits else model.load_s
+    return min(LATE * round_s + loads_s, job.rounds.train_for_s or math.inf)
+
+
+def steps_reason(job: JobSpec, step_s: float, transfer: str, limit: float, steps: int = 0) -> tuple[float, str]:
+    """(seconds of training expected, reason of the number of steps). `limit`: as in `Work.train_for_s`; `steps`: where
+    they are not the job's."""
+    steps = steps or job.rounds.local_steps
     expected = steps * step_s
     bound, name = (limit, "training time") if limit else (job.rounds.deadline_s, "deadline")
     met = expected <= bound

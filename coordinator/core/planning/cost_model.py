@@ -9,8 +9,8 @@ the fleet as its probe was (`DeviceInfo.flops`, `Pool`), or equal to its median 
 **Memory** = agent + `WORKING_BYTES` + weights(bits) + 16 B per trained parameter + 4 B per frozen one + the larger of
 the micro-batch's activations and loading. The base is loaded layer by layer: `LOADING_BYTES` and a layer twice in fp32
 lie beside it at the worst moment. Once the device has trained, its measured peak replaces the sum, moved only by the
-difference in batch, adapter and (from the nearest bits it has trained at) weights. A batch that ran out of memory is a
-hard bound for those bits.
+difference in batch, adapter and (from the nearest bits it has trained at) weights; activations that loading may have
+hidden move it by what exceeds loading. A batch that ran out of memory is a hard bound for those bits.
 
 Every prediction comes with the readings it rests on.
 """
@@ -28,7 +28,7 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
-from coordinator.core.planning.footprint import Estimated, Footprint, Measured, from_peak
+from coordinator.core.planning.footprint import WORKING_BYTES, Estimated, Footprint, Measured, activations, from_peak
 from coordinator.core.planning.lower_part import demand_of, own_compute
 from coordinator.core.planning.pruned import facts_at, middle
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
@@ -63,6 +63,8 @@ class DeviceModel(msgspec.Struct, frozen=True, kw_only=True):
     occupancy_now: float = 1.0
     activation_scale: float = 0.0
     """Measured against estimated activations; 0: not yet known."""
+    activation_share: float = 0.0
+    """How far that rests on the activations themselves, 0 to 1."""
     agent_bytes: int = 0
     """Agent as measured with a base loaded, less what the base should take."""
     link: float = 0.0
@@ -104,6 +106,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     gpu_pool: Pool = Pool()
     activation_scale: float = 1.0
     """Median of the fleet."""
+    load_s: float = 0.0
+    """The longest that a device was seen to load the base."""
 
     def pace(self, device: str, need: Demand, bits: Bits, free: Capacity) -> Pace:
         """Step time of `device` over a base of `bits` with `free` to use."""
@@ -185,13 +189,15 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             result, load = report.results.get(device), report.loads.get(device)
             found = _with_limits(found, work, result, report.batch_limits.get(device))
             if result is not None:
-                found = _with_probe(found, report.infos.get(device))
+                info = report.infos.get(device)
+                found = _with_probe(found, info)
                 if report.facts is not None and report.job is not None:
                     need = _demand_of(report.facts, report.job, work, known_needs)
                     found, step = _observed(found, need, own_compute(result, work), load, work.agents)
                     if step is not None:
                         seen[device] = step
-                    found = _with_memory(found, need, result, self.activation_scale, load, work.agents)
+                    working = 0 if need.kind == "least_squares" or (info and has_gpu_memory(info)) else WORKING_BYTES
+                    found = _with_memory(found, need, result, self.activation_scale, load, work.agents, working)
                 found = _with_link(found, report.adapter_bytes, result.fetch_s)
                 found = replace(found, own_bytes=result.peak_bytes or found.own_bytes)
             if found is not _UNKNOWN:
@@ -209,6 +215,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             activation_scale=statistics.median(
                 [d.activation_scale for d in devices.values() if d.activation_scale] or [1.0]
             ),
+            load_s=max([self.load_s, *(result.load_s for result in report.results.values())]),
         )
 
     def _speed(self, known: DeviceModel | None, bits: Bits, free: Capacity) -> tuple[float, float, str]:
@@ -369,43 +376,34 @@ def _with_occupancy(found: DeviceModel, free: Capacity, used: float) -> DeviceMo
 
 
 def _with_memory(
-    found: DeviceModel, need: Demand, result: UpdateFacts, fleet_scale: float, load: Load | None, agents: int
-) -> DeviceModel:
+    found: DeviceModel, need: Demand, result: UpdateFacts, fleet_scale: float, load: Load | None, agents: int,
+    working: int,
+) -> DeviceModel:  # fmt: skip
+    """`working`: what its first work adds to the agent for good, bytes."""
     if not result.peak_bytes or result.batch < 1:
         return found
     bits = str(result.bits)
     # Of a GPU the limit is its own memory, which the allocator can't exceed unseen: there the estimate decides.
     limit = load.memory_limit // agents if load is not None and not load.gpus else 0
+    told = 0 < result.base_bytes <= result.peak_bytes
+    states = (BYTES_TRAINED - BYTES_LOADED) * need.adapter_params
+    moving = result.peak_bytes - result.base_bytes - states - working if told else 0
     met = Measured(
         peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit,
-        activations=need.activations,
+        activations=need.activations, moving=moving,
     )  # fmt: skip
     before = found.peaks.get(bits)
     if before is not None and (before.micro, before.adapter_params) == (met.micro, met.adapter_params):
         # A slightly lower peak is noise: keep the higher one, so that no batch flaps at the edge of memory.
         met = before if 0.9 * before.peak <= met.peak <= before.peak else met
     found = replace(found, peaks={**found.peaks, bits: met})
-    if not 0 < result.base_bytes <= result.peak_bytes:
+    if not told:
         return found
     base = need.weight_bytes(result.bits) + BYTES_LOADED * need.adapter_params
     agent = max(1, int(result.base_bytes - base))
-    return replace(
-        found, agent_bytes=agent, activation_scale=_scale(found.activation_scale or fleet_scale, need, result)
-    )
-
-
-def _scale(before: float, need: Demand, result: UpdateFacts) -> float:
-    """Measured against estimated activations.
-
-    Peak less base is an upper bound of the activations in any round, so a lower ratio is believed half; a higher one at
-    once, unless the base was loaded in that round: then loading may have made the peak.
-    """
-    states = (BYTES_TRAINED - BYTES_LOADED) * need.adapter_params
-    estimate = need.micro(result.batch) * need.activation_bytes(result.bits)
-    if estimate <= 0:
-        return before
-    seen = min(20.0, max(0.05, (result.peak_bytes - result.base_bytes - states) / estimate))
-    return seen if seen > before and result.load_s == 0 else (before + seen) / 2
+    seen = found.activation_scale or fleet_scale, found.activation_share
+    scale, share = activations(seen, need, result, moving, working)
+    return replace(found, agent_bytes=agent, activation_scale=scale, activation_share=share)
 
 
 def _median_speed(devices: Mapping[str, DeviceModel], *, gpu: bool) -> tuple[float, float] | None:

@@ -17,6 +17,8 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
   the median device's time with that rank on all of W*, as in `uniform`. Depth counts as for all of W*: an upper bound.
 * where nothing fits the target, the least batch and ranks are asked all the same; where telemetry is old, half the
   batch.
+* devices train until the round's time is over (`common.time_limit`): who is slower than thought, or was given what
+  nobody can do in time, delivers what it has done.
 
 Aggregation is `fsr`: exact for unequal ranks and unequal sets of matrices.
 """
@@ -34,7 +36,7 @@ from coordinator.core.aggregation.base import shares
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning import knapsack
 from coordinator.core.planning.base import FleetView, Plan, RoundReport, Weights
-from coordinator.core.planning.common import global_rank, steps_reason
+from coordinator.core.planning.common import global_rank, steps_reason, time_limit
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import Demand, demand, dense_params, tokens_of, tuned_modules
 from coordinator.core.planning.drafts import Draft, Link, drafts_of, links_of, round_target
@@ -238,7 +240,6 @@ class _Desk:
         self._bound, self._model, self._weights_why = search.bound, model, weights_why
         self._most = math.fsum(item.values[-1] for item in search.task.items)
         self._tuned: dict[tuple[int, ...], _Tuned] = {}
-        self._jobs: dict[int, JobSpec] = {}
 
     def write(self, draft: Draft, link: Link, one: Site, choice: Choice) -> tuple[Work, float]:
         """(the device's work, seconds of training expected)."""
@@ -257,7 +258,8 @@ class _Desk:
         asked = self._job.rounds.local_steps
         if choice.steps < asked:
             transfer = f"{asked - choice.steps} of the job's {asked} left undone; {transfer}"
-        predicted, steps_why = steps_reason(self._with_steps(choice.steps), step_s, transfer)
+        limit = time_limit(self._job, self._model, place.device, draft.bits, link.left.seconds + link.seconds)
+        predicted, steps_why = steps_reason(self._job, step_s, transfer, limit, choice.steps)
         reasons = {
             "weights": self._weights_why, "rank": self._rank_reason(draft, link, one, choice, tuned),
             "batch": batch_why, "bits": draft.bits_reason, "steps": steps_why,
@@ -266,7 +268,7 @@ class _Desk:
             reasons["agents"] = agents_reason(place)
         work = Work(
             ranks=tuned.ranks, batch=batch, bits=draft.bits, steps=choice.steps, agents=place.agents,
-            train_for_s=self._job.rounds.train_for_s, reasons=reasons,
+            train_for_s=limit, reasons=reasons,
         )  # fmt: skip
         return work, predicted
 
@@ -278,11 +280,6 @@ class _Desk:
             params = knapsack.weight(self._task.items, levels)
             self._tuned[levels] = _Tuned(ranks, need, params, knapsack.value(self._task.items, levels))
         return self._tuned[levels]
-
-    def _with_steps(self, steps: int) -> JobSpec:
-        if steps not in self._jobs:
-            self._jobs[steps] = replace(self._job, rounds=replace(self._job.rounds, local_steps=steps))
-        return self._jobs[steps]
 
     def _rank_reason(self, draft: Draft, link: Link, one: Site, choice: Choice, tuned: _Tuned) -> str:
         """What the ranks are worth, and the bound that kept them from more."""

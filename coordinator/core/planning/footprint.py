@@ -11,6 +11,7 @@ from coordinator.core.planning.demand import BYTES_TRAINED, Demand
 from coordinator.core.planning.readings import MIB
 from coordinator.core.planning.reasons import mebibytes
 from shared.jobs import Bits
+from shared.messages import UpdateFacts
 
 WORKING_BYTES = 68 * MIB
 """What an agent's first work adds for good: the model's classes, the kernels' scratch, the allocator's slack."""
@@ -27,6 +28,8 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """The limit it ran under; 0: not known."""
     activations: float = 0.0
     """Estimated bytes per sample of that work at fp32: they follow its depth; 0: not known."""
+    moving: float = 0.0
+    """What of the peak came and went: activations, or what lay beside the base while it was loaded; 0: not known."""
 
 
 class Footprint(Protocol):
@@ -37,6 +40,11 @@ class Footprint(Protocol):
 
     def words(self, batch: int) -> str:
         """The readings used."""
+
+
+def loading_bytes(need: Demand) -> float:
+    """What lies beside the base while it is loaded."""
+    return LOADING_BYTES + 8 * need.largest
 
 
 class Estimated(NamedTuple):
@@ -54,7 +62,7 @@ class Estimated(NamedTuple):
     def bytes(self, batch: int) -> float:
         """See `Footprint`."""
         # The worst moment is loading or training, never both.
-        moving = max(self.need.micro(batch) * self.per_sample, LOADING_BYTES + 8 * self.need.largest)
+        moving = max(self.need.micro(batch) * self.per_sample, loading_bytes(self.need))
         return self._held + self.need.fixed_bytes(self.bits) + moving
 
     def words(self, batch: int) -> str:
@@ -63,8 +71,7 @@ class Estimated(NamedTuple):
         parts = f"agent {mebibytes(self._held)} at work, base {mebibytes(need.weight_bytes(self.bits))}"
         if not need.linear_params:
             parts += f" frozen, {mebibytes(BYTES_TRAINED * need.adapter_params)} tuned itself"
-        loading = LOADING_BYTES + 8 * need.largest
-        return f"{parts}, activations {mebibytes(activations)} or loading {mebibytes(loading)}"
+        return f"{parts}, activations {mebibytes(activations)} or loading {mebibytes(loading_bytes(need))}"
 
 
 class FromPeak(NamedTuple):
@@ -75,6 +82,8 @@ class FromPeak(NamedTuple):
     peak: int
     activations: float
     """Of that work."""
+    loading: float
+    """What of the peak loading may have been: activations up to there are not seen in it."""
     weights: float
     old_weights: float
     adapter: int
@@ -84,8 +93,8 @@ class FromPeak(NamedTuple):
 
     def bytes(self, batch: int) -> float:
         """See `Footprint`."""
-        changed = self.need.micro(batch) * self.per_sample - self.activations + self.weights - self.old_weights
-        return max(self.peak + (changed + self.adapter), self.least)
+        moving = max(self.need.micro(batch) * self.per_sample, self.loading) - max(self.activations, self.loading)
+        return max(self.peak + (moving + self.weights - self.old_weights + self.adapter), self.least)
 
     def words(self, batch: int) -> str:  # noqa: ARG002 - the peak is one reading for all batches
         """See `Footprint`."""
@@ -112,4 +121,32 @@ def from_peak(
     at = "" if other == bits else f" at {other} bits"
     old_weights = weights if other == bits else need.weight_bytes(other)
     adapter = BYTES_TRAINED * (need.adapter_params - met.adapter_params)
-    return FromPeak(need, per_sample, peak, before, weights, old_weights, adapter, least, f"{at} with {met.micro}")
+    loading = min(max(met.moving, 0.0), loading_bytes(need))
+    told = f"{at} with {met.micro}"
+    return FromPeak(need, per_sample, peak, before, loading, weights, old_weights, adapter, least, told)
+
+
+def activations(
+    before: tuple[float, float], need: Demand, result: UpdateFacts, moving: float, working: int
+) -> tuple[float, float]:
+    """(measured against estimated activations, how far that rests on the activations themselves), after a round.
+
+    What came and went (`moving`) holds the activations, and the error of `working`, bytes that work adds for good. That
+    is known to about half of itself, the estimate of the activations to about its size: a difference is theirs by their
+    share of both variances (the most likely values; our reading). Where that share is small, or loading may hide them,
+    a round says little, and less than one of a larger batch before it. More is believed at once, unless the base was
+    loaded in that round: then loading may have made the peak. Less is believed half.
+    """
+    scale, held = before
+    estimate, loading = need.micro(result.batch) * need.activation_bytes(result.bits), loading_bytes(need)
+    if estimate <= 0:
+        return before
+    share = estimate**2 / (estimate**2 + (working / 2) ** 2)
+    if share < held / 2:
+        return before
+    seen = min(20.0, max(0.05, 1.0 + share * (moving / estimate - 1.0)))
+    if seen * estimate <= loading:
+        seen = min(scale, loading / estimate)
+    else:
+        held = share
+    return seen if seen > scale and result.load_s == 0 else (scale + seen) / 2, held

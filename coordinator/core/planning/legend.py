@@ -17,8 +17,9 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 * LCD is over rounds of the job's batch: bits are the largest that hold it at depth 1, and a smaller batch is taken only
   where memory or data forbid it. Where telemetry is old, a device gets half the depth.
 * depth alone can't make devices equal that differ tenfold: with the depths chosen, the median device's round plus
-  `SLACK` is the target of all, and each takes the batch that meets it. That is ours, no part of the paper; a job with
-  `batch_min` = `batch_max` goes without. A device whose telemetry is old gets no more than the job's batch.
+  `SLACK` is the target of all, each takes the batch that meets it, and works until it is over (`common.time_limit`).
+  That is ours, no part of the paper; a job with `batch_min` = `batch_max` has one batch. A device whose telemetry is
+  old gets no more than the job's batch.
 
 `aggregation.legend` is the other half: the mean of a module over the devices that tuned it.
 """
@@ -35,7 +36,7 @@ from msgspec.structs import replace
 from coordinator.core.planning import lcd
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.block_times import NEVER, BlockTimes, usual_forward
-from coordinator.core.planning.common import DEADLINE_SHARE, global_rank, moved, nobody, steps_reason
+from coordinator.core.planning.common import DEADLINE_SHARE, global_rank, moved, nobody, steps_reason, time_limit
 from coordinator.core.planning.cost_model import (
     BITS_TIME,
     CostModel,
@@ -155,7 +156,9 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             depth, reached = int(choice.depths[row]), int(choice.reached[row])
             told = _Told(times[row].tolist(), depth, reached, int(in_time[row]), traffic[draft.place.agents][depth - 1])
             sized = self._sized(draft, told, target_s, ladder, job)
-            predicted[draft.place.device], works[draft.place.device] = _work(draft, told, sized, ladder, choice, job)
+            device = draft.place.device
+            limit = time_limit(job, self.model, device, draft.bits, target_s)
+            predicted[device], works[device] = _work(draft, told, sized, ladder, choice, job, limit)
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
             participants=works, deadline_s=job.rounds.deadline_s,
@@ -292,11 +295,13 @@ def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[int]
 
 
 def _work(
-    draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec
+    draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec, limit: float
 ) -> tuple[float, Work]:
-    """(seconds of training expected, the work) of one device."""
+    """(seconds of training expected, the work) of one device. `limit`: seconds it may take."""
     took = f"{mebibytes(told.bytes)} at {1e-6 / draft.byte_s:.2f} MB/s" if draft.byte_s else "link not yet measured"
-    predicted, why_steps = steps_reason(job, sized.step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})")
+    predicted, why_steps = steps_reason(
+        job, sized.step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})", limit
+    )  # fmt: skip
     reasons = {
         "rank": ladder.words[told.depth - 1], "depth": _depth_reason(draft, told, ladder, choice, job),
         "batch": sized.reason, "bits": draft.bits_reason, "steps": why_steps,
@@ -305,7 +310,7 @@ def _work(
         reasons["agents"] = agents_reason(draft.place)
     work = Work(
         ranks=ladder.ranks[told.depth - 1], batch=sized.batch, bits=draft.bits, steps=job.rounds.local_steps,
-        agents=draft.place.agents, train_for_s=job.rounds.train_for_s, reasons=reasons,
+        agents=draft.place.agents, train_for_s=limit, reasons=reasons,
     )  # fmt: skip
     return predicted, work
 

@@ -259,7 +259,8 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
             took, reading = self.model.transfer(device, size)
             # Merged features wait for the slowest in every step.
             step_s = made.step_s if merges(self.name) else own_s
-            predicted[device], steps = steps_reason(job, step_s, f"transfer {seconds(took)} ({reading})")
+            transfer = f"transfer {seconds(took)} ({reading})"
+            predicted[device], steps = steps_reason(job, step_s, transfer, rounds.train_for_s)
             reasons = {
                 "rank": _rank_reason(cut, view, job), "batch": self._batch_reason(drafts, made, row, job),
                 "bits": draft.bits_reason, "steps": steps,

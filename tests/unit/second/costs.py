@@ -190,6 +190,7 @@ class Peak:
     trained: int
     limit: int
     activations: float
+    moving: float
 
 
 @dataclass
@@ -205,6 +206,7 @@ class Known:
     busy: float = 1.0
     busy_now: float = 1.0
     scale: float = 0.0
+    trust: float = 0.0
     agent: int = 0
     own: int = 0
     link: float = 0.0
@@ -233,6 +235,8 @@ class Fleet:
         self.usual = {False: (0.0, 1 / 8e9), True: (0.0, 1 / 5e12)}
         self.pools: dict[bool, list[list[tuple[float, float, float]]]] = {False: [], True: []}
         self.scale = 1.0
+        self.loaded_s = 0.0
+        """The longest that one was seen to load a base."""
         plain = need_of(facts, job, {})
         self.phi = dict.fromkeys(
             (False, True), 0.7 * plain.flop / (2.0 * tokens(job) * facts.linear_params / facts.blocks)
@@ -287,7 +291,9 @@ class Fleet:
         then = peak.micro * need.activations[other] * scale if need.activations[32] else 0.0
         if peak.activations and need.activations[32]:
             then *= peak.activations / need.activations[32]
-        more = need.micro(batch) * need.activations[bits] * scale - then + need.base[bits] - need.base[other]
+        hidden = max(0.0, min(peak.moving, 32 * MIB + 8 * need.largest))
+        more = max(need.micro(batch) * need.activations[bits] * scale, hidden) - max(then, hidden)
+        more += need.base[bits] - need.base[other]
         more += 16 * (need.trained - peak.trained)
         return max(context + peak.bytes + more, min(context + peak.bytes, agent + need.base[bits]))
 
@@ -304,12 +310,14 @@ class Fleet:
                 need, load = need_of(self.facts, self.job, work.ranks), done.loads.get(device)
                 known.flops = done.infos[device].flops or known.flops
                 seen.append((known, result.bits, *self._timed(known, need, result, load, work.agents)))
-                self._learn_memory(known, need, result, load, work.agents)
+                lean = need.tiny or any(gpu.memory_bytes for gpu in done.infos[device].gpus)
+                self._learn_memory(known, need, result, load, work.agents, 0 if lean else 68 * MIB)
                 if done.fetched >= 65536 and result.fetch_s >= 0.01:
                     rate = done.fetched / result.fetch_s
                     known.link = (known.link + rate) / 2 if known.link else rate
                     known.byte_s.append(result.fetch_s / done.fetched)
                 known.own = result.peak_bytes or known.own
+                self.loaded_s = max(self.loaded_s, result.load_s)
             if result is not None or limits:
                 self.known[device] = known
         for gpu in (False, True):
@@ -364,23 +372,32 @@ class Fleet:
         used = self._cores(known, result, load, agents)
         return 1 / min(1.0, used), need.flop * result.batch / used, result.train_s / result.steps
 
-    def _learn_memory(self, known: Known, need: Need, result: UpdateFacts, load: Load | None, agents: int) -> None:
+    def _learn_memory(
+        self, known: Known, need: Need, result: UpdateFacts, load: Load | None, agents: int, working: int
+    ) -> None:
         if not result.peak_bytes:
             return
         limit = load.memory_limit // agents if load is not None and not load.gpus else 0
-        peak = Peak(result.peak_bytes, need.micro(result.batch), need.trained, limit, need.activations[32])
+        based = 0 < result.base_bytes <= result.peak_bytes
+        over = result.peak_bytes - result.base_bytes - 12 * need.trained - working if based else 0
+        peak = Peak(result.peak_bytes, need.micro(result.batch), need.trained, limit, need.activations[32], over)
         old = known.peaks.get(result.bits)
         same = old is not None and (old.micro, old.trained) == (peak.micro, peak.trained)
         if old is None or not same or not 0.9 * old.bytes <= peak.bytes <= old.bytes:
             known.peaks[result.bits] = peak
-        if not 0 < result.base_bytes <= result.peak_bytes:
+        if not based:
             return
         known.agent = max(1, int(result.base_bytes - need.base[result.bits] - 4 * need.trained))
         before = known.scale or self.scale
         thought = need.micro(result.batch) * need.activations[result.bits]
-        if thought > 0:
-            ratio = (result.peak_bytes - result.base_bytes - 12 * need.trained) / thought
+        trust = 1.0 if not working else 1 / (1 + (working / 2 / thought) ** 2) if thought else 0.0
+        if thought > 0 and trust >= known.trust / 2:
+            ratio, loading = (1 - trust) + trust * over / thought, 32 * MIB + 8 * need.largest
             ratio = min(20.0, max(0.05, ratio))
+            if ratio > loading / thought:
+                known.trust = trust
+            else:
+                ratio = min(before, loading / thought)
             before = ratio if ratio > before and result.load_s == 0 else (before + ratio) / 2
         known.scale = before
 

@@ -20,7 +20,9 @@ from tests.unit.second.seats import (
     lefts,
     limit_of,
     sizes_of,
+    transfer,
     uniform,
+    until,
 )
 
 RANKS = (2, 4, 8, 16, 32)
@@ -146,8 +148,9 @@ def _tuning(scene: Scene, chosen: list[ModuleSpec], scores: dict[str, float]) ->
         fixed, sample = scene.fleet.pace(
             seat.device, need_of(scene.facts, scene.job, ranks, task.bound), seat.bits, seat.free
         )
-        took = capped(scene, steps * (fixed + sample * batch))
-        found[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took)
+        limit = until(scene, seat, left + transfer(scene, seat, task.most, task.bound))
+        took = capped(limit, steps * (fixed + sample * batch))
+        found[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
     return found
 
 

@@ -46,6 +46,8 @@ class Asked:
     agents: int
     seconds: float
     score: bool = False
+    limit: float = 0.0
+    """Seconds from receipt."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +244,9 @@ def uniform(scene: Scene, rank: int) -> dict[str, Asked]:
         sizes = held(scene, seat, need, sizes_of(scene.job))
         batch = max([size for size in sizes if steps * (fixed + sample * size) <= left] or sizes[:1])
         batch = careful(seat, batch, sizes)
-        asked[seat.device] = Asked(
-            ranks, batch, seat.bits, steps, seat.agents, capped(scene, steps * (fixed + sample * batch))
-        )
+        limit = scene.job.rounds.train_for_s
+        took = capped(limit, steps * (fixed + sample * batch))
+        asked[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
     return asked
 
 
@@ -253,6 +255,19 @@ def careful(seat: Seat, batch: int, sizes: list[int]) -> int:
     return max([size for size in sizes if size <= batch // 2] or sizes[:1]) if seat.careful else batch
 
 
-def capped(scene: Scene, seconds: float) -> float:
+def capped(limit: float, seconds: float) -> float:
     """The training time that is expected."""
-    return min(seconds, scene.job.rounds.train_for_s or math.inf)
+    return min(seconds, limit or math.inf)
+
+
+def until(scene: Scene, seat: Seat, round_s: float) -> float:
+    """When the work of a method that has a round time ends: a tenth later, with time to load where none was spent yet.
+
+    The job's own limit where that is shorter, or nothing was measured.
+    """
+    limit = scene.job.rounds.train_for_s
+    if not scene.fleet.known:
+        return limit
+    own = scene.fleet.known.get(seat.device)
+    loading = scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
+    return min(1.1 * round_s + loading, limit or math.inf)

@@ -20,6 +20,9 @@ from shared.release_messages import ReleaseKind, Score
 INTEGRATED = "integrated"
 """In the place of a GPU's UUID: the one that shares the machine's memory (Jetson). CUDA knows it by its number, 0."""
 
+NO_TIME_S = 1e-6
+"""`Train.train_for_s` of work that is given up: what its checkpoint holds is delivered, and nothing else."""
+
 
 class PipeMessage(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """A message on the agent's pipe."""
@@ -74,7 +77,8 @@ class Train(PipeMessage, frozen=True, kw_only=True):
     digests_path: str = ""
     """File in which to remember the digests of base models; empty: none."""
     train_for_s: float = 0.0
-    """Seconds left of `Work.train_for_s`; 0: no limit."""
+    """Seconds left of `Work.train_for_s`; 0: no limit. A step is done all the same where none was yet, but for
+    `NO_TIME_S`."""
     batch_limit: int = 0
     """Largest batch known to fit; 0: not known. Set by the daemon after an agent was killed for memory."""
     packet: int = MAX_CHUNK_BYTES

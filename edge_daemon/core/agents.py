@@ -21,7 +21,7 @@ MACHINE_WAIT_S = 5.0
 RETRY_BASE_S = 0.25
 RETRY_CAP_S = 60.0
 PROGRESS_S = 1.0
-_NO_TIME_S = 1e-6
+_SPENT_S = 1e-3
 """`Train.train_for_s` for work whose time is over: 0 would mean no limit."""
 
 
@@ -109,9 +109,9 @@ def train(state: State, work: Assignment) -> Result:
     """Give the ready agent its work, with what is left of its time."""
     settings, left = state.settings, work.work.train_for_s
     if state.journal.given_up:
-        left = _NO_TIME_S
+        left = protocol.NO_TIME_S
     elif left > 0:
-        left = max(_NO_TIME_S, left - (state.now - state.received_at))
+        left = max(_SPENT_S, left - (state.now - state.received_at))
     order = cmd.Train(
         assignment=work,
         base_path=policy.base_path(settings, work.base.model, work.source),
@@ -185,8 +185,11 @@ def failed(state: State, failure: protocol.Failed) -> Result:
         return state, [cmd.DropWork(identity)]
     if state.journal.given_up:
         return _end_given_up(state, identity)
-    reason, memory = f"{failure.kind}: {failure.reason}", failure.kind == "memory"
-    return outbox.fail(state, identity, reason, out_of_memory=memory, batch_limit=failure.batch_limit)
+    reason, memory, limit = f"{failure.kind}: {failure.reason}", failure.kind == "memory", failure.batch_limit
+    if not memory and state.journal.batch_limit:
+        # What an earlier agent of this work died of stays true, whatever this one could not do.
+        memory, limit = True, state.journal.batch_limit
+    return outbox.fail(state, identity, reason, out_of_memory=memory, batch_limit=limit)
 
 
 def gone(state: State, event: ev.AgentGone) -> Result:

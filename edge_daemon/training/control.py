@@ -44,6 +44,8 @@ class Control:
         self._on_closed = on_closed
         self.beat_s = 5.0
         self.deadline: float | None = None
+        self.heeds_time = True
+        """Whether the deadline ends the work. Where a step is to be done in any case: not before progress is told."""
         self.paused_s = 0.0
         self._writer = writer
         self._reader = reader
@@ -84,7 +86,8 @@ class Control:
             self.send(Beat(what=what))
 
     def progress(self, make: Callable[[], Progressed]) -> None:
-        """Send the progress that `make` gives, at most twice a second."""
+        """A step is done: send the progress that `make` gives, at most twice a second."""
+        self.heeds_time = True
         now = self.now()
         if now - self._progressed >= PROGRESS_S:
             self._progressed = now
@@ -163,7 +166,7 @@ class Control:
             self.paused_s += self.now() - started
 
     def _check_time(self) -> None:
-        if self.deadline is not None and self.now() >= self.deadline:
+        if self.deadline is not None and self.heeds_time and self.now() >= self.deadline:
             raise Stopped("time")
 
     def _read(self) -> None:

@@ -217,7 +217,7 @@ class Agent:
     def _steps(self, training: Training, clock: Clock, saved: Path) -> Ended:
         every = training.assignment.training.checkpoint_every
         while not training.finished:
-            if clock.over:
+            if clock.over and (training.step_done or clock.limit_s <= protocol.NO_TIME_S):
                 return "time"
             self._hooks.before(training.step_done, saved.parent)
             begun = time.monotonic()

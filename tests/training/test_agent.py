@@ -268,6 +268,14 @@ def test_the_time_limit_gives_partial_work(agent: Agent, site: Site) -> None:
     assert adapter.read_file(Path(site.folder / "t.update")).factors
 
 
+def test_time_that_is_over_is_enough_for_a_step(agent: Agent, site: Site) -> None:
+    """Loading, or fetching, took it all: what the step shows is known from then on."""
+    trained = agent.ask(site.train("one", steps=100_000, train_for_s=1e-3), Trained)
+    assert (trained.facts.ended, trained.facts.steps) == ("time", 1)
+    again = agent.ask(site.train("two", steps=100_000, train_for_s=1e-3), Trained)
+    assert again.facts.steps == 1, "what one work needed the next has, too"
+
+
 def test_what_a_checkpoint_holds_is_delivered_by_an_agent_that_has_no_time(site: Site, colours: Path) -> None:
     """It has to load first, and no check of the time on the way may keep it from that."""
     request = site.train("g", steps=100_000)

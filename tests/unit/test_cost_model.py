@@ -14,7 +14,7 @@ from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.cost_model import BITS_TIME, CUDA_BYTES, CostModel
 from coordinator.core.planning.demand import Demand, demand, traffic, tuned_modules
 from coordinator.core.planning.fit import Fit
-from coordinator.core.planning.footprint import LOADING_BYTES, WORKING_BYTES
+from coordinator.core.planning.footprint import LOADING_BYTES, WORKING_BYTES, activations
 from coordinator.core.planning.readings import Capacity, budget, capacity
 from shared.errors import UserError
 from shared.jobs import Bits
@@ -397,22 +397,28 @@ def test_a_small_batch_says_nothing_of_activations_that_loading_hides(load_s: fl
     what it adds for good and loading."""
     info, need = device("edge-1").info, _need()
     model = CostModel().learn(_report(result(batch=2, step_s=1.0, bits=16, base=451, peak=peak, load_s=load_s)))
-    assert model.activation_scale == 1.0
     sample = need.activation_bytes(16) / MIB
-    seen = max(peak - 451 - WORKING_BYTES / MIB - 12 * need.adapter_params / MIB, 2 * sample)
+    assert model.activation_scale == pytest.approx(1.0, abs=0.2)
+    came = peak - 451 - WORKING_BYTES / MIB - 12 * need.adapter_params / MIB
     for batch in (2, 4, 8, 32):
         size = model.memory("edge-1", need, 16, batch, info)[0] / MIB
-        assert size == pytest.approx(peak + max(0.0, batch * sample - seen), abs=0.1)
+        own = (model.devices["edge-1"].activation_scale or 1.0) * sample
+        seen = max(came if load_s else 0.0, 2 * own)
+        assert size == pytest.approx(peak + max(0.0, batch * own - seen), abs=0.1)
 
 
+@pytest.mark.parametrize("load_s", [0.0, 1.0])
 @pytest.mark.parametrize(("working", "most"), [(40, 1.05), (70, 1.05), (100, 1.6)])
-def test_small_batches_do_not_make_those_who_come_later_seem_to_need_more(working: int, most: float) -> None:
+def test_small_batches_do_not_make_those_who_come_later_seem_to_need_more(
+    working: int, most: float, load_s: float
+) -> None:
     """What work adds for good differs from machine to machine; at small batches it is most of what is seen."""
     need, model = _need(), CostModel()
     sample = need.activation_bytes(16) / MIB
     for batch in (2, 3, 4, 2, 3, 2) * 3:
-        held = working + max(33, batch * sample)
-        model = model.learn(_report(result(batch=batch, step_s=1.0, bits=16, base=451, peak=int(451 + held))))
+        held = working + (max(33, batch * sample) if load_s else batch * sample)
+        told = result(batch=batch, step_s=1.0, bits=16, base=451, peak=int(451 + held), load_s=load_s)
+        model = model.learn(_report(told))
     assert 0.95 <= model.activation_scale <= most
 
 
@@ -426,7 +432,49 @@ def test_what_large_batches_taught_of_activations_small_ones_do_not_change() -> 
     for batch in (2, 32, 32, 32):
         held = 68 + max(33, batch * sample / 1.5)
         model = model.learn(_report(result(batch=batch, step_s=1.0, bits=16, base=451, peak=int(451 + held))))
-    assert model.activation_scale == pytest.approx(1.0, abs=0.1), "large ones do"
+    assert 1.0 <= model.activation_scale < 1.2, "large ones do, but for what work may add less than is thought"
+
+
+def test_who_learned_nothing_of_activations_follows_those_who_did() -> None:
+    need, model = _need(), CostModel()
+    report = _report(result(batch=2, step_s=1.0, bits=16, base=451, peak=495, load_s=1.0))
+    large = int(451 + 68 + 2 + 2 * 32 * need.activation_bytes(16) / MIB)
+    works = dict.fromkeys("abcdefg", report.works["edge-1"])
+    for _ in range(4):
+        results = {name: result(batch=2, step_s=1.0, bits=16, base=451, peak=495, load_s=1.0) for name in "abcde"}
+        results |= {name: result(batch=32, step_s=1.0, bits=16, base=451, peak=large) for name in "fg"}
+        loads = dict.fromkeys(works, report.loads["edge-1"])
+        model = model.learn(msgspec.structs.replace(report, works=works, results=results, loads=loads))
+    assert model.activation_scale == pytest.approx(2.0, rel=0.05)
+    assert {model.devices[name].activation_scale for name in "abcde"} == {0.0}
+
+
+def test_where_nothing_was_loaded_more_is_more() -> None:
+    """A large layer: loading it would hide much, but its memory is not in the peak of a round that loads nothing."""
+    need = msgspec.structs.replace(_need(), largest=45_000_000)
+    model = CostModel().learn(_report(result(batch=16, step_s=1.0, base=451, peak=451)))
+    scale, share = activations((1.0, 0.0), need, result(batch=2, step_s=1.0, bits=16), 12 * 2 * 6.75 * MIB, 0)
+    assert (scale, share) == (pytest.approx(12.0, rel=0.01), 1.0)
+    hidden, _ = activations((1.0, 0.0), need, result(batch=2, step_s=1.0, bits=16, load_s=3.0), 12 * 2 * 6.75 * MIB, 0)
+    assert hidden == 1.0
+    assert model.measured
+
+
+def test_an_agent_that_had_worked_before_it_loaded_the_base_holds_what_work_adds_already() -> None:
+    """After a change of bits, or an evaluation."""
+    need, info = _need(), device("edge-1").info
+    fresh = int((200 * MIB + need.weight_bytes(16) + 4 * need.adapter_params) / MIB)
+    sample = 32 * need.activation_bytes(16) / MIB
+    for base, added in ((fresh, 68), (fresh + 68, 0)):
+        measured = result(batch=32, step_s=1.0, bits=16, base=base, peak=int(base + added + 2 + 2 * sample))
+        report = msgspec.structs.replace(_report(measured), infos={"edge-1": info})
+        assert CostModel().learn(report).activation_scale == pytest.approx(2.0, rel=0.05)
+
+
+def test_a_limit_of_the_batch_alone_measures_no_speed() -> None:
+    report = _report(result(batch=8, step_s=1.0))
+    model = CostModel().learn(msgspec.structs.replace(report, results={}, batch_limits={"edge-1": 4}))
+    assert model.devices and not model.measured
 
 
 def test_a_gpu_holds_its_context_and_the_agent_where_it_shares_the_memory() -> None:

@@ -86,7 +86,7 @@ def test_time_that_is_over_still_gives_an_order() -> None:
     rig.tick(500.0)
     rig.feed(ev.AdapterStored, sha=ADAPTER)
     (order,) = rig.did(cmd.Train)
-    assert 0.0 < order.train_for_s < 0.1
+    assert protocol.NO_TIME_S < order.train_for_s < 0.1, "enough for a step"
 
 
 def test_newer_work_replaces_the_old_and_waits_for_the_agent() -> None:
@@ -226,6 +226,17 @@ def test_a_memory_failure_of_the_agent_tells_the_planner_its_limit() -> None:
     other = Rig().training()
     other.failed("data")
     assert not other.said(Ack)[0].out_of_memory
+
+
+def test_what_an_agent_died_of_is_told_whatever_the_next_one_could_not_do() -> None:
+    """Else the next round asks for the same batch, and the same happens."""
+    rig = Rig().training()
+    rig.gone(out_of_memory=True)
+    rig.tick(60.0)
+    rig.probe()
+    rig.failed("stopped")
+    (ack,) = rig.said(Ack)
+    assert (ack.verdict, ack.out_of_memory, ack.batch_limit) == ("failed", True, 2)
 
 
 def test_a_silent_agent_is_killed() -> None:

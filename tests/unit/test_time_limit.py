@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from msgspec.structs import replace
 
@@ -23,6 +25,8 @@ def report(results: dict[str, UpdateFacts], asked: JobSpec, number: int = 1) -> 
 
 def test_nothing_is_limited_before_speeds_were_measured() -> None:
     assert time_limit(job(), CostModel(), "a", 32, 10.0) == 0.0
+    full = replace(report({"a": result(batch=8, step_s=1.0)}, job()), results={}, batch_limits={"a": 4})
+    assert time_limit(job(), CostModel().learn(full), "a", 32, 10.0) == 0.0, "of it the largest batch alone is known"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
     assert time_limit(bounded, CostModel(), "a", 32, 10.0) == 7.0
 
@@ -37,6 +41,8 @@ def test_a_device_has_a_little_more_than_its_round_and_the_time_to_load_where_it
     assert time_limit(job(), model, "a", 4, 10.0) == pytest.approx(LATE * 10.0 + 30.0), "another base to load"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
     assert time_limit(bounded, model, "c", 32, 10.0) == 7.0
+    near = replace(job(), rounds=replace(job().rounds, deadline_s=30.0))
+    assert time_limit(near, model, "c", 32, 10.0) == pytest.approx(27.0), "what comes after the deadline is lost"
 
 
 @pytest.mark.parametrize(
@@ -53,10 +59,13 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
     assert {work.train_for_s for work in first.participants.values()} == {0.0}
     told = replace(report(seen, asked), works={one: replace(first.participants[one], batch=8) for one in here})
     plan = planner.learn(told).plan(view(*map(device, (*here, "new")), round=2), asked)
-    for one, work in plan.participants.items():
+    for work in plan.participants.values():
         assert (work.train_for_s > 0) == limits
-        assert work.train_for_s == 0 or work.train_for_s >= plan.predicted_s[one]
         assert ("training time" in work.reasons["steps"]) == limits
     if limits:
+        told = re.search(r"round target ([\d.]+) s: |batches for ([\d.]+) s", plan.reason)
+        assert told is not None, plan.reason
+        target = float(told[1] or told[2])
+        assert plan.participants["a"].train_for_s == pytest.approx(LATE * target, rel=0.01)
         late = plan.participants["new"].train_for_s - plan.participants["a"].train_for_s
         assert late == pytest.approx(2.0), "it has to load the base first"

@@ -14,7 +14,7 @@ from shared.jobs import Bits, JobSpec
 from shared.starts import averages_factors
 
 LATE = 1.1
-"""Round times after which a device that is late stops: partial work counts, and the others wait no longer."""
+"""Round times after which a device that is late begins no further step: partial work counts."""
 DEADLINE_SHARE = 0.9
 """Of the deadline, what training may fill; the rest is for fetching, loading and delivering."""
 
@@ -44,19 +44,19 @@ def time_limit(job: JobSpec, model: CostModel, device: str, bits: Bits, round_s:
     slower than was thought; 0: no limit.
 
     The job's own, or `LATE` times `round_s`, which the work should take with its transfers. That not before speeds were
-    measured; a device that did not train over such a base yet has the time to load it.
+    measured; a device that did not train over such a base yet has the time to load it. What is delivered then still
+    counts at the deadline.
     """
-    if not model.devices:
+    if not model.measured:
         return job.rounds.train_for_s
     known = model.devices.get(device)
     loads_s = 0.0 if known is not None and str(bits) in known.fits else model.load_s
-    return min(LATE * round_s + loads_s, job.rounds.train_for_s or math.inf)
+    bounds = LATE * round_s + loads_s, DEADLINE_SHARE * job.rounds.deadline_s, job.rounds.train_for_s or math.inf
+    return min(bounds)
 
 
-def steps_reason(job: JobSpec, step_s: float, transfer: str, limit: float, steps: int = 0) -> tuple[float, str]:
-    """(seconds of training expected, reason of the number of steps). `limit`: as in `Work.train_for_s`; `steps`: where
-    they are not the job's."""
-    steps = steps or job.rounds.local_steps
+def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float) -> tuple[float, str]:
+    """(seconds of training expected, reason of the number of steps). `limit`: as in `Work.train_for_s`."""
     expected = steps * step_s
     bound, name = (limit, "training time") if limit else (job.rounds.deadline_s, "deadline")
     met = expected <= bound

@@ -28,7 +28,7 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
-from coordinator.core.planning.footprint import WORKING_BYTES, Estimated, Footprint, Measured, activations, from_peak
+from coordinator.core.planning.footprint import Estimated, Footprint, Measured, activations, from_peak, working_bytes
 from coordinator.core.planning.lower_part import demand_of, own_compute
 from coordinator.core.planning.pruned import facts_at, middle
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
@@ -108,6 +108,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     """Median of the fleet."""
     load_s: float = 0.0
     """The longest that a device was seen to load the base."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether any speed was: assumed ones are good for ratios between devices only."""
+        return any(known.fits for known in self.devices.values())
 
     def pace(self, device: str, need: Demand, bits: Bits, free: Capacity) -> Pace:
         """Step time of `device` over a base of `bits` with `free` to use."""
@@ -196,8 +201,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
                     found, step = _observed(found, need, own_compute(result, work), load, work.agents)
                     if step is not None:
                         seen[device] = step
-                    working = 0 if need.kind == "least_squares" or (info and has_gpu_memory(info)) else WORKING_BYTES
-                    found = _with_memory(found, need, result, self.activation_scale, load, work.agents, working)
+                    found = _with_memory(found, need, result, self.activation_scale, load, work.agents, info)
                 found = _with_link(found, report.adapter_bytes, result.fetch_s)
                 found = replace(found, own_bytes=result.peak_bytes or found.own_bytes)
             if found is not _UNKNOWN:
@@ -213,7 +217,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             cpu_pool=cpu,
             gpu_pool=gpu,
             activation_scale=statistics.median(
-                [d.activation_scale for d in devices.values() if d.activation_scale] or [1.0]
+                [d.activation_scale for d in devices.values() if d.activation_share] or [1.0]
             ),
             load_s=max([self.load_s, *(result.load_s for result in report.results.values())]),
         )
@@ -377,20 +381,21 @@ def _with_occupancy(found: DeviceModel, free: Capacity, used: float) -> DeviceMo
 
 def _with_memory(
     found: DeviceModel, need: Demand, result: UpdateFacts, fleet_scale: float, load: Load | None, agents: int,
-    working: int,
+    info: DeviceInfo | None,
 ) -> DeviceModel:  # fmt: skip
-    """`working`: what its first work adds to the agent for good, bytes."""
     if not result.peak_bytes or result.batch < 1:
         return found
     bits = str(result.bits)
     # Of a GPU the limit is its own memory, which the allocator can't exceed unseen: there the estimate decides.
     limit = load.memory_limit // agents if load is not None and not load.gpus else 0
     told = 0 < result.base_bytes <= result.peak_bytes
+    agent = int(result.base_bytes - need.weight_bytes(result.bits) - BYTES_LOADED * need.adapter_params)
+    working = working_bytes(need, load, info, agent)
     states = (BYTES_TRAINED - BYTES_LOADED) * need.adapter_params
-    moving = result.peak_bytes - result.base_bytes - states - working if told else 0
+    moving = result.peak_bytes - result.base_bytes - states - working
     met = Measured(
         peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit,
-        activations=need.activations, moving=moving,
+        activations=need.activations, moving=moving if told and result.load_s > 0 else 0,
     )  # fmt: skip
     before = found.peaks.get(bits)
     if before is not None and (before.micro, before.adapter_params) == (met.micro, met.adapter_params):
@@ -399,11 +404,11 @@ def _with_memory(
     found = replace(found, peaks={**found.peaks, bits: met})
     if not told:
         return found
-    base = need.weight_bytes(result.bits) + BYTES_LOADED * need.adapter_params
-    agent = max(1, int(result.base_bytes - base))
     seen = found.activation_scale or fleet_scale, found.activation_share
     scale, share = activations(seen, need, result, moving, working)
-    return replace(found, agent_bytes=agent, activation_scale=scale, activation_share=share)
+    # A device that taught nothing of them follows what the fleet learns.
+    own = found.activation_scale if (scale, share) == seen else scale
+    return replace(found, agent_bytes=max(1, agent), activation_scale=own, activation_share=share)
 
 
 def _median_speed(devices: Mapping[str, DeviceModel], *, gpu: bool) -> tuple[float, float] | None:

@@ -91,7 +91,7 @@ def round_target(
     )
     bound = DEADLINE_SHARE * job.rounds.deadline_s
     # Assumed speeds are good for ratios between devices only: they must not meet a bound in seconds.
-    if model.devices and wanted > bound:
+    if model.measured and wanted > bound:
         reason += f"; lowered to {seconds(bound)}, {DEADLINE_SHARE:.0%} of the deadline"
         wanted = bound
     return Target(wanted, steps), reason

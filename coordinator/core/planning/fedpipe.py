@@ -259,7 +259,7 @@ class _Desk:
         if choice.steps < asked:
             transfer = f"{asked - choice.steps} of the job's {asked} left undone; {transfer}"
         limit = time_limit(self._job, self._model, place.device, draft.bits, link.left.seconds + link.seconds)
-        predicted, steps_why = steps_reason(self._job, step_s, transfer, limit, choice.steps)
+        predicted, steps_why = steps_reason(self._job, choice.steps, step_s, transfer, limit=limit)
         reasons = {
             "weights": self._weights_why, "rank": self._rank_reason(draft, link, one, choice, tuned),
             "batch": batch_why, "bits": draft.bits_reason, "steps": steps_why,

@@ -8,10 +8,10 @@ from typing import NamedTuple, Protocol, cast
 import msgspec
 
 from coordinator.core.planning.demand import BYTES_TRAINED, Demand
-from coordinator.core.planning.readings import MIB
+from coordinator.core.planning.readings import MIB, has_gpu_memory
 from coordinator.core.planning.reasons import mebibytes
 from shared.jobs import Bits
-from shared.messages import UpdateFacts
+from shared.messages import DeviceInfo, Load, UpdateFacts
 
 WORKING_BYTES = 68 * MIB
 """What an agent's first work adds for good: the model's classes, the kernels' scratch, the allocator's slack."""
@@ -29,7 +29,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     activations: float = 0.0
     """Estimated bytes per sample of that work at fp32: they follow its depth; 0: not known."""
     moving: float = 0.0
-    """What of the peak came and went: activations, or what lay beside the base while it was loaded; 0: not known."""
+    """What of the peak came and went in a round that loaded the base: that, or activations; 0: it did not."""
 
 
 class Footprint(Protocol):
@@ -126,6 +126,16 @@ def from_peak(
     return FromPeak(need, per_sample, peak, before, loading, weights, old_weights, adapter, least, told)
 
 
+def working_bytes(need: Demand, load: Load | None, info: DeviceInfo | None, agent: int) -> int:
+    """What work adds for good to an agent that is of `agent` bytes but for the base that it holds."""
+    own_memory = has_gpu_memory(info) if info is not None else load is not None and bool(load.gpus)
+    if need.kind == "least_squares" or own_memory:
+        return 0
+    # Where it had worked before it loaded the base, that is there already.
+    fresh = info.agent_bytes if info is not None else 0
+    return 0 if fresh and agent > fresh + WORKING_BYTES / 2 else WORKING_BYTES
+
+
 def activations(
     before: tuple[float, float], need: Demand, result: UpdateFacts, moving: float, working: int
 ) -> tuple[float, float]:
@@ -133,20 +143,22 @@ def activations(
 
     What came and went (`moving`) holds the activations, and the error of `working`, bytes that work adds for good. That
     is known to about half of itself, the estimate of the activations to about its size: a difference is theirs by their
-    share of both variances (the most likely values; our reading). Where that share is small, or loading may hide them,
-    a round says little, and less than one of a larger batch before it. More is believed at once, unless the base was
-    loaded in that round: then loading may have made the peak. Less is believed half.
+    share of both variances (the most likely values; our reading). Where that share is small a round says less than one
+    of a larger batch before it, and in a round that loaded the base, what loading took may hide them all. More is
+    believed at once, unless the base was loaded: then that may have made the peak. Less is believed half, and only
+    beyond what `working` may be wrong by.
     """
     scale, held = before
-    estimate, loading = need.micro(result.batch) * need.activation_bytes(result.bits), loading_bytes(need)
+    estimate = need.micro(result.batch) * need.activation_bytes(result.bits)
     if estimate <= 0:
         return before
     share = estimate**2 / (estimate**2 + (working / 2) ** 2)
     if share < held / 2:
         return before
-    seen = min(20.0, max(0.05, 1.0 + share * (moving / estimate - 1.0)))
+    seen, most = (min(20.0, max(0.05, 1.0 + share * (one / estimate - 1.0))) for one in (moving, moving + working / 2))
+    loading = loading_bytes(need) if result.load_s > 0 else 0.0
     if seen * estimate <= loading:
-        seen = min(scale, loading / estimate)
-    else:
-        held = share
-    return seen if seen > scale and result.load_s == 0 else (scale + seen) / 2, held
+        return (scale + min(scale, loading / estimate)) / 2, held
+    if seen > scale:
+        return (seen if result.load_s == 0 else (scale + seen) / 2), share
+    return (scale + min(scale, most)) / 2, share

@@ -53,7 +53,9 @@ class HeadPlanner(msgspec.Struct, frozen=True, kw_only=True):
             limit = work.train_for_s or float("inf")
             predicted[device] = min(work.steps * step_s, limit)
             rank = word("rank", 0, "0 modules tuned, only the head", f"{trained} parameters of the head")
-            _, steps = steps_reason(job, step_s, "only the head is trained", job.rounds.train_for_s)
+            _, steps = steps_reason(
+                job, job.rounds.local_steps, step_s, "only the head is trained", limit=job.rounds.train_for_s
+            )  # fmt: skip
             works[device] = replace(work, ranks={}, reasons={**work.reasons, "rank": rank, "steps": steps})
         reason = f"only the head is trained, {seconds(max(predicted.values()))} at most expected; {plan.reason}"
         return replace(plan, participants=works, predicted_s=predicted, reason=reason)

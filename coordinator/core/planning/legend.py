@@ -172,7 +172,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         most = np.array([draft.most for draft in drafts], dtype=np.int64)
         in_time = np.full_like(most, ladder.blocks)
         # Assumed speeds are good for ratios between devices only: they must not meet a bound in seconds.
-        if self.model.devices:
+        if self.model.measured:
             bound = DEADLINE_SHARE * job.rounds.deadline_s
             in_time = np.maximum(1, np.count_nonzero(times <= bound, axis=1)).astype(np.int64)
         rows = np.array([draft.place.rows * draft.place.agents for draft in drafts], dtype=np.float64)
@@ -182,7 +182,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
     def _target_s(self, times: Floats, choice: lcd.Choice, job: JobSpec) -> float:
         """Seconds that batches are chosen for."""
         wanted = SLACK * float(np.median(np.take_along_axis(times, choice.depths[:, None] - 1, axis=1)))
-        return min(wanted, DEADLINE_SHARE * job.rounds.deadline_s) if self.model.devices else wanted
+        return min(wanted, DEADLINE_SHARE * job.rounds.deadline_s) if self.model.measured else wanted
 
     def _sized(self, draft: _Draft, told: _Told, target_s: float, ladder: Ladder, job: JobSpec) -> _Sized:
         """The batch of a device at its depth."""
@@ -300,7 +300,8 @@ def _work(
     """(seconds of training expected, the work) of one device. `limit`: seconds it may take."""
     took = f"{mebibytes(told.bytes)} at {1e-6 / draft.byte_s:.2f} MB/s" if draft.byte_s else "link not yet measured"
     predicted, why_steps = steps_reason(
-        job, sized.step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})", limit
+        job, job.rounds.local_steps, sized.step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})",
+        limit=limit,
     )  # fmt: skip
     reasons = {
         "rank": ladder.words[told.depth - 1], "depth": _depth_reason(draft, told, ladder, choice, job),

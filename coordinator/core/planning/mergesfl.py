@@ -260,7 +260,9 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
             # Merged features wait for the slowest in every step.
             step_s = made.step_s if merges(self.name) else own_s
             transfer = f"transfer {seconds(took)} ({reading})"
-            predicted[device], steps = steps_reason(job, step_s, transfer, rounds.train_for_s)
+            predicted[device], steps = steps_reason(
+                job, rounds.local_steps, step_s, transfer, limit=rounds.train_for_s
+            )  # fmt: skip
             reasons = {
                 "rank": _rank_reason(cut, view, job), "batch": self._batch_reason(drafts, made, row, job),
                 "bits": draft.bits_reason, "steps": steps,

@@ -119,7 +119,9 @@ def plan_of(
         device = draft.place.device
         batch, step_s, why = _batch(draft, ranked, job, model, None if one_batch else link.left)
         transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
-        predicted[device], steps_why = steps_reason(job, step_s, transfer, job.rounds.train_for_s)
+        predicted[device], steps_why = steps_reason(
+            job, job.rounds.local_steps, step_s, transfer, limit=job.rounds.train_for_s
+        )  # fmt: skip
         reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
         if draft.place.info.agents > 1:
             reasons["agents"] = agents_reason(draft.place)

@@ -297,6 +297,10 @@ class Fleet:
         more += 16 * (need.trained - peak.trained)
         return max(context + peak.bytes + more, min(context + peak.bytes, agent + need.base[bits]))
 
+    @property
+    def measured(self) -> bool:
+        return any(one.speeds for one in self.known.values())
+
     def _learn(self, done: Done) -> None:
         seen: list[tuple[Known, int, float, float, float]] = []
         for device, work in sorted(done.works.items()):
@@ -310,8 +314,7 @@ class Fleet:
                 need, load = need_of(self.facts, self.job, work.ranks), done.loads.get(device)
                 known.flops = done.infos[device].flops or known.flops
                 seen.append((known, result.bits, *self._timed(known, need, result, load, work.agents)))
-                lean = need.tiny or any(gpu.memory_bytes for gpu in done.infos[device].gpus)
-                self._learn_memory(known, need, result, load, work.agents, 0 if lean else 68 * MIB)
+                self._learn_memory(known, need, result, load, work.agents, done.infos[device])
                 if done.fetched >= 65536 and result.fetch_s >= 0.01:
                     rate = done.fetched / result.fetch_s
                     known.link = (known.link + rate) / 2 if known.link else rate
@@ -343,7 +346,7 @@ class Fleet:
                     statistics.median(speed.overhead / SLOWER[bits] for bits, speed in speeds),
                     statistics.median(speed.per_flop / SLOWER[bits] for bits, speed in speeds),
                 )
-        scales = [one.scale for one in self.known.values() if one.scale]
+        scales = [one.scale for one in self.known.values() if one.trust]
         self.scale = statistics.median(scales) if scales else 1.0
         self._learn_blocks(done)
 
@@ -373,33 +376,46 @@ class Fleet:
         return 1 / min(1.0, used), need.flop * result.batch / used, result.train_s / result.steps
 
     def _learn_memory(
-        self, known: Known, need: Need, result: UpdateFacts, load: Load | None, agents: int, working: int
+        self, known: Known, need: Need, result: UpdateFacts, load: Load | None, agents: int, info: DeviceInfo
     ) -> None:
         if not result.peak_bytes:
             return
         limit = load.memory_limit // agents if load is not None and not load.gpus else 0
         based = 0 < result.base_bytes <= result.peak_bytes
-        over = result.peak_bytes - result.base_bytes - 12 * need.trained - working if based else 0
-        peak = Peak(result.peak_bytes, need.micro(result.batch), need.trained, limit, need.activations[32], over)
+        rest = int(result.base_bytes - need.base[result.bits] - 4 * need.trained)
+        working = 0 if rest > info.agent_bytes + 34 * MIB else 68 * MIB
+        if need.tiny or any(gpu.memory_bytes for gpu in info.gpus):
+            working = 0
+        over, hides = result.peak_bytes - result.base_bytes - 12 * need.trained - working, result.load_s > 0
+        peak = Peak(
+            result.peak_bytes, need.micro(result.batch), need.trained, limit, need.activations[32],
+            over if based and hides else 0,
+        )  # fmt: skip
         old = known.peaks.get(result.bits)
         same = old is not None and (old.micro, old.trained) == (peak.micro, peak.trained)
         if old is None or not same or not 0.9 * old.bytes <= peak.bytes <= old.bytes:
             known.peaks[result.bits] = peak
         if not based:
             return
-        known.agent = max(1, int(result.base_bytes - need.base[result.bits] - 4 * need.trained))
+        known.agent = max(1, rest)
         before = known.scale or self.scale
         thought = need.micro(result.batch) * need.activations[result.bits]
         trust = 1.0 if not working else 1 / (1 + (working / 2 / thought) ** 2) if thought else 0.0
-        if thought > 0 and trust >= known.trust / 2:
-            ratio, loading = (1 - trust) + trust * over / thought, 32 * MIB + 8 * need.largest
-            ratio = min(20.0, max(0.05, ratio))
-            if ratio > loading / thought:
-                known.trust = trust
-            else:
-                ratio = min(before, loading / thought)
-            before = ratio if ratio > before and result.load_s == 0 else (before + ratio) / 2
-        known.scale = before
+        if thought <= 0 or trust < known.trust / 2:
+            return
+        low, high = (
+            min(20.0, max(0.05, (1 - trust) + trust * one / thought)) for one in (over, over + working / 2)
+        )  # of what activations took
+        loading = 32 * MIB + 8 * need.largest if hides else 0.0
+        after = (before + min(before, high)) / 2
+        if low * thought <= loading:
+            after = (before + min(before, loading / thought)) / 2
+        elif low > before:
+            after = (before + low) / 2 if hides else low
+        if low * thought > loading or after != before:
+            known.scale = after
+        if low * thought > loading:
+            known.trust = trust
 
     def _learn_blocks(self, done: Done) -> None:
         """For `legend`: what of a step is the forward pass."""

@@ -98,7 +98,7 @@ def choose(scene: Scene) -> Choice:
     best, _, _ = brute_force(times, most, [place.seat.careful for place in places], shares, by_block)
     whole = _deadline(times, most, [place.seat.careful for place in places], best.depths)
     target = 1.2 * statistics.median([place.times[depth - 1] for place, depth in zip(places, best.depths, strict=True)])
-    if scene.fleet.known:
+    if scene.fleet.measured:
         target = min(target, 0.9 * job.rounds.deadline_s)
     return Choice(by_block, ladder, needs, places, best, whole, target)
 
@@ -157,6 +157,6 @@ def _capacity(scene: Scene, seat: Seat, deepest: Need, batch: int) -> tuple[floa
 
 def _in_time(scene: Scene, row: list[float]) -> int:
     """The deepest that meets 90 % of the deadline, once speeds are measured."""
-    if not scene.fleet.known:
+    if not scene.fleet.measured:
         return len(row)
     return max(1, sum(took <= 0.9 * scene.job.rounds.deadline_s for took in row))

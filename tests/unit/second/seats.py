@@ -191,7 +191,7 @@ def lefts(
     """Seconds that each has for its steps: the median's time undisturbed, + 20 %, less what its link takes too long."""
     moves = [transfer(scene, seat, own, bound) for seat, own in zip(taking, ranks, strict=True)]
     target = 1.2 * median_s(scene, taking, needs)
-    if scene.fleet.known:
+    if scene.fleet.measured:
         target = min(target, 0.9 * scene.job.rounds.deadline_s)
     return [max(0.0, target - max(0.0, took - statistics.median(moves))) for took in moves]
 
@@ -266,8 +266,8 @@ def until(scene: Scene, seat: Seat, round_s: float) -> float:
     The job's own limit where that is shorter, or nothing was measured.
     """
     limit = scene.job.rounds.train_for_s
-    if not scene.fleet.known:
+    if not scene.fleet.measured:
         return limit
     own = scene.fleet.known.get(seat.device)
     loading = scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
-    return min(1.1 * round_s + loading, limit or math.inf)
+    return min(1.1 * round_s + loading, 0.9 * scene.job.rounds.deadline_s, limit or math.inf)

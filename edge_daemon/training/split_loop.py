@@ -188,6 +188,7 @@ class SplitLoop(Loop):
         """Step by step; False: all go back to a checkpoint."""
         total, depth = self.assignment.work.steps, steps.UNDER_WAY if self._split.overlap else 1
         under_way: deque[Sent] = deque()
+        came: dict[int, steps.Gradient] = {}
         asked = False
         while True:
             while len(under_way) < depth and self.done + len(under_way) < total:
@@ -195,17 +196,24 @@ class SplitLoop(Loop):
             if not under_way:
                 return True
             first = under_way[0]
+            # In order, each before the next features are computed: as if none had been lost.
+            came = {step: gradient for step, gradient in came.items() if step >= first.step}
+            if first.step in came:
+                self._take(first, came.pop(first.step), under_way)
+                continue
             usual = statistics.median(self.position.waits[-9:]) if self.position.waits else 0.0
             again_at = first.sent_at + max(self.again_s, 3.0 * usual)
             match self._line.receive("waiting for the gradient", again_at):
                 case None:
                     if self.control.now() >= again_at:
-                        self._line.send(first.message)
-                        first.sent_at = self.control.now()
-                case steps.Gradient(run=self._line.run, step=first.step) as gradient:
-                    self._take(first, gradient, under_way)
+                        self._again(first)
+                case steps.Gradient(run=self._line.run) as gradient if gradient.step >= first.step:
+                    came[gradient.step] = gradient
+                    if first.step not in came:  # lost, for they come in order
+                        self._again(first)
                 case steps.Skip(run=self._line.run) as skip if skip.step >= first.step:
-                    under_way.clear()
+                    while under_way and under_way[0].step <= skip.step:
+                        under_way.popleft()
                     self.done = skip.step
                 case steps.Query(run=run) if run > self._line.run:
                     self._line.run = run
@@ -213,14 +221,16 @@ class SplitLoop(Loop):
                 case steps.End() if asked:
                     return True
                 case steps.End():
-                    # The last gradients may be what was lost: who has them answers with them, and else with the end
-                    # again.
+                    # Gradients may be what was lost: who has them answers with them, and else with the end again.
                     asked = True
                     for sent in under_way:
-                        self._line.send(sent.message)
-                        sent.sent_at = self.control.now()
+                        self._again(sent)
                 case _:
                     pass
+
+    def _again(self, sent: Sent) -> None:
+        self._line.send(sent.message)
+        sent.sent_at = self.control.now()
 
     def _take(self, first: Sent, gradient: steps.Gradient, under_way: deque[Sent]) -> None:
         """Learn from a gradient; where there is no room for that, go on with smaller batches, one step poorer."""

@@ -107,11 +107,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     activation_scale: float = 1.0
     """Median of the fleet."""
     load_s: float = 0.0
-    """The longest that a device was seen to load the base."""
+    """The longest that a base was seen to take to load."""
 
     @property
     def measured(self) -> bool:
-        """Whether any speed was: assumed ones are good for ratios between devices only."""
+        """Whether any speed was."""
         return any(known.fits for known in self.devices.values())
 
     def pace(self, device: str, need: Demand, bits: Bits, free: Capacity) -> Pace:
@@ -194,8 +194,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             result, load = report.results.get(device), report.loads.get(device)
             found = _with_limits(found, work, result, report.batch_limits.get(device))
             if result is not None:
-                info = report.infos.get(device)
-                found = _with_probe(found, info)
+                found = _with_probe(found, info := report.infos.get(device))
                 if report.facts is not None and report.job is not None:
                     need = _demand_of(report.facts, report.job, work, known_needs)
                     found, step = _observed(found, need, own_compute(result, work), load, work.agents)
@@ -210,16 +209,15 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         gpu = _pooled(self.gpu_pool, devices, seen, gpu=True)
         for device, step in seen.items():
             devices[device] = _fitted(devices[device], step, gpu if devices[device].gpu else cpu)
+        scales = [known.activation_scale for known in devices.values() if known.activation_share]
         return CostModel(
             devices=devices,
             cpu=_median_speed(devices, gpu=False) or self.cpu,
             gpu=_median_speed(devices, gpu=True) or self.gpu,
             cpu_pool=cpu,
             gpu_pool=gpu,
-            activation_scale=statistics.median(
-                [d.activation_scale for d in devices.values() if d.activation_share] or [1.0]
-            ),
-            load_s=max([self.load_s, *(result.load_s for result in report.results.values())]),
+            activation_scale=statistics.median(scales or [1.0]),
+            load_s=max([self.load_s, *(one.load_s for one in report.results.values())]),
         )
 
     def _speed(self, known: DeviceModel | None, bits: Bits, free: Capacity) -> tuple[float, float, str]:
@@ -391,8 +389,7 @@ def _with_memory(
     told = 0 < result.base_bytes <= result.peak_bytes
     agent = int(result.base_bytes - need.weight_bytes(result.bits) - BYTES_LOADED * need.adapter_params)
     working = working_bytes(need, load, info, agent)
-    states = (BYTES_TRAINED - BYTES_LOADED) * need.adapter_params
-    moving = result.peak_bytes - result.base_bytes - states - working
+    moving = result.peak_bytes - result.base_bytes - (BYTES_TRAINED - BYTES_LOADED) * need.adapter_params - working
     met = Measured(
         peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit,
         activations=need.activations, moving=moving if told and result.load_s > 0 else 0,
@@ -406,9 +403,9 @@ def _with_memory(
         return found
     seen = found.activation_scale or fleet_scale, found.activation_share
     scale, share = activations(seen, need, result, moving, working)
-    # A device that taught nothing of them follows what the fleet learns.
-    own = found.activation_scale if (scale, share) == seen else scale
-    return replace(found, agent_bytes=max(1, agent), activation_scale=own, activation_share=share)
+    if (scale, share) == seen:
+        scale = found.activation_scale  # who taught nothing of them follows what the fleet learns
+    return replace(found, agent_bytes=max(1, agent), activation_scale=scale, activation_share=share)
 
 
 def _median_speed(devices: Mapping[str, DeviceModel], *, gpu: bool) -> tuple[float, float] | None:

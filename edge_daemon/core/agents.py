@@ -185,11 +185,8 @@ def failed(state: State, failure: protocol.Failed) -> Result:
         return state, [cmd.DropWork(identity)]
     if state.journal.given_up:
         return _end_given_up(state, identity)
-    reason, memory, limit = f"{failure.kind}: {failure.reason}", failure.kind == "memory", failure.batch_limit
-    if not memory and state.journal.batch_limit:
-        # What an earlier agent of this work died of stays true, whatever this one could not do.
-        memory, limit = True, state.journal.batch_limit
-    return outbox.fail(state, identity, reason, out_of_memory=memory, batch_limit=limit)
+    reason, memory = f"{failure.kind}: {failure.reason}", failure.kind == "memory"
+    return outbox.fail(state, identity, reason, out_of_memory=memory, batch_limit=failure.batch_limit)
 
 
 def gone(state: State, event: ev.AgentGone) -> Result:

@@ -63,6 +63,9 @@ def finish(state: State, done: Finished) -> Result:
 
 def fail(state: State, identity: Identity, reason: str, *, out_of_memory: bool = False, batch_limit: int = 0) -> Result:
     """Give up a piece of work. `batch_limit`: the largest batch that fits, where memory ran out; 0: none does."""
+    if not out_of_memory and state.journal.batch_limit:
+        # What an earlier agent of this work was killed for stays true, whatever the last one could not do.
+        out_of_memory, batch_limit = True, state.journal.batch_limit
     end = Finished(
         **identity._asdict(), verdict="failed", reason=reason, out_of_memory=out_of_memory, batch_limit=batch_limit
     )

@@ -82,6 +82,8 @@ class Loop:
         Raises `Stopped` where the work is to be forgotten, `PipeClosed`, `OutOfMemory` and `Diverged`.
         """
         self._resume()
+        if self.position.step:
+            self.control.heeds_time = True
         if self.batch_limit and self.position.batch > self.batch_limit:
             self.position.batch = self.position.batch_limit = self.batch_limit
         self.base.model.train()

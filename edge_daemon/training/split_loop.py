@@ -89,6 +89,8 @@ class SplitLoop(Loop):
     def run(self) -> str:
         """As `Loop.run`; complete once the top worker's steps are done."""
         self._prepare()
+        # How long the first step takes is the other devices' matter, too.
+        self.control.heeds_time = True
         self._paused_s = self.control.paused_s
         self.base.model.train()
         try:
@@ -212,13 +214,12 @@ class SplitLoop(Loop):
                     if first.step not in came:  # lost, for they come in order
                         self._again(first)
                 case steps.Skip(run=self._line.run) as skip if skip.step >= first.step:
-                    while under_way and under_way[0].step <= skip.step:
-                        under_way.popleft()
-                    self.done = skip.step
+                    self._leave(skip.step, under_way, came)
                 case steps.Query(run=run) if run > self._line.run:
                     self._line.run = run
                     return False
-                case steps.End() if asked:
+                case steps.End() if asked or under_way[-1].step < total:
+                    self._leave(first.step, under_way, came)
                     return True
                 case steps.End():
                     # Gradients may be what was lost: who has them answers with them, and else with the end again.
@@ -227,6 +228,15 @@ class SplitLoop(Loop):
                         self._again(sent)
                 case _:
                     pass
+
+    def _leave(self, step: int, under_way: deque[Sent], came: dict[int, steps.Gradient]) -> None:
+        """Wait no longer for gradients up to that of `step`; learn from those that came, and what came behind them."""
+        while under_way and (under_way[0].step <= step or under_way[0].step in came):
+            if (gradient := came.pop(under_way[0].step, None)) is not None:
+                self._take(under_way[0], gradient, under_way)
+            else:
+                self.done = under_way.popleft().step
+        self.done = max(self.done, step)
 
     def _again(self, sent: Sent) -> None:
         self._line.send(sent.message)

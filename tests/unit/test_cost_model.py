@@ -449,15 +449,26 @@ def test_who_learned_nothing_of_activations_follows_those_who_did() -> None:
     assert {model.devices[name].activation_scale for name in "abcde"} == {0.0}
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_small_batch_does_not_shake_what_the_fleet_knows(batch: int) -> None:
+    """Whatever it shows: that its activations are three times the estimate, or nothing of them."""
+    need = _need()
+    estimate = batch * need.activation_bytes(16)
+    agrees, _ = activations((3.0, 0.0), 3.0, need, result(batch=batch, step_s=1.0, bits=16), 3 * estimate, 68 * MIB)
+    assert agrees == pytest.approx(3.0)
+    silent, _ = activations((3.0, 0.0), 3.0, need, result(batch=batch, step_s=1.0, bits=16), 0.0, 68 * MIB)
+    assert silent > 2.8
+
+
 def test_where_nothing_was_loaded_more_is_more() -> None:
     """A large layer: loading it would hide much, but its memory is not in the peak of a round that loads nothing."""
     need = msgspec.structs.replace(_need(), largest=45_000_000)
-    model = CostModel().learn(_report(result(batch=16, step_s=1.0, base=451, peak=451)))
-    scale, share = activations((1.0, 0.0), need, result(batch=2, step_s=1.0, bits=16), 12 * 2 * 6.75 * MIB, 0)
-    assert (scale, share) == (pytest.approx(12.0, rel=0.01), 1.0)
-    hidden, _ = activations((1.0, 0.0), need, result(batch=2, step_s=1.0, bits=16, load_s=3.0), 12 * 2 * 6.75 * MIB, 0)
-    assert hidden == 1.0
-    assert model.measured
+    estimate = 8 * need.activation_bytes(16)
+    told = result(batch=8, step_s=1.0, bits=16)
+    scale, share = activations((1.0, 0.0), 1.0, need, told, 6 * estimate, 0)
+    assert (scale, share) == (pytest.approx(6.0, rel=0.1), pytest.approx(0.92, abs=0.01))
+    loaded = msgspec.structs.replace(told, load_s=3.0)
+    assert activations((1.0, 0.0), 1.0, need, loaded, 6 * estimate, 0)[0] == 1.0
 
 
 def test_an_agent_that_had_worked_before_it_loaded_the_base_holds_what_work_adds_already() -> None:

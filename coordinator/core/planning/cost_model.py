@@ -28,7 +28,7 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
-from coordinator.core.planning.footprint import Estimated, Footprint, Measured, activations, from_peak, working_bytes
+from coordinator.core.planning.footprint import SURE, Estimated, Footprint, Measured, activations, from_peak, scratch
 from coordinator.core.planning.lower_part import demand_of, own_compute
 from coordinator.core.planning.pruned import facts_at, middle
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
@@ -209,7 +209,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         gpu = _pooled(self.gpu_pool, devices, seen, gpu=True)
         for device, step in seen.items():
             devices[device] = _fitted(devices[device], step, gpu if devices[device].gpu else cpu)
-        scales = [known.activation_scale for known in devices.values() if known.activation_share]
+        scales = [known.activation_scale for known in devices.values() if known.activation_share >= SURE]
         return CostModel(
             devices=devices,
             cpu=_median_speed(devices, gpu=False) or self.cpu,
@@ -388,7 +388,7 @@ def _with_memory(
     limit = load.memory_limit // agents if load is not None and not load.gpus else 0
     told = 0 < result.base_bytes <= result.peak_bytes
     agent = int(result.base_bytes - need.weight_bytes(result.bits) - BYTES_LOADED * need.adapter_params)
-    working = working_bytes(need, load, info, agent)
+    working = scratch(need, load, info, agent)
     moving = result.peak_bytes - result.base_bytes - (BYTES_TRAINED - BYTES_LOADED) * need.adapter_params - working
     met = Measured(
         peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit,
@@ -402,7 +402,7 @@ def _with_memory(
     if not told:
         return found
     seen = found.activation_scale or fleet_scale, found.activation_share
-    scale, share = activations(seen, need, result, moving, working)
+    scale, share = activations(seen, fleet_scale, need, result, moving, working)
     if (scale, share) == seen:
         scale = found.activation_scale  # who taught nothing of them follows what the fleet learns
     return replace(found, agent_bytes=max(1, agent), activation_scale=scale, activation_share=share)

@@ -16,6 +16,10 @@ from shared.messages import DeviceInfo, Load, UpdateFacts
 WORKING_BYTES = 68 * MIB
 """What an agent's first work adds for good: the model's classes, the kernels' scratch, the allocator's slack."""
 LOADING_BYTES = 32 * MIB
+ERROR_BYTES = 16 * MIB
+"""By which a reading may be off that has nothing to do with the work."""
+LEAST, SURE = 0.1, 0.5
+"""How far a round has to rest on the activations themselves to tell of the device's, and of the fleet's."""
 
 
 class Measured(msgspec.Struct, frozen=True, kw_only=True):
@@ -126,7 +130,7 @@ def from_peak(
     return FromPeak(need, per_sample, peak, before, loading, weights, old_weights, adapter, least, told)
 
 
-def working_bytes(need: Demand, load: Load | None, info: DeviceInfo | None, agent: int) -> int:
+def scratch(need: Demand, load: Load | None, info: DeviceInfo | None, agent: int) -> int:
     """What work adds for good to an agent that is of `agent` bytes but for the base that it holds."""
     own_memory = has_gpu_memory(info) if info is not None else load is not None and bool(load.gpus)
     if need.kind == "least_squares" or own_memory:
@@ -137,25 +141,28 @@ def working_bytes(need: Demand, load: Load | None, info: DeviceInfo | None, agen
 
 
 def activations(
-    before: tuple[float, float], need: Demand, result: UpdateFacts, moving: float, working: int
+    before: tuple[float, float], fleet: float, need: Demand, result: UpdateFacts, moving: float, working: int
 ) -> tuple[float, float]:
     """(measured against estimated activations, how far that rests on the activations themselves), after a round.
 
-    What came and went (`moving`) holds the activations, and the error of `working`, bytes that work adds for good. That
-    is known to about half of itself, the estimate of the activations to about its size: a difference is theirs by their
-    share of both variances (the most likely values; our reading). Where that share is small a round says less than one
-    of a larger batch before it, and in a round that loaded the base, what loading took may hide them all. More is
-    believed at once, unless the base was loaded: then that may have made the peak. Less is believed half, and only
-    beyond what `working` may be wrong by.
+    `fleet`: of the others. What came and went (`moving`) holds the activations, and the error of `working`, bytes that
+    work adds for good. That is known to about half of itself (`ERROR_BYTES` at least), the estimate of the activations
+    to about its size: what differs from the fleet's is theirs by their share of both variances (the most likely values;
+    our reading). Where that share is small a round says less than the fleet, or than one of a larger batch before it;
+    in a round that loaded the base, what loading took may hide them all. More is believed at once, unless the base was
+    loaded: then that may have made the peak. Less is believed half, and only beyond what `working` may be wrong by.
     """
     scale, held = before
+    error = max(working / 2, ERROR_BYTES)
     estimate = need.micro(result.batch) * need.activation_bytes(result.bits)
     if estimate <= 0:
         return before
-    share = estimate**2 / (estimate**2 + (working / 2) ** 2)
-    if share < held / 2:
+    share = estimate**2 / (estimate**2 + error**2)
+    if share < max(held / 2, LEAST):
         return before
-    seen, most = (min(20.0, max(0.05, 1.0 + share * (one / estimate - 1.0))) for one in (moving, moving + working / 2))
+    seen, most = (
+        min(20.0, max(0.05, fleet + share * (one / estimate - fleet))) for one in (moving, moving + working / 2)
+    )
     loading = loading_bytes(need) if result.load_s > 0 else 0.0
     if seen * estimate <= loading:
         return (scale + min(scale, loading / estimate)) / 2, held

@@ -346,7 +346,7 @@ class Fleet:
                     statistics.median(speed.overhead / SLOWER[bits] for bits, speed in speeds),
                     statistics.median(speed.per_flop / SLOWER[bits] for bits, speed in speeds),
                 )
-        scales = [one.scale for one in self.known.values() if one.trust]
+        scales = [one.scale for one in self.known.values() if one.trust >= 0.5]
         self.scale = statistics.median(scales) if scales else 1.0
         self._learn_blocks(done)
 
@@ -400,11 +400,11 @@ class Fleet:
         known.agent = max(1, rest)
         before = known.scale or self.scale
         thought = need.micro(result.batch) * need.activations[result.bits]
-        trust = 1.0 if not working else 1 / (1 + (working / 2 / thought) ** 2) if thought else 0.0
-        if thought <= 0 or trust < known.trust / 2:
+        trust = 1 / (1 + (max(working / 2, 16 * MIB) / thought) ** 2) if thought else 0.0
+        if thought <= 0 or trust < 0.1 or trust < known.trust / 2:
             return
         low, high = (
-            min(20.0, max(0.05, (1 - trust) + trust * one / thought)) for one in (over, over + working / 2)
+            min(20.0, max(0.05, (1 - trust) * self.scale + trust * one / thought)) for one in (over, over + working / 2)
         )  # of what activations took
         loading = 32 * MIB + 8 * need.largest if hides else 0.0
         after = (before + min(before, high)) / 2

@@ -18,6 +18,7 @@ import functools
 import gzip
 import hashlib
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -99,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
-    """(method, task) -> the rate whose run was best on the validation split, where all of its rates were run; with
-    another aggregator a method has the rate of its own."""
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    """(method, task) -> the rate whose run was best on the validation split, where all of its rates were run; of equal
+    ones that which was better on the way there. With another aggregator a method has the rate of its own."""
+    found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     missing: set[tuple[str, str]] = set()
     for run in tuning_runs(grid, chosen):
         key, result = (run.method.name, run.task), result_of(run)
@@ -109,8 +110,10 @@ def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
         if result is None:
             missing.add(key)
         else:
-            found.setdefault(key, []).append((best if best is not None else float("-inf"), -run.lr))
-    best_of = {key: -max(values)[1] for key, values in found.items() if key not in missing}
+            way = [value for one in result.rounds if (value := simulated.quality(one)) is not None]
+            sooner = statistics.fmean(way) if way else float("-inf")
+            found.setdefault(key, []).append((best if best is not None else float("-inf"), sooner, -run.lr))
+    best_of = {key: -max(values)[2] for key, values in found.items() if key not in missing}
     pairs = ((method, task) for method in chosen for task in TASKS)
     return {(m.name, task): best_of[m.strategy, task] for m, task in pairs if (m.strategy, task) in best_of}
 

@@ -18,7 +18,8 @@ RECIPE = (
     "method moves it), Adam with LoRA+ (factors A learn at an eighth of the rate), 256 rows evaluated a round. Rivals "
     "have one batch, as in their "
     "papers ([decision 0020](decisions/0020-rivals-have-one-batch.md)); every planner knows the devices' probes "
-    "([0022](decisions/0022-a-probe-tells-devices-apart.md)).",
+    "([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` end the work of a device that is "
+    "late ([0028](decisions/0028-work-ends-with-its-round.md)); rivals wait for their slowest.",
     "",
     "**A step is charged as ten.** In the papers a round is a local epoch, of a hundred steps and more. Here eight are "
     "computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as "

@@ -162,7 +162,7 @@ def page() -> str:
         "`python -m bench.fedspine` (`make bench-fedspine`). 80 virtual devices, 10 a round, 20 local steps, "
         f"{TASK}, Dirichlet {ALPHA:g}, {ROUNDS} rounds; the model is evaluated at the size it was pruned to.", "",
         "The runs are older than the present model of memory ([lab log](lab-log.md), 2026-11-29, ever smaller "
-        "batches): devices that had not trained yet were given less than they hold, `hetlora` and the pruning rivals too.", "",
+        "batches): devices that had not trained yet were given less than they hold, rivals too.", "",
         *_tuned(),
     ]  # fmt: skip
     for variant, share in SPARSITY.items():

@@ -37,6 +37,9 @@ class PipeClosed(Exception):
 class Control:
     """The agent's side of the pipe. One thread reads; everything else happens in the working thread."""
 
+    heeds_time = True
+    """Whether the deadline ends the work. Where a step is to be done in any case: not before progress is told."""
+
     def __init__(
         self, reader: FrameReader[ToAgent], writer: FrameWriter, on_closed: Callable[[], None] = lambda: None
     ) -> None:
@@ -44,8 +47,6 @@ class Control:
         self._on_closed = on_closed
         self.beat_s = 5.0
         self.deadline: float | None = None
-        self.heeds_time = True
-        """Whether the deadline ends the work. Where a step is to be done in any case: not before progress is told."""
         self.paused_s = 0.0
         self._writer = writer
         self._reader = reader

@@ -235,7 +235,7 @@ class SplitLoop(Loop):
             if (gradient := came.pop(under_way[0].step, None)) is not None:
                 self._take(under_way[0], gradient, under_way)
             else:
-                self.done = under_way.popleft().step
+                under_way.popleft()
         self.done = max(self.done, step)
 
     def _again(self, sent: Sent) -> None:

@@ -46,7 +46,7 @@ class _Clockless(Control):
     """A control that nobody speaks to, without a thread: work ends after `left` steps."""
 
     def __init__(self) -> None:
-        self.beat_s, self.deadline, self.heeds_time, self.paused_s = 5.0, None, True, 0.0
+        self.beat_s, self.deadline, self.paused_s = 5.0, None, 0.0
         self.left = 0
 
     def send(self, message: Any) -> None:

@@ -35,7 +35,7 @@ class VirtualControl(Control):
     """A control on the virtual clock: it waits in its strand, and is told by calls of `hear`."""
 
     def __init__(self) -> None:
-        self.beat_s, self.deadline, self.heeds_time, self.paused_s = 5.0, None, True, 0.0
+        self.beat_s, self.deadline, self.paused_s = 5.0, None, 0.0
         self._inbox: queue.Queue[protocol.ToAgent | None] = queue.Queue()
         self._waiting: list[protocol.ToAgent | None] = []
         self._steps: deque[bytes] = deque(maxlen=KEPT_PACKETS)
@@ -44,7 +44,7 @@ class VirtualControl(Control):
 
     def attach(self, work: VirtualSplit | None) -> None:
         """From now on it belongs to `work`; None: to nobody."""
-        self._work, self.paused_s, self.deadline, self.heeds_time = work, 0.0, None, True
+        self._work, self.paused_s, self.deadline = work, 0.0, None
         self._said = self._progressed = 0.0
         self._inbox = queue.Queue()
         self._waiting.clear()

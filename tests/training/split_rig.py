@@ -34,7 +34,7 @@ class Wired(Control):
     """A control whose packets go to `rig` instead of a pipe."""
 
     def __init__(self, rig: Rig, device: str) -> None:
-        self.beat_s, self.deadline, self.heeds_time, self.paused_s = 5.0, None, True, 0.0
+        self.beat_s, self.deadline, self.paused_s = 5.0, None, 0.0
         self._rig, self._device = rig, device
         self._inbox: queue.Queue[Any] = queue.Queue()
         self._waiting: list[Any] = []

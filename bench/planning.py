@@ -53,6 +53,10 @@ BATCH = 8
 DEVICES, SAMPLE, STEPS = 80, 10, 8
 GLOBAL_RANK = 16
 """Twice the devices' rank: the default, for long jobs, is half of these small matrices and doubles downloads."""
+MAX_SHARE, STRONG_SKEW = 0.12, 0.3
+"""Of a round's mean, below that Dirichlet parameter, for methods whose batches differ (those with one batch have equal
+shares anyway, 0.1 each): by samples alone the fleet learns the data of its fast devices. Chosen on validation rows."""
+UNEQUAL_BATCHES = frozenset({"fedpipe", "legend", "uniform", "head"})
 LORA_PLUS = 8.0
 """Every method of LoRA diverges at the rates that its B and the head want where A gets them, too."""
 
@@ -211,6 +215,8 @@ def simulation(run: Run, scratch: Path) -> Simulation:
     task, variant = TASKS[run.task], VARIANTS[run.variant]
     # Of `fedadapter` the cap would bound the widths that it may try.
     widths = {"rank": 8} if run.method.strategy == "fedadapter" else {"rank": 8, "global_rank": GLOBAL_RANK}
+    capped = run.alpha < STRONG_SKEW and run.method.strategy in UNEQUAL_BATCHES
+    shares = {"max_share": MAX_SHARE} if capped else {}
     over = {
         "base": {"model": task.model},
         "rounds": {
@@ -223,6 +229,7 @@ def simulation(run: Run, scratch: Path) -> Simulation:
         },
         "strategy": {
             **widths,
+            **shares,
             "batch": BATCH,
             "batch_min": BATCH // 4,
             "batch_max": 4 * BATCH,

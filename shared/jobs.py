@@ -143,8 +143,9 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     global_rank: Annotated[int, Meta(ge=1, le=4096)] = 64
     """Hard cap of the rank of the global adapter, per module; of `fedadapter`: of the width."""
     max_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
-    """Largest share of a round's mean that one device may have: its sample count is its own claim. Not with the
-    aggregator `hetlora`, which weighs by norm."""
+    """Largest share of a round's mean that one device may have: its sample count is its own claim, and where owners'
+    data differ, fast devices with large batches outweigh the others: there take little more than 1 / devices of a
+    round. Not with the aggregator `hetlora`, which weighs by norm."""
     rescore_every: Positive = 10
     """Rounds between two measurements of how much each layer matters (`fedpipe`)."""
     server_lr: Annotated[float, Meta(gt=0.0, le=4.0)] = 1.0

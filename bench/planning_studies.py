@@ -47,7 +47,11 @@ VARIANTS: dict[str, Variant] = {
     "once": Variant(tables={"strategy": {"rescore_every": 1000}}),
     "every3": Variant(tables={"strategy": {"rescore_every": 3}}),
     "every5": Variant(tables={"strategy": {"rescore_every": 5}}),
-    "pair": Variant(fields={"profile": "pair", "devices": 2}, tables={"rounds": {"sample": 2, "min_devices": 2}}),
+    # Up to a rank at which the adapter's moments weigh something beside so small a base.
+    "pair": Variant(
+        fields={"profile": "pair", "devices": 2},
+        tables={"rounds": {"sample": 2, "min_devices": 2}, "strategy": {"rank": 32, "global_rank": 64}},
+    ),
     **{
         pruned(name, step): Variant(
             tables={

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import RoundReport
-from coordinator.core.planning.common import LATE, time_limit
+from coordinator.core.planning.common import ASSUMED_LINK, LATE, LINK_LATE, Limits, global_rank, moved
 from coordinator.core.planning.cost_model import CostModel
 from shared.jobs import JobSpec
 from shared.messages import UpdateFacts, Work
@@ -24,11 +24,11 @@ def report(results: dict[str, UpdateFacts], asked: JobSpec, number: int = 1) -> 
 
 
 def test_nothing_is_limited_before_speeds_were_measured() -> None:
-    assert time_limit(job(), CostModel(), "a", 32, 10.0) == 0.0
+    assert Limits(job(), CostModel()).of("a", 32, 10.0, 0) == 0.0
     full = replace(report({"a": result(batch=8, step_s=1.0)}, job()), results={}, batch_limits={"a": 4})
-    assert time_limit(job(), CostModel().learn(full), "a", 32, 10.0) == 0.0, "of it the largest batch alone is known"
+    assert Limits(job(), CostModel().learn(full)).of("a", 32, 10.0, 0) == 0.0, "of it the largest batch alone is known"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert time_limit(bounded, CostModel(), "a", 32, 10.0) == 7.0
+    assert Limits(bounded, CostModel()).of("a", 32, 10.0, 0) == 7.0
 
 
 def test_a_device_has_a_little_more_than_its_round_and_the_time_to_load_where_it_did_not_yet() -> None:
@@ -36,13 +36,26 @@ def test_a_device_has_a_little_more_than_its_round_and_the_time_to_load_where_it
     model = CostModel().learn(report(seen, job()))
     model = model.learn(report({"a": result(batch=8, step_s=1.0)}, job(), 2))
     assert model.load_s == 30.0
-    assert time_limit(job(), model, "a", 32, 10.0) == pytest.approx(LATE * 10.0)
-    assert time_limit(job(), model, "c", 32, 10.0) == pytest.approx(LATE * 10.0 + 30.0)
-    assert time_limit(job(), model, "a", 4, 10.0) == pytest.approx(LATE * 10.0 + 30.0), "another base to load"
+    limits = Limits(job(), model)
+    assert limits.of("a", 32, 10.0, 0) == pytest.approx(LATE * 10.0)
+    assert limits.of("c", 32, 10.0, 0) == pytest.approx(LATE * 10.0 + 30.0)
+    assert limits.of("a", 4, 10.0, 0) == pytest.approx(LATE * 10.0 + 30.0), "another base to load"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert time_limit(bounded, model, "c", 32, 10.0) == 7.0
+    assert Limits(bounded, model).of("c", 32, 10.0, 0) == 7.0
     near = replace(job(), rounds=replace(job().rounds, deadline_s=30.0))
-    assert time_limit(near, model, "c", 32, 10.0) == pytest.approx(27.0), "what comes after the deadline is lost"
+    assert Limits(near, model).of("c", 32, 10.0, 0) == pytest.approx(27.0), "what comes after the deadline is lost"
+
+
+def test_a_slow_link_leaves_time_to_train() -> None:
+    adapter = 4_000_000
+    seen = {
+        name: replace(result(batch=8, step_s=1.0), fetch_s=adapter / link)
+        for name, link in (("slow", 2e5), ("usual", 1e6), ("fast", 4e6))
+    }
+    model = CostModel().learn(replace(report(seen, job()), adapter_bytes=adapter))
+    limits = Limits(job(), model)
+    for name, transfer_s in (("slow", 20.0), ("usual", 4.0), ("fast", 1.0), ("new", 4.0)):
+        assert limits.of(name, 32, 10.0, adapter) == pytest.approx(LATE * 10.0 + LINK_LATE * transfer_s), name
 
 
 @pytest.mark.parametrize(
@@ -58,7 +71,8 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
     first = planner.plan(view(*map(device, here)), asked)
     assert {work.train_for_s for work in first.participants.values()} == {0.0}
     told = replace(report(seen, asked), works={one: replace(first.participants[one], batch=8) for one in here})
-    plan = planner.learn(told).plan(view(*map(device, (*here, "new")), round=2), asked)
+    now = view(*map(device, (*here, "new")), round=2)
+    plan = planner.learn(told).plan(now, asked)
     for work in plan.participants.values():
         assert (work.train_for_s > 0) == limits
         assert ("training time" in work.reasons["steps"]) == limits
@@ -66,6 +80,9 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
         told = re.search(r"round target ([\d.]+) s: |batches for ([\d.]+) s", plan.reason)
         assert told is not None, plan.reason
         target = float(told[1] or told[2])
-        assert plan.participants["a"].train_for_s == pytest.approx(LATE * target, rel=0.01)
+        work = plan.participants["a"]
+        size = moved(now, asked, work.ranks, global_rank(now, asked, max(work.ranks.values())), 1)
+        links = LINK_LATE * size / ASSUMED_LINK
+        assert work.train_for_s == pytest.approx(LATE * target + links, rel=0.02), "no link was measured yet"
         late = plan.participants["new"].train_for_s - plan.participants["a"].train_for_s
         assert late == pytest.approx(2.0), "it has to load the base first"

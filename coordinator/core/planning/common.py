@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 
 from coordinator.core.aggregation import registry as aggregation
@@ -14,7 +15,12 @@ from shared.jobs import Bits, JobSpec
 from shared.starts import averages_factors
 
 LATE = 1.1
-"""Round times after which a device that is late begins no further step: partial work counts."""
+"""Training times of a round after which a device that is late begins no further step: partial work counts."""
+LINK_LATE = 2.0
+"""As `LATE`, of what its transfers should take. Links vary by factors, and nothing is won by a download whose device
+then has no time to train."""
+ASSUMED_LINK = 5e5
+"""Bytes per second of links as long as none was measured: 4 Mb/s."""
 DEADLINE_SHARE = 0.9
 """Of the deadline, what training may fill; the rest is for fetching, loading and delivering."""
 
@@ -39,20 +45,29 @@ def moved(view: FleetView, job: JobSpec, ranks: Mapping[str, int], bound: int, a
     return (view.adapter_bytes or down) + up
 
 
-def time_limit(job: JobSpec, model: CostModel, device: str, bits: Bits, round_s: float) -> float:
-    """Seconds from receipt after which a device delivers what it has done, so that nobody waits long for one that is
-    slower than was thought; 0: no limit.
+class Limits:
+    """How long the works of a plan may take, so that nobody waits long for a device that is slower than was thought."""
 
-    The job's own, or `LATE` times `round_s`, which the work should take with its transfers. That not before speeds were
-    measured; a device that did not train over such a base yet has the time to load it. What is delivered then still
-    counts at the deadline.
-    """
-    if not model.measured:
-        return job.rounds.train_for_s
-    known = model.devices.get(device)
-    loads_s = 0.0 if known is not None and str(bits) in known.fits else model.load_s
-    bounds = LATE * round_s + loads_s, DEADLINE_SHARE * job.rounds.deadline_s, job.rounds.train_for_s or math.inf
-    return min(bounds)
+    def __init__(self, job: JobSpec, model: CostModel) -> None:
+        self._job, self._model = job, model
+        links = [known.link for known in model.devices.values() if known.link]
+        self._usual_link = statistics.median(links) if links else ASSUMED_LINK
+
+    def of(self, device: str, bits: Bits, train_s: float, size: int) -> float:
+        """Seconds from receipt after which the device delivers what it has done; 0: no limit.
+
+        The job's own, or `LATE` times `train_s`, which its steps should take, and `LINK_LATE` times what `size` bytes
+        should over its link, or the median one where it was not measured. That not before speeds were measured; a
+        device that did not train over such a base yet has the time to load it. What is delivered then still counts at
+        the deadline.
+        """
+        rounds, known = self._job.rounds, self._model.devices.get(device)
+        if not self._model.measured:
+            return rounds.train_for_s
+        loads_s = 0.0 if known is not None and str(bits) in known.fits else self._model.load_s
+        link = known.link if known is not None and known.link else self._usual_link
+        late = LATE * train_s + LINK_LATE * size / link + loads_s
+        return min(late, DEADLINE_SHARE * rounds.deadline_s, rounds.train_for_s or math.inf)
 
 
 def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float) -> tuple[float, str]:

@@ -37,6 +37,7 @@ class Link(NamedTuple):
     reading: str
     left: Target
     """What they leave of the round target."""
+    bytes: int
 
 
 def drafts_of(
@@ -109,17 +110,18 @@ def links_of(
 ) -> list[Link]:  # fmt: skip
     """The transfers of each draft with its `ranks`, and what they leave; `bound` as in `common.moved`."""
     known: dict[tuple[int, int], int] = {}
-    found = []
+    found, sizes = [], []
     for draft, own in zip(drafts, ranks, strict=True):
         # Most devices share one mapping.
         key = (id(own), draft.place.agents)
         if key not in known:
             known[key] = moved(view, job, own, bound, draft.place.agents)
         found.append(model.transfer(draft.place.device, known[key]))
+        sizes.append(known[key])
     usual = statistics.median(took for took, _ in found)
     return [
-        Link(took, reading, Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps))
-        for took, reading in found
+        Link(took, reading, Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps), size)
+        for (took, reading), size in zip(found, sizes, strict=True)
     ]
 
 

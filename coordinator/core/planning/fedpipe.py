@@ -17,7 +17,7 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
   the median device's time with that rank on all of W*, as in `uniform`. Depth counts as for all of W*: an upper bound.
 * where nothing fits the target, the least batch and ranks are asked all the same; where telemetry is old, half the
   batch.
-* devices train until the round's time is over (`common.time_limit`): who is slower than thought, or was given what
+* devices train until the round's time is over (`common.Limits`): who is slower than thought, or was given what
   nobody can do in time, delivers what it has done.
 
 Aggregation is `fsr`: exact for unequal ranks and unequal sets of matrices.
@@ -36,7 +36,7 @@ from coordinator.core.aggregation.base import shares
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning import knapsack
 from coordinator.core.planning.base import FleetView, Plan, RoundReport, Weights
-from coordinator.core.planning.common import global_rank, steps_reason, time_limit
+from coordinator.core.planning.common import Limits, global_rank, steps_reason
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import Demand, demand, dense_params, tokens_of, tuned_modules
 from coordinator.core.planning.drafts import Draft, Link, drafts_of, links_of, round_target
@@ -238,6 +238,7 @@ class _Desk:
         self._facts: ModelFacts = view.facts
         self._job, self._chosen, self._levels, self._task = job, chosen, search.levels, search.task
         self._bound, self._model, self._weights_why = search.bound, model, weights_why
+        self._limits = Limits(job, model)
         self._most = math.fsum(item.values[-1] for item in search.task.items)
         self._tuned: dict[tuple[int, ...], _Tuned] = {}
 
@@ -258,7 +259,7 @@ class _Desk:
         asked = self._job.rounds.local_steps
         if choice.steps < asked:
             transfer = f"{asked - choice.steps} of the job's {asked} left undone; {transfer}"
-        limit = time_limit(self._job, self._model, place.device, draft.bits, link.left.seconds + link.seconds)
+        limit = self._limits.of(place.device, draft.bits, link.left.seconds, link.bytes)
         predicted, steps_why = steps_reason(self._job, choice.steps, step_s, transfer, limit=limit)
         reasons = {
             "weights": self._weights_why, "rank": self._rank_reason(draft, link, one, choice, tuned),

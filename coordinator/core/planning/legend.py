@@ -17,7 +17,7 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 * LCD is over rounds of the job's batch: bits are the largest that hold it at depth 1, and a smaller batch is taken only
   where memory or data forbid it. Where telemetry is old, a device gets half the depth.
 * depth alone can't make devices equal that differ tenfold: with the depths chosen, the median device's round plus
-  `SLACK` is the target of all, each takes the batch that meets it, and works until it is over (`common.time_limit`).
+  `SLACK` is the target of all, each takes the batch that meets it, and works until it is over (`common.Limits`).
   That is ours, no part of the paper; a job with `batch_min` = `batch_max` has one batch. A device whose telemetry is
   old gets no more than the job's batch.
 
@@ -36,7 +36,7 @@ from msgspec.structs import replace
 from coordinator.core.planning import lcd
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.block_times import NEVER, BlockTimes, usual_forward
-from coordinator.core.planning.common import DEADLINE_SHARE, global_rank, moved, nobody, steps_reason, time_limit
+from coordinator.core.planning.common import DEADLINE_SHARE, Limits, global_rank, moved, nobody, steps_reason
 from coordinator.core.planning.cost_model import (
     BITS_TIME,
     CostModel,
@@ -150,6 +150,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         times = _times(drafts, ladder, traffic, job)
         choice, in_time = self._choose(drafts, ladder, times, job)
         target_s = self._target_s(times, choice, job)
+        limits = Limits(job, self.model)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}
         for row, draft in enumerate(drafts):
@@ -157,7 +158,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             told = _Told(times[row].tolist(), depth, reached, int(in_time[row]), traffic[draft.place.agents][depth - 1])
             sized = self._sized(draft, told, target_s, ladder, job)
             device = draft.place.device
-            limit = time_limit(job, self.model, device, draft.bits, target_s)
+            limit = limits.of(device, draft.bits, max(0.0, target_s - told.bytes * draft.byte_s), told.bytes)
             predicted[device], works[device] = _work(draft, told, sized, ladder, choice, job, limit)
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(

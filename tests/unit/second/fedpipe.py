@@ -19,8 +19,8 @@ from tests.unit.second.seats import (
     drafted,
     lefts,
     limit_of,
+    moved,
     sizes_of,
-    transfer,
     uniform,
     until,
 )
@@ -148,7 +148,7 @@ def _tuning(scene: Scene, chosen: list[ModuleSpec], scores: dict[str, float]) ->
         fixed, sample = scene.fleet.pace(
             seat.device, need_of(scene.facts, scene.job, ranks, task.bound), seat.bits, seat.free
         )
-        limit = until(scene, seat, left + transfer(scene, seat, task.most, task.bound))
+        limit = until(scene, seat, left, moved(scene, seat, task.most, task.bound))
         took = capped(limit, steps * (fixed + sample * batch))
         found[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
     return found

@@ -49,7 +49,7 @@ def plan(scene: Scene) -> dict[str, Asked]:
     for place, depth in zip(chosen.places, chosen.best.depths, strict=True):
         need = chosen.needs[depth - 1]
         batch = sized(scene, place, need, left(chosen, place, depth))
-        limit = until(scene, place.seat, chosen.target_s)
+        limit = until(scene, place.seat, left(chosen, place, depth), place.moved[depth - 1])
         asked[place.seat.device] = Asked(
             chosen.ladder[depth - 1], batch, place.seat.bits, steps, place.seat.agents,
             capped(limit, steps * step_s(place, need, batch)), limit=limit,

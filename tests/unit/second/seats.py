@@ -260,8 +260,9 @@ def capped(limit: float, seconds: float) -> float:
     return min(seconds, limit or math.inf)
 
 
-def until(scene: Scene, seat: Seat, round_s: float) -> float:
-    """When the work of a method that has a round time ends: a tenth later, with time to load where none was spent yet.
+def until(scene: Scene, seat: Seat, train_s: float, size: int) -> float:
+    """When the work of a method that has a round time ends: a tenth more than it should train and twice what its bytes
+    should take, with time to load where none was spent yet.
 
     The job's own limit where that is shorter, or nothing was measured.
     """
@@ -270,4 +271,6 @@ def until(scene: Scene, seat: Seat, round_s: float) -> float:
         return limit
     own = scene.fleet.known.get(seat.device)
     loading = scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
-    return min(1.1 * round_s + loading, 0.9 * scene.job.rounds.deadline_s, limit or math.inf)
+    links = sorted(one.link for one in scene.fleet.known.values() if one.link)
+    link = own.link if own is not None and own.link else statistics.median(links) if links else 5e5
+    return min(1.1 * train_s + 2 * size / link + loading, 0.9 * scene.job.rounds.deadline_s, limit or math.inf)

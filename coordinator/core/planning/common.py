@@ -15,14 +15,15 @@ from shared.jobs import Bits, JobSpec
 from shared.starts import averages_factors
 
 LATE = 1.1
-"""Training times of a round after which a device that is late begins no further step: partial work counts."""
+"""How much of the time that its steps should take a device may take: it then begins no further one; partial work
+counts."""
 LINK_LATE = 2.0
-"""As `LATE`, of what its transfers should take. Links vary by factors, and nothing is won by a download whose device
-then has no time to train."""
+"""As `LATE`, of its transfers. Links vary by factors, and nothing is won by a download whose device then has no time to
+train: its upload comes late all the same."""
 ASSUMED_LINK = 5e5
 """Bytes per second of links as long as none was measured: 4 Mb/s."""
 DEADLINE_SHARE = 0.9
-"""Of the deadline, what training may fill; the rest is for fetching, loading and delivering."""
+"""Of the deadline, what training may fill; the rest is for loading, and for transfers that take longer."""
 
 
 def global_rank(view: FleetView, job: JobSpec, rank: int) -> int:
@@ -49,25 +50,30 @@ class Limits:
     """How long the works of a plan may take, so that nobody waits long for a device that is slower than was thought."""
 
     def __init__(self, job: JobSpec, model: CostModel) -> None:
-        self._job, self._model = job, model
+        self._rounds, self._devices = job.rounds, model.devices
+        self._measured, self._load_s = model.measured, model.load_s
         links = [known.link for known in model.devices.values() if known.link]
         self._usual_link = statistics.median(links) if links else ASSUMED_LINK
+
+    def transfer_s(self, device: str, size: int) -> float:
+        """Seconds that `size` bytes should take over the device's link, or the median one where it was not measured."""
+        known = self._devices.get(device)
+        return size / (known.link if known is not None and known.link else self._usual_link)
 
     def of(self, device: str, bits: Bits, train_s: float, size: int) -> float:
         """Seconds from receipt after which the device delivers what it has done; 0: no limit.
 
-        The job's own, or `LATE` times `train_s`, which its steps should take, and `LINK_LATE` times what `size` bytes
-        should over its link, or the median one where it was not measured. That not before speeds were measured; a
-        device that did not train over such a base yet has the time to load it. What is delivered then still counts at
-        the deadline.
+        The job's own, or `LATE` times `train_s`, which there is for its steps, and `LINK_LATE` times what `size` bytes
+        down and up should take. That not before speeds were measured; a device that did not train over such a base yet
+        has the time to load it. What is delivered then still counts at the deadline.
         """
-        rounds, known = self._job.rounds, self._model.devices.get(device)
-        if not self._model.measured:
+        rounds, known = self._rounds, self._devices.get(device)
+        if not self._measured:
             return rounds.train_for_s
-        loads_s = 0.0 if known is not None and str(bits) in known.fits else self._model.load_s
-        link = known.link if known is not None and known.link else self._usual_link
-        late = LATE * train_s + LINK_LATE * size / link + loads_s
-        return min(late, DEADLINE_SHARE * rounds.deadline_s, rounds.train_for_s or math.inf)
+        loads_s = 0.0 if known is not None and str(bits) in known.fits else self._load_s
+        moves_s = self.transfer_s(device, size)
+        in_time = DEADLINE_SHARE * rounds.deadline_s - min(moves_s, rounds.deadline_s / 2)
+        return min(LATE * train_s + LINK_LATE * moves_s + loads_s, in_time, rounds.train_for_s or math.inf)
 
 
 def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float) -> tuple[float, str]:

@@ -38,6 +38,7 @@ class Link(NamedTuple):
     left: Target
     """What they leave of the round target."""
     bytes: int
+    """Over it, with the ranks that `links_of` was given."""
 
 
 def drafts_of(

@@ -17,7 +17,7 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
   the median device's time with that rank on all of W*, as in `uniform`. Depth counts as for all of W*: an upper bound.
 * where nothing fits the target, the least batch and ranks are asked all the same; where telemetry is old, half the
   batch.
-* devices train until the round's time is over (`common.Limits`): who is slower than thought, or was given what
+* devices train little longer than was planned (`common.Limits`): who is slower than thought, or was given what
   nobody can do in time, delivers what it has done.
 
 Aggregation is `fsr`: exact for unequal ranks and unequal sets of matrices.

@@ -17,7 +17,7 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 * LCD is over rounds of the job's batch: bits are the largest that hold it at depth 1, and a smaller batch is taken only
   where memory or data forbid it. Where telemetry is old, a device gets half the depth.
 * depth alone can't make devices equal that differ tenfold: with the depths chosen, the median device's round plus
-  `SLACK` is the target of all, each takes the batch that meets it, and works until it is over (`common.Limits`).
+  `SLACK` is the target of all, each takes the batch that meets it, and works little longer (`common.Limits`).
   That is ours, no part of the paper; a job with `batch_min` = `batch_max` has one batch. A device whose telemetry is
   old gets no more than the job's batch.
 
@@ -158,7 +158,8 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             told = _Told(times[row].tolist(), depth, reached, int(in_time[row]), traffic[draft.place.agents][depth - 1])
             sized = self._sized(draft, told, target_s, ladder, job)
             device = draft.place.device
-            limit = limits.of(device, draft.bits, max(0.0, target_s - told.bytes * draft.byte_s), told.bytes)
+            train_s = max(0.0, target_s - limits.transfer_s(device, told.bytes))
+            limit = limits.of(device, draft.bits, train_s, told.bytes)
             predicted[device], works[device] = _work(draft, told, sized, ladder, choice, job, limit)
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(

@@ -9,7 +9,19 @@ from typing import NamedTuple
 
 from tests.unit.lcd_reference import Found, brute_force
 from tests.unit.second.costs import SLOWER, Need, averaged, need_of, traffic, tuned
-from tests.unit.second.seats import Asked, Scene, Seat, capped, fits, held, seats, sizes_of, until, with_bits
+from tests.unit.second.seats import (
+    Asked,
+    Scene,
+    Seat,
+    capped,
+    fits,
+    held,
+    moves_s,
+    seats,
+    sizes_of,
+    until,
+    with_bits,
+)
 
 
 class Place(NamedTuple):
@@ -49,7 +61,8 @@ def plan(scene: Scene) -> dict[str, Asked]:
     for place, depth in zip(chosen.places, chosen.best.depths, strict=True):
         need = chosen.needs[depth - 1]
         batch = sized(scene, place, need, left(chosen, place, depth))
-        limit = until(scene, place.seat, left(chosen, place, depth), place.moved[depth - 1])
+        size = place.moved[depth - 1]
+        limit = until(scene, place.seat, max(0.0, chosen.target_s - moves_s(scene, place.seat, size)), size)
         asked[place.seat.device] = Asked(
             chosen.ladder[depth - 1], batch, place.seat.bits, steps, place.seat.agents,
             capped(limit, steps * step_s(place, need, batch)), limit=limit,

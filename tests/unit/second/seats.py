@@ -271,6 +271,14 @@ def until(scene: Scene, seat: Seat, train_s: float, size: int) -> float:
         return limit
     own = scene.fleet.known.get(seat.device)
     loading = scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
-    links = sorted(one.link for one in scene.fleet.known.values() if one.link)
-    link = own.link if own is not None and own.link else statistics.median(links) if links else 5e5
-    return min(1.1 * train_s + 2 * size / link + loading, 0.9 * scene.job.rounds.deadline_s, limit or math.inf)
+    moves, deadline = moves_s(scene, seat, size), scene.job.rounds.deadline_s
+    return min(1.1 * train_s + 2 * moves + loading, 0.9 * deadline - min(moves, deadline / 2), limit or math.inf)
+
+
+def moves_s(scene: Scene, seat: Seat, size: int) -> float:
+    """Seconds of so many bytes: over its link, else the median one, else 4 Mb/s."""
+    links = [one.link for one in scene.fleet.known.values() if one.link]
+    own = scene.fleet.known.get(seat.device)
+    if own is not None and own.link:
+        return size / own.link
+    return size / (statistics.median(links) if links else 5e5)

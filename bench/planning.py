@@ -30,7 +30,7 @@ import msgspec
 import psutil
 
 from bench.planning_claims import claims, cost, sections
-from bench.planning_grid import GRIDS, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_grid import GRIDS, MAX_SHARE, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_studies import STUDIES, VARIANTS
 from bench.planning_tables import page
 from muster.testbed import device_model, inputs, simulated, toml
@@ -53,10 +53,6 @@ BATCH = 8
 DEVICES, SAMPLE, STEPS = 80, 10, 8
 GLOBAL_RANK = 16
 """Twice the devices' rank: the default, for long jobs, is half of these small matrices and doubles downloads."""
-MAX_SHARE, STRONG_SKEW = 0.12, 0.3
-"""Of a round's mean, below that Dirichlet parameter, for methods whose batches differ (those with one batch have equal
-shares anyway, 0.1 each): by samples alone the fleet learns the data of its fast devices. Chosen on validation rows."""
-UNEQUAL_BATCHES = frozenset({"fedpipe", "legend", "uniform", "head"})
 LORA_PLUS = 8.0
 """Every method of LoRA diverges at the rates that its B and the head want where A gets them, too."""
 
@@ -175,7 +171,7 @@ def _run_all(runs: Iterable[Run], until: float, session: Session) -> bool:
         wall, cpu = time.monotonic(), _cpu_s()
         with tempfile.TemporaryDirectory(prefix="muster-planning-") as scratch, VARIANTS[run.variant].around():
             asked = simulation(run, Path(scratch))
-            _write_job(run, asked)
+            write_job(run, asked)
             done = _carried_out(run, replace(asked, data=str(_data(run))), session)
         keep(run, done)
         took = {"run": _file(run), "wall_s": round(time.monotonic() - wall, 1), "cpu_s": round(_cpu_s() - cpu, 1)}
@@ -197,7 +193,8 @@ def _carried_out(run: Run, asked: Simulation, session: Session) -> simulated.Res
         )  # fmt: skip
 
 
-def _write_job(run: Run, asked: Simulation) -> None:
+def write_job(run: Run, asked: Simulation) -> None:
+    """The job file of a run."""
     assert asked.job is not None
     task = TASKS[run.task]
     asked.job.write_text(f'name = "planning"\n[task]\nkind = "{task.kind}"\nmax_tokens = {task.max_tokens}\n')
@@ -215,8 +212,7 @@ def simulation(run: Run, scratch: Path) -> Simulation:
     task, variant = TASKS[run.task], VARIANTS[run.variant]
     # Of `fedadapter` the cap would bound the widths that it may try.
     widths = {"rank": 8} if run.method.strategy == "fedadapter" else {"rank": 8, "global_rank": GLOBAL_RANK}
-    capped = run.alpha < STRONG_SKEW and run.method.strategy in UNEQUAL_BATCHES
-    shares = {"max_share": MAX_SHARE} if capped else {}
+    shares = {"max_share": MAX_SHARE} if run.capped else {}
     over = {
         "base": {"model": task.model},
         "rounds": {

@@ -21,6 +21,11 @@ TUNING_SEED = 100
 """Of the runs on the validation split; no table's seed."""
 FULL_ROUNDS = 8
 """Of a final run of `full`: each takes ten times another's, and by then all others have long arrived."""
+MAX_SHARE, STRONG_SKEW = 0.12, 0.3
+"""Of a round's mean, below that Dirichlet parameter, where batches differ: by samples alone the fleet learns
+the data of its fast devices. Chosen on validation rows."""
+UNEQUAL_BATCHES = frozenset({"fedpipe", "legend", "uniform", "head"})
+"""The others have one batch, so nearly equal shares."""
 EXACT = "fsr"
 FLOOR = "head"
 
@@ -76,6 +81,11 @@ class Run:
     stop: bool = False
     """Whether it ends once it reaches the task's target."""
     variant: str = ""
+
+    @property
+    def capped(self) -> bool:
+        """Whether a device's share of a round is bounded."""
+        return self.alpha < STRONG_SKEW and self.method.strategy in UNEQUAL_BATCHES
 
     @property
     def name(self) -> str:

@@ -6,7 +6,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean, stdev
 
-from bench.planning_grid import FULL_RATES, RATES, SMALL_RATES, TASKS, Grid, Run
+from bench.planning_grid import (
+    FULL_RATES,
+    MAX_SHARE,
+    RATES,
+    SMALL_RATES,
+    STRONG_SKEW,
+    TASKS,
+    UNEQUAL_BATCHES,
+    Grid,
+    Run,
+)
 from muster.testbed import simulated
 
 Results = Sequence[tuple[Run, simulated.Result]]
@@ -20,6 +30,12 @@ RECIPE = (
     "papers ([decision 0020](decisions/0020-rivals-have-one-batch.md)); every planner knows the devices' probes "
     "([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` end the work of a device that is "
     "late ([0028](decisions/0028-work-ends-with-its-round.md)); rivals wait for their slowest.",
+    "",
+    f"Below Dirichlet {STRONG_SKEW:g} no device has more than {MAX_SHARE:g} of a round's mean in "
+    f"{', '.join(f'`{name}`' for name in sorted(UNEQUAL_BATCHES))}, whose batches differ (`strategy.max_share`, chosen "
+    "on validation rows): by samples alone the fleet learns the data of its fast devices. The others have one batch, "
+    "so nearly equal shares. The cap holds for each module, so the mean of `legend` over a layer's holders becomes "
+    "that of `fsr` there, and `legend` and `legend+fsr` are one run.",
     "",
     "**A step is charged as ten.** In the papers a round is a local epoch, of a hundred steps and more. Here eight are "
     "computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as "

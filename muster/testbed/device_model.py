@@ -114,7 +114,7 @@ class Kind:
     bits: tuple[Bits, ...] = (4, 8, 16)
     """Precisions that its kernels run."""
     spare: int = 0
-    """Bytes of memory beyond the agent's own size; 0: what `holds` and `room` need."""
+    """Bytes of memory beyond the agent's own size, whatever `holds` and `room` say; 0: what they need."""
     link: float = 0.0
     """Bytes per second of its link; 0: drawn anew each round."""
     heats: bool = True

@@ -48,6 +48,16 @@ def test_all_planners_are_methods_and_inexact_ones_get_the_exact_aggregator_once
     assert Method("hetlora", "fsr") in found and not SAME_RUNS.keys() & {method.name for method in found}
 
 
+@pytest.mark.parametrize("alpha", [1.0, 0.1])
+def test_under_strong_skew_the_share_of_a_device_is_bounded_where_batches_differ(alpha: float) -> None:
+    for method in methods():
+        one_batch = getattr(registry.PLANNERS[method.strategy](), "one_batch", method.strategy == "fedadapter")
+        run = Run(method, "dbpedia14", alpha, 0, 0.01, "test", 4)
+        strategy = planning.simulation(run, Path()).over["strategy"]
+        assert isinstance(strategy, dict)
+        assert strategy.get("max_share") == (0.12 if alpha == 0.1 and not one_batch else None), method.name
+
+
 def test_every_method_is_tuned_with_the_same_budget_and_never_on_test_rows() -> None:
     runs = list(tuning_runs(GRID, [FEDLORA, HEAD, UNIFORM]))
     assert [(r.method.name, r.task, r.lr) for r in runs] == [

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.core.planning.bandit import KEEP, START, Bandit, Choice, Point, Region
+from coordinator.core.planning.bandit import CURIOSITY, KEEP, START, WIDTH, Bandit, Choice, Point, Pulls, Region
 
 Reward = Callable[[float, float], float]
 
@@ -83,13 +83,33 @@ def test_where_nothing_fits_nothing_is_offered() -> None:
 
 
 def test_devices_of_a_class_do_not_all_try_the_same() -> None:
-    rng, bandit = random.Random(3), Bandit()
+    rng, pulls = random.Random(3), Pulls(Bandit())
     given_out: list[Point] = []
     for _ in range(START * START):
-        choice = bandit.choose((rng.random(), rng.random(), rng.random()), anything, given_out)
+        choice = pulls.choose((rng.random(), rng.random(), rng.random()), anything)
         assert choice is not None
         given_out.append(choice.at)
     assert len({(int(x * START), int(y * START)) for x, y in given_out}) >= START * START - 2
+
+
+def test_what_was_given_out_counts_as_met_for_the_bonus_and_not_for_the_estimate() -> None:
+    rng, bandit = random.Random(7), Bandit()
+    for _ in range(40):
+        bandit = bandit.learn([(pulled(bandit, rng).at, rng.random())])
+    pulls = Pulls(bandit)
+    given_out: list[Point] = []
+    for _ in range(30):
+        choice = pulls.choose((rng.random(), rng.random(), rng.random()), anything)
+        assert choice is not None
+        (here,) = (region for region in bandit.regions if region.holds(choice.at))
+        near = [math.exp(-(math.dist(here.middle, one.middle) ** 2) / (2 * WIDTH**2)) for one in bandit.regions]
+        told = sum(k * one.pulls for k, one in zip(near, bandit.regions, strict=True))
+        worth = sum(k * one.pulls * one.mean for k, one in zip(near, bandit.regions, strict=True))
+        waiting = sum(math.exp(-(math.dist(here.middle, at) ** 2) / (2 * WIDTH**2)) for at in given_out)
+        count = sum(one.pulls for one in bandit.regions) + len(given_out)
+        assert choice.estimate == pytest.approx(worth / told)
+        assert choice.bonus == pytest.approx(CURIOSITY * math.sqrt(math.log(1 + count) / (told + waiting)))
+        given_out.append(choice.at)
 
 
 def test_state_survives_the_disk() -> None:
@@ -140,7 +160,7 @@ def test_a_region_knows_its_middle() -> None:
 def test_arms_lie_within_the_span(span: tuple[float, float]) -> None:
     rng, bandit = random.Random(4), Bandit()
     for _ in range(60):
-        choice = bandit.choose((rng.random(), rng.random(), rng.random()), lambda _: True, (), span)
+        choice = bandit.choose((rng.random(), rng.random(), rng.random()), lambda _: True, span)
         assert choice is not None and span[0] <= choice.at[0] <= span[1]
         bandit = bandit.learn([(choice.at, 0.5)])
     assert len([region for region in bandit.regions if region.pulls > 0.1]) > 3, "the other side is still searched"

@@ -99,22 +99,10 @@ class Bandit(msgspec.Struct, frozen=True, kw_only=True):
     regions: tuple[Region, ...] = _start()
 
     def choose(
-        self, draw: tuple[float, float, float], holds: Callable[[Point], bool], pending: Sequence[Point] = (),
-        span: tuple[float, float] = (0.0, 1.0),
-    ) -> Choice | None:  # fmt: skip
-        """The arm to pull; None where the device holds no point of any region.
-
-        `draw`: three numbers in [0, 1); `pending`: arms that others were given in this round and that are not rewarded
-        yet, which lower the bonus there; `span`: least and largest x to choose from, which may be the same.
-        """
-        estimates, bonuses = self._scores(pending)
-        order = sorted(range(len(self.regions)), key=lambda i: (-(estimates[i] + bonuses[i]), _turned(i, draw[2])))
-        for place in order:
-            points = [point for point in self.regions[place].points(draw[:2], span) if holds(point)]
-            if points:
-                at = points[int(draw[2] * len(points))]
-                return Choice(at, float(estimates[place]), float(bonuses[place]))
-        return None
+        self, draw: tuple[float, float, float], holds: Callable[[Point], bool], span: tuple[float, float] = (0.0, 1.0)
+    ) -> Choice | None:
+        """The arm to pull first in a round (`Pulls.choose`)."""
+        return Pulls(self).choose(draw, holds, span)
 
     def learn(self, seen: Sequence[tuple[Point, float]]) -> Bandit:
         """The bandit after a round in which these arms had these rewards, in [0, 1]."""
@@ -128,27 +116,51 @@ class Bandit(msgspec.Struct, frozen=True, kw_only=True):
             regions[place : place + 1] = new.halves() if refined else [new]
         return Bandit(regions=tuple(regions))
 
-    def _scores(self, pending: Sequence[Point]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """(estimate, bonus) of every region."""
-        middles = np.array([region.middle for region in self.regions])
-        pulls = np.array([region.pulls for region in self.regions])
-        means = np.array([region.mean for region in self.regions])
-        near = _kernel(middles, middles)
-        told = near @ pulls
-        waiting = _kernel(middles, np.array(pending)).sum(axis=1) if pending else np.zeros(len(pulls))
-        known = told + waiting
-        estimates = np.divide(near @ (pulls * means), told, out=np.zeros_like(told), where=told > 0)
-        curious = CURIOSITY * math.sqrt(math.log(1 + pulls.sum() + len(pending)))
-        bonuses = np.divide(curious, np.sqrt(known), out=np.full_like(known, math.inf), where=known > _NEAR)
-        return estimates, bonuses
+
+class Pulls:
+    """The choices of one round, one after the other: what was given out and is not rewarded yet lowers the bonus there.
+
+    Each takes time in proportion to the regions, however many came before."""
+
+    def __init__(self, bandit: Bandit) -> None:
+        self._regions = bandit.regions
+        self._middles = np.array([region.middle for region in bandit.regions])
+        pulls = np.array([region.pulls for region in bandit.regions])
+        means = np.array([region.mean for region in bandit.regions])
+        near = _kernel(self._middles, self._middles)
+        self._known, self._count = near @ pulls, float(pulls.sum())
+        told = self._known > 0
+        self._estimates = np.divide(near @ (pulls * means), self._known, out=np.zeros_like(self._known), where=told)
+        self._places = np.arange(len(bandit.regions))
+
+    def choose(
+        self, draw: tuple[float, float, float], holds: Callable[[Point], bool], span: tuple[float, float] = (0.0, 1.0)
+    ) -> Choice | None:
+        """The next arm; None where the device holds no point of any region.
+
+        `draw`: three numbers in [0, 1); `span`: least and largest x to choose from, which may be the same.
+        """
+        bonuses = self._bonuses()
+        # Of equal regions the draw decides.
+        turned = np.modf(draw[2] + self._places * 0.6180339887498949)[0]
+        for place in np.lexsort((turned, -(self._estimates + bonuses))):
+            points = [point for point in self._regions[place].points(draw[:2], span) if holds(point)]
+            if points:
+                at = points[int(draw[2] * len(points))]
+                self._known = self._known + _kernel(self._middles, np.array([at]))[:, 0]
+                self._count += 1
+                return Choice(at, float(self._estimates[place]), float(bonuses[place]))
+        return None
+
+    def _bonuses(self) -> npt.NDArray[np.float64]:
+        curious, met = CURIOSITY * math.sqrt(math.log(1 + self._count)), self._known > _NEAR
+        bonuses: npt.NDArray[np.float64] = np.divide(
+            curious, np.sqrt(self._known), out=np.full_like(self._known, math.inf), where=met
+        )
+        return bonuses
 
 
 def _kernel(ones: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     squares = np.square(ones[:, None, :] - others[None, :, :]).sum(axis=2)
     found: npt.NDArray[np.float64] = np.exp(-squares / (2 * WIDTH**2))
     return found
-
-
-def _turned(place: int, draw: float) -> float:
-    """An order of equal regions that depends on the draw."""
-    return math.modf(draw + place * 0.6180339887498949)[0]

@@ -102,7 +102,8 @@ def round_target(
 def batches_to_the_jobs(job: JobSpec) -> tuple[int, ...]:
     """The batches to choose from where none is larger than the job's, rising."""
     sizes = batch_sizes(job.strategy, job.training.accumulation)
-    return tuple(size for size in sizes if size <= job_batch(job)) or sizes[:1]
+    most = job_batch(job)
+    return tuple(size for size in sizes if size <= most) or sizes[:1]
 
 
 def links_of(

@@ -31,14 +31,14 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
 from msgspec.structs import replace
 
 from coordinator.core.facts import ModelFacts
-from coordinator.core.planning.bandit import Bandit, Choice, Point
+from coordinator.core.planning.bandit import Bandit, Choice, Point, Pulls
 from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundReport
 from coordinator.core.planning.common import global_rank, nobody
 from coordinator.core.planning.cost_model import CostModel
@@ -154,10 +154,10 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         seated: list[Seated] = []
         arms: dict[str, Arm] = {}
         left_out: dict[str, str] = {}
-        pending: dict[str, list[Point]] = {}
+        pulls: dict[str, Pulls] = {}
         for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):
             place = seat(_alone(candidate), job, view.fresh_s, self.model)
-            found = place if isinstance(place, str) else self._seated(place, candidate, view, job, needs, pending)
+            found = place if isinstance(place, str) else self._seated(place, candidate, view, job, needs, pulls)
             if isinstance(found, str):
                 left_out[candidate.device] = found
                 continue
@@ -175,7 +175,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def _seated(
         self, place: Seat, candidate: Candidate, view: FleetView, job: JobSpec, needs: Needs,
-        pending: dict[str, list[Point]],
+        pulls: dict[str, Pulls],
     ) -> tuple[Arm, Seated] | str:  # fmt: skip
         """A participant with its arm; a text: why it takes no part."""
         kind, sizes = class_of(candidate.info), batches_to_the_jobs(job)
@@ -190,7 +190,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
                 bits[rank] = choose_bits(place, needs.of(before, rank).need, job, self.model, least)
             return bits[rank]
 
-        arm = self._arm(place.device, kind, before, view, job, held, pending)
+        arm = self._arm(place.device, kind, before, view, job, held, pulls)
         chosen = held(arm.rank) if arm is not None else held(LEAST)
         if arm is None or isinstance(chosen, str):
             return chosen if isinstance(chosen, str) else "no arm of its bandit fits its memory"
@@ -200,19 +200,18 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def _arm(
         self, device: str, kind: str, before: float, view: FleetView, job: JobSpec, held: Held,
-        pending: dict[str, list[Point]],
+        pulls: dict[str, Pulls],
     ) -> Arm | None:  # fmt: skip
         target, strategy = max(before, job.strategy.prune), job.strategy
         choice, most = None, min(1.0, (target - before) / strategy.prune_step)
         rank, dp = strategy.rank, strategy.prune_step / 2
         if self.name in _BANDIT:
-            choice = self.bandits.get(kind, Bandit()).choose(
-                _draw(job.seed, view.round, device), lambda at: not isinstance(held(_rank(job, at[1])), str),
-                pending.setdefault(kind, []), (most if self.name in _AT_ONCE else 0.0, most),
-            )  # fmt: skip
+            if kind not in pulls:
+                pulls[kind] = Pulls(self.bandits.get(kind, Bandit()))
+            span = (most if self.name in _AT_ONCE else 0.0, most)
+            choice = pulls[kind].choose(_draw(job.seed, view.round, device), _fits_by_rank(job, held), span)
             if choice is None:
                 return None
-            pending[kind].append(choice.at)
             rank, dp = _rank(job, choice.at[1]), choice.at[0] * strategy.prune_step
         if self.name in _AT_ONCE:
             ratio = target
@@ -275,6 +274,18 @@ def _of_most(value: float, seen: Sequence[float]) -> float:
 def _alone(candidate: Candidate) -> Candidate:
     """The device as the one agent of it that trains sees it."""
     return replace(candidate, info=replace(candidate.info, agents=1))
+
+
+def _fits_by_rank(job: JobSpec, held: Held) -> Callable[[Point], bool]:
+    """Whether the device holds an arm: its rank decides, which points of one height share."""
+    found: dict[float, bool] = {}
+
+    def holds(at: Point) -> bool:
+        if at[1] not in found:
+            found[at[1]] = not isinstance(held(_rank(job, at[1])), str)
+        return found[at[1]]
+
+    return holds
 
 
 def _rank(job: JobSpec, height: float) -> int:

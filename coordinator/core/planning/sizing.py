@@ -7,6 +7,7 @@ readings count as none (`readings`), the round target does not depend on live lo
 
 from __future__ import annotations
 
+import functools
 import math
 from bisect import bisect
 from typing import NamedTuple
@@ -52,6 +53,7 @@ class Target(NamedTuple):
     steps: int
 
 
+@functools.lru_cache(maxsize=64)  # a plan asks for each device
 def batch_sizes(strategy: StrategySpec, accumulation: int) -> tuple[int, ...]:
     """The batches to choose from, rising: the job's batch halved and doubled inside its bounds, with quarters of each
     between, and the lower bound. Steps are a quarter at most, so that a device comes as close to the round target.

@@ -62,7 +62,7 @@ class Task:
 TASKS = {
     "dbpedia14": Task("dbpedia14", "classification", "minilm3-narrow", 0.75),
     "20news": Task("20news", "classification", "minilm3-narrow", 0.35),
-    "e2e": Task("e2e", "causal", "gpt2-small", -3.0),
+    "e2e": Task("e2e", "causal", "gpt2-small", -4.5),
 }
 """The targets were set from the tuning runs, before a run on test rows."""
 

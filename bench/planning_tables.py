@@ -31,11 +31,11 @@ RECIPE = (
     "([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` end the work of a device that is "
     "late ([0028](decisions/0028-work-ends-with-its-round.md)); rivals wait for their slowest.",
     "",
-    f"Below Dirichlet {STRONG_SKEW:g} no device has more than {MAX_SHARE:g} of a round's mean in "
+    f"Below Dirichlet {STRONG_SKEW:g} no device of nine or more has over {MAX_SHARE:g} of a round's mean in "
     f"{', '.join(f'`{name}`' for name in sorted(UNEQUAL_BATCHES))}, whose batches differ (`strategy.max_share`, chosen "
     "on validation rows): by samples alone the fleet learns the data of its fast devices. The others have one batch, "
     "so nearly equal shares. The cap holds for each module, so the mean of `legend` over a layer's holders becomes "
-    "that of `fsr` there, and `legend` and `legend+fsr` are one run.",
+    "that of `fsr` there, and `legend` and `legend+fsr` came out as one run.",
     "",
     "**A step is charged as ten.** In the papers a round is a local epoch, of a hundred steps and more. Here eight are "
     "computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as "

@@ -5,21 +5,21 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from bench import planning
 from bench.planning_grid import Method, Run
-from bench.planning_studies import VARIANTS
-from muster.testbed import inputs
 from muster.testbed.simulate import Session, result_of
 
 
-def test_devices_of_unequal_memory_get_unequal_ranks_and_finish_together(tmp_path: Path) -> None:
+@pytest.mark.data
+def test_devices_of_unequal_memory_get_unequal_ranks_and_finish_together(tmp_path: Path, muster_data: Path) -> None:
     run = Run(Method("fedpipe"), "dbpedia14", 1.0, 0, 0.02, "test", 3, variant="pair")
     asked = planning.simulation(run, tmp_path)
     planning.write_job(run, asked)
-    data = inputs.data_files("dbpedia14", tmp_path, print).train.parent
     with Session(0) as session:
-        found = result_of(replace(asked, data=str(data)), session, print)
-    assert VARIANTS["pair"].fields["devices"] == 2
+        found = result_of(replace(asked, data=str(muster_data / "dbpedia14")), session, print)
+    assert len(found.rounds) == 3
     for one in found.rounds[1:]:
         small, large = sorted(one.devices, key=lambda part: part.kind, reverse=True)
         assert (small.kind, small.bits, large.kind, large.bits) == ("small", 4, "large", 16)

@@ -24,11 +24,12 @@ def report(results: dict[str, UpdateFacts], asked: JobSpec, number: int = 1) -> 
 
 
 def test_nothing_is_limited_before_speeds_were_measured() -> None:
-    assert Limits(job(), CostModel()).of("a", 32, 10.0, 0) == 0.0
+    assert Limits(job(), CostModel(), 0).of("a", 32, 10.0, 0) == 0.0
     full = replace(report({"a": result(batch=8, step_s=1.0)}, job()), results={}, batch_limits={"a": 4})
-    assert Limits(job(), CostModel().learn(full)).of("a", 32, 10.0, 0) == 0.0, "of it the largest batch alone is known"
+    of_batch = CostModel().learn(full)
+    assert Limits(job(), of_batch, 0).of("a", 32, 10.0, 0) == 0.0, "of it the largest batch alone is known"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert Limits(bounded, CostModel()).of("a", 32, 10.0, 0) == 7.0
+    assert Limits(bounded, CostModel(), 0).of("a", 32, 10.0, 0) == 7.0
 
 
 def test_a_device_has_a_little_more_than_its_round_and_the_time_to_load_where_it_did_not_yet() -> None:
@@ -36,14 +37,14 @@ def test_a_device_has_a_little_more_than_its_round_and_the_time_to_load_where_it
     model = CostModel().learn(report(seen, job()))
     model = model.learn(report({"a": result(batch=8, step_s=1.0)}, job(), 2))
     assert model.load_s == 30.0
-    limits = Limits(job(), model)
+    limits = Limits(job(), model, 0)
     assert limits.of("a", 32, 10.0, 0) == pytest.approx(LATE * 10.0)
     assert limits.of("c", 32, 10.0, 0) == pytest.approx(LATE * 10.0 + 30.0)
     assert limits.of("a", 4, 10.0, 0) == pytest.approx(LATE * 10.0 + 30.0), "another base to load"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert Limits(bounded, model).of("c", 32, 10.0, 0) == 7.0
+    assert Limits(bounded, model, 0).of("c", 32, 10.0, 0) == 7.0
     near = replace(job(), rounds=replace(job().rounds, deadline_s=30.0))
-    assert Limits(near, model).of("c", 32, 10.0, 0) == pytest.approx(27.0), "what comes after the deadline is lost"
+    assert Limits(near, model, 0).of("c", 32, 10.0, 0) == pytest.approx(27.0), "what comes after the deadline is lost"
 
 
 def test_a_slow_link_leaves_time_to_train() -> None:
@@ -53,12 +54,28 @@ def test_a_slow_link_leaves_time_to_train() -> None:
         for name, link in (("slow", 2e5), ("usual", 1e6), ("fast", 4e6))
     }
     model = CostModel().learn(replace(report(seen, job()), adapter_bytes=adapter))
-    limits = Limits(job(), model)
+    limits = Limits(job(), model, adapter)
     for name, transfer_s in (("slow", 20.0), ("usual", 4.0), ("fast", 1.0), ("new", 4.0)):
         assert limits.of(name, 32, 10.0, adapter) == pytest.approx(LATE * 10.0 + LINK_LATE * transfer_s), name
-    near = replace(job(), rounds=replace(job().rounds, deadline_s=20.0))
-    assert Limits(near, model).of("usual", 32, 10.0, adapter) == pytest.approx(14.0), "time to bring it home"
-    assert Limits(near, model).of("slow", 32, 10.0, adapter) == pytest.approx(8.0), "of half the round at least"
+
+
+def test_what_goes_as_planned_and_meets_the_deadline_is_never_cut() -> None:
+    down, up = 4_000_000, 1_000_000
+    seen = {
+        name: replace(result(batch=8, step_s=1.0), fetch_s=down / link)
+        for name, link in (("slow", 5e5), ("usual", 1e6), ("fast", 4e6))
+    }
+    model = CostModel().learn(replace(report(seen, job()), adapter_bytes=down))
+    for deadline_s in (20.0, 30.0, 100.0):
+        near = replace(job(), rounds=replace(job().rounds, deadline_s=deadline_s))
+        limits = Limits(near, model, down)
+        for name, link in (("slow", 5e5), ("usual", 1e6), ("fast", 4e6)):
+            train_s = 0.9 * deadline_s - (down + up) / link
+            limit = limits.of(name, 32, train_s, down + up)
+            assert limit >= down / link + train_s - 1e-9, (name, deadline_s)
+            assert limit + up / link <= deadline_s, "what is delivered then still counts"
+    blind = Limits(replace(job(), rounds=replace(job().rounds, deadline_s=20.0)), model, 0)
+    assert blind.of("slow", 32, 50.0, 10 * down) == pytest.approx(8.0), "0 would be no limit"
 
 
 @pytest.mark.parametrize(

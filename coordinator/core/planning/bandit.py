@@ -10,6 +10,7 @@ region's discounted pulls and Rbar their mean reward:
     estimate_i = sum_j K_ij N_j Rbar_j / sum_j K_ij N_j          what was met nearby counts
     bonus_i    = CURIOSITY sqrt(ln(1 + sum_j N_j) / sum_j K_ij N_j)
 
+In the bonus N also counts the arms that were given out in this round and are not rewarded yet (at their own places).
 The region with the largest sum of both is taken, and in it a point by the given draw; one that nothing was met near
 goes first. A region with `ENOUGH` pulls whose longer side exceeds `FINEST` is halved there; both halves inherit half of
 its pulls. Points that the device can't hold are never offered, nor those outside the span that is asked for.

@@ -49,8 +49,9 @@ def moved(view: FleetView, job: JobSpec, ranks: Mapping[str, int], bound: int, a
 class Limits:
     """How long the works of a plan may take, so that nobody waits long for a device that is slower than was thought."""
 
-    def __init__(self, job: JobSpec, model: CostModel) -> None:
-        self._rounds, self._devices = job.rounds, model.devices
+    def __init__(self, job: JobSpec, model: CostModel, adapter_bytes: int) -> None:
+        """`adapter_bytes`: what each device downloads; 0: not known."""
+        self._rounds, self._devices, self._down = job.rounds, model.devices, adapter_bytes
         self._measured, self._load_s = model.measured, model.load_s
         links = [known.link for known in model.devices.values() if known.link]
         self._usual_link = statistics.median(links) if links else ASSUMED_LINK
@@ -65,14 +66,16 @@ class Limits:
 
         The job's own, or `LATE` times `train_s`, which there is for its steps, and `LINK_LATE` times what `size` bytes
         down and up should take. That not before speeds were measured; a device that did not train over such a base yet
-        has the time to load it. What is delivered then still counts at the deadline.
+        has the time to load it. `DEADLINE_SHARE` of the deadline is enough for the upload as well (of which half the
+        deadline is the most that is kept free), so that what is delivered then still counts.
         """
         rounds, known = self._rounds, self._devices.get(device)
         if not self._measured:
             return rounds.train_for_s
         loads_s = 0.0 if known is not None and str(bits) in known.fits else self._load_s
         moves_s = self.transfer_s(device, size)
-        in_time = DEADLINE_SHARE * rounds.deadline_s - min(moves_s, rounds.deadline_s / 2)
+        up_s = self.transfer_s(device, max(0, size - self._down))
+        in_time = DEADLINE_SHARE * rounds.deadline_s - min(up_s, rounds.deadline_s / 2)
         return min(LATE * train_s + LINK_LATE * moves_s + loads_s, in_time, rounds.train_for_s or math.inf)
 
 

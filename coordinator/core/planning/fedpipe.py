@@ -238,7 +238,7 @@ class _Desk:
         self._facts: ModelFacts = view.facts
         self._job, self._chosen, self._levels, self._task = job, chosen, search.levels, search.task
         self._bound, self._model, self._weights_why = search.bound, model, weights_why
-        self._limits = Limits(job, model)
+        self._limits = Limits(job, model, view.adapter_bytes)
         self._most = math.fsum(item.values[-1] for item in search.task.items)
         self._tuned: dict[tuple[int, ...], _Tuned] = {}
 

@@ -150,7 +150,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         times = _times(drafts, ladder, traffic, job)
         choice, in_time = self._choose(drafts, ladder, times, job)
         target_s = self._target_s(times, choice, job)
-        limits = Limits(job, self.model)
+        limits = Limits(job, self.model, view.adapter_bytes)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}
         for row, draft in enumerate(drafts):

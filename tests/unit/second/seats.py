@@ -272,7 +272,8 @@ def until(scene: Scene, seat: Seat, train_s: float, size: int) -> float:
     own = scene.fleet.known.get(seat.device)
     loading = scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
     moves, deadline = moves_s(scene, seat, size), scene.job.rounds.deadline_s
-    return min(1.1 * train_s + 2 * moves + loading, 0.9 * deadline - min(moves, deadline / 2), limit or math.inf)
+    up = moves_s(scene, seat, max(0, size - scene.planned.adapter))
+    return min(1.1 * train_s + 2 * moves + loading, 0.9 * deadline - min(up, deadline / 2), limit or math.inf)
 
 
 def moves_s(scene: Scene, seat: Seat, size: int) -> float:

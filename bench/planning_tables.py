@@ -64,7 +64,8 @@ def page(
         "<!-- Written by bench/planning.py from the files in bench/runs/planning: run `make bench-planning`. -->",
         "",
         "Pages of their own: [FedSpine](results-fedspine.md), prune and tune; [MergeSFL](results-mergesfl.md), split "
-        "learning.",
+        "learning. Re-planning of 10,000 devices, the order of strategies over mosquitto against the virtual clock's, "
+        "perplexity by bits, the two-stage search, LoRA depth and bytes on the wire are [benchmarks](benchmarks.md).",
         "",
         f"`python -m bench.planning --profile {profile}`{took}: 80 virtual devices (TX2 / NX / AGX / GPU), 10 drawn "
         f"per round, 8 local steps, {'until the target or ' if grid.stop else ''}{grid.rounds} rounds. Times are "

@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable
 from statistics import fmean, stdev
 
-from coordinator.core.planning.bandit import Bandit, Point
+from coordinator.core.planning.bandit import Bandit, Point, Pulls
 
 Reward = Callable[[Point], float]
 SEEDS = 40
@@ -46,7 +46,7 @@ def shares(surface: str, seed: int, *, chooses: bool = True) -> tuple[float, flo
     for pull in range(120):
         reward = first if pull < 60 else second
         draw = (rng.random(), rng.random(), rng.random())
-        choice = bandit.choose(draw, lambda _: True) if chooses else None
+        choice = Pulls(bandit).choose(draw, lambda _: True) if chooses else None
         at = choice.at if choice is not None else draw[:2]
         seen.append(reward(at) / BEST)
         bandit = bandit.learn([(at, min(1.0, max(0.0, reward(at) + rng.gauss(0.0, NOISE))))])

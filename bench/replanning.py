@@ -2,7 +2,8 @@
 
 As the coordinator does it: the tick that commits a round, after which the planner learns what all devices delivered,
 and the tick that plans the next one over all of them, with the plan's digest, its record and the assignments to
-publish. Writing and sending them is not part of it. One thread; prints one JSON object a figure.
+publish, with the collector set as there. Writing and sending them is not part of it. One thread; prints one JSON object
+a figure.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from coordinator.core import records as rec
 from coordinator.core.commands import PublishAssign
 from coordinator.core.planning.registry import PLANNERS
 from coordinator.core.turn import State
+from shared.allocator import collect_rarely
 from shared.jobs import StrategySpec
 
 BLOCKS, HIDDEN = 6, 384
@@ -53,6 +55,7 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=sorted(PLANNERS), choices=sorted(PLANNERS))
     options = parser.parse_args()
+    collect_rarely()
     for name in options.only:
         print(json.dumps(measure(name, options.devices, options.repeat)), flush=True)
     return 0

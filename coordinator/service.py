@@ -38,7 +38,7 @@ from coordinator.web import api
 from coordinator.web.desk import Desk
 from coordinator.web.shelf import Shelf
 from shared import bases, logs, reload, service, settings, topics
-from shared.allocator import keep_small
+from shared.allocator import collect_rarely, keep_small
 from shared.blob_folder import BlobFolder
 from shared.codec import pack
 from shared.errors import MusterError, Occupied, SettingsError, UserError
@@ -283,6 +283,7 @@ def _run(source: Path, check: bool, runtime: type[Runtime]) -> int:
     logs.set_up("muster-coordinator", config.log_level, fleet=config.fleet)
     # Updates come and go by the megabyte, in several threads.
     keep_small()
+    collect_rarely()
     process = service.Process("muster-coordinator")
     process.begin(config.health)
     return Service(config, process, source, runtime).run()

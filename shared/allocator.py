@@ -1,4 +1,5 @@
-"""What a long-running process gives back to the system of the memory that it freed. glibc only.
+"""What a long-running process gives back to the system of the memory that it freed (glibc only), and when it looks for
+what only cycles hold.
 
 glibc keeps what was freed for the next allocation: in an arena per thread, and below a threshold that rises to 32 MiB
 with use. A process that now and then holds large buffers so seems to grow for a long time.
@@ -22,6 +23,14 @@ def keep_small(threshold: int = 256 * 1024) -> None:
         libc.mallopt(_M_ARENA_MAX, 1)
         libc.mallopt(_M_MMAP_THRESHOLD, threshold)
         libc.mallopt(_M_TRIM_THRESHOLD, threshold)
+
+
+def collect_rarely(new: int = 50_000) -> None:
+    """Look for cycles after `new` objects more than were freed, instead of 700.
+
+    For a process that makes many objects at once and keeps most of them, as the coordinator of a large fleet does in
+    each decision: every collection walks through all that came since the last, and now and then through everything."""
+    gc.set_threshold(new)
 
 
 def give_back() -> None:

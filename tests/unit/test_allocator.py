@@ -55,6 +55,16 @@ def test_cycles_are_collected() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_rare_collections_come_all_the_same() -> None:
+    code = (
+        "import weakref\nfrom shared.allocator import collect_rarely\ncollect_rarely(5000)\n"
+        "class Node: pass\nnode = Node(); node.self = node; ref = weakref.ref(node); del node\n"
+        "kept = [[] for _ in range(4000)]\nassert ref() is not None, 'not after 700'\n"
+        "kept += [[] for _ in range(2000)]\nassert ref() is None\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_what_was_imported_is_left_out_of_later_collections_and_what_comes_later_is_not() -> None:
     code = (
         "import gc, weakref\nfrom shared.allocator import give_back, spare_imported\ngc.disable()\n"

@@ -17,12 +17,12 @@ from coordinator.core.planning.bandit import CURIOSITY, KEEP, START, WIDTH, Band
 Reward = Callable[[float, float], float]
 
 
-def anything(_: Point) -> bool:
+def anything(_: float) -> bool:
     return True
 
 
-def pulled(bandit: Bandit, rng: random.Random, holds: Callable[[Point], bool] = anything) -> Choice:
-    found = bandit.choose((rng.random(), rng.random(), rng.random()), holds)
+def pulled(bandit: Bandit, rng: random.Random) -> Choice:
+    found = Pulls(bandit).choose((rng.random(), rng.random(), rng.random()), anything)
     assert found is not None
     return found
 
@@ -37,6 +37,21 @@ def test_regions_tile_the_square() -> None:
         at = rng.random(), rng.random()
         assert sum(one.holds(at) for one in bandit.regions) == 1
     assert sum(one.holds((1.0, 1.0)) for one in bandit.regions) == 1
+
+
+def test_every_point_lies_in_one_region_on_their_edges_too() -> None:
+    """Exact ranks lie on edges: rank 4 of 2 to 16 at a third."""
+    places = [i / 36 for i in range(37)]
+    edges = {min(1.0, max(0.0, one)) for at in places for one in (at, math.nextafter(at, 2), math.nextafter(at, -1))}
+    edges.add(math.log(2) / math.log(8))
+    bandit = Bandit().learn([((x, y), 0.5) for x in places for y in places])
+    edges |= {edge for one in bandit.regions for edge in (one.x, one.x + one.wide, one.y, one.y + one.high)}
+    edges = {edge for edge in edges if edge <= 1.0}
+    assert len(bandit.regions) > 100
+    for x in edges:
+        for y in edges:
+            assert sum(one.holds((x, y)) for one in bandit.regions) == 1, (x, y)
+    bandit.learn([((x, y), 0.5) for x in edges for y in edges])
 
 
 def test_every_region_is_tried_before_any_is_tried_again() -> None:
@@ -67,19 +82,17 @@ def test_a_pull_by_hand() -> None:
 def test_what_a_device_can_not_hold_is_never_offered(seed: int, most: float, least: float) -> None:
     rng, bandit = random.Random(seed), Bandit()
 
-    def holds(at: Point) -> bool:
-        return at[1] <= most and at[0] >= least
-
     for _ in range(12):
-        choice = bandit.choose((rng.random(), rng.random(), rng.random()), holds)
+        draw = rng.random(), rng.random(), rng.random()
+        choice = Pulls(bandit).choose(draw, lambda height: height <= most, (least, 1.0))
         if choice is None:
             continue
-        assert holds(choice.at)
+        assert choice.at[1] <= most and choice.at[0] >= least
         bandit = bandit.learn([(choice.at, rng.random())])
 
 
 def test_where_nothing_fits_nothing_is_offered() -> None:
-    assert Bandit().choose((0.5, 0.5, 0.5), lambda _: False) is None
+    assert Pulls(Bandit()).choose((0.5, 0.5, 0.5), lambda _: False) is None
 
 
 def test_devices_of_a_class_do_not_all_try_the_same() -> None:
@@ -128,7 +141,7 @@ def test_state_survives_the_disk() -> None:
         bandit = bandit.learn([(pulled(bandit, rng).at, rng.random())])
     again = msgspec.msgpack.decode(msgspec.msgpack.encode(bandit), type=Bandit)
     assert again == bandit
-    assert again.choose((0.3, 0.6, 0.9), anything) == bandit.choose((0.3, 0.6, 0.9), anything)
+    assert Pulls(again).choose((0.3, 0.6, 0.9), anything) == Pulls(bandit).choose((0.3, 0.6, 0.9), anything)
 
 
 def bump(rng: random.Random) -> Reward:
@@ -170,7 +183,7 @@ def test_a_region_knows_its_middle() -> None:
 def test_arms_lie_within_the_span(span: tuple[float, float]) -> None:
     rng, bandit = random.Random(4), Bandit()
     for _ in range(60):
-        choice = bandit.choose((rng.random(), rng.random(), rng.random()), lambda _: True, span)
+        choice = Pulls(bandit).choose((rng.random(), rng.random(), rng.random()), anything, span)
         assert choice is not None and span[0] <= choice.at[0] <= span[1]
         bandit = bandit.learn([(choice.at, 0.5)])
     assert len([region for region in bandit.regions if region.pulls > 0.1]) > 3, "the other side is still searched"

@@ -13,13 +13,14 @@ region's discounted pulls and Rbar their mean reward:
 In the bonus N also counts the arms that were given out in this round and are not rewarded yet (at their own places).
 The region with the largest sum of both is taken, and in it a point by the given draw; one that nothing was met near
 goes first. A region with `ENOUGH` pulls whose longer side exceeds `FINEST` is halved there; both halves inherit half of
-its pulls. Points that the device can't hold are never offered, nor those outside the span that is asked for.
+its pulls. Heights that the device can't hold are never offered, nor points outside the span that is asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -33,8 +34,9 @@ CURIOSITY = 0.1
 WIDTH = 0.1
 ENOUGH, FINEST = 2.5, 0.08
 POINTS = 4
-"""Points a side of a region that are looked at: a region is offered if the device holds one of them."""
+"""Points a side of a region that are looked at: a region is offered if the device holds the height of one of them."""
 _NEAR = 1e-6
+_EDGES = tuple(i * (1 / START) for i in range(1, START))
 
 
 class Region(msgspec.Struct, frozen=True, array_like=True):
@@ -56,25 +58,31 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
         """Whether the point lies in it. An upper edge belongs to the next region, the square's own to the last."""
         return self.x <= at[0] < _edge(self.x + self.wide) and self.y <= at[1] < _edge(self.y + self.high)
 
-    def points(self, draw: Point, span: tuple[float, float] = (0.0, 1.0)) -> list[Point]:
-        """`POINTS` x `POINTS` points in it, shifted by the draw and moved into the span of x; none where it is outside
-        of that."""
+    def point(
+        self, draw: tuple[float, float, float], holds: Callable[[float], bool], span: tuple[float, float]
+    ) -> Point | None:
+        """One of `POINTS` x `POINTS` points in it, shifted by the draw and moved into the span of x; none where it is
+        outside of that, or holds no height. The draw's third number chooses."""
         low, high = span
         if self.x > high or _edge(self.x + self.wide) <= low:
-            return []
-        shifted = [((i + draw[0]) / POINTS, (j + draw[1]) / POINTS) for i in range(POINTS) for j in range(POINTS)]
-        return [(min(high, max(low, self.x + x * self.wide)), self.y + y * self.high) for x, y in shifted]
+            return None
+        heights = [y for j in range(POINTS) if holds(y := self.y + (j + draw[1]) / POINTS * self.high)]
+        if not heights:
+            return None
+        i, j = divmod(int(draw[2] * POINTS * len(heights)), len(heights))
+        return min(high, max(low, self.x + (i + draw[0]) / POINTS * self.wide)), heights[j]
 
     def halves(self) -> tuple[Region, Region]:
-        """Both halves across its longer side."""
+        """Both halves across its longer side. The upper one ends where this does, to the last bit: no point may lie
+        in none of the regions."""
         pulls = self.pulls / 2
-        if self.wide >= self.high:
-            half = self.wide / 2
+        if self.wide > self.high - 1e-9:
+            half, middle = self.wide / 2, self.x + self.wide / 2
             lower = Region(self.x, self.y, half, self.high, pulls, self.mean)
-            return lower, Region(self.x + half, self.y, half, self.high, pulls, self.mean)
-        half = self.high / 2
+            return lower, Region(middle, self.y, self.x + self.wide - middle, self.high, pulls, self.mean)
+        half, middle = self.high / 2, self.y + self.high / 2
         lower = Region(self.x, self.y, self.wide, half, pulls, self.mean)
-        return lower, Region(self.x, self.y + half, self.wide, half, pulls, self.mean)
+        return lower, Region(self.x, middle, self.wide, self.y + self.high - middle, pulls, self.mean)
 
 
 class Choice(NamedTuple):
@@ -89,33 +97,35 @@ def _edge(value: float) -> float:
     return math.inf if value > 1 - 1e-9 else value
 
 
+def _cell(at: Point) -> int:
+    """Which of the first regions a point lies in."""
+    return START * bisect(_EDGES, at[0]) + bisect(_EDGES, at[1])
+
+
 def _start() -> tuple[Region, ...]:
     side = 1 / START
     return tuple(Region(i * side, j * side, side, side) for i in range(START) for j in range(START))
 
 
 class Bandit(msgspec.Struct, frozen=True, kw_only=True):
-    """See the module. Pure: draws come in, and a new one comes out."""
+    """See the module. Pure: rewards come in, and a new one comes out. `Pulls` chooses."""
 
     regions: tuple[Region, ...] = _start()
 
-    def choose(
-        self, draw: tuple[float, float, float], holds: Callable[[Point], bool], span: tuple[float, float] = (0.0, 1.0)
-    ) -> Choice | None:
-        """The arm to pull first in a round (`Pulls.choose`)."""
-        return Pulls(self).choose(draw, holds, span)
-
     def learn(self, seen: Sequence[tuple[Point, float]]) -> Bandit:
         """The bandit after a round in which these arms had these rewards, in [0, 1]."""
-        regions = [msgspec.structs.replace(one, pulls=KEEP * one.pulls) for one in self.regions]
+        cells: list[list[Region]] = [[] for _ in range(START * START)]
+        for one in self.regions:
+            cells[_cell(one.middle)].append(msgspec.structs.replace(one, pulls=KEEP * one.pulls))
         for at, reward in seen:
+            regions = cells[_cell(at)]
             place = next(i for i, region in enumerate(regions) if region.holds(at))
             old = regions[place]
             pulls = old.pulls + 1
             new = msgspec.structs.replace(old, pulls=pulls, mean=(old.mean * old.pulls + reward) / pulls)
             refined = pulls >= ENOUGH and max(new.wide, new.high) > FINEST
             regions[place : place + 1] = new.halves() if refined else [new]
-        return Bandit(regions=tuple(regions))
+        return Bandit(regions=tuple(one for regions in cells for one in regions))
 
 
 class Pulls:
@@ -128,40 +138,46 @@ class Pulls:
         self._middles = np.array([region.middle for region in bandit.regions])
         pulls = np.array([region.pulls for region in bandit.regions])
         means = np.array([region.mean for region in bandit.regions])
-        near = _kernel(self._middles, self._middles)
+        near = np.array([self._near(middle) for middle in self._middles])
         self._known, self._count = near @ pulls, float(pulls.sum())
         told = self._known > 0
         self._estimates = np.divide(near @ (pulls * means), self._known, out=np.zeros_like(self._known), where=told)
         self._places = np.arange(len(bandit.regions))
 
     def choose(
-        self, draw: tuple[float, float, float], holds: Callable[[Point], bool], span: tuple[float, float] = (0.0, 1.0)
+        self, draw: tuple[float, float, float], holds: Callable[[float], bool], span: tuple[float, float] = (0.0, 1.0)
     ) -> Choice | None:
-        """The next arm; None where the device holds no point of any region.
+        """The next arm; None where the device holds nothing of any region.
 
-        `draw`: three numbers in [0, 1); `span`: least and largest x to choose from, which may be the same.
+        `draw`: three numbers in [0, 1); `holds`: whether the device holds a height; `span`: least and largest x to
+        choose from, which may be the same.
         """
         bonuses = self._bonuses()
-        # Of equal regions the draw decides.
-        turned = np.modf(draw[2] + self._places * 0.6180339887498949)[0]
-        for place in np.lexsort((turned, -(self._estimates + bonuses))):
-            points = [point for point in self._regions[place].points(draw[:2], span) if holds(point)]
-            if points:
-                at = points[int(draw[2] * len(points))]
-                self._known = self._known + _kernel(self._middles, np.array([at]))[:, 0]
+        for place in self._order(self._estimates + bonuses, draw[2]):
+            at = self._regions[place].point(draw, holds, span)
+            if at is not None:
+                self._known = self._known + self._near(at)
                 self._count += 1
                 return Choice(at, float(self._estimates[place]), float(bonuses[place]))
         return None
 
+    def _order(self, sums: npt.NDArray[np.float64], draw: float) -> Iterator[int]:
+        """The regions, the largest sum first; of equal ones the draw decides. Nearly always the first will do."""
+        first = int(sums.argmax())
+        if np.count_nonzero(sums == sums[first]) == 1:
+            yield first
+        turned = np.modf(draw + self._places * 0.6180339887498949)[0]
+        yield from np.lexsort((turned, -sums)).tolist()
+
     def _bonuses(self) -> npt.NDArray[np.float64]:
-        curious, met = CURIOSITY * math.sqrt(math.log(1 + self._count)), self._known > _NEAR
-        bonuses: npt.NDArray[np.float64] = np.divide(
-            curious, np.sqrt(self._known), out=np.full_like(self._known, math.inf), where=met
+        curious = CURIOSITY * math.sqrt(math.log(1 + self._count))
+        bonuses: npt.NDArray[np.float64] = np.where(
+            self._known > _NEAR, curious / np.sqrt(np.maximum(self._known, _NEAR)), math.inf
         )
         return bonuses
 
-
-def _kernel(ones: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    squares = np.square(ones[:, None, :] - others[None, :, :]).sum(axis=2)
-    found: npt.NDArray[np.float64] = np.exp(-squares / (2 * WIDTH**2))
-    return found
+    def _near(self, at: Point) -> npt.NDArray[np.float64]:
+        """K of every region to a point."""
+        aside, above = self._middles[:, 0] - at[0], self._middles[:, 1] - at[1]
+        found: npt.NDArray[np.float64] = np.exp((aside * aside + above * above) / (-2 * WIDTH**2))
+        return found

@@ -273,19 +273,14 @@ def _of_most(value: float, seen: Sequence[float]) -> float:
 
 def _alone(candidate: Candidate) -> Candidate:
     """The device as the one agent of it that trains sees it."""
+    if candidate.info.agents == 1:
+        return candidate
     return replace(candidate, info=replace(candidate.info, agents=1))
 
 
-def _fits_by_rank(job: JobSpec, held: Held) -> Callable[[Point], bool]:
-    """Whether the device holds an arm: its rank decides, which points of one height share."""
-    found: dict[float, bool] = {}
-
-    def holds(at: Point) -> bool:
-        if at[1] not in found:
-            found[at[1]] = not isinstance(held(_rank(job, at[1])), str)
-        return found[at[1]]
-
-    return holds
+def _fits_by_rank(job: JobSpec, held: Held) -> Callable[[float], bool]:
+    """Whether the device holds an arm: its rank decides, and that is its height."""
+    return lambda height: not isinstance(held(_rank(job, height)), str)
 
 
 def _rank(job: JobSpec, height: float) -> int:

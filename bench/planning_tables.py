@@ -24,7 +24,7 @@ Figure = Callable[[simulated.Result], float | None]
 
 
 RECIPE = (
-    "The same for all: rank 8, at most 16 in the global adapter (of `fedadapter` any width), batch 8 (2 to 32 where a "
+    "The same for all: rank 8, at most 16 in the global adapter (of `fedadapter` any width), batch 8 (2 to 64 where a "
     "method moves it), Adam with LoRA+ (factors A learn at an eighth of the rate), 256 rows evaluated a round. Rivals "
     "have one batch, as in their "
     "papers ([decision 0020](decisions/0020-rivals-have-one-batch.md)); every planner knows the devices' probes "
@@ -121,6 +121,22 @@ def _table(
         rows.append((-len(order), fmean(order) if order else math.inf, f"| {' | '.join(cells)} |"))
     for row in sorted(rows):
         yield row[2]
+    bests = [simulated.best_quality(result.rounds) for _, result in results]
+    reached = [best for best in bests if best is not None]
+    if reached and len(reached) == len(bests) and min(reached) < target:
+        yield from _shared(results, min(reached), names)
+
+
+def _shared(results: Results, quality: float, names: Sequence[str]) -> Iterator[str]:
+    """Seconds to the quality that every run reached, where not all are at the target."""
+    found = []
+    for name in names:
+        mine = [result for run, result in results if run.method.name == name]
+        times = [t for one in mine if (t := simulated.time_to(one.rounds, quality)) is not None]
+        found.append((fmean(times), f"`{name}` {fmean(times):.0f}"))
+    word = f"accuracy {quality:.4f}" if quality > 0 else f"loss {-quality:.4f}"
+    yield ""
+    yield f"Seconds to what every run reached, {word}: {', '.join(text for _, text in sorted(found))}."
 
 
 def seconds_a_round(result: simulated.Result) -> float | None:

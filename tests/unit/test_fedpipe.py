@@ -20,7 +20,7 @@ from coordinator.core.planning.demand import demand
 from coordinator.core.planning.digest import plan_digest
 from coordinator.core.planning.fedpipe import FedPipePlanner, gain, important, merged_scores, rank_levels
 from coordinator.core.planning.reasons import PATTERN
-from coordinator.core.planning.sizing import SLACK, batch_sizes, seat
+from coordinator.core.planning.sizing import batch_sizes, seat
 from shared.codec import pack, unpack
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec, StrategySpec
@@ -255,7 +255,7 @@ def target_by_hand(seen: FleetView, asked: JobSpec, plan: Plan) -> float:
             )
     times.sort()
     middle = len(times) // 2
-    return SLACK * (times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2)
+    return times[middle] if len(times) % 2 else (times[middle - 1] + times[middle]) / 2
 
 
 DEVICES = st.builds(
@@ -305,9 +305,8 @@ def test_the_plan_is_the_best_of_all(found: list[Candidate], rank: int) -> None:
 def test_a_small_fleet_by_hand() -> None:
     """Three devices: a knows no want, b has half the speed, c has memory for 101602 parameters.
 
-    At batch 8 the median device, c at 4 bits, takes 1.3 times a's time at full rank; + 20 %. b has half of a's speed:
-    batch 6, of at most 8 x 1.3 x 1.2 / 2. A rank of
-    k, o and q takes 4096, 6144 and 3072 parameters; so c may have k 8, o 8, q 4 (94208, J .4 * .628 + .35 * .628 + .15
+    At batch 8 the median device, c at 4 bits, takes 1.3 times a's time at full rank. b has half of a's speed: batch 5,
+    of at most 8 x 1.3 / 2. A rank of k, o and q takes 4096, 6144 and 3072 parameters; so c may have k 8, o 8, q 4 (94208, J .4 * .628 + .35 * .628 + .15
     * .460 = .540) or k 16, o 4, q 2 (96256, J .532); one step more of any of them is too much.
     """
     asked = spec(batch=8, batch_min=4, batch_max=8)
@@ -315,7 +314,7 @@ def test_a_small_fleet_by_hand() -> None:
     a, b, c = (plan.participants[name] for name in "abc")
     full = {"k": 32, "o": 32, "q": 32}
     assert (a.ranks, a.batch, a.steps) == (full, 8, 10)
-    assert (b.ranks, b.batch, b.steps) == (full, 6, 10)
+    assert (b.ranks, b.batch, b.steps) == (full, 5, 10)
     assert (c.ranks, c.batch, c.steps) == ({"k": 8, "o": 8, "q": 4}, 8, 10)
     assert "94208 parameters meets 101602 that 370 MiB memory budget" in c.reasons["rank"]
     assert "J 0.540" in c.reasons["batch"]

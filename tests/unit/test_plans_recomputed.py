@@ -25,7 +25,7 @@ from tests.unit.second.edges import MIB, Edge, Table
 from tests.unit.second.history import Story, read
 from tests.unit.second.seats import Asked, Scene
 
-ROUNDS, SEEDS = 7, range(6)
+ROUNDS, SEEDS = 7, (0, 1, 2, 3, 4, 5, 11)
 PLANNERS: dict[str, Callable[[Scene], dict[str, Asked]]] = {"fedpipe": fedpipe.plan, "legend": legend.plan}
 
 

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import RoundReport
-from coordinator.core.planning.common import ASSUMED_LINK, LATE, LINK_LATE, Limits, global_rank, moved
+from coordinator.core.planning.common import ASSUMED_LINK, LINK_LATE, Limits, global_rank, moved
 from coordinator.core.planning.cost_model import CostModel
 from shared.jobs import JobSpec
 from shared.messages import UpdateFacts, Work
@@ -24,27 +24,31 @@ def report(results: dict[str, UpdateFacts], asked: JobSpec, number: int = 1) -> 
 
 
 def test_nothing_is_limited_before_speeds_were_measured() -> None:
-    assert Limits(job(), CostModel(), 0).of("a", 32, 10.0, 0) == 0.0
+    assert Limits(job(), CostModel(), 0).of("a", 32, 10.0, 10, 0) == 0.0
     full = replace(report({"a": result(batch=8, step_s=1.0)}, job()), results={}, batch_limits={"a": 4})
     of_batch = CostModel().learn(full)
-    assert Limits(job(), of_batch, 0).of("a", 32, 10.0, 0) == 0.0, "of it the largest batch alone is known"
+    assert Limits(job(), of_batch, 0).of("a", 32, 10.0, 10, 0) == 0.0, "of it the largest batch alone is known"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert Limits(bounded, CostModel(), 0).of("a", 32, 10.0, 0) == 7.0
+    assert Limits(bounded, CostModel(), 0).of("a", 32, 10.0, 10, 0) == 7.0
 
 
-def test_a_device_has_a_little_more_than_its_round_and_the_time_to_load_where_it_did_not_yet() -> None:
+def test_work_ends_with_its_round_and_a_device_has_the_time_to_load_where_it_did_not_yet() -> None:
+    """Of ten steps in 10 s the last that begins before 9.5 s ends before 10.5 s at the planned speed."""
     seen = {"a": result(batch=8, step_s=1.0, load_s=30.0), "b": result(batch=8, step_s=1.0, load_s=4.0)}
     model = CostModel().learn(report(seen, job()))
     model = model.learn(report({"a": result(batch=8, step_s=1.0)}, job(), 2))
     assert model.load_s == 30.0
     limits = Limits(job(), model, 0)
-    assert limits.of("a", 32, 10.0, 0) == pytest.approx(LATE * 10.0)
-    assert limits.of("c", 32, 10.0, 0) == pytest.approx(LATE * 10.0 + 30.0)
-    assert limits.of("a", 4, 10.0, 0) == pytest.approx(LATE * 10.0 + 30.0), "another base to load"
+    assert limits.of("a", 32, 10.0, 10, 0) == pytest.approx(9.5)
+    assert limits.of("a", 32, 10.0, 1, 0) == pytest.approx(5.0), "one step is done in any case"
+    assert limits.of("c", 32, 10.0, 10, 0) == pytest.approx(9.5 + 30.0)
+    assert limits.of("a", 4, 10.0, 10, 0) == pytest.approx(9.5 + 30.0), "another base to load"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert Limits(bounded, model, 0).of("c", 32, 10.0, 0) == 7.0
+    assert Limits(bounded, model, 0).of("c", 32, 10.0, 10, 0) == 7.0
     near = replace(job(), rounds=replace(job().rounds, deadline_s=30.0))
-    assert Limits(near, model, 0).of("c", 32, 10.0, 0) == pytest.approx(27.0), "what comes after the deadline is lost"
+    assert Limits(near, model, 0).of("c", 32, 10.0, 10, 0) == pytest.approx(27.0), (
+        "what comes after the deadline is lost"
+    )
 
 
 def test_a_slow_link_leaves_time_to_train() -> None:
@@ -56,7 +60,9 @@ def test_a_slow_link_leaves_time_to_train() -> None:
     model = CostModel().learn(replace(report(seen, job()), adapter_bytes=adapter))
     limits = Limits(job(), model, adapter)
     for name, transfer_s in (("slow", 20.0), ("usual", 4.0), ("fast", 1.0), ("new", 4.0)):
-        assert limits.of(name, 32, 10.0, adapter) == pytest.approx(LATE * 10.0 + LINK_LATE * transfer_s), name
+        for up in (0, 8_000_000):  # which comes after it
+            found = limits.of(name, 32, 10.0, 10, adapter + up)
+            assert found == pytest.approx(9.5 + LINK_LATE * transfer_s), (name, up)
 
 
 def test_what_goes_as_planned_and_meets_the_deadline_is_never_cut() -> None:
@@ -71,11 +77,11 @@ def test_what_goes_as_planned_and_meets_the_deadline_is_never_cut() -> None:
         limits = Limits(near, model, down)
         for name, link in (("slow", 5e5), ("usual", 1e6), ("fast", 4e6)):
             train_s = 0.9 * deadline_s - (down + up) / link
-            limit = limits.of(name, 32, train_s, down + up)
-            assert limit >= down / link + train_s - 1e-9, (name, deadline_s)
+            limit = limits.of(name, 32, train_s, 8, down + up)
+            assert limit >= down / link + train_s * 7 / 8 - 1e-9, f"the last step begins: {name}, {deadline_s}"
             assert limit + up / link <= deadline_s, "what is delivered then still counts"
     blind = Limits(replace(job(), rounds=replace(job().rounds, deadline_s=20.0)), model, 0)
-    assert blind.of("slow", 32, 50.0, 10 * down) == pytest.approx(8.0), "0 would be no limit"
+    assert blind.of("slow", 32, 50.0, 8, 10 * down) == pytest.approx(8.0), "0 would be no limit"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +110,7 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
         size = moved(now, asked, work.ranks, global_rank(now, asked, max(work.ranks.values())), 1)
         moves_s = size / ASSUMED_LINK  # no link was measured yet; the target of `legend` has transfers in it
         train_s = target - moves_s if name == "legend" else target
-        assert work.train_for_s == pytest.approx(LATE * train_s + LINK_LATE * moves_s, rel=0.01)
+        down_s = now.adapter_bytes / ASSUMED_LINK or moves_s
+        assert work.train_for_s == pytest.approx(train_s * (1 - 0.5 / work.steps) + LINK_LATE * down_s, rel=0.01)
         late = plan.participants["new"].train_for_s - plan.participants["a"].train_for_s
         assert late == pytest.approx(2.0), "it has to load the base first"

@@ -14,12 +14,9 @@ from coordinator.core.planning.reasons import seconds, word
 from shared.jobs import Bits, JobSpec
 from shared.starts import averages_factors
 
-LATE = 1.1
-"""How much of the time that its steps should take a device may take: it then begins no further one; partial work
-counts."""
 LINK_LATE = 2.0
-"""As `LATE`, of its transfers. Links vary by factors, and nothing is won by a download whose device then has no time to
-train: its upload comes late all the same."""
+"""How much longer than it should a download may take. Links vary by factors, and nothing is won by a download whose
+device then has no time to train: its upload comes late all the same."""
 ASSUMED_LINK = 5e5
 """Bytes per second of links as long as none was measured: 4 Mb/s."""
 DEADLINE_SHARE = 0.9
@@ -61,22 +58,25 @@ class Limits:
         known = self._devices.get(device)
         return size / (known.link if known is not None and known.link else self._usual_link)
 
-    def of(self, device: str, bits: Bits, train_s: float, size: int) -> float:
-        """Seconds from receipt after which the device delivers what it has done; 0: no limit.
+    def of(self, device: str, bits: Bits, train_s: float, steps: int, size: int) -> float:
+        """Seconds from receipt after which the device begins no further step and delivers what it has done; 0: no
+        limit. Partial work counts.
 
-        The job's own, or `LATE` times `train_s`, which there is for its steps, and `LINK_LATE` times what `size` bytes
-        down and up should take. That not before speeds were measured; a device that did not train over such a base yet
-        has the time to load it. `DEADLINE_SHARE` of the deadline is enough for the upload as well (of which half the
-        deadline is the most that is kept free), so that what is delivered then still counts.
+        The job's own, or `train_s`, which there is for its `steps`, and `LINK_LATE` times what the download should
+        take, of `size` bytes down and up. A step that has begun is finished: half of one is taken off, so that on the
+        mean work ends at that time. None of it before speeds were measured; a device that did not train over such a
+        base yet has the time to load it. `DEADLINE_SHARE` of the deadline is enough for the upload as well (of which
+        half the deadline is the most that is kept free), so that what is delivered then still counts.
         """
         rounds, known = self._rounds, self._devices.get(device)
         if not self._measured:
             return rounds.train_for_s
         loads_s = 0.0 if known is not None and str(bits) in known.fits else self._load_s
-        moves_s = self.transfer_s(device, size)
+        down_s = self.transfer_s(device, self._down or size)
         up_s = self.transfer_s(device, max(0, size - self._down))
+        ends_s = train_s * (1 - 1 / (2 * max(1, steps)))
         in_time = DEADLINE_SHARE * rounds.deadline_s - min(up_s, rounds.deadline_s / 2)
-        return min(LATE * train_s + LINK_LATE * moves_s + loads_s, in_time, rounds.train_for_s or math.inf)
+        return min(ends_s + LINK_LATE * down_s + loads_s, in_time, rounds.train_for_s or math.inf)
 
 
 def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float) -> tuple[float, str]:

@@ -1,8 +1,9 @@
 """The participants of a round before their numbers are chosen, and the time they all should take.
 
 The device of median speed sets the round target: its time for the local steps at the job's batch with nothing else
-running, plus `SLACK`. Where a round takes a sample, the devices met before count too, so that the draw of a round does
-not move its target. What a slow link takes beyond the usual is not there for training.
+running; plus `SLACK` where work does not end with its round. Where a round takes a sample, the devices met before count
+too, so that the draw of a round does not move its target. What a slow link takes beyond the usual is not there for
+training.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from coordinator.core.planning.common import DEADLINE_SHARE, moved, nobody
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import Demand
 from coordinator.core.planning.reasons import plural, seconds
-from coordinator.core.planning.sizing import SLACK, Seat, Target, batch_sizes, choose_bits, seat
+from coordinator.core.planning.sizing import ROUNDING, SLACK, Seat, Target, batch_sizes, choose_bits, seat
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec
 
@@ -71,11 +72,11 @@ def job_batch(job: JobSpec) -> int:
 
 
 def round_target(
-    drafts: Sequence[Draft], needs: Sequence[Demand], job: JobSpec, model: CostModel
+    drafts: Sequence[Draft], needs: Sequence[Demand], job: JobSpec, model: CostModel, slack: float = SLACK
 ) -> tuple[Target, str]:
     """Seconds of all local steps at the job's batch on the median device, which live load does not move.
 
-    `needs`: of each draft's work.
+    `needs`: of each draft's work; `slack`: what of those seconds is the target.
     """
     steps, batch = job.rounds.local_steps, job_batch(job)
     paces = [
@@ -86,11 +87,13 @@ def round_target(
         paces += model.met(needs[0], {draft.place.device for draft in drafts})
     times = [steps * pace.step_s(batch) for pace in paces]
     median = statistics.median(times)
-    wanted = SLACK * median
+    wanted = slack * median * ROUNDING
     reason = (
         f"round target {seconds(wanted)}: {plural(steps, 'step')} at batch {batch} take the median of "
-        f"{plural(len(times), 'device')} {seconds(median)} undisturbed, + {SLACK - 1:.0%}"
+        f"{plural(len(times), 'device')} {seconds(median)} undisturbed"
     )
+    if slack > 1:
+        reason += f", + {slack - 1:.0%}"
     bound = DEADLINE_SHARE * job.rounds.deadline_s
     # Assumed speeds are good for ratios between devices only: they must not meet a bound in seconds.
     if model.measured and wanted > bound:

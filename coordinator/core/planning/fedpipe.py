@@ -6,8 +6,8 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
 **Our reading**: all formulas (`shared.modeling.importance`, `rank_choice`, `knapsack`), and
 
 * candidates are the modules that the job tunes: `base.targets` names the kinds, the paper's four or others.
-* warm-up: rounds over all candidates at rank 8 (`strategy.rank` where that is less), planned like `uniform`, until a
-  device has told scores. It is a training round like any other, of the job's local steps.
+* warm-up: rounds over all candidates at rank 8 (`strategy.rank` where that is less), planned like `uniform` but for the
+  allowance, until a device has told scores. It is a training round like any other, of the job's local steps.
 * S_m = sum_i p_i S_im, with p_i as the aggregator weighs the device (samples, none above `strategy.max_share`). What a
   device claims of modules that it was not asked for does not count, and its claims are made to sum to 1.
 * W* is the smallest set with `WANTED` of the score; of equal scores the cheaper module first.
@@ -17,8 +17,8 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
   the median device's time with that rank on all of W*, as in `uniform`. Depth counts as for all of W*: an upper bound.
 * where nothing fits the target, the least batch and ranks are asked all the same; where telemetry is old, half the
   batch.
-* devices train little longer than was planned (`common.Limits`): who is slower than thought, or was given what
-  nobody can do in time, delivers what it has done.
+* devices train no longer than was planned (`common.Limits`): who is slower than thought, or was given what
+  nobody can do in time, delivers what it has done. So the target has no allowance, as the notes' tau.
 
 Aggregation is `fsr`: exact for unequal ranks and unequal sets of matrices.
 """
@@ -82,7 +82,7 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
         """A round over all candidates, planned like `uniform`, in which every device tells its scores."""
         rank = min(WARM_UP_RANK, job.strategy.rank)
         low = replace(job, strategy=replace(job.strategy, rank=rank))
-        plan = UniformPlanner(model=self.model).plan(view, low)
+        plan = UniformPlanner(model=self.model, ends=True).plan(view, low)
         if self.scored:
             age, every = view.round - self.scored, job.strategy.rescore_every
             reading, bound = (
@@ -189,7 +189,7 @@ def searched(
     sizes = batch_sizes(job.strategy, job.training.accumulation)
     drafts, left_out = drafts_of(view, job, task.need, sizes[:1], model)
     bound = global_rank(view, job, job.strategy.rank)
-    target, reason = round_target(drafts, [demand(view.facts, job, most, bound)] * len(drafts), job, model)
+    target, reason = round_target(drafts, [demand(view.facts, job, most, bound)] * len(drafts), job, model, slack=1.0)
     links = links_of(view, job, drafts, [most] * len(drafts), bound, target, model)
     sites = [site(draft, sizes, task, link.left, model) for draft, link in zip(drafts, links, strict=True)]
     return Search(task, levels, bound, drafts, links, sites, left_out, reason)
@@ -259,7 +259,7 @@ class _Desk:
         asked = self._job.rounds.local_steps
         if choice.steps < asked:
             transfer = f"{asked - choice.steps} of the job's {asked} left undone; {transfer}"
-        limit = self._limits.of(place.device, draft.bits, link.left.seconds, link.bytes)
+        limit = self._limits.of(place.device, draft.bits, link.left.seconds, choice.steps, link.bytes)
         predicted, steps_why = steps_reason(self._job, choice.steps, step_s, transfer, limit=limit)
         reasons = {
             "weights": self._weights_why, "rank": self._rank_reason(draft, link, one, choice, tuned),

@@ -16,8 +16,8 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 * k_i^max: the deepest that memory holds at the chosen bits and batch, and that meets the deadline at measured speed.
 * LCD is over rounds of the job's batch: bits are the largest that hold it at depth 1, and a smaller batch is taken only
   where memory or data forbid it. Where telemetry is old, a device gets half the depth.
-* depth alone can't make devices equal that differ tenfold: with the depths chosen, the median device's round plus
-  `SLACK` is the target of all, each takes the batch that meets it, and works little longer (`common.Limits`).
+* depth alone can't make devices equal that differ tenfold: with the depths chosen, the median device's round is the
+  target of all, each takes the batch that meets it, and works no longer (`common.Limits`).
   That is ours, no part of the paper; a job with `batch_min` = `batch_max` has one batch. A device whose telemetry is
   old gets no more than the job's batch.
 
@@ -48,7 +48,7 @@ from coordinator.core.planning.drafts import batches_to_the_jobs, job_batch
 from coordinator.core.planning.reasons import mebibytes, plural, seconds, word
 from coordinator.core.planning.sizing import (
     LARGEST,
-    SLACK,
+    ROUNDING,
     Seat,
     Target,
     agents_reason,
@@ -159,7 +159,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             sized = self._sized(draft, told, target_s, ladder, job)
             device = draft.place.device
             train_s = max(0.0, target_s - limits.transfer_s(device, told.bytes))
-            limit = limits.of(device, draft.bits, train_s, told.bytes)
+            limit = limits.of(device, draft.bits, train_s, job.rounds.local_steps, told.bytes)
             predicted[device], works[device] = _work(draft, told, sized, ladder, choice, job, limit)
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
@@ -183,7 +183,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def _target_s(self, times: Floats, choice: lcd.Choice, job: JobSpec) -> float:
         """Seconds that batches are chosen for."""
-        wanted = SLACK * float(np.median(np.take_along_axis(times, choice.depths[:, None] - 1, axis=1)))
+        wanted = float(np.median(np.take_along_axis(times, choice.depths[:, None] - 1, axis=1))) * ROUNDING
         return min(wanted, DEADLINE_SHARE * job.rounds.deadline_s) if self.model.measured else wanted
 
     def _sized(self, draft: _Draft, told: _Told, target_s: float, ladder: Ladder, job: JobSpec) -> _Sized:

@@ -2,7 +2,7 @@
 
 Nothing here remembers the last plan: a foreign load lowers the batch in the very next plan, and its removal gives the
 old plan back. What keeps noise from moving batches lies elsewhere: speeds are held within a band (`fit`), small foreign
-readings count as none (`readings`), the round target does not depend on live load and leaves `SLACK`.
+readings count as none (`readings`), the round target does not depend on live load.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from shared.jobs import Bits, JobSpec, StrategySpec
 from shared.messages import DeviceInfo
 
 SLACK = 1.2
-"""The round target is the median device's time with so much allowance: a device a little slower keeps its batch, above
-all where a step's time hardly depends on it."""
+"""Where nothing ends a work that is late, the round target is the median device's time with so much allowance: a device
+a little slower keeps its batch, above all where a step's time hardly depends on it."""
+ROUNDING = 1 + 1e-9
+"""The device whose time is the target meets it, to the last bit."""
 SMALL_MARGIN = 0.8
 """Cautious bits are taken where more than this share of the memory budget would be filled."""
 LARGEST = "the largest batch of the job"

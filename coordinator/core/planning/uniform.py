@@ -19,13 +19,14 @@ from msgspec.structs import replace
 
 from coordinator.core.planning import ranks as by_rank
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
-from coordinator.core.planning.common import global_rank, steps_reason
+from coordinator.core.planning.common import Limits, global_rank, steps_reason
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand, tuned_modules
 from coordinator.core.planning.drafts import Draft, batches_to_the_jobs, drafts_of, job_batch, links_of, round_target
 from coordinator.core.planning.ranks import Ranked, RankPolicy, Timed
 from coordinator.core.planning.reasons import plural, seconds
 from coordinator.core.planning.sizing import (
+    SLACK,
     Target,
     agents_reason,
     batch_by_memory,
@@ -46,11 +47,13 @@ class Seated(NamedTuple):
 
 
 class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
-    """See the module. The only state is the cost model."""
+    """See the module. The only state is the cost model. `ends`: whether work ends with its round, and the target has
+    no allowance."""
 
     name: str = "uniform"
     ranks: RankPolicy = "equal"
     one_batch: bool = False
+    ends: bool = False
     model: CostModel = CostModel()
 
     def learn(self, report: RoundReport) -> UniformPlanner:
@@ -67,7 +70,7 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
         sizes = sizes[::-1] if self.one_batch else sizes[:1]
         drafts, left_out = drafts_of(view, job, choices[0].need, sizes, self.model)
         seated = self._seated(drafts, choices, view, job)
-        return plan_of(view, job, self.model, seated, left_out, bound, one_batch=self.one_batch)
+        return plan_of(view, job, self.model, seated, left_out, bound, one_batch=self.one_batch, ends=self.ends)
 
     def _seated(self, drafts: list[Draft], choices: list[Ranked], view: FleetView, job: JobSpec) -> list[Seated]:
         """Each participant with the rank that the policy gives it."""
@@ -102,32 +105,34 @@ class UniformPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
 def plan_of(
     view: FleetView, job: JobSpec, model: CostModel, seated: list[Seated], left_out: dict[str, str], bound: int, *,
-    one_batch: bool = False,
+    one_batch: bool = False, ends: bool = False,
 ) -> Plan:  # fmt: skip
     """The plan for participants whose ranks are chosen: batch by speed and live load, and what all of it takes.
 
-    `bound`: of the global adapter's rank. `one_batch`: the job's for all, where memory holds it.
+    `bound`: of the global adapter's rank. `one_batch`: the job's for all, where memory holds it. `ends`: whether work
+    ends with its round (`common.Limits`).
     """
     drafts = [one.draft for one in seated]
-    target, reason = round_target(drafts, [one.ranked.need for one in seated], job, model)
+    target, reason = round_target(drafts, [one.ranked.need for one in seated], job, model, slack=1.0 if ends else SLACK)
     if one_batch:
         reason = f"batch {job_batch(job)} for every device that holds it"
     links = links_of(view, job, drafts, [one.ranked.ranks for one in seated], bound, target, model)
+    limits, steps = Limits(job, model, view.adapter_bytes), job.rounds.local_steps
     works: dict[str, Work] = {}
     predicted: dict[str, float] = {}
     for (draft, ranked, rank_reason), link in zip(seated, links, strict=True):
-        device = draft.place.device
+        device, limit = draft.place.device, job.rounds.train_for_s
+        if ends:
+            limit = limits.of(device, draft.bits, link.left.seconds, steps, link.bytes)
         batch, step_s, why = _batch(draft, ranked, job, model, None if one_batch else link.left)
         transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
-        predicted[device], steps_why = steps_reason(
-            job, job.rounds.local_steps, step_s, transfer, limit=job.rounds.train_for_s
-        )  # fmt: skip
+        predicted[device], steps_why = steps_reason(job, steps, step_s, transfer, limit=limit)
         reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
         if draft.place.info.agents > 1:
             reasons["agents"] = agents_reason(draft.place)
         works[device] = Work(
-            ranks=ranked.ranks, batch=batch, bits=draft.bits, steps=job.rounds.local_steps,
-            agents=draft.place.agents, train_for_s=job.rounds.train_for_s, reasons=reasons,
+            ranks=ranked.ranks, batch=batch, bits=draft.bits, steps=steps, agents=draft.place.agents,
+            train_for_s=limit, reasons=reasons,
         )  # fmt: skip
     return Plan(
         participants=works, deadline_s=job.rounds.deadline_s, predicted_s=predicted, left_out=left_out,

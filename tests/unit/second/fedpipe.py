@@ -42,7 +42,7 @@ def plan(scene: Scene) -> dict[str, Asked]:
     scores, scored = scores_of(scene.planned.past, scene.job.strategy.max_share)
     known = {one.name: scores[one.name] for one in modules if scores.get(one.name, 0.0) > 0}
     if not known or scene.planned.record.round - scored >= scene.job.strategy.rescore_every:
-        found = uniform(scene, min(8, scene.job.strategy.rank))
+        found = uniform(scene, min(8, scene.job.strategy.rank), ends=True)
         return {device: Asked(**{**vars(asked), "score": True}) for device, asked in found.items()}
     return _tuning(scene, smallest(known, modules), scores)
 
@@ -133,7 +133,7 @@ def task_of(scene: Scene, chosen: list[ModuleSpec], scores: dict[str, float]) ->
 def lefts_of(scene: Scene, task: Task, taking: list[Seat]) -> list[float]:
     """Seconds for the steps of each, by the highest ranks of all."""
     need = need_of(scene.facts, scene.job, task.most, task.bound)
-    return lefts(scene, taking, [need] * len(taking), [task.most] * len(taking), task.bound)
+    return lefts(scene, taking, [need] * len(taking), [task.most] * len(taking), task.bound, 1.0)
 
 
 def _tuning(scene: Scene, chosen: list[ModuleSpec], scores: dict[str, float]) -> dict[str, Asked]:
@@ -148,7 +148,7 @@ def _tuning(scene: Scene, chosen: list[ModuleSpec], scores: dict[str, float]) ->
         fixed, sample = scene.fleet.pace(
             seat.device, need_of(scene.facts, scene.job, ranks, task.bound), seat.bits, seat.free
         )
-        limit = until(scene, seat, left, moved(scene, seat, task.most, task.bound))
+        limit = until(scene, seat, left, steps, moved(scene, seat, task.most, task.bound))
         took = capped(limit, steps * (fixed + sample * batch))
         found[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
     return found

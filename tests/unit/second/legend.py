@@ -51,7 +51,7 @@ class Choice(NamedTuple):
     reached: list[int]
     """Before halving where readings are old."""
     target_s: float
-    """The median of the rounds at these depths and the job's batch, + 20 %."""
+    """The median of the rounds at these depths and the job's batch."""
 
 
 def plan(scene: Scene) -> dict[str, Asked]:
@@ -62,7 +62,7 @@ def plan(scene: Scene) -> dict[str, Asked]:
         need = chosen.needs[depth - 1]
         batch = sized(scene, place, need, left(chosen, place, depth))
         size = place.moved[depth - 1]
-        limit = until(scene, place.seat, max(0.0, chosen.target_s - moves_s(scene, place.seat, size)), size)
+        limit = until(scene, place.seat, max(0.0, chosen.target_s - moves_s(scene, place.seat, size)), steps, size)
         asked[place.seat.device] = Asked(
             chosen.ladder[depth - 1], batch, place.seat.bits, steps, place.seat.agents,
             capped(limit, steps * step_s(place, need, batch)), limit=limit,
@@ -110,7 +110,8 @@ def choose(scene: Scene) -> Choice:
     shares = [own / sum(rows) for own in rows]
     best, _, _ = brute_force(times, most, [place.seat.careful for place in places], shares, by_block)
     whole = _deadline(times, most, [place.seat.careful for place in places], best.depths)
-    target = 1.2 * statistics.median([place.times[depth - 1] for place, depth in zip(places, best.depths, strict=True)])
+    target = statistics.median([place.times[depth - 1] for place, depth in zip(places, best.depths, strict=True)])
+    target *= 1 + 1e-9  # the median device itself meets it
     if scene.fleet.measured:
         target = min(target, 0.9 * job.rounds.deadline_s)
     return Choice(by_block, ladder, needs, places, best, whole, target)

@@ -186,11 +186,13 @@ def median_s(scene: Scene, taking: list[Seat], needs: Sequence[Need]) -> float:
 
 
 def lefts(
-    scene: Scene, taking: list[Seat], needs: Sequence[Need], ranks: Sequence[Mapping[str, int]], bound: int
-) -> list[float]:
-    """Seconds that each has for its steps: the median's time undisturbed, + 20 %, less what its link takes too long."""
+    scene: Scene, taking: list[Seat], needs: Sequence[Need], ranks: Sequence[Mapping[str, int]], bound: int,
+    slack: float,
+) -> list[float]:  # fmt: skip
+    """Seconds that each has for its steps: the median's time undisturbed, with `slack`, less what its link takes too
+    long."""
     moves = [transfer(scene, seat, own, bound) for seat, own in zip(taking, ranks, strict=True)]
-    target = 1.2 * median_s(scene, taking, needs)
+    target = slack * median_s(scene, taking, needs) * (1 + 1e-9)  # the median device itself meets it
     if scene.fleet.measured:
         target = min(target, 0.9 * scene.job.rounds.deadline_s)
     return [max(0.0, target - max(0.0, took - statistics.median(moves))) for took in moves]
@@ -231,20 +233,24 @@ def held(scene: Scene, seat: Seat, need: Need, sizes: list[int]) -> list[int]:
     return found
 
 
-def uniform(scene: Scene, rank: int) -> dict[str, Asked]:
-    """One rank for all, the largest batch that meets the target at what is free now."""
+def uniform(scene: Scene, rank: int, *, ends: bool = False) -> dict[str, Asked]:
+    """One rank for all, the largest batch that meets the target at what is free now; where work `ends` with its round,
+    a target without the allowance of 20 %."""
     ranks = {one.name: min(rank, one.out, one.inp) for one in tuned(scene.facts, scene.job)}
     bound = scene.global_rank(rank)
     need = need_of(scene.facts, scene.job, ranks, bound)
     taking = drafted(scene, need)
     asked, steps = {}, scene.job.rounds.local_steps
     everyone = len(taking)
-    for seat, left in zip(taking, lefts(scene, taking, [need] * everyone, [ranks] * everyone, bound), strict=True):
+    seconds = lefts(scene, taking, [need] * everyone, [ranks] * everyone, bound, 1.0 if ends else 1.2)
+    for seat, left in zip(taking, seconds, strict=True):
         fixed, sample = scene.fleet.pace(seat.device, need, seat.bits, seat.free)
         sizes = held(scene, seat, need, sizes_of(scene.job))
         batch = max([size for size in sizes if steps * (fixed + sample * size) <= left] or sizes[:1])
         batch = careful(seat, batch, sizes)
         limit = scene.job.rounds.train_for_s
+        if ends:
+            limit = until(scene, seat, left, steps, moved(scene, seat, ranks, bound))
         took = capped(limit, steps * (fixed + sample * batch))
         asked[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
     return asked
@@ -260,9 +266,9 @@ def capped(limit: float, seconds: float) -> float:
     return min(seconds, limit or math.inf)
 
 
-def until(scene: Scene, seat: Seat, train_s: float, size: int) -> float:
-    """When the work of a method that has a round time ends: a tenth more than it should train and twice what its bytes
-    should take, with time to load where none was spent yet.
+def until(scene: Scene, seat: Seat, train_s: float, steps: int, size: int) -> float:
+    """When the work of a method that has a round time begins no further step: half a step before it should have
+    trained, later by twice what its download should take, and by the time to load where none was spent yet.
 
     The job's own limit where that is shorter, or nothing was measured.
     """
@@ -271,9 +277,10 @@ def until(scene: Scene, seat: Seat, train_s: float, size: int) -> float:
         return limit
     own = scene.fleet.known.get(seat.device)
     loading = scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
-    moves, deadline = moves_s(scene, seat, size), scene.job.rounds.deadline_s
+    down, deadline = moves_s(scene, seat, scene.planned.adapter or size), scene.job.rounds.deadline_s
     up = moves_s(scene, seat, max(0, size - scene.planned.adapter))
-    return min(1.1 * train_s + 2 * moves + loading, 0.9 * deadline - min(up, deadline / 2), limit or math.inf)
+    ends = train_s - train_s / steps / 2
+    return min(ends + 2 * down + loading, 0.9 * deadline - min(up, deadline / 2), limit or math.inf)
 
 
 def moves_s(scene: Scene, seat: Seat, size: int) -> float:

@@ -162,7 +162,8 @@ NOTES: dict[str, str] = {
     "lost": r"an update after the deadline is lost",
     "undone": rf"{n('undone')} of the job's {n('asked')} left undone",
     "transfer": rf"transfer {s('transfer')} "
-    rf"\((?:(?P<unmeasured>link not yet measured)|{m('moved')} at {f('rate')} MB/s)\)",
+    rf"\((?:(?P<unmeasured>link not yet measured)(?:: the median's {f('usual')} MB/s)?"
+    rf"|{m('moved')} at {f('rate')} MB/s)\)",
     "only the head": r"only the head is trained",
     "all scored": rf"all modules tuned at rank {n('rank')} to score them",
     "most": r"most: (?P<most>.+)",

@@ -10,7 +10,7 @@ from tests.unit.reason_plans import LEFT_OUT, check_refused, matched
 from tests.unit.reason_scene import ONE_BATCH, Said, Spot, close, close_mib, close_s, equal
 from tests.unit.second import fedpipe, legend
 from tests.unit.second.costs import MIB, Need, need_of, tuned
-from tests.unit.second.seats import fits, held, limit_of, moved, sizes_of, transfer
+from tests.unit.second.seats import fits, held, limit_of, moved, sizes_of, transfer, usual_link
 
 
 def _old(spot: Spot, said: Said) -> None:
@@ -341,7 +341,8 @@ def transferred(spot: Spot, said: Said) -> None:
     if spot.round.name == "legend":
         k = len({one.block for one in spot.scene.facts.modules if one.name in spot.work.ranks})
         byte_s, size = spot.place.byte_s, spot.place.moved[k - 1]
-        took, rate = size * byte_s, 1 / byte_s if byte_s else 0.0
+        known = spot.scene.fleet.known.get(spot.device)
+        took, rate = size * byte_s, 1 / byte_s if known and known.byte_s else 0.0
     else:
         ranks, bound = spot.round.ranks(spot.device), spot.round.bound
         if spot.round.name == "fedpipe" and not spot.round.scoring:
@@ -352,6 +353,10 @@ def transferred(spot: Spot, said: Said) -> None:
         rate = known.link if known else 0.0
     close_s(said["transfer_s"], took)
     assert ("unmeasured" in said) == (rate == 0.0)
+    usual = usual_link(spot.scene)
+    assert ("usual" in said) == (rate == 0.0 and usual > 0)
+    if rate == 0.0 and usual:
+        close(said["usual"], usual / 1e6)
     if rate:
         close_mib(said["moved_mib"], size)
         close(said["rate"], rate / 1e6)

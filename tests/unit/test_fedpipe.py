@@ -306,8 +306,9 @@ def test_a_small_fleet_by_hand() -> None:
     """Three devices: a knows no want, b has half the speed, c has memory for 101602 parameters.
 
     At batch 8 the median device, c at 4 bits, takes 1.3 times a's time at full rank. b has half of a's speed: batch 5,
-    of at most 8 x 1.3 / 2. A rank of k, o and q takes 4096, 6144 and 3072 parameters; so c may have k 8, o 8, q 4 (94208, J .4 * .628 + .35 * .628 + .15
-    * .460 = .540) or k 16, o 4, q 2 (96256, J .532); one step more of any of them is too much.
+    of at most 8 x 1.3 / 2. A rank of k, o and q takes 4096, 6144 and 3072 parameters; so c may have k 8, o 8, q 4
+    (94208, J .4 * .628 + .35 * .628 + .15 * .460 = .540) or k 16, o 4, q 2 (96256, J .532); one step more of any of
+    them is too much.
     """
     asked = spec(batch=8, batch_min=4, batch_max=8)
     plan = scored().plan(fleet(device("a"), device("b", cores=0.5), device("c", memory=NEED_MIB + 3, bits=(4,))), asked)

@@ -114,3 +114,20 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
         assert work.train_for_s == pytest.approx(train_s * (1 - 0.5 / work.steps) + LINK_LATE * down_s, rel=0.01)
         late = plan.participants["new"].train_for_s - plan.participants["a"].train_for_s
         assert late == pytest.approx(2.0), "it has to load the base first"
+
+
+@pytest.mark.parametrize("name", ["uniform", "legend"])
+def test_a_link_that_was_not_measured_counts_as_the_median_one(name: str) -> None:
+    """Equal devices at 0.5, 1 and 4 MB/s, and one that is new."""
+    asked, down = replace(job(batch=8), strategy=replace(job(batch=8).strategy, name=name)), 4_000_000
+    here = ("slow", "usual", "fast")
+    seen = {
+        one: replace(result(batch=8, step_s=1.0), fetch_s=down / link)
+        for one, link in zip(here, (5e5, 1e6, 4e6), strict=True)
+    }
+    told = replace(report(seen, asked), adapter_bytes=down)
+    now = replace(view(*map(device, (*here, "new")), round=2), adapter_bytes=down)
+    plan = registry.create(asked.strategy).learn(told).plan(now, asked)
+    batches = {one: work.batch for one, work in plan.participants.items()}
+    assert batches["new"] == batches["usual"] >= batches["slow"]
+    assert "(link not yet measured: the median's 1.00 MB/s)" in plan.participants["new"].reasons["steps"]

@@ -43,6 +43,26 @@ def moved(view: FleetView, job: JobSpec, ranks: Mapping[str, int], bound: int, a
     return (view.adapter_bytes or down) + up
 
 
+class Links:
+    """Seconds of transfers over the devices' links, and over the median one where a device's own was not measured."""
+
+    def __init__(self, model: CostModel) -> None:
+        links = [known.link for known in model.devices.values() if known.link]
+        self._model = model
+        self.usual = statistics.median(links) if links else 0.0
+        """Bytes per second; 0: none was measured."""
+
+    def transfer(self, device: str, size: int) -> tuple[float, str]:
+        """Seconds to move `size` bytes, with the reading; 0 s where no link was measured."""
+        took, reading = self._model.transfer(device, size)
+        return (took, reading) if took or not self.usual else (size / self.usual, self.unmeasured())
+
+    def unmeasured(self) -> str:
+        """The reading of a link that was not measured."""
+        told = f": the median's {self.usual / 1e6:.2f} MB/s" if self.usual else ""
+        return f"link not yet measured{told}"
+
+
 class Limits:
     """How long the works of a plan may take, so that nobody waits long for a device that is slower than was thought."""
 
@@ -50,8 +70,7 @@ class Limits:
         """`adapter_bytes`: what each device downloads; 0: not known."""
         self._rounds, self._devices, self._down = job.rounds, model.devices, adapter_bytes
         self._measured, self._load_s = model.measured, model.load_s
-        links = [known.link for known in model.devices.values() if known.link]
-        self._usual_link = statistics.median(links) if links else ASSUMED_LINK
+        self._usual_link = Links(model).usual or ASSUMED_LINK
 
     def transfer_s(self, device: str, size: int) -> float:
         """Seconds that `size` bytes should take over the device's link, or the median one where it was not measured."""

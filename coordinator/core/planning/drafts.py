@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from coordinator.core.planning.base import FleetView
-from coordinator.core.planning.common import DEADLINE_SHARE, moved, nobody
+from coordinator.core.planning.common import DEADLINE_SHARE, Links, moved, nobody
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import Demand
 from coordinator.core.planning.reasons import plural, seconds
@@ -114,6 +114,7 @@ def links_of(
     target: Target, model: CostModel,
 ) -> list[Link]:  # fmt: skip
     """The transfers of each draft with its `ranks`, and what they leave; `bound` as in `common.moved`."""
+    every = Links(model)
     known: dict[tuple[int, int], int] = {}
     found, sizes = [], []
     for draft, own in zip(drafts, ranks, strict=True):
@@ -121,7 +122,7 @@ def links_of(
         key = (id(own), draft.place.agents)
         if key not in known:
             known[key] = moved(view, job, own, bound, draft.place.agents)
-        found.append(model.transfer(draft.place.device, known[key]))
+        found.append(every.transfer(draft.place.device, known[key]))
         sizes.append(known[key])
     usual = statistics.median(took for took, _ in found)
     return [

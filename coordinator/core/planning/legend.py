@@ -36,7 +36,7 @@ from msgspec.structs import replace
 from coordinator.core.planning import lcd
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.block_times import NEVER, BlockTimes, usual_forward
-from coordinator.core.planning.common import DEADLINE_SHARE, Limits, global_rank, moved, nobody, steps_reason
+from coordinator.core.planning.common import DEADLINE_SHARE, Limits, Links, global_rank, moved, nobody, steps_reason
 from coordinator.core.planning.cost_model import (
     BITS_TIME,
     CostModel,
@@ -103,6 +103,8 @@ class _Draft(NamedTuple):
     block: float
     byte_s: float
     source: str
+    link: str
+    """That it was not measured; empty: it was."""
 
 
 class _Told(NamedTuple):
@@ -199,19 +201,19 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def _drafts(self, view: FleetView, job: JobSpec, ladder: Ladder) -> tuple[list[_Draft], dict[str, str]]:
         """(participants in the order of their ids, candidate -> why it takes no part)."""
-        sizes = batches_to_the_jobs(job)
+        sizes, links = batches_to_the_jobs(job), Links(self.model)
         drafts: list[_Draft] = []
         left_out: dict[str, str] = {}
         for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):
             place = seat(candidate, job, view.fresh_s, self.model)
-            drafted = place if isinstance(place, str) else self._draft(place, ladder, job, sizes)
+            drafted = place if isinstance(place, str) else self._draft(place, ladder, job, sizes, links)
             if isinstance(drafted, str):
                 left_out[candidate.device] = drafted
             else:
                 drafts.append(drafted)
         return drafts, left_out
 
-    def _draft(self, place: Seat, ladder: Ladder, job: JobSpec, sizes: tuple[int, ...]) -> _Draft | str:
+    def _draft(self, place: Seat, ladder: Ladder, job: JobSpec, sizes: tuple[int, ...], links: Links) -> _Draft | str:
         """Bits, batch and the deepest that memory holds, at the capacity that is free now."""
         least, wanted = min(sizes[0], place.rows), min(sizes[-1], place.rows)
         chosen = choose_bits(place, ladder.needs[0], job, self.model, wanted)
@@ -222,7 +224,9 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         bits, bits_reason = chosen
         batch = held_batches(place, ladder.needs[0], bits, self.model, sizes)[0][-1]
         most, stopped = self._deepest(place, ladder, bits, batch)
-        return _Draft(place, bits, bits_reason, batch, most, stopped, *self._capacity(place, ladder, bits, batch))
+        return _Draft(
+            place, bits, bits_reason, batch, most, stopped, *self._capacity(place, ladder, bits, batch, links)
+        )
 
     def _deepest(self, place: Seat, ladder: Ladder, bits: Bits, batch: int) -> tuple[int, str]:
         """(k_i^max by memory, what stopped the next block); depth 1 was found to fit."""
@@ -241,17 +245,22 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         size, _ = self.model.memory(place.device, ladder.needs[most], bits, batch, place.info)
         return most, f"{most + 1} would take {mebibytes(size)} of {mebibytes(place.budget.bytes)} memory"
 
-    def _capacity(self, place: Seat, ladder: Ladder, bits: Bits, batch: int) -> tuple[float, float, float, str]:
-        """(forward seconds a step, seconds a step and block, seconds a byte, source) at what is free now."""
+    def _capacity(
+        self, place: Seat, ladder: Ladder, bits: Bits, batch: int, links: Links
+    ) -> tuple[float, float, float, str, str]:
+        """(forward seconds a step, seconds a step and block, seconds a byte, source, that the link was not measured) at
+        what is free now."""
         seen = self.times.devices.get(place.device, NEVER)
+        link = "" if seen.byte_s else links.unmeasured()
+        byte_s = seen.byte_s or (1 / links.usual if links.usual else 0.0)
         forward_blocks = self.times.forward(ladder.usual, gpu=place.free.gpu)
         if seen.rounds:
             scale = batch * BITS_TIME[bits] / usable(place.free, self.model.devices.get(place.device))
             forward, block = seen.split(forward_blocks)
-            return scale * forward, scale * block, seen.byte_s, f"averaged over {plural(seen.rounds, 'round')}"
+            return scale * forward, scale * block, byte_s, f"averaged over {plural(seen.rounds, 'round')}", link
         pace = self.model.pace(place.device, ladder.needs[-1], bits, place.free)
         block = pace.step_s(batch) / (forward_blocks + float(ladder.backward[-1]))
-        return forward_blocks * block, block, seen.byte_s, f"{pace.source}, 0 rounds of its own"
+        return forward_blocks * block, block, byte_s, f"{pace.source}, 0 rounds of its own", link
 
 
 def _ladder(view: FleetView, job: JobSpec) -> Ladder:
@@ -300,7 +309,7 @@ def _work(
     draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec, limit: float
 ) -> tuple[float, Work]:
     """(seconds of training expected, the work) of one device. `limit`: seconds it may take."""
-    took = f"{mebibytes(told.bytes)} at {1e-6 / draft.byte_s:.2f} MB/s" if draft.byte_s else "link not yet measured"
+    took = draft.link or f"{mebibytes(told.bytes)} at {1e-6 / draft.byte_s:.2f} MB/s"
     predicted, why_steps = steps_reason(
         job, job.rounds.local_steps, sized.step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})",
         limit=limit,

@@ -20,6 +20,7 @@ from tests.unit.second.seats import (
     seats,
     sizes_of,
     until,
+    usual_link,
     with_bits,
 )
 
@@ -159,7 +160,8 @@ def rising(blocks: int, mean: int) -> tuple[int, ...]:
 def _capacity(scene: Scene, seat: Seat, deepest: Need, batch: int) -> tuple[float, float, float]:
     """Seconds of a step's forward pass, of a block backward, of a byte."""
     known, phi = scene.fleet.known.get(seat.device), scene.fleet.phi[seat.free.gpu]
-    byte_s = averaged(known.byte_s) if known else 0.0
+    usual = usual_link(scene)
+    byte_s = averaged(known.byte_s) if known and known.byte_s else 1 / usual if usual else 0.0
     if known is None or not known.steps:
         fixed, sample = scene.fleet.pace(seat.device, deepest, seat.bits, seat.free)
         block = (fixed + sample * batch) / (phi + deepest.blocks)

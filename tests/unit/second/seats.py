@@ -214,11 +214,16 @@ def moved(scene: Scene, seat: Seat, ranks: Mapping[str, int], bound: int) -> int
 
 
 def transfer(scene: Scene, seat: Seat, ranks: Mapping[str, int], bound: int) -> float:
-    """Seconds of the round's transfers; 0 where the link was not measured."""
+    """Seconds of the round's transfers, over the median link where its own was not measured; 0 where none was."""
     known = scene.fleet.known.get(seat.device)
-    if known is None or not known.link:
-        return 0.0
-    return moved(scene, seat, ranks, bound) / known.link
+    link = known.link if known and known.link else usual_link(scene)
+    return moved(scene, seat, ranks, bound) / link if link else 0.0
+
+
+def usual_link(scene: Scene) -> float:
+    """The median of those measured; 0: none was."""
+    links = [one.link for one in scene.fleet.known.values() if one.link]
+    return statistics.median(links) if links else 0.0
 
 
 def held(scene: Scene, seat: Seat, need: Need, sizes: list[int]) -> list[int]:
@@ -285,8 +290,7 @@ def until(scene: Scene, seat: Seat, train_s: float, steps: int, size: int) -> fl
 
 def moves_s(scene: Scene, seat: Seat, size: int) -> float:
     """Seconds of so many bytes: over its link, else the median one, else 4 Mb/s."""
-    links = [one.link for one in scene.fleet.known.values() if one.link]
     own = scene.fleet.known.get(seat.device)
     if own is not None and own.link:
         return size / own.link
-    return size / (statistics.median(links) if links else 5e5)
+    return size / (usual_link(scene) or 5e5)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.core.planning.bandit import CURIOSITY, KEEP, START, WIDTH, Bandit, Choice, Point, Pulls, Region
+from coordinator.core.planning.bandit import CURIOSITY, KEEP, POINTS, START, WIDTH, Bandit, Choice, Point, Pulls, Region
 
 Reward = Callable[[float, float], float]
 
@@ -103,6 +103,21 @@ def test_devices_of_a_class_do_not_all_try_the_same() -> None:
         assert choice is not None
         given_out.append(choice.at)
     assert len({(int(x * START), int(y * START)) for x, y in given_out}) >= START * START - 2
+
+
+def test_a_choice_asks_of_a_device_no_more_than_the_heights_of_one_region_where_they_fit() -> None:
+    """Each answer is a plan's prediction of memory, and a fleet has 10,000 devices."""
+    rng, asked = random.Random(5), list[float]()
+    bandit = Bandit().learn([((rng.random(), rng.random()), rng.random()) for _ in range(200)])
+    pulls = Pulls(bandit)
+
+    def holds(height: float) -> bool:
+        asked.append(height)
+        return True
+
+    for count in range(1, 101):
+        assert pulls.choose((rng.random(), rng.random(), rng.random()), holds) is not None
+        assert len(asked) <= POINTS * count
 
 
 def _scores(bandit: Bandit, given_out: list[Point]) -> list[tuple[float, float]]:

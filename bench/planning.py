@@ -60,9 +60,11 @@ VALIDATION = 0.15
 """Share of the training rows that rates are tuned on."""
 EVALUATED = 256
 """Rows evaluated after each round: more would take as long as the round itself."""
-BATCH, MOST = 8, 8
-"""The job's batch, and how many times that a planner may ask for. At 4 times, GPUs of the fleet are done in half of a
-round's time (validation rows, lab log). Methods with one batch never ask for more than the job's."""
+BATCH = 8
+MOST, MOST_OF_ONE = 8 * BATCH, 4 * BATCH
+"""The largest batch that a planner may ask for: at 4 times the job's, GPUs of the fleet are done in half of a round's
+time (validation rows, lab log). Methods with one batch never ask for more than the job's; theirs is what it was, so
+that their runs need not be made anew."""
 DEVICES, SAMPLE, STEPS = 80, 10, 8
 GLOBAL_RANK = 16
 """Twice the devices' rank: the default, for long jobs, is half of these small matrices and doubles downloads."""
@@ -241,7 +243,7 @@ def simulation(run: Run, scratch: Path) -> Simulation:
             **shares,
             "batch": BATCH,
             "batch_min": BATCH // 4,
-            "batch_max": (MOST if run.method.strategy in UNEQUAL_BATCHES else 4) * BATCH,
+            "batch_max": MOST if run.method.strategy in UNEQUAL_BATCHES else MOST_OF_ONE,
         },
         "training": {"lr": run.lr, "lora_plus": LORA_PLUS},
         # Strong skew makes single rounds much worse; the gate is for operators, a comparison must not pause.

@@ -137,7 +137,7 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     batch_min: Positive = 1
     """The smallest batch a plan may ask for."""
     batch_max: Positive = 32
-    """The largest batch a plan may ask for. A device that could do more in the time of the round waits for the others."""
+    """The largest batch a plan may ask for. Where batches differ, a device that could do more waits."""
     bits: Literal["auto", 4, 8, 16, 32] = "auto"
     """Precision of the frozen base; auto: the largest proven on the device that its memory holds."""
     global_rank: Annotated[int, Meta(ge=1, le=4096)] = 64

@@ -245,7 +245,7 @@ def depth(spot: Spot, said: Said) -> None:
     close_s(said["round_s"], place.times[k - 1])
     close_s(said["forward_s"], steps * place.forward)
     close_s(said["back_s"], steps * chosen.needs[k - 1].blocks * place.block)
-    close_s(said["transfer_s"], place.moved[k - 1] * place.byte_s)
+    close_s(said["transfer_s"], sum(place.moved[k - 1]) * place.byte_s)
     close_s(said["target_s"], chosen.best.round_s)
     equal(said["passed"], k)
     equal(said["all"], spot.scene.facts.blocks)
@@ -269,7 +269,11 @@ def steps(spot: Spot, said: Said) -> None:
     close_s(said["step_s"], step_s)
     close_s(said["took_s"], count * step_s)
     close_s(said["bound_s"], bound)
-    assert (spot.reason.verb == "meets") == (count * step_s <= bound)
+    if spot.work.train_for_s:
+        close_s(said["last_s"], (count - 1) * step_s)
+        assert (spot.reason.verb == "meets") == ((count - 1) * step_s < bound)
+    else:
+        assert (spot.reason.verb == "meets") == (count * step_s <= bound)
 
 
 def agents(spot: Spot, said: Said) -> None:

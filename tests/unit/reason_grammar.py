@@ -98,7 +98,10 @@ FORMS: dict[str, tuple[str, str, str]] = {
         TARGET,
     ),
     "steps/deadline": (rf"{n('asked')} asked x {s('step')} = {s('took')}", "meets|exceeds", rf"{s('bound')} deadline"),
-    "steps/time": (rf"{n('asked')} asked x {s('step')} = {s('took')}", "meets|exceeds", rf"{s('bound')} training time"),
+    "steps/time": (
+        rf"{n('asked')} asked x {s('step')} = {s('took')}, the last from {s('last')} on", "meets|exceeds",
+        rf"{s('bound')} training time",
+    ),
     "agents/cores": (
         rf"{n('ready')} ready, {f('cores')} cores and {n('rows')} rows on the device", "meets",
         rf"{n('core')} core or part of one and {n('row')} row for each",

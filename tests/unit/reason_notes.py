@@ -340,7 +340,7 @@ def undone(spot: Spot, said: Said) -> None:
 def transferred(spot: Spot, said: Said) -> None:
     if spot.round.name == "legend":
         k = len({one.block for one in spot.scene.facts.modules if one.name in spot.work.ranks})
-        byte_s, size = spot.place.byte_s, spot.place.moved[k - 1]
+        byte_s, size = spot.place.byte_s, sum(spot.place.moved[k - 1])
         known = spot.scene.fleet.known.get(spot.device)
         took, rate = size * byte_s, 1 / byte_s if known and known.byte_s else 0.0
     else:
@@ -348,7 +348,7 @@ def transferred(spot: Spot, said: Said) -> None:
         if spot.round.name == "fedpipe" and not spot.round.scoring:
             ranks, bound = spot.round.task.most, spot.round.task.bound
         took = transfer(spot.scene, spot.seat, ranks, bound)
-        size = moved(spot.scene, spot.seat, ranks, bound)
+        size = sum(moved(spot.scene, spot.seat, ranks, bound))
         known = spot.scene.fleet.known.get(spot.device)
         rate = known.link if known else 0.0
     close_s(said["transfer_s"], took)

@@ -9,11 +9,13 @@ from msgspec.structs import replace
 
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import RoundReport
-from coordinator.core.planning.common import ASSUMED_LINK, LINK_LATE, Limits, global_rank, moved
+from coordinator.core.planning.common import ASSUMED_LINK, LINK_LATE, Limits, Moved, global_rank, moved, steps_within
 from coordinator.core.planning.cost_model import CostModel
 from shared.jobs import JobSpec
 from shared.messages import UpdateFacts, Work
 from tests.unit.planning_cases import device, job, minilm, result, view
+
+NONE = Moved(0, 0)
 
 
 def report(results: dict[str, UpdateFacts], asked: JobSpec, number: int = 1) -> RoundReport:
@@ -24,12 +26,12 @@ def report(results: dict[str, UpdateFacts], asked: JobSpec, number: int = 1) -> 
 
 
 def test_nothing_is_limited_before_speeds_were_measured() -> None:
-    assert Limits(job(), CostModel(), 0).of("a", 32, 10.0, 10, 0) == 0.0
+    assert Limits(job(), CostModel()).of("a", 32, 10.0, 10, NONE) == 0.0
     full = replace(report({"a": result(batch=8, step_s=1.0)}, job()), results={}, batch_limits={"a": 4})
     of_batch = CostModel().learn(full)
-    assert Limits(job(), of_batch, 0).of("a", 32, 10.0, 10, 0) == 0.0, "of it the largest batch alone is known"
+    assert Limits(job(), of_batch).of("a", 32, 10.0, 10, NONE) == 0.0, "of it the largest batch alone is known"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert Limits(bounded, CostModel(), 0).of("a", 32, 10.0, 10, 0) == 7.0
+    assert Limits(bounded, CostModel()).of("a", 32, 10.0, 10, NONE) == 7.0
 
 
 def test_work_ends_with_its_round_and_a_device_has_the_time_to_load_where_it_did_not_yet() -> None:
@@ -38,15 +40,15 @@ def test_work_ends_with_its_round_and_a_device_has_the_time_to_load_where_it_did
     model = CostModel().learn(report(seen, job()))
     model = model.learn(report({"a": result(batch=8, step_s=1.0)}, job(), 2))
     assert model.load_s == 30.0
-    limits = Limits(job(), model, 0)
-    assert limits.of("a", 32, 10.0, 10, 0) == pytest.approx(9.5)
-    assert limits.of("a", 32, 10.0, 1, 0) == pytest.approx(5.0), "one step is done in any case"
-    assert limits.of("c", 32, 10.0, 10, 0) == pytest.approx(9.5 + 30.0)
-    assert limits.of("a", 4, 10.0, 10, 0) == pytest.approx(9.5 + 30.0), "another base to load"
+    limits = Limits(job(), model)
+    assert limits.of("a", 32, 10.0, 10, NONE) == pytest.approx(9.5)
+    assert limits.of("a", 32, 10.0, 1, NONE) == pytest.approx(5.0), "one step is done in any case"
+    assert limits.of("c", 32, 10.0, 10, NONE) == pytest.approx(9.5 + 30.0)
+    assert limits.of("a", 4, 10.0, 10, NONE) == pytest.approx(9.5 + 30.0), "another base to load"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert Limits(bounded, model, 0).of("c", 32, 10.0, 10, 0) == 7.0
+    assert Limits(bounded, model).of("c", 32, 10.0, 10, NONE) == 7.0
     near = replace(job(), rounds=replace(job().rounds, deadline_s=30.0))
-    assert Limits(near, model, 0).of("c", 32, 10.0, 10, 0) == pytest.approx(27.0), (
+    assert Limits(near, model).of("c", 32, 10.0, 10, NONE) == pytest.approx(27.0), (
         "what comes after the deadline is lost"
     )
 
@@ -58,10 +60,10 @@ def test_a_slow_link_leaves_time_to_train() -> None:
         for name, link in (("slow", 2e5), ("usual", 1e6), ("fast", 4e6))
     }
     model = CostModel().learn(replace(report(seen, job()), adapter_bytes=adapter))
-    limits = Limits(job(), model, adapter)
+    limits = Limits(job(), model)
     for name, transfer_s in (("slow", 20.0), ("usual", 4.0), ("fast", 1.0), ("new", 4.0)):
         for up in (0, 8_000_000):  # which comes after it
-            found = limits.of(name, 32, 10.0, 10, adapter + up)
+            found = limits.of(name, 32, 10.0, 10, Moved(adapter, up))
             assert found == pytest.approx(9.5 + LINK_LATE * transfer_s), (name, up)
 
 
@@ -74,14 +76,14 @@ def test_what_goes_as_planned_and_meets_the_deadline_is_never_cut() -> None:
     model = CostModel().learn(replace(report(seen, job()), adapter_bytes=down))
     for deadline_s in (20.0, 30.0, 100.0):
         near = replace(job(), rounds=replace(job().rounds, deadline_s=deadline_s))
-        limits = Limits(near, model, down)
+        limits = Limits(near, model)
         for name, link in (("slow", 5e5), ("usual", 1e6), ("fast", 4e6)):
             train_s = 0.9 * deadline_s - (down + up) / link
-            limit = limits.of(name, 32, train_s, 8, down + up)
+            limit = limits.of(name, 32, train_s, 8, Moved(down, up))
             assert limit >= down / link + train_s * 7 / 8 - 1e-9, f"the last step begins: {name}, {deadline_s}"
             assert limit + up / link <= deadline_s, "what is delivered then still counts"
-    blind = Limits(replace(job(), rounds=replace(job().rounds, deadline_s=20.0)), model, 0)
-    assert blind.of("slow", 32, 50.0, 8, 10 * down) == pytest.approx(8.0), "0 would be no limit"
+    soon = Limits(replace(job(), rounds=replace(job().rounds, deadline_s=20.0)), model)
+    assert soon.of("slow", 32, 50.0, 8, Moved(0, 10 * down)) == pytest.approx(8.0), "0 would be no limit"
 
 
 @pytest.mark.parametrize(
@@ -105,29 +107,60 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
     if limits:
         told = re.search(r"round target ([\d.]+) s: |batches for ([\d.]+) s", plan.reason)
         assert told is not None, plan.reason
-        target = float(told[1] or told[2])
+        train_s = float(
+            told[1] or told[2]
+        )  # no link was measured, so that the target of `legend` has no transfer in it
         work = plan.participants["a"]
-        size = moved(now, asked, work.ranks, global_rank(now, asked, max(work.ranks.values())), 1)
-        moves_s = size / ASSUMED_LINK  # no link was measured yet; the target of `legend` has transfers in it
-        train_s = target - moves_s if name == "legend" else target
-        down_s = now.adapter_bytes / ASSUMED_LINK or moves_s
+        size = moved(now, asked, work.ranks, global_rank(now, asked, max(work.ranks.values())), 1).down
+        down_s = size / ASSUMED_LINK
         assert work.train_for_s == pytest.approx(train_s * (1 - 0.5 / work.steps) + LINK_LATE * down_s, rel=0.01)
         late = plan.participants["new"].train_for_s - plan.participants["a"].train_for_s
         assert late == pytest.approx(2.0), "it has to load the base first"
 
 
-@pytest.mark.parametrize("name", ["uniform", "legend"])
+@pytest.mark.parametrize("link", [0.0, 5e5, 4e6])
+@pytest.mark.parametrize("name", ["fedpipe", "legend"])
+def test_a_device_that_goes_as_planned_does_all_its_steps(name: str, link: float) -> None:
+    """Equal devices, so that each is the median one; over a link that was not measured (0), a slow and a fast one."""
+    asked, down = job(batch=8), 2_000_000
+    asked = replace(asked, strategy=replace(asked.strategy, name=name))
+    here = ("a", "b", "c")
+    importance = {module.name: 1.0 / 24 for module in minilm().modules}
+    told = result(batch=8, step_s=1.0)
+    seen = dict.fromkeys(here, replace(told, importance=importance, fetch_s=down / link if link else 0.0))
+    planner = registry.create(asked.strategy)
+    first = planner.plan(view(*map(device, here)), asked)
+    works = {one: replace(first.participants[one], batch=8) for one in here}
+    planner = planner.learn(replace(report(seen, asked), works=works, adapter_bytes=down))
+    plan = planner.plan(replace(view(*map(device, here), round=2), adapter_bytes=down), asked)
+    for one, work in plan.participants.items():
+        step_s = plan.predicted_s[one] / work.steps
+        fetched_s = down / (link or ASSUMED_LINK)
+        assert fetched_s + (work.steps - 1) * step_s < work.train_for_s
+        assert " meets " in work.reasons["steps"]
+
+
+def test_steps_that_begin_within_a_limit_are_done() -> None:
+    assert [steps_within(limit, 8, 1.0) for limit in (0.0, 0.5, 1.0, 1.5, 7.5, 99.0)] == [8, 1, 1, 2, 8, 8]
+    assert steps_within(5.0, 8, 0.0) == 8
+
+
+@pytest.mark.parametrize("name", ["fedpipe", "legend"])
 def test_a_link_that_was_not_measured_counts_as_the_median_one(name: str) -> None:
     """Equal devices at 0.5, 1 and 4 MB/s, and one that is new."""
     asked, down = replace(job(batch=8), strategy=replace(job(batch=8).strategy, name=name)), 4_000_000
     here = ("slow", "usual", "fast")
+    importance = {module.name: 1.0 / 24 for module in minilm().modules}
     seen = {
-        one: replace(result(batch=8, step_s=1.0), fetch_s=down / link)
+        one: replace(result(batch=8, step_s=1.0), fetch_s=down / link, importance=importance)
         for one, link in zip(here, (5e5, 1e6, 4e6), strict=True)
     }
-    told = replace(report(seen, asked), adapter_bytes=down)
+    planner = registry.create(asked.strategy)
+    first = planner.plan(view(*map(device, here)), asked)
+    works = {one: replace(first.participants[one], batch=8) for one in here}
+    told = replace(report(seen, asked), works=works, adapter_bytes=down)
     now = replace(view(*map(device, (*here, "new")), round=2), adapter_bytes=down)
-    plan = registry.create(asked.strategy).learn(told).plan(now, asked)
+    plan = planner.learn(told).plan(now, asked)
     batches = {one: work.batch for one, work in plan.participants.items()}
-    assert batches["new"] == batches["usual"] >= batches["slow"]
+    assert batches["new"] == batches["usual"] > batches["slow"]
     assert "(link not yet measured: the median's 1.00 MB/s)" in plan.participants["new"].reasons["steps"]

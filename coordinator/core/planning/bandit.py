@@ -164,10 +164,11 @@ class Pulls:
     def _order(self, sums: npt.NDArray[np.float64], draw: float) -> Iterator[int]:
         """The regions, the largest sum first; of equal ones the draw decides. Nearly always the first will do."""
         first = int(sums.argmax())
-        if np.count_nonzero(sums == sums[first]) == 1:
+        alone = np.count_nonzero(sums == sums[first]) == 1
+        if alone:
             yield first
         turned = np.modf(draw + self._places * 0.6180339887498949)[0]
-        yield from np.lexsort((turned, -sums)).tolist()
+        yield from np.lexsort((turned, -sums))[int(alone) :].tolist()
 
     def _bonuses(self) -> npt.NDArray[np.float64]:
         curious = CURIOSITY * math.sqrt(math.log(1 + self._count))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from coordinator.core.aggregation import registry as aggregation
 from coordinator.core.planning.base import FleetView
@@ -32,15 +33,27 @@ def global_rank(view: FleetView, job: JobSpec, rank: int) -> int:
     return min(aggregation.create(job.strategy).global_rank, (view.round - 1) * agents * rank)
 
 
-def moved(view: FleetView, job: JobSpec, ranks: Mapping[str, int], bound: int, agents: int) -> int:
-    """Bytes over a device's link in the round: the global adapter (of rank `bound` at most) down, the update of its
+class Moved(NamedTuple):
+    """Bytes over a device's link in a round."""
+
+    down: int
+    up: int
+
+    @property
+    def both(self) -> int:
+        """Down and up."""
+        return self.down + self.up
+
+
+def moved(view: FleetView, job: JobSpec, ranks: Mapping[str, int], bound: int, agents: int) -> Moved:
+    """What goes over a device's link in the round: the global adapter (of rank `bound` at most) down, the update of its
     agents up."""
     # Factors that are averaged are so on the device already; products are stacked.
     start = aggregation.create(job.strategy).start
     sends_a = start != "frozen_a" or view.round == 1
     stacked = 1 if averages_factors(start) else agents
     down, up, _ = traffic(view.facts, ranks, bound, job.training.codec, stacked, sends_a=sends_a)
-    return (view.adapter_bytes or down) + up
+    return Moved(view.adapter_bytes or down, up)
 
 
 class Links:
@@ -55,7 +68,7 @@ class Links:
     def transfer(self, device: str, size: int) -> tuple[float, str]:
         """Seconds to move `size` bytes, with the reading; 0 s where no link was measured."""
         took, reading = self._model.transfer(device, size)
-        return (took, reading) if took or not self.usual else (size / self.usual, self.unmeasured())
+        return (took, reading) if took or not size or not self.usual else (size / self.usual, self.unmeasured())
 
     def unmeasured(self) -> str:
         """The reading of a link that was not measured."""
@@ -66,49 +79,53 @@ class Links:
 class Limits:
     """How long the works of a plan may take, so that nobody waits long for a device that is slower than was thought."""
 
-    def __init__(self, job: JobSpec, model: CostModel, adapter_bytes: int) -> None:
-        """`adapter_bytes`: what each device downloads; 0: not known."""
-        self._rounds, self._devices, self._down = job.rounds, model.devices, adapter_bytes
+    def __init__(self, job: JobSpec, model: CostModel) -> None:
+        self._rounds, self._devices, self._links = job.rounds, model.devices, Links(model)
         self._measured, self._load_s = model.measured, model.load_s
-        self._usual_link = Links(model).usual or ASSUMED_LINK
 
     def transfer_s(self, device: str, size: int) -> float:
-        """Seconds that `size` bytes should take over the device's link, or the median one where it was not measured."""
-        known = self._devices.get(device)
-        return size / (known.link if known is not None and known.link else self._usual_link)
+        """Seconds that `size` bytes should take (`Links`), at `ASSUMED_LINK` as long as none was measured."""
+        return self._links.transfer(device, size)[0] or size / ASSUMED_LINK
 
-    def of(self, device: str, bits: Bits, train_s: float, steps: int, size: int) -> float:
+    def of(self, device: str, bits: Bits, train_s: float, steps: int, moves: Moved) -> float:
         """Seconds from receipt after which the device begins no further step and delivers what it has done; 0: no
         limit. Partial work counts.
 
-        The job's own, or `train_s`, which there is for its `steps`, and `LINK_LATE` times what the download should
-        take, of `size` bytes down and up. A step that has begun is finished: half of one is taken off, so that on the
-        mean work ends at that time. None of it before speeds were measured; a device that did not train over such a
-        base yet has the time to load it. `DEADLINE_SHARE` of the deadline is enough for the upload as well (of which
-        half the deadline is the most that is kept free), so that what is delivered then still counts.
+        The job's own, or `train_s`, which there is for its `steps`, and `LINK_LATE` times what the download of `moves`
+        should take. A step that has begun is finished: half of one is taken off, so that on the mean work ends at that
+        time. The job's alone before speeds were measured; a device that did not train over such a base yet has the time
+        to load it. `DEADLINE_SHARE` of the deadline is enough for the upload as well (of which half the deadline is the
+        most that is kept free), so that what is delivered then still counts.
         """
         rounds, known = self._rounds, self._devices.get(device)
         if not self._measured:
             return rounds.train_for_s
         loads_s = 0.0 if known is not None and str(bits) in known.fits else self._load_s
-        down_s = self.transfer_s(device, self._down or size)
-        up_s = self.transfer_s(device, max(0, size - self._down))
+        down_s, up_s = self.transfer_s(device, moves.down), self.transfer_s(device, moves.up)
         ends_s = train_s * (1 - 1 / (2 * max(1, steps)))
         in_time = DEADLINE_SHARE * rounds.deadline_s - min(up_s, rounds.deadline_s / 2)
         return min(ends_s + LINK_LATE * down_s + loads_s, in_time, rounds.train_for_s or math.inf)
 
 
 def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float) -> tuple[float, str]:
-    """(seconds of training expected, reason of the number of steps). `limit`: as in `Work.train_for_s`."""
-    expected = steps * step_s
-    bound, name = (limit, "training time") if limit else (job.rounds.deadline_s, "deadline")
-    met = expected <= bound
-    note = "" if met else ("partial work counts" if limit else "an update after the deadline is lost")
-    reading = f"{steps} asked x {seconds(step_s)} = {seconds(expected)}"
-    reason = word(
-        "steps", steps, reading, f"{seconds(bound)} {name}", note, transfer, verb="meets" if met else "exceeds"
-    )
-    return (min(expected, limit) if limit else expected), reason
+    """(seconds of training expected, reason of the number of steps). `limit`: as in `Work.train_for_s`, after which no
+    step begins; the download has its part of it, which is not taken off here."""
+    reading = f"{steps} asked x {seconds(step_s)} = {seconds(steps * step_s)}"
+    if limit:
+        last_s = (steps - 1) * step_s
+        reading += f", the last from {seconds(last_s)} on"
+        met, bound, note = last_s < limit, f"{seconds(limit)} training time", "partial work counts"
+    else:
+        met, bound = steps * step_s <= job.rounds.deadline_s, f"{seconds(job.rounds.deadline_s)} deadline"
+        note = "an update after the deadline is lost"
+    done = steps_within(limit, steps, step_s)
+    notes = ("" if met else note, transfer)
+    return done * step_s, word("steps", steps, reading, bound, *notes, verb="meets" if met else "exceeds")
+
+
+def steps_within(limit: float, steps: int, step_s: float) -> int:
+    """How many of `steps` begin before `limit` seconds, one in any case; 0: no limit."""
+    return min(steps, max(1, math.ceil(limit / step_s))) if limit and step_s > 0 else steps
 
 
 def nobody(job: JobSpec, left_out: Mapping[str, str]) -> str:

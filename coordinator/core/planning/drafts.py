@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from coordinator.core.planning.base import FleetView
-from coordinator.core.planning.common import DEADLINE_SHARE, Links, moved, nobody
+from coordinator.core.planning.common import DEADLINE_SHARE, Links, Moved, moved, nobody
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import Demand
 from coordinator.core.planning.reasons import plural, seconds
@@ -38,7 +38,7 @@ class Link(NamedTuple):
     reading: str
     left: Target
     """What they leave of the round target."""
-    bytes: int
+    moves: Moved
     """Over it, with the ranks that `links_of` was given."""
 
 
@@ -72,11 +72,11 @@ def job_batch(job: JobSpec) -> int:
 
 
 def round_target(
-    drafts: Sequence[Draft], needs: Sequence[Demand], job: JobSpec, model: CostModel, slack: float = SLACK
+    drafts: Sequence[Draft], needs: Sequence[Demand], job: JobSpec, model: CostModel, *, ends: bool = False
 ) -> tuple[Target, str]:
     """Seconds of all local steps at the job's batch on the median device, which live load does not move.
 
-    `needs`: of each draft's work; `slack`: what of those seconds is the target.
+    `needs`: of each draft's work; `ends`: whether work ends with its round, else there is an allowance (`SLACK`).
     """
     steps, batch = job.rounds.local_steps, job_batch(job)
     paces = [
@@ -87,13 +87,13 @@ def round_target(
         paces += model.met(needs[0], {draft.place.device for draft in drafts})
     times = [steps * pace.step_s(batch) for pace in paces]
     median = statistics.median(times)
-    wanted = slack * median * ROUNDING
+    wanted = (median if ends else SLACK * median) * ROUNDING
     reason = (
         f"round target {seconds(wanted)}: {plural(steps, 'step')} at batch {batch} take the median of "
         f"{plural(len(times), 'device')} {seconds(median)} undisturbed"
     )
-    if slack > 1:
-        reason += f", + {slack - 1:.0%}"
+    if not ends:
+        reason += f", + {SLACK - 1:.0%}"
     bound = DEADLINE_SHARE * job.rounds.deadline_s
     # Assumed speeds are good for ratios between devices only: they must not meet a bound in seconds.
     if model.measured and wanted > bound:
@@ -115,19 +115,19 @@ def links_of(
 ) -> list[Link]:  # fmt: skip
     """The transfers of each draft with its `ranks`, and what they leave; `bound` as in `common.moved`."""
     every = Links(model)
-    known: dict[tuple[int, int], int] = {}
-    found, sizes = [], []
+    known: dict[tuple[int, int], Moved] = {}
+    found, moves = [], []
     for draft, own in zip(drafts, ranks, strict=True):
         # Most devices share one mapping.
         key = (id(own), draft.place.agents)
         if key not in known:
             known[key] = moved(view, job, own, bound, draft.place.agents)
-        found.append(every.transfer(draft.place.device, known[key]))
-        sizes.append(known[key])
+        found.append(every.transfer(draft.place.device, known[key].both))
+        moves.append(known[key])
     usual = statistics.median(took for took, _ in found)
     return [
-        Link(took, reading, Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps), size)
-        for (took, reading), size in zip(found, sizes, strict=True)
+        Link(took, reading, Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps), own)
+        for (took, reading), own in zip(found, moves, strict=True)
     ]
 
 

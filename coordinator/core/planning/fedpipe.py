@@ -189,7 +189,7 @@ def searched(
     sizes = batch_sizes(job.strategy, job.training.accumulation)
     drafts, left_out = drafts_of(view, job, task.need, sizes[:1], model)
     bound = global_rank(view, job, job.strategy.rank)
-    target, reason = round_target(drafts, [demand(view.facts, job, most, bound)] * len(drafts), job, model, slack=1.0)
+    target, reason = round_target(drafts, [demand(view.facts, job, most, bound)] * len(drafts), job, model, ends=True)
     links = links_of(view, job, drafts, [most] * len(drafts), bound, target, model)
     sites = [site(draft, sizes, task, link.left, model) for draft, link in zip(drafts, links, strict=True)]
     return Search(task, levels, bound, drafts, links, sites, left_out, reason)
@@ -238,7 +238,7 @@ class _Desk:
         self._facts: ModelFacts = view.facts
         self._job, self._chosen, self._levels, self._task = job, chosen, search.levels, search.task
         self._bound, self._model, self._weights_why = search.bound, model, weights_why
-        self._limits = Limits(job, model, view.adapter_bytes)
+        self._limits = Limits(job, model)
         self._most = math.fsum(item.values[-1] for item in search.task.items)
         self._tuned: dict[tuple[int, ...], _Tuned] = {}
 
@@ -259,7 +259,7 @@ class _Desk:
         asked = self._job.rounds.local_steps
         if choice.steps < asked:
             transfer = f"{asked - choice.steps} of the job's {asked} left undone; {transfer}"
-        limit = self._limits.of(place.device, draft.bits, link.left.seconds, choice.steps, link.bytes)
+        limit = self._limits.of(place.device, draft.bits, link.left.seconds, choice.steps, link.moves)
         predicted, steps_why = steps_reason(self._job, choice.steps, step_s, transfer, limit=limit)
         reasons = {
             "weights": self._weights_why, "rank": self._rank_reason(draft, link, one, choice, tuned),

@@ -50,10 +50,8 @@ class HeadPlanner(msgspec.Struct, frozen=True, kw_only=True):
             candidate = candidates[device]
             free = capacity(candidate.info, candidate.load, work.agents)
             step_s, _ = self.model.step(device, need, work.bits, work.batch, free)
-            limit = work.train_for_s or float("inf")
-            predicted[device] = min(work.steps * step_s, limit)
             rank = word("rank", 0, "0 modules tuned, only the head", f"{trained} parameters of the head")
-            _, steps = steps_reason(
+            predicted[device], steps = steps_reason(
                 job, job.rounds.local_steps, step_s, "only the head is trained", limit=job.rounds.train_for_s
             )  # fmt: skip
             works[device] = replace(work, ranks={}, reasons={**work.reasons, "rank": rank, "steps": steps})

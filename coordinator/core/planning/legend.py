@@ -36,7 +36,16 @@ from msgspec.structs import replace
 from coordinator.core.planning import lcd
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.block_times import NEVER, BlockTimes, usual_forward
-from coordinator.core.planning.common import DEADLINE_SHARE, Limits, Links, global_rank, moved, nobody, steps_reason
+from coordinator.core.planning.common import (
+    DEADLINE_SHARE,
+    Limits,
+    Links,
+    Moved,
+    global_rank,
+    moved,
+    nobody,
+    steps_reason,
+)
 from coordinator.core.planning.cost_model import (
     BITS_TIME,
     CostModel,
@@ -116,8 +125,12 @@ class _Told(NamedTuple):
     """Before halving for old readings."""
     in_time: int
     """The deepest that meets the deadline."""
-    bytes: int
+    moves: Moved
     """Over its link at this depth."""
+
+    def transfer_s(self, draft: _Draft) -> float:
+        """Seconds of that."""
+        return self.moves.both * draft.byte_s
 
 
 class _Sized(NamedTuple):
@@ -152,7 +165,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         times = _times(drafts, ladder, traffic, job)
         choice, in_time = self._choose(drafts, ladder, times, job)
         target_s = self._target_s(times, choice, job)
-        limits = Limits(job, self.model, view.adapter_bytes)
+        limits = Limits(job, self.model)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}
         for row, draft in enumerate(drafts):
@@ -160,8 +173,8 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             told = _Told(times[row].tolist(), depth, reached, int(in_time[row]), traffic[draft.place.agents][depth - 1])
             sized = self._sized(draft, told, target_s, ladder, job)
             device = draft.place.device
-            train_s = max(0.0, target_s - limits.transfer_s(device, told.bytes))
-            limit = limits.of(device, draft.bits, train_s, job.rounds.local_steps, told.bytes)
+            train_s = max(0.0, target_s - told.transfer_s(draft))
+            limit = limits.of(device, draft.bits, train_s, job.rounds.local_steps, told.moves)
             predicted[device], works[device] = _work(draft, told, sized, ladder, choice, job, limit)
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
@@ -191,7 +204,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
     def _sized(self, draft: _Draft, told: _Told, target_s: float, ladder: Ladder, job: JobSpec) -> _Sized:
         """The batch of a device at its depth."""
         step_s = draft.forward + float(ladder.backward[told.depth - 1]) * draft.block
-        left = Target(max(0.0, target_s - told.bytes * draft.byte_s), job.rounds.local_steps)
+        left = Target(max(0.0, target_s - told.transfer_s(draft)), job.rounds.local_steps)
         pace = Pace(0.0, step_s / draft.batch, draft.source)
         sizes, named = batch_sizes(job.strategy, job.training.accumulation), LARGEST
         if draft.place.caution:  # half the depth is the price of that; half the batch need not come to it
@@ -294,12 +307,13 @@ def _ladder(view: FleetView, job: JobSpec) -> Ladder:
     )  # fmt: skip
 
 
-def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[int]], job: JobSpec) -> Floats:
+def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[Moved]], job: JobSpec) -> Floats:
     """t_i(k): seconds of device i's round with k blocks, (devices x blocks), rising in k."""
     forward, block, byte_s = (
         np.array(values) for values in zip(*((d.forward, d.block, d.byte_s) for d in drafts), strict=True)
     )
-    sizes = np.array([traffic[draft.place.agents] for draft in drafts], dtype=np.float64)
+    both = {agents: [one.both for one in moves] for agents, moves in traffic.items()}
+    sizes = np.array([both[draft.place.agents] for draft in drafts], dtype=np.float64)
     training = job.rounds.local_steps * (forward[:, None] + block[:, None] * ladder.backward[None, :])
     times: Floats = training + byte_s[:, None] * sizes
     return times
@@ -309,9 +323,9 @@ def _work(
     draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec, limit: float
 ) -> tuple[float, Work]:
     """(seconds of training expected, the work) of one device. `limit`: seconds it may take."""
-    took = draft.link or f"{mebibytes(told.bytes)} at {1e-6 / draft.byte_s:.2f} MB/s"
+    took = draft.link or f"{mebibytes(told.moves.both)} at {1e-6 / draft.byte_s:.2f} MB/s"
     predicted, why_steps = steps_reason(
-        job, job.rounds.local_steps, sized.step_s, f"transfer {seconds(told.bytes * draft.byte_s)} ({took})",
+        job, job.rounds.local_steps, sized.step_s, f"transfer {seconds(told.transfer_s(draft))} ({took})",
         limit=limit,
     )  # fmt: skip
     reasons = {
@@ -331,7 +345,7 @@ def _depth_reason(draft: _Draft, told: _Told, ladder: Ladder, choice: lcd.Choice
     steps, depth, caution = job.rounds.local_steps, told.depth, draft.place.caution
     back_s = steps * draft.block * float(ladder.backward[depth - 1])
     backward = f"{seconds(back_s)} back through {ladder.spans[depth - 1]:g} of {ladder.spans[-1]:g} blocks"
-    parts = f"forward {seconds(steps * draft.forward)} + {backward} + transfer {seconds(told.bytes * draft.byte_s)}"
+    parts = f"forward {seconds(steps * draft.forward)} + {backward} + transfer {seconds(told.transfer_s(draft))}"
     reading = f"{seconds(told.times[depth - 1])} = {parts} ({draft.source}) at {draft.place.free}"
     if told.reached == draft.most:
         stopped = draft.stopped

@@ -248,7 +248,7 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
         full = job.strategy.split.tuning == "full"
         bound = 0 if full else global_rank(view, job, job.strategy.rank)
         below = replace(view, facts=lower_facts(view.facts, cut.block, full=full))
-        size = moved(below, job, cut.ranks, bound, 1)
+        size = moved(below, job, cut.ranks, bound, 1).both
         split = replace(job.strategy.split, block=cut.block)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}

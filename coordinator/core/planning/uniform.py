@@ -7,7 +7,8 @@ the job, at the most bits that hold it, less only where no bits do. `uniform` wi
 by speed would give them.
 
 The device of median speed gets `strategy.batch`; the time it needs for the local steps with nothing else running, plus
-`SLACK`, is the round target. Every other device gets the largest batch that meets the target at what is free on it now.
+an allowance (`SLACK`), is the round target. Every other device gets the largest batch that meets the target at what is
+free on it now. For a planner whose work ends with its round (`ends`) there is no allowance.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from coordinator.core.planning.drafts import Draft, batches_to_the_jobs, drafts_
 from coordinator.core.planning.ranks import Ranked, RankPolicy, Timed
 from coordinator.core.planning.reasons import plural, seconds
 from coordinator.core.planning.sizing import (
-    SLACK,
     Target,
     agents_reason,
     batch_by_memory,
@@ -113,17 +113,17 @@ def plan_of(
     ends with its round (`common.Limits`).
     """
     drafts = [one.draft for one in seated]
-    target, reason = round_target(drafts, [one.ranked.need for one in seated], job, model, slack=1.0 if ends else SLACK)
+    target, reason = round_target(drafts, [one.ranked.need for one in seated], job, model, ends=ends)
     if one_batch:
         reason = f"batch {job_batch(job)} for every device that holds it"
     links = links_of(view, job, drafts, [one.ranked.ranks for one in seated], bound, target, model)
-    limits, steps = Limits(job, model, view.adapter_bytes), job.rounds.local_steps
+    limits, steps = Limits(job, model) if ends else None, job.rounds.local_steps
     works: dict[str, Work] = {}
     predicted: dict[str, float] = {}
     for (draft, ranked, rank_reason), link in zip(seated, links, strict=True):
         device, limit = draft.place.device, job.rounds.train_for_s
-        if ends:
-            limit = limits.of(device, draft.bits, link.left.seconds, steps, link.bytes)
+        if limits is not None:
+            limit = limits.of(device, draft.bits, link.left.seconds, steps, link.moves)
         batch, step_s, why = _batch(draft, ranked, job, model, None if one_batch else link.left)
         transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
         predicted[device], steps_why = steps_reason(job, steps, step_s, transfer, limit=limit)

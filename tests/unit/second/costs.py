@@ -95,13 +95,15 @@ def _activations(facts: ModelFacts, words: int, share: float, *, tiny: bool) -> 
     return {32: full, 16: half, 8: half, 4: half}
 
 
-def traffic(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], bound: int, agents: int, adapter: int) -> int:
+def traffic(
+    facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], bound: int, agents: int, adapter: int
+) -> tuple[int, int]:
     """Bytes over the link: the global adapter down (of rank `bound` where its size is not known), the update up."""
     assert job.training.codec == "fp32"
     dense = sum(math.prod(shape) for shape in facts.dense.values())
     given = [(one, ranks[one.name]) for one in facts.modules if ranks.get(one.name, 0)]
     up = 4 * (sum(agents * rank * (one.out + one.inp) for one, rank in given) + dense)
-    return (adapter or 4 * (sum(_kept(one, bound) for one, _ in given) + dense)) + up
+    return adapter or 4 * (sum(_kept(one, bound) for one, _ in given) + dense), up
 
 
 # ---- what a reading says

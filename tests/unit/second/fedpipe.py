@@ -149,7 +149,7 @@ def _tuning(scene: Scene, chosen: list[ModuleSpec], scores: dict[str, float]) ->
             seat.device, need_of(scene.facts, scene.job, ranks, task.bound), seat.bits, seat.free
         )
         limit = until(scene, seat, left, steps, moved(scene, seat, task.most, task.bound))
-        took = capped(limit, steps * (fixed + sample * batch))
+        took = capped(limit, steps, fixed + sample * batch)
         found[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
     return found
 

@@ -16,7 +16,6 @@ from tests.unit.second.seats import (
     capped,
     fits,
     held,
-    moves_s,
     seats,
     sizes_of,
     until,
@@ -33,7 +32,7 @@ class Place(NamedTuple):
     forward: float
     block: float
     byte_s: float
-    moved: list[int]
+    moved: list[tuple[int, int]]
     times: list[float]
     held: int
     """The deepest that memory holds."""
@@ -62,11 +61,10 @@ def plan(scene: Scene) -> dict[str, Asked]:
     for place, depth in zip(chosen.places, chosen.best.depths, strict=True):
         need = chosen.needs[depth - 1]
         batch = sized(scene, place, need, left(chosen, place, depth))
-        size = place.moved[depth - 1]
-        limit = until(scene, place.seat, max(0.0, chosen.target_s - moves_s(scene, place.seat, size)), steps, size)
+        limit = until(scene, place.seat, left(chosen, place, depth), steps, place.moved[depth - 1])
         asked[place.seat.device] = Asked(
             chosen.ladder[depth - 1], batch, place.seat.bits, steps, place.seat.agents,
-            capped(limit, steps * step_s(place, need, batch)), limit=limit,
+            capped(limit, steps, step_s(place, need, batch)), limit=limit,
         )  # fmt: skip
     return asked
 
@@ -78,7 +76,7 @@ def step_s(place: Place, need: Need, batch: int) -> float:
 
 def left(chosen: Choice, place: Place, depth: int) -> float:
     """Seconds that a participant has for its steps: the target of all less its own transfers."""
-    return max(0.0, chosen.target_s - place.moved[depth - 1] * place.byte_s)
+    return max(0.0, chosen.target_s - sum(place.moved[depth - 1]) * place.byte_s)
 
 
 def offered(scene: Scene, seat: Seat) -> list[int]:
@@ -141,8 +139,8 @@ def _place(scene: Scene, seat: Seat, ladder: list[dict[str, int]], needs: list[N
     forward, block, byte_s = _capacity(scene, sat, needs[-1], batch)
     moved = [traffic(scene.facts, job, ranks, bound, sat.agents, scene.planned.adapter) for ranks in ladder]
     times = [
-        job.rounds.local_steps * (forward + need.blocks * block) + size * byte_s
-        for need, size in zip(needs, moved, strict=True)
+        job.rounds.local_steps * (forward + need.blocks * block) + sum(moves) * byte_s
+        for need, moves in zip(needs, moved, strict=True)
     ]
     deepest = max([k for k, need in enumerate(needs, 1) if fits(scene, sat, need, sat.bits, batch)] or [1])
     return Place(sat, batch, forward, block, byte_s, moved, times, deepest, _in_time(scene, times))

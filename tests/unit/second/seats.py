@@ -202,22 +202,22 @@ AVERAGED = ("fedlora", "hetlora", "ffa", "fedex", "full", "fedadapter")
 """Strategies whose devices average what their agents trained, so that it is sent once."""
 
 
-def moved(scene: Scene, seat: Seat, ranks: Mapping[str, int], bound: int) -> int:
-    """Bytes over the link; `ffa` sends no A but in the first round."""
+def moved(scene: Scene, seat: Seat, ranks: Mapping[str, int], bound: int) -> tuple[int, int]:
+    """Bytes down and up the link; `ffa` sends no A but in the first round."""
     name, copies = scene.job.strategy.name, seat.agents
     if name in AVERAGED:
         copies = 1
-    size = traffic(scene.facts, scene.job, ranks, bound, copies, scene.planned.adapter)
+    down, up = traffic(scene.facts, scene.job, ranks, bound, copies, scene.planned.adapter)
     if name == "ffa" and scene.planned.record.round > 1:
-        size -= 4 * sum(copies * ranks.get(one.name, 0) * one.inp for one in scene.facts.modules)
-    return size
+        up -= 4 * sum(copies * ranks.get(one.name, 0) * one.inp for one in scene.facts.modules)
+    return down, up
 
 
 def transfer(scene: Scene, seat: Seat, ranks: Mapping[str, int], bound: int) -> float:
     """Seconds of the round's transfers, over the median link where its own was not measured; 0 where none was."""
     known = scene.fleet.known.get(seat.device)
     link = known.link if known and known.link else usual_link(scene)
-    return moved(scene, seat, ranks, bound) / link if link else 0.0
+    return sum(moved(scene, seat, ranks, bound)) / link if link else 0.0
 
 
 def usual_link(scene: Scene) -> float:
@@ -256,7 +256,7 @@ def uniform(scene: Scene, rank: int, *, ends: bool = False) -> dict[str, Asked]:
         limit = scene.job.rounds.train_for_s
         if ends:
             limit = until(scene, seat, left, steps, moved(scene, seat, ranks, bound))
-        took = capped(limit, steps * (fixed + sample * batch))
+        took = capped(limit, steps, fixed + sample * batch)
         asked[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
     return asked
 
@@ -266,12 +266,15 @@ def careful(seat: Seat, batch: int, sizes: list[int]) -> int:
     return max([size for size in sizes if size <= batch // 2] or sizes[:1]) if seat.careful else batch
 
 
-def capped(limit: float, seconds: float) -> float:
-    """The training time that is expected."""
-    return min(seconds, limit or math.inf)
+def capped(limit: float, steps: int, step_s: float) -> float:
+    """The training time that is expected: steps one by one, as long as they begin in time."""
+    took = step_s
+    while steps > 1 and (not limit or took < limit * (1 - 1e-12)):
+        took, steps = took + step_s, steps - 1
+    return took
 
 
-def until(scene: Scene, seat: Seat, train_s: float, steps: int, size: int) -> float:
+def until(scene: Scene, seat: Seat, train_s: float, steps: int, moves: tuple[int, int]) -> float:
     """When the work of a method that has a round time begins no further step: half a step before it should have
     trained, later by twice what its download should take, and by the time to load where none was spent yet.
 
@@ -282,8 +285,8 @@ def until(scene: Scene, seat: Seat, train_s: float, steps: int, size: int) -> fl
         return limit
     own = scene.fleet.known.get(seat.device)
     loading = scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
-    down, deadline = moves_s(scene, seat, scene.planned.adapter or size), scene.job.rounds.deadline_s
-    up = moves_s(scene, seat, max(0, size - scene.planned.adapter))
+    down, up = (moves_s(scene, seat, size) for size in moves)
+    deadline = scene.job.rounds.deadline_s
     ends = train_s - train_s / steps / 2
     return min(ends + 2 * down + loading, 0.9 * deadline - min(up, deadline / 2), limit or math.inf)
 

@@ -54,6 +54,14 @@ def test_every_point_lies_in_one_region_on_their_edges_too() -> None:
     bandit.learn([((x, y), 0.5) for x in edges for y in edges])
 
 
+def test_a_reward_in_a_gap_between_stored_regions_stops_nothing() -> None:
+    stored = Bandit(regions=tuple(msgspec.structs.replace(one, wide=one.wide * 0.99) for one in Bandit().regions))
+    (before, after) = (
+        sum(one.pulls for one in bandit.regions) for bandit in (stored, stored.learn([((0.332, 0.1), 1.0)]))
+    )
+    assert after == pytest.approx(before + 1)
+
+
 def test_every_region_is_tried_before_any_is_tried_again() -> None:
     rng, bandit = random.Random(2), Bandit()
     tried = set()

@@ -18,7 +18,7 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
 * where nothing fits the target, the least batch and ranks are asked all the same; where telemetry is old, half the
   batch.
 * devices train no longer than was planned (`common.Limits`): who is slower than thought, or was given what
-  nobody can do in time, delivers what it has done. So the target has no allowance, as the notes' tau.
+  nobody can do in time, delivers what it has done. So the target has no allowance.
 
 Aggregation is `fsr`: exact for unequal ranks and unequal sets of matrices.
 """

@@ -64,6 +64,8 @@ _ONE_BATCH = ("loraprune", "llmpruner", "magprune")
 class Arm(NamedTuple):
     """What a device is to do: from ratio to ratio, at a rank, and why."""
 
+    own: float
+    """Share that is gone on the device itself."""
     before: float
     ratio: float
     rank: int
@@ -150,14 +152,14 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
     def plan(self, view: FleetView, job: JobSpec) -> Plan:
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
         bound = global_rank(view, job, job.strategy.rank)
-        needs = Needs(view.facts, job, bound)
+        needs, sizes = Needs(view.facts, job, bound), batches_to_the_jobs(job)
         seated: list[Seated] = []
         arms: dict[str, Arm] = {}
         left_out: dict[str, str] = {}
         pulls: dict[str, Pulls] = {}
         for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):
             place = seat(_alone(candidate), job, view.fresh_s, self.model)
-            found = place if isinstance(place, str) else self._seated(place, candidate, view, job, needs, pulls)
+            found = place if isinstance(place, str) else self._seated(place, candidate, view, job, needs, pulls, sizes)
             if isinstance(found, str):
                 left_out[candidate.device] = found
                 continue
@@ -166,19 +168,16 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         if not seated:
             raise UserError(nobody(job, left_out))
         plan = plan_of(view, job, self.model, seated, left_out, bound, one_batch=self.name in _ONE_BATCH)
-        works = {
-            device: self._pruning(work, arms[device], device, view.facts, job)
-            for device, work in plan.participants.items()
-        }
+        works = {device: self._pruning(work, arms[device], device, job) for device, work in plan.participants.items()}
         classes = ", ".join(f"{kind} {ratio:.0%}" for kind, ratio in sorted(self.ratios.items()))
         return replace(plan, participants=works, reason=f"{plan.reason}; pruned so far: {classes or 'nothing'}")
 
     def _seated(
         self, place: Seat, candidate: Candidate, view: FleetView, job: JobSpec, needs: Needs,
-        pulls: dict[str, Pulls],
+        pulls: dict[str, Pulls], sizes: tuple[int, ...],
     ) -> tuple[Arm, Seated] | str:  # fmt: skip
-        """A participant with its arm; a text: why it takes no part."""
-        kind, sizes = class_of(candidate.info), batches_to_the_jobs(job)
+        """A participant with its arm; a text: why it takes no part. `sizes`: batches up to the job's."""
+        kind = class_of(candidate.info)
         own = ratio_of(view.facts.groups, self.kept.get(place.device, {}))
         # By the smallest weights every device prunes the same units by itself.
         before = own if self.name == "magprune" else max(own, self.ratios.get(kind, 0.0))
@@ -190,7 +189,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
                 bits[rank] = choose_bits(place, needs.of(before, rank).need, job, self.model, least)
             return bits[rank]
 
-        arm = self._arm(place.device, kind, before, view, job, held, pulls)
+        arm = self._arm(place.device, kind, (own, before), view, job, held, pulls)
         chosen = held(arm.rank) if arm is not None else held(LEAST)
         if arm is None or isinstance(chosen, str):
             return chosen if isinstance(chosen, str) else "no arm of its bandit fits its memory"
@@ -199,9 +198,11 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         return arm, Seated(Draft(place, *chosen, least), ranked, _rank_reason(arm, job, kind))
 
     def _arm(
-        self, device: str, kind: str, before: float, view: FleetView, job: JobSpec, held: Held,
+        self, device: str, kind: str, gone: tuple[float, float], view: FleetView, job: JobSpec, held: Held,
         pulls: dict[str, Pulls],
     ) -> Arm | None:  # fmt: skip
+        """What the device is to do; None where its memory holds nothing of it. `gone`: on itself, and of its class."""
+        own, before = gone
         target, strategy = max(before, job.strategy.prune), job.strategy
         choice, most = None, min(1.0, (target - before) / strategy.prune_step)
         rank, dp = strategy.rank, strategy.prune_step / 2
@@ -220,15 +221,14 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
             ratio = max(before, target * (1.0 - (1.0 - done) ** 3))
         else:
             ratio = min(target, before + dp)
-        return Arm(before, ratio, rank, choice)
+        return Arm(own, before, ratio, rank, choice)
 
-    def _pruning(self, work: Work, arm: Arm, device: str, facts: ModelFacts, job: JobSpec) -> Work:
+    def _pruning(self, work: Work, arm: Arm, device: str, job: JobSpec) -> Work:
         """`work` with what it prunes."""
-        kept = self.kept.get(device, {})
-        behind = arm.before > ratio_of(facts.groups, kept)
         every = job.rounds.local_steps if self.name in _AT_ONCE else job.strategy.prune_every
         order = Pruning(
-            ratio=round(arm.ratio, 6), kept=kept, begin=round(arm.before, 6) if behind else 0.0, every=every,
+            ratio=round(arm.ratio, 6), kept=self.kept.get(device, {}),
+            begin=round(arm.before, 6) if arm.before > arm.own else 0.0, every=every,
             criterion="magnitude" if self.name == "magprune" else "lora", heads=job.strategy.prune_heads,
         )  # fmt: skip
         return replace(work, prune=order, agents=1, reasons={**work.reasons, "prune": _prune_reason(arm, job)})

@@ -47,11 +47,12 @@ def middle(groups: Sequence[Group], order: Pruning) -> float:
 
 def ratio_of(groups: Sequence[Group], packed: Mapping[str, bytes]) -> float:
     """The ratio that a model of `packed` units was pruned to: as `units.ratio_of`."""
-    counts = {group.name: group.count for group in groups}
+    if not packed:
+        return 0.0
     gone = [
-        1.0 - int.from_bytes(bits, "little").bit_count() / counts[name]
-        for name, bits in packed.items()
-        if name in counts
+        1.0 - int.from_bytes(bits, "little").bit_count() / group.count
+        for group in groups
+        if (bits := packed.get(group.name)) is not None
     ]
     return max(gone, default=0.0)
 

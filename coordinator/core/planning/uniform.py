@@ -118,13 +118,14 @@ def plan_of(
         reason = f"batch {job_batch(job)} for every device that holds it"
     links = links_of(view, job, drafts, [one.ranked.ranks for one in seated], bound, target, model)
     limits, steps = Limits(job, model) if ends else None, job.rounds.local_steps
+    sizes = batches_to_the_jobs(job) if one_batch else batch_sizes(job.strategy, job.training.accumulation)
     works: dict[str, Work] = {}
     predicted: dict[str, float] = {}
     for (draft, ranked, rank_reason), link in zip(seated, links, strict=True):
         device, limit = draft.place.device, job.rounds.train_for_s
         if limits is not None:
             limit = limits.of(device, draft.bits, link.left.seconds, steps, link.moves)
-        batch, step_s, why = _batch(draft, ranked, job, model, None if one_batch else link.left)
+        batch, step_s, why = _batch(draft, ranked, sizes, model, None if one_batch else link.left)
         transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
         predicted[device], steps_why = steps_reason(job, steps, step_s, transfer, limit=limit)
         reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
@@ -141,14 +142,13 @@ def plan_of(
 
 
 def _batch(
-    draft: Draft, ranked: Ranked, job: JobSpec, model: CostModel, target: Target | None
+    draft: Draft, ranked: Ranked, sizes: tuple[int, ...], model: CostModel, target: Target | None
 ) -> tuple[int, float, str]:
-    """(batch, seconds per step, reason): by `target`; None: the job's batch, or the largest below that memory holds."""
+    """(batch of `sizes`, seconds per step, reason): by `target`; None: the largest that memory holds."""
     place, need, bits = draft.place, ranked.need, draft.bits
     if target is not None:
-        sizes = batch_sizes(job.strategy, job.training.accumulation)
         return choose_batch(place, need, bits, model, sizes, target)
-    batch, why = batch_by_memory(place, need, bits, model, batches_to_the_jobs(job), "as every device has it")
+    batch, why = batch_by_memory(place, need, bits, model, sizes, "as every device has it")
     return batch, model.pace(place.device, need, bits, place.free).step_s(batch), why
 
 

@@ -1,4 +1,4 @@
-"""A re-plan for 10,000 devices, by every planner: `python bench/replanning.py [--devices N] [--only NAME ...]`.
+"""A re-plan for 10,000 devices, by every planner: `python bench/replanning.py [NAME] [--devices N]`.
 
 As the coordinator does it: the tick that commits a round, after which the planner learns what all devices delivered,
 and the tick that plans the next one over all of them, with the plan's digest, its record and the assignments to
@@ -53,10 +53,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--devices", type=int, default=10_000)
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--only", nargs="*", default=sorted(PLANNERS), choices=sorted(PLANNERS))
+    parser.add_argument("planner", nargs="?", choices=sorted(PLANNERS), help="only this one")
     options = parser.parse_args()
     collect_rarely()
-    for name in options.only:
+    for name in [options.planner] if options.planner else sorted(PLANNERS):
         print(json.dumps(measure(name, options.devices, options.repeat)), flush=True)
     return 0
 

@@ -144,6 +144,8 @@ class Pulls:
         told = self._known > 0
         self._estimates = np.divide(near @ (pulls * means), self._known, out=np.zeros_like(self._known), where=told)
         self._places = np.arange(len(bandit.regions))
+        self._left = np.array([region.x for region in bandit.regions])
+        self._right = np.array([_edge(region.x + region.wide) for region in bandit.regions])
 
     def choose(
         self, draw: tuple[float, float, float], holds: Callable[[float], bool], span: tuple[float, float] = (0.0, 1.0)
@@ -154,7 +156,10 @@ class Pulls:
         choose from, which may be the same.
         """
         bonuses = self._bonuses()
-        for place in self._order(self._estimates + bonuses, draw[2]):
+        sums = self._estimates + bonuses
+        if span != (0.0, 1.0):
+            sums = np.where((self._left <= span[1]) & (self._right > span[0]), sums, -math.inf)
+        for place in self._order(sums, draw[2]):
             at = self._regions[place].point(draw, holds, span)
             if at is not None:
                 self._known = self._known + self._near(at)

@@ -285,8 +285,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write-fd", type=int, required=True)
     arguments = parser.parse_args(argv)
     logs.set_up("muster-worker", os.environ.get("MUSTER_LOG_LEVEL", "INFO"))
-    # It warns at each start that an optional kernel for inference is not installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     threads = max(1, int(os.environ.get("MUSTER_WORKER_THREADS", "1")))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if threads > 1 else "false")
     # Nothing here is compiled, and bitsandbytes would load the compiler: 40 MB.

@@ -394,8 +394,6 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     faulthandler.enable()
     logs.set_up("muster-agent", os.environ.get("MUSTER_LOG_LEVEL", "INFO"))
-    # It warns at each start that an optional kernel for inference is not installed.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     with os.fdopen(arguments.read_fd, "rb") as read, os.fdopen(arguments.write_fd, "wb") as write:
         reader: FrameReader[ToAgent] = FrameReader(read, ToAgent)  # type: ignore[arg-type]  # a union is no class
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,13 @@ def dequantized(layer: Any) -> torch.Tensor:
 
     found: torch.Tensor = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     return found
+
+
+def test_a_program_that_loads_the_library_says_nothing() -> None:
+    """On processors with bf16 products it warns of a kernel that nothing here uses."""
+    code = "import shared.modeling, bitsandbytes, logging; logging.getLogger('bitsandbytes.x').warning('kernels')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stderr == ""
 
 
 def test_levels_reproduce_the_known_table_of_nf4() -> None:

@@ -8,7 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.core.planning import registry
-from coordinator.core.planning.base import RoundReport
+from coordinator.core.planning.base import Plan, Planner, RoundReport
 from coordinator.core.planning.common import ASSUMED_LINK, LINK_LATE, Limits, Moved, global_rank, moved, steps_within
 from coordinator.core.planning.cost_model import CostModel
 from shared.jobs import JobSpec
@@ -23,6 +23,21 @@ def report(results: dict[str, UpdateFacts], asked: JobSpec, number: int = 1) -> 
     works = {name: Work(ranks=ranks, batch=one.batch, bits=one.bits, steps=10) for name, one in results.items()}
     loads = {name: load for name in results if (load := device(name).load) is not None}
     return RoundReport(round=number, works=works, results=results, loads=loads, facts=minilm(), job=asked)
+
+
+def asked_of(name: str) -> JobSpec:
+    asked = job(batch=8)
+    return replace(asked, strategy=replace(asked.strategy, name=name))
+
+
+def planned_and_learned(asked: JobSpec, seen: dict[str, UpdateFacts], down: int = 0) -> tuple[Plan, Planner]:
+    """The plan of a first round, and the planner after `seen` came of it, at batch 8 and with scores."""
+    importance = {module.name: 1.0 / 24 for module in minilm().modules}
+    planner = registry.create(asked.strategy)
+    first = planner.plan(view(*map(device, seen)), asked)
+    works = {one: replace(first.participants[one], batch=8) for one in seen}
+    told = report({one: replace(facts, importance=importance) for one, facts in seen.items()}, asked)
+    return first, planner.learn(replace(told, works=works, adapter_bytes=down))
 
 
 def test_nothing_is_limited_before_speeds_were_measured() -> None:
@@ -90,26 +105,19 @@ def test_what_goes_as_planned_and_meets_the_deadline_is_never_cut() -> None:
     ("name", "limits"), [("fedpipe", True), ("legend", True), ("uniform", False), ("fedlora", False)]
 )
 def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str, limits: bool) -> None:
-    asked = job(batch=8)
-    asked = replace(asked, strategy=replace(asked.strategy, name=name))
-    here = ("a", "b", "c")
-    importance = {module.name: 1.0 / 24 for module in minilm().modules}
-    seen = {one: replace(result(batch=8, step_s=1.0, load_s=2.0), importance=importance) for one in here}
-    planner = registry.create(asked.strategy)
-    first = planner.plan(view(*map(device, here)), asked)
+    asked, here = asked_of(name), ("a", "b", "c")
+    first, planner = planned_and_learned(asked, dict.fromkeys(here, result(batch=8, step_s=1.0, load_s=2.0)))
     assert {work.train_for_s for work in first.participants.values()} == {0.0}
-    told = replace(report(seen, asked), works={one: replace(first.participants[one], batch=8) for one in here})
     now = view(*map(device, (*here, "new")), round=2)
-    plan = planner.learn(told).plan(now, asked)
+    plan = planner.plan(now, asked)
     for work in plan.participants.values():
         assert (work.train_for_s > 0) == limits
         assert ("training time" in work.reasons["steps"]) == limits
     if limits:
         told = re.search(r"round target ([\d.]+) s: |batches for ([\d.]+) s", plan.reason)
         assert told is not None, plan.reason
-        train_s = float(
-            told[1] or told[2]
-        )  # no link was measured, so that the target of `legend` has no transfer in it
+        # No link was measured, so that the target of `legend` has no transfer in it.
+        train_s = float(told[1] or told[2])
         work = plan.participants["a"]
         size = moved(now, asked, work.ranks, global_rank(now, asked, max(work.ranks.values())), 1).down
         down_s = size / ASSUMED_LINK
@@ -122,16 +130,9 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
 @pytest.mark.parametrize("name", ["fedpipe", "legend"])
 def test_a_device_that_goes_as_planned_does_all_its_steps(name: str, link: float) -> None:
     """Equal devices, so that each is the median one; over a link that was not measured (0), a slow and a fast one."""
-    asked, down = job(batch=8), 2_000_000
-    asked = replace(asked, strategy=replace(asked.strategy, name=name))
-    here = ("a", "b", "c")
-    importance = {module.name: 1.0 / 24 for module in minilm().modules}
-    told = result(batch=8, step_s=1.0)
-    seen = dict.fromkeys(here, replace(told, importance=importance, fetch_s=down / link if link else 0.0))
-    planner = registry.create(asked.strategy)
-    first = planner.plan(view(*map(device, here)), asked)
-    works = {one: replace(first.participants[one], batch=8) for one in here}
-    planner = planner.learn(replace(report(seen, asked), works=works, adapter_bytes=down))
+    asked, here, down = asked_of(name), ("a", "b", "c"), 2_000_000
+    told = replace(result(batch=8, step_s=1.0), fetch_s=down / link if link else 0.0)
+    _, planner = planned_and_learned(asked, dict.fromkeys(here, told), down)
     plan = planner.plan(replace(view(*map(device, here), round=2), adapter_bytes=down), asked)
     for one, work in plan.participants.items():
         step_s = plan.predicted_s[one] / work.steps
@@ -148,19 +149,11 @@ def test_steps_that_begin_within_a_limit_are_done() -> None:
 @pytest.mark.parametrize("name", ["fedpipe", "legend"])
 def test_a_link_that_was_not_measured_counts_as_the_median_one(name: str) -> None:
     """Equal devices at 0.5, 1 and 4 MB/s, and one that is new."""
-    asked, down = replace(job(batch=8), strategy=replace(job(batch=8).strategy, name=name)), 4_000_000
-    here = ("slow", "usual", "fast")
-    importance = {module.name: 1.0 / 24 for module in minilm().modules}
-    seen = {
-        one: replace(result(batch=8, step_s=1.0), fetch_s=down / link, importance=importance)
-        for one, link in zip(here, (5e5, 1e6, 4e6), strict=True)
-    }
-    planner = registry.create(asked.strategy)
-    first = planner.plan(view(*map(device, here)), asked)
-    works = {one: replace(first.participants[one], batch=8) for one in here}
-    told = replace(report(seen, asked), works=works, adapter_bytes=down)
-    now = replace(view(*map(device, (*here, "new")), round=2), adapter_bytes=down)
-    plan = planner.learn(told).plan(now, asked)
+    asked, down = asked_of(name), 4_000_000
+    links = {"slow": 5e5, "usual": 1e6, "fast": 4e6}
+    seen = {one: replace(result(batch=8, step_s=1.0), fetch_s=down / link) for one, link in links.items()}
+    _, planner = planned_and_learned(asked, seen, down)
+    plan = planner.plan(replace(view(*map(device, (*seen, "new")), round=2), adapter_bytes=down), asked)
     batches = {one: work.batch for one, work in plan.participants.items()}
     assert batches["new"] == batches["usual"] > batches["slow"]
     assert "(link not yet measured: the median's 1.00 MB/s)" in plan.participants["new"].reasons["steps"]

@@ -58,14 +58,18 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
         """Whether the point lies in it. An upper edge belongs to the next region, the square's own to the last."""
         return self.x <= at[0] < _edge(self.x + self.wide) and self.y <= at[1] < _edge(self.y + self.high)
 
+    def meets(self, span: tuple[float, float]) -> bool:
+        """Whether the span of x, from the least to the largest, lies in it in part."""
+        return self.x <= span[1] and _edge(self.x + self.wide) > span[0]
+
     def point(
         self, draw: tuple[float, float, float], holds: Callable[[float], bool], span: tuple[float, float]
     ) -> Point | None:
         """One of `POINTS` x `POINTS` points in it, shifted by the draw and moved into the span of x; none where it is
         outside of that, or holds no height. The draw's third number chooses."""
-        low, high = span
-        if self.x > high or _edge(self.x + self.wide) <= low:
+        if not self.meets(span):
             return None
+        low, high = span
         heights = [y for j in range(POINTS) if holds(y := self.y + (j + draw[1]) / POINTS * self.high)]
         if not heights:
             return None
@@ -144,8 +148,7 @@ class Pulls:
         told = self._known > 0
         self._estimates = np.divide(near @ (pulls * means), self._known, out=np.zeros_like(self._known), where=told)
         self._places = np.arange(len(bandit.regions))
-        self._left = np.array([region.x for region in bandit.regions])
-        self._right = np.array([_edge(region.x + region.wide) for region in bandit.regions])
+        self._within: dict[tuple[float, float], npt.NDArray[np.bool_]] = {}
 
     def choose(
         self, draw: tuple[float, float, float], holds: Callable[[float], bool], span: tuple[float, float] = (0.0, 1.0)
@@ -156,9 +159,9 @@ class Pulls:
         choose from, which may be the same.
         """
         bonuses = self._bonuses()
-        sums = self._estimates + bonuses
-        if span != (0.0, 1.0):
-            sums = np.where((self._left <= span[1]) & (self._right > span[0]), sums, -math.inf)
+        if span not in self._within:  # most devices share one
+            self._within[span] = np.array([region.meets(span) for region in self._regions])
+        sums = np.where(self._within[span], self._estimates + bonuses, -math.inf)
         for place in self._order(sums, draw[2]):
             at = self._regions[place].point(draw, holds, span)
             if at is not None:

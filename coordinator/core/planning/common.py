@@ -80,12 +80,12 @@ class Limits:
     """How long the works of a plan may take, so that nobody waits long for a device that is slower than was thought."""
 
     def __init__(self, job: JobSpec, model: CostModel) -> None:
-        self._rounds, self._devices, self._links = job.rounds, model.devices, Links(model)
+        self._rounds, self._devices, self.links = job.rounds, model.devices, Links(model)
         self._measured, self._load_s = model.measured, model.load_s
 
     def transfer_s(self, device: str, size: int) -> float:
         """Seconds that `size` bytes should take (`Links`), at `ASSUMED_LINK` as long as none was measured."""
-        return self._links.transfer(device, size)[0] or size / ASSUMED_LINK
+        return self.links.transfer(device, size)[0] or size / ASSUMED_LINK
 
     def of(self, device: str, bits: Bits, train_s: float, steps: int, moves: Moved) -> float:
         """Seconds from receipt after which the device begins no further step and delivers what it has done; 0: no
@@ -110,15 +110,14 @@ class Limits:
 def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float) -> tuple[float, str]:
     """(seconds of training expected, reason of the number of steps). `limit`: as in `Work.train_for_s`, after which no
     step begins; the download has its part of it, which is not taken off here."""
-    reading = f"{steps} asked x {seconds(step_s)} = {seconds(steps * step_s)}"
+    done, expected = steps_within(limit, steps, step_s), steps * step_s
+    reading = f"{steps} asked x {seconds(step_s)} = {seconds(expected)}"
     if limit:
-        last_s = (steps - 1) * step_s
-        reading += f", the last from {seconds(last_s)} on"
-        met, bound, note = last_s < limit, f"{seconds(limit)} training time", "partial work counts"
+        reading += f", the last from {seconds((steps - 1) * step_s)} on"
+        met, bound, note = done == steps, f"{seconds(limit)} training time", "partial work counts"
     else:
-        met, bound = steps * step_s <= job.rounds.deadline_s, f"{seconds(job.rounds.deadline_s)} deadline"
+        met, bound = expected <= job.rounds.deadline_s, f"{seconds(job.rounds.deadline_s)} deadline"
         note = "an update after the deadline is lost"
-    done = steps_within(limit, steps, step_s)
     notes = ("" if met else note, transfer)
     return done * step_s, word("steps", steps, reading, bound, *notes, verb="meets" if met else "exceeds")
 

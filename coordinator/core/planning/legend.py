@@ -155,8 +155,8 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def plan(self, view: FleetView, job: JobSpec) -> Plan:
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
-        ladder = _ladder(view, job)
-        drafts, left_out = self._drafts(view, job, ladder)
+        ladder, limits = _ladder(view, job), Limits(job, self.model)
+        drafts, left_out = self._drafts(view, job, ladder, limits.links)
         if not drafts:
             raise UserError(nobody(job, left_out))
         counts = {draft.place.agents for draft in drafts}
@@ -165,7 +165,6 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         times = _times(drafts, ladder, traffic, job)
         choice, in_time = self._choose(drafts, ladder, times, job)
         target_s = self._target_s(times, choice, job)
-        limits = Limits(job, self.model)
         works: dict[str, Work] = {}
         predicted: dict[str, float] = {}
         for row, draft in enumerate(drafts):
@@ -212,9 +211,11 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         place, need = draft.place._replace(caution=""), ladder.needs[told.depth - 1]
         return _Sized(*choose_batch(place, need, draft.bits, self.model, sizes, left, pace, named))
 
-    def _drafts(self, view: FleetView, job: JobSpec, ladder: Ladder) -> tuple[list[_Draft], dict[str, str]]:
+    def _drafts(
+        self, view: FleetView, job: JobSpec, ladder: Ladder, links: Links
+    ) -> tuple[list[_Draft], dict[str, str]]:
         """(participants in the order of their ids, candidate -> why it takes no part)."""
-        sizes, links = batches_to_the_jobs(job), Links(self.model)
+        sizes = batches_to_the_jobs(job)
         drafts: list[_Draft] = []
         left_out: dict[str, str] = {}
         for candidate in sorted(view.candidates, key=lambda candidate: candidate.device):

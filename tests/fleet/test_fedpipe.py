@@ -16,7 +16,7 @@ from tests.fleet import fleet_rig as rig
 
 def _spec(devices: int, held_out: Path | None = None, **rounds: int) -> jobs.JobSpec:
     spec = rig.spec(devices, held_out, **rounds)
-    strategy = msgspec.structs.replace(spec.strategy, name="fedpipe", rescore_every=3)
+    strategy = msgspec.structs.replace(spec.strategy, name="fedpipe", warm_up_steps=8, rescore_every=3)
     return msgspec.structs.replace(spec, strategy=strategy)
 
 

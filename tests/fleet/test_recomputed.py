@@ -34,7 +34,10 @@ def _members(rng: random.Random) -> list[Member]:
 def _spec(name: str) -> JobSpec:
     spec = rig.spec(6, model=MODEL, count=6, quorum=0.5, deadline_s=60.0)
     return replace(
-        spec, strategy=replace(spec.strategy, name=name, rank=16, batch=8, batch_min=1, batch_max=32, rescore_every=3)
+        spec,
+        strategy=replace(
+            spec.strategy, name=name, rank=16, batch=8, batch_min=1, batch_max=32, warm_up_steps=9, rescore_every=3
+        ),
     )
 
 

@@ -290,10 +290,14 @@ def agents(spot: Spot, said: Said) -> None:
 
 def weights_scoring(spot: Spot, said: Said) -> None:
     number, (_, scored) = spot.scene.planned.record.round, spot.round.scores
-    assert spot.work.score and spot.reason.value == len(spot.work.ranks) == len(tuned(spot.scene.facts, spot.job))
+    assert spot.reason.value == len(spot.work.ranks) == len(tuned(spot.scene.facts, spot.job))
     if spot.reason.kind == "weights/first":
+        local, warm_up = spot.job.rounds.local_steps, spot.job.strategy.warm_up_steps
         assert (int(said["round"]), scored) == (number, 0)
+        assert (int(said["steps"]), int(said["whole"])) == (local * (number - 1), warm_up)
+        assert spot.work.score == (local * number >= warm_up)
     else:
+        assert spot.work.score
         every = spot.job.strategy.rescore_every
         assert (int(said["scored"]), int(said["age"]), int(said["every"])) == (scored, number - scored, every)
         assert number - scored >= every

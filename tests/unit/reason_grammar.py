@@ -110,7 +110,9 @@ FORMS: dict[str, tuple[str, str, str]] = {
         rf"{n('ready')} ready, {n('gpus')} GPUs? and {n('rows')} rows on the device", "meets",
         rf"{n('gpu')} GPU and {n('row')} row for each",
     ),
-    "weights/first": (rf"no scores before round {n('round')}", "meets", rf"the warm-up of {n('least')} round or more"),
+    "weights/first": (
+        rf"{n('steps')} steps? and no scores before round {n('round')}", "meets", rf"the warm-up of {n('whole')} steps?"
+    ),
     "weights/old": (
         rf"scores of round {n('scored')} are {n('age')} rounds? old", "meets", rf"a new score every {n('every')}"
     ),
@@ -168,6 +170,7 @@ NOTES: dict[str, str] = {
     rf"\((?:(?P<unmeasured>link not yet measured)(?:: the median's {f('usual')} MB/s)?"
     rf"|{m('moved')} at {f('rate')} MB/s)\)",
     "only the head": r"only the head is trained",
+    "all tuned": rf"all modules tuned at rank {n('rank')}",
     "all scored": rf"all modules tuned at rank {n('rank')} to score them",
     "most": r"most: (?P<most>.+)",
 }
@@ -200,7 +203,7 @@ NOTES_OF: dict[str, set[str]] = {
     "steps/time": {"partial work", "undone", "transfer", "only the head"},
     "agents/cores": set(),
     "agents/gpus": set(),
-    "weights/first": {"all scored"},
+    "weights/first": {"all tuned", "all scored"},
     "weights/old": {"all scored"},
     "weights/chosen": {"most"},
 }  # fmt: skip

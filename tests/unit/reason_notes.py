@@ -345,7 +345,7 @@ def transferred(spot: Spot, said: Said) -> None:
         took, rate = size * byte_s, 1 / byte_s if known and known.byte_s else 0.0
     else:
         ranks, bound = spot.round.ranks(spot.device), spot.round.bound
-        if spot.round.name == "fedpipe" and not spot.round.scoring:
+        if spot.round.name == "fedpipe" and not spot.round.over_all:
             ranks, bound = spot.round.task.most, spot.round.task.bound
         took = transfer(spot.scene, spot.seat, ranks, bound)
         size = sum(moved(spot.scene, spot.seat, ranks, bound))
@@ -366,7 +366,17 @@ def only_the_head(spot: Spot, said: Said) -> None:
     assert spot.round.name == "head" and spot.work.ranks == {}
 
 
+def all_tuned(spot: Spot, said: Said) -> None:
+    assert not spot.work.score
+    _at_low_rank(spot, said)
+
+
 def all_scored(spot: Spot, said: Said) -> None:
+    assert spot.work.score
+    _at_low_rank(spot, said)
+
+
+def _at_low_rank(spot: Spot, said: Said) -> None:
     equal(said["rank"], min(8, spot.scene.job.strategy.rank))
     assert spot.reason.value == len(spot.work.ranks)
 
@@ -395,6 +405,6 @@ NOTES: dict[str, Callable[[Spot, Said], None]] = {
     "bits proven": bits_proven, "bits asked": bits_asked, "all blocks": all_blocks,
     "depth by memory": depth_by_memory, "depth by deadline": depth_by_deadline, "depth by time": depth_by_time,
     "partial work": partial_work, "lost": lost, "undone": undone, "transfer": transferred,
-    "only the head": only_the_head, "all scored": all_scored, "most": most,
+    "only the head": only_the_head, "all tuned": all_tuned, "all scored": all_scored, "most": most,
 }  # fmt: skip
 """Kind of a note -> its check."""

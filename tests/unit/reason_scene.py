@@ -61,8 +61,9 @@ class Round:
         }
 
     @property
-    def scoring(self) -> bool:
-        return any(work.score for work in self.works.values())
+    def over_all(self) -> bool:
+        """Of `fedpipe`: whether all modules are tuned."""
+        return self.name == "fedpipe" and fedpipe.over_all(self.scene)
 
     @cached_property
     def scores(self) -> tuple[dict[str, float], int]:
@@ -70,17 +71,17 @@ class Round:
 
     @cached_property
     def job(self) -> JobSpec:
-        """`full` has one precision, a round of scoring a low rank."""
+        """`full` has one precision, a round over all modules of `fedpipe` a low rank."""
         strategy = self.scene.job.strategy
         if self.name == "full":
             strategy = with_fields(strategy, bits=32)
-        if self.scoring:
+        if self.over_all:
             strategy = with_fields(strategy, rank=min(8, strategy.rank))
         return with_fields(self.scene.job, strategy=strategy)
 
     @cached_property
     def task(self) -> fedpipe.Task:
-        """Of `fedpipe` in a round that scores nothing."""
+        """Of `fedpipe` in a round over the chosen modules."""
         modules, (scores, _) = tuned(self.scene.facts, self.job), self.scores
         known = {one.name: scores[one.name] for one in modules if scores.get(one.name, 0) > 0}
         return fedpipe.task_of(self.scene, fedpipe.smallest(known, modules), scores)
@@ -110,7 +111,7 @@ class Round:
     @cached_property
     def needs(self) -> list[Need]:
         """That the round target is made of, by participant."""
-        if self.name == "fedpipe" and not self.scoring:
+        if self.name == "fedpipe" and not self.over_all:
             need = need_of(self.scene.facts, self.job, self.task.most, self.task.bound)
             return [need] * len(self.seats)
         return [self.need(device) for device in self.seats]
@@ -125,7 +126,7 @@ class Round:
         """What a device must hold at least to take part."""
         if self.name == "legend":
             return self.chosen.needs[0]
-        if self.name == "fedpipe" and not self.scoring:
+        if self.name == "fedpipe" and not self.over_all:
             return self.task.need
         device = min(self.works, key=lambda one: sum(self.works[one].ranks.values()))
         if self.name in ("hetlora", "flexlora", "flora"):
@@ -138,7 +139,7 @@ class Round:
     def lefts(self) -> dict[str, float]:
         """Seconds that each participant has for its steps."""
         taking = list(self.seats.values())
-        if self.name == "fedpipe" and not self.scoring:
+        if self.name == "fedpipe" and not self.over_all:
             found = fedpipe.lefts_of(self.scene, self.task, taking)
         elif self.name == "legend":
             pairs = zip(self.chosen.places, self.chosen.best.depths, strict=True)
@@ -196,6 +197,6 @@ class Spot:
         """What bits are judged by."""
         if self.round.name == "legend":
             return self.round.chosen.needs[0]
-        if self.round.name == "fedpipe" and not self.round.scoring:
+        if self.round.name == "fedpipe" and not self.round.over_all:
             return self.round.task.need
         return self.round.need(self.device)

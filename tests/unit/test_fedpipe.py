@@ -46,9 +46,9 @@ def fleet(*candidates: Candidate, round: int = 2) -> FleetView:
     return FleetView(round=round, candidates=tuple(candidates), facts=facts())
 
 
-def spec(rank: int = 32, every: int = 10, **given: Any) -> JobSpec:
+def spec(rank: int = 32, every: int = 10, warm_up: int = 1, **given: Any) -> JobSpec:
     made = job(rank=rank, **given)
-    return replace(made, strategy=replace(made.strategy, name="fedpipe", rescore_every=every))
+    return replace(made, strategy=replace(made.strategy, name="fedpipe", rescore_every=every, warm_up_steps=warm_up))
 
 
 def scored(round: int = 1, scores: dict[str, float] | None = None) -> FedPipePlanner:
@@ -134,10 +134,20 @@ def test_the_first_round_scores_everything_at_a_low_rank() -> None:
         assert part.score
         assert part.ranks == dict.fromkeys(SIDES, 8)
     assert plan.weights is not None and (plan.weights.scores, plan.weights.scored) == ({}, 0)
-    assert "no scores before round 1" in plan.reason
+    assert "0 steps and no scores before round 1 meets the warm-up of 1 step" in plan.reason
     check_reasons(plan)
     low = FedPipePlanner().plan(fleet(device("a"), round=1), spec(rank=4))
     assert set(low.participants["a"].ranks.values()) == {4}
+
+
+@pytest.mark.parametrize(("warm_up", "last"), [(1, 1), (10, 1), (11, 2), (20, 2), (21, 3), (50, 5)])
+def test_scores_are_asked_for_at_the_end_of_the_warm_up(warm_up: int, last: int) -> None:
+    """Rounds of 10 local steps."""
+    for number in range(1, last + 3):
+        plan = FedPipePlanner().plan(fleet(device("a"), round=number), spec(warm_up=warm_up))
+        asked = plan.participants["a"]
+        check_reasons(plan)
+        assert (asked.score, set(asked.ranks)) == (number >= last, set(SIDES))
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,14 @@ def asked(name: str, seed: int) -> JobSpec:
             count=ROUNDS, min_devices=2, quorum=0.2, local_steps=10, deadline_s=60.0 if seed % 3 == 1 else 900.0,
         ),
     )  # fmt: skip
-    return replace(made, strategy=replace(made.strategy, name=name, rescore_every=4, max_share=0.4))
+    return replace(
+        made, strategy=replace(made.strategy, name=name, warm_up_steps=warm_up(seed), rescore_every=4, max_share=0.4)
+    )
+
+
+def warm_up(seed: int) -> int:
+    """Two rounds in some jobs, one in the others."""
+    return 10 if seed % 2 else 15
 
 
 def fleet(rng: random.Random, tight: int) -> list[Edge]:
@@ -147,7 +154,10 @@ def test_fedpipe_is_recomputed_from_the_log(folder: Path, seed: int) -> None:
     rounds = [(one.record.round, one.record.attempt) for one in story.plans]
     assert rounds == [(1, 1), (2, 1), (3, 1), (3, 2), *((number, 1) for number in range(4, ROUNDS + 1))]
     scoring = [all(work.score for work in one.record.plan.participants.values()) for one in story.plans]
-    assert scoring == [True, *[False] * 4, True, False, False]
+    if warm_up(seed) == 15:
+        assert scoring == [False, True, *[False] * 4, True, False]
+    else:
+        assert scoring == [True, *[False] * 4, True, False, False]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -158,7 +168,7 @@ def test_legend_is_recomputed_from_the_log(folder: Path, seed: int) -> None:
 
 def test_the_plans_of_fedpipe_differ_in_all_that_it_chooses(folder: Path) -> None:
     found = works(folder, "fedpipe")
-    tuned = [work for work in found if not work.score]
+    tuned = [work for work in found if "all modules tuned" not in work.reasons["weights"]]
     assert {work.bits for work in found} == {4, 8, 16, 32} and {work.steps for work in tuned} == {7, 8, 9, 10}
     assert {work.batch for work in found} >= {1, 2, 4, 8, 16}
     assert {len(set(work.ranks.values())) for work in tuned} >= {1, 2, 3}

@@ -78,7 +78,9 @@ def job_of(name: str, variant: str) -> JobSpec:
     )  # fmt: skip
     if name == "legend" and variant == "usual":
         made = replace(made, strategy=replace(made.strategy, batch=64, batch_max=64))
-    return replace(made, strategy=replace(made.strategy, name=name, rescore_every=3, global_rank=1024))
+    return replace(
+        made, strategy=replace(made.strategy, name=name, warm_up_steps=15, rescore_every=3, global_rank=1024)
+    )
 
 
 def fleet(rng: random.Random, small: int) -> list[Edge]:

@@ -7,7 +7,9 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
 
 * candidates are the modules that the job tunes: `base.targets` names the kinds, the paper's four or others.
 * warm-up: rounds over all candidates at rank 8 (`strategy.rank` where that is less), planned like `uniform` but for the
-  allowance, until a device has told scores. It is a training round like any other, of the job's local steps.
+  allowance, until they asked for `strategy.warm_up_steps` local steps. In the last of them, and in further ones until a
+  device has told any, scores are asked for: B begins at 0, and its first steps tell little of what matters. They are
+  training rounds like any other, of the job's local steps.
 * S_m = sum_i p_i S_im, with p_i as the aggregator weighs the device (samples, none above `strategy.max_share`). What a
   device claims of modules that it was not asked for does not count, and its claims are made to sum to 1.
 * W* is the smallest set with `WANTED` of the score; of equal scores the cheaper module first.
@@ -75,12 +77,15 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
         modules = tuned_modules(view.facts, job.base)
         known = {module.name: self.scores[module.name] for module in modules if self.scores.get(module.name, 0.0) > 0}
         if not known or view.round - self.scored >= job.strategy.rescore_every:
-            return self._scoring(view, job, modules)
+            return self._over_all(view, job, modules)
         return self._tuning(view, job, modules, important(known, modules, self.wanted))
 
-    def _scoring(self, view: FleetView, job: JobSpec, modules: Sequence[ModuleSpec]) -> Plan:
-        """A round over all candidates, planned like `uniform`, in which every device tells its scores."""
-        rank = min(WARM_UP_RANK, job.strategy.rank)
+    def _over_all(self, view: FleetView, job: JobSpec, modules: Sequence[ModuleSpec]) -> Plan:
+        """A round over all candidates, planned like `uniform`; at the end of the warm-up and after it every device
+        tells its scores."""
+        rank, warm_up = min(WARM_UP_RANK, job.strategy.rank), job.strategy.warm_up_steps
+        before = (view.round - 1) * job.rounds.local_steps
+        score = before + job.rounds.local_steps >= warm_up
         low = replace(job, strategy=replace(job.strategy, rank=rank))
         plan = UniformPlanner(model=self.model, ends=True).plan(view, low)
         if self.scored:
@@ -90,10 +95,12 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
                 f"a new score every {every}",
             )
         else:
-            reading, bound = f"no scores before round {view.round}", f"the warm-up of {plural(1, 'round')} or more"
-        why = word("weights", len(modules), reading, bound, f"all modules tuned at rank {rank} to score them")
+            reading = f"{plural(before, 'step')} and no scores before round {view.round}"
+            bound = f"the warm-up of {plural(warm_up, 'step')}"
+        note = f"all modules tuned at rank {rank}{' to score them' if score else ''}"
+        why = word("weights", len(modules), reading, bound, note)
         works = {
-            device: replace(work, score=True, reasons={**work.reasons, "weights": why})
+            device: replace(work, score=score, reasons={**work.reasons, "weights": why})
             for device, work in plan.participants.items()
         }
         weights = Weights(scores=self.scores, selected=[module.name for module in modules], scored=self.scored)

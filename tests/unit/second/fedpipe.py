@@ -38,13 +38,26 @@ class Mix(NamedTuple):
 
 def plan(scene: Scene) -> dict[str, Asked]:
     """What each participant is asked for."""
-    modules = tuned(scene.facts, scene.job)
-    scores, scored = scores_of(scene.planned.past, scene.job.strategy.max_share)
-    known = {one.name: scores[one.name] for one in modules if scores.get(one.name, 0.0) > 0}
-    if not known or scene.planned.record.round - scored >= scene.job.strategy.rescore_every:
+    if over_all(scene):
+        score = scene.planned.record.round >= warm_up_rounds(scene)
         found = uniform(scene, min(8, scene.job.strategy.rank), ends=True)
-        return {device: Asked(**{**vars(asked), "score": True}) for device, asked in found.items()}
-    return _tuning(scene, smallest(known, modules), scores)
+        return {device: Asked(**{**vars(asked), "score": score}) for device, asked in found.items()}
+    modules = tuned(scene.facts, scene.job)
+    scores, _ = scores_of(scene.planned.past, scene.job.strategy.max_share)
+    return _tuning(scene, smallest({one.name: scores.get(one.name, 0.0) for one in modules}, modules), scores)
+
+
+def over_all(scene: Scene) -> bool:
+    """Whether all matrices are tuned: in the warm-up, without scores, and where those are old."""
+    scores, scored = scores_of(scene.planned.past, scene.job.strategy.max_share)
+    known = any(scores.get(one.name, 0.0) > 0 for one in tuned(scene.facts, scene.job))
+    number = scene.planned.record.round
+    return number <= warm_up_rounds(scene) or not known or number - scored >= scene.job.strategy.rescore_every
+
+
+def warm_up_rounds(scene: Scene) -> int:
+    """So many begin before its steps have been asked for."""
+    return math.ceil(scene.job.strategy.warm_up_steps / scene.job.rounds.local_steps)
 
 
 def scores_of(past: Sequence[Done], max_share: float) -> tuple[dict[str, float], int]:

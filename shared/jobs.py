@@ -147,8 +147,8 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     data differ, fast devices with large batches outweigh the others: there take little more than 1 / devices of a
     round. Not with the aggregator `hetlora`, which weighs by norm."""
     warm_up_steps: Positive = 20
-    """Local steps over all layers, to the end of their round, before those that matter are chosen (`fedpipe`): the first
-    steps of an adapter tell little of that."""
+    """Local steps over all layers, to the end of their round, before those that matter are chosen (`fedpipe`): the
+    first steps of an adapter tell little of that."""
     rescore_every: Positive = 10
     """Rounds between two measurements of how much each layer matters (`fedpipe`)."""
     server_lr: Annotated[float, Meta(gt=0.0, le=4.0)] = 1.0

@@ -1,11 +1,12 @@
-"""Models, jobs and devices for the tests of planners."""
+"""Models, jobs, devices and their reports for the tests of planners."""
 
 from __future__ import annotations
 
 from coordinator.core.facts import ModelFacts, ModuleSpec
-from coordinator.core.planning.base import Candidate, FleetView
+from coordinator.core.planning.base import Candidate, FleetView, RoundReport
+from coordinator.core.planning.demand import Demand, demand
 from shared.jobs import BaseSpec, Bits, JobSpec, RoundsSpec, StrategySpec, TaskSpec, TrainingSpec
-from shared.messages import DatasetFacts, DeviceInfo, Gpu, GpuLoad, Load, UpdateFacts
+from shared.messages import DatasetFacts, DeviceInfo, Gpu, GpuLoad, Load, UpdateFacts, Work
 
 MIB = 2**20
 
@@ -19,6 +20,10 @@ def minilm() -> ModelFacts:
         modules=modules, dense={"classifier.weight": [20, 384], "classifier.bias": [20]}, base_digest="d" * 64,
         linear_params=10_616_832, other_params=12_100_000, blocks=6, hidden=384, heads=12, intermediate=1536,
     )  # fmt: skip
+
+
+RANKS = {module.name: 8 for module in minilm().modules}
+"""Rank 8 of every module of MiniLM."""
 
 
 def job(
@@ -100,3 +105,22 @@ def result(
         train_s=10 * step_s, load_s=load_s, peak_bytes=peak * MIB, base_bytes=base * MIB, cores_used=cores_used,
         batch_limit=batch_limit,
     )  # fmt: skip
+
+
+def needed(ranks: dict[str, int] | None = None, **settings: int) -> Demand:
+    """What a step of the job needs with MiniLM."""
+    return demand(minilm(), job(**settings), RANKS if ranks is None else ranks)
+
+
+def reported(measured: UpdateFacts, *, foreign: float = 0.0, cores: float = 1.0, **settings: int) -> RoundReport:
+    """A round of one device, and what it measured."""
+    load = device("edge-1", cores=cores, foreign=foreign).load
+    assert load is not None
+    return RoundReport(
+        round=1,
+        works={"edge-1": Work(ranks=RANKS, batch=measured.batch, bits=measured.bits, steps=10)},
+        results={"edge-1": measured},
+        loads={"edge-1": load},
+        facts=minilm(),
+        job=job(**settings),
+    )

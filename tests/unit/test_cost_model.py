@@ -1,4 +1,4 @@
-"""The cost model: predictions, what measurements teach it, and what must not disturb it."""
+"""The cost model: what a step asks for and a device has free, and how long it takes by what measurements taught."""
 
 from __future__ import annotations
 
@@ -11,35 +11,15 @@ from hypothesis import strategies as st
 
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning.base import RoundReport
-from coordinator.core.planning.cost_model import BITS_TIME, CUDA_BYTES, CostModel
-from coordinator.core.planning.demand import Demand, demand, traffic, tuned_modules
+from coordinator.core.planning.cost_model import BITS_TIME, CostModel
+from coordinator.core.planning.demand import demand, traffic, tuned_modules
 from coordinator.core.planning.fit import Fit
-from coordinator.core.planning.footprint import LOADING_BYTES, WORKING_BYTES, activations
 from coordinator.core.planning.readings import Capacity, budget, capacity
 from shared.errors import UserError
-from shared.jobs import Bits
-from shared.messages import Gpu, UpdateFacts, Work
-from tests.unit.planning_cases import MIB, device, gpu_device, job, minilm, result
+from shared.messages import Work
+from tests.unit.planning_cases import MIB, RANKS, device, gpu_device, job, minilm, needed, reported, result
 
-RANKS = {module.name: 8 for module in minilm().modules}
 ONE = Capacity(1.0, 0.0, 1.0, False)
-
-
-def _need(ranks: dict[str, int] | None = None, **settings: int) -> Demand:
-    return demand(minilm(), job(**settings), RANKS if ranks is None else ranks)
-
-
-def _report(measured: UpdateFacts, *, foreign: float = 0.0, cores: float = 1.0, **settings: int) -> RoundReport:
-    load = device("edge-1", cores=cores, foreign=foreign).load
-    assert load is not None
-    return RoundReport(
-        round=1,
-        works={"edge-1": Work(ranks=RANKS, batch=measured.batch, bits=measured.bits, steps=10)},
-        results={"edge-1": measured},
-        loads={"edge-1": load},
-        facts=minilm(),
-        job=job(**settings),
-    )
 
 
 # ---- demand
@@ -47,18 +27,18 @@ def _report(measured: UpdateFacts, *, foreign: float = 0.0, cores: float = 1.0, 
 
 def test_flop_of_a_step_by_hand() -> None:
     # 64 tokens x (2 x 10.6 M forward + 2 x 10.6 M backward + 6 x 24 modules x 8 x 768)
-    assert _need().flop == 64 * (4 * 10_616_832 + 6 * 24 * 8 * 768)
+    assert needed().flop == 64 * (4 * 10_616_832 + 6 * 24 * 8 * 768)
 
 
 def test_tuning_only_the_upper_half_saves_backward_and_activations() -> None:
     upper = {name: rank for name, rank in RANKS.items() if int(name.split(".")[1]) >= 3}
-    half, full = _need(upper), _need()
+    half, full = needed(upper), needed()
     assert half.flop == 64 * (3 * 10_616_832 + 6 * 12 * 8 * 768)
     assert half.activations == pytest.approx(full.activations / 2)
 
 
 def test_activations_of_minilm_are_near_the_172_mib_that_were_measured() -> None:
-    assert 16 * _need().activations / MIB == pytest.approx(172, rel=0.1)
+    assert 16 * needed().activations / MIB == pytest.approx(172, rel=0.1)
 
 
 def test_a_causal_model_pays_for_its_logits() -> None:
@@ -148,7 +128,7 @@ def test_budget_of_a_gpu_and_of_a_device_that_tells_nothing() -> None:
 
 
 def test_unmeasured_devices_differ_by_their_free_cores_alone() -> None:
-    model, need = CostModel(), _need()
+    model, need = CostModel(), needed()
     one, why = model.step("edge-1", need, 32, 8, ONE)
     half, _ = model.step("edge-2", need, 32, 8, Capacity(1.0, 0.5, 0.5, False))
     assert half == pytest.approx(2 * one)
@@ -157,14 +137,14 @@ def test_unmeasured_devices_differ_by_their_free_cores_alone() -> None:
 
 
 def test_an_observation_is_reproduced_and_scales_with_what_is_free() -> None:
-    model, need = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0))), _need()
+    model, need = CostModel().learn(reported(result(batch=8, step_s=0.8, cores_used=1.0))), needed()
     assert model.step("edge-1", need, 32, 8, ONE)[0] == pytest.approx(0.8)
     assert model.step("edge-1", need, 32, 8, Capacity(1.0, 0.6, 0.5, False))[0] == pytest.approx(1.6)
     assert "fitted on 1 round" in model.step("edge-1", need, 32, 8, ONE)[1]
 
 
 def test_other_devices_take_the_median_of_the_fleet_per_core() -> None:
-    model, need = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0))), _need()
+    model, need = CostModel().learn(reported(result(batch=8, step_s=0.8, cores_used=1.0))), needed()
     seconds, why = model.step("edge-9", need, 32, 8, Capacity(2.0, 0.0, 1.0, False))
     assert seconds == pytest.approx(0.8)
     assert "median of the fleet" in why
@@ -175,7 +155,7 @@ def _probed(flops: float, cores: float = 1.0, *, gpu: bool = False) -> Capacity:
 
 
 def test_before_anything_was_measured_probes_tell_devices_apart() -> None:
-    model, need = CostModel(), _need()
+    model, need = CostModel(), needed()
     slow, why = model.step("edge-1", need, 32, 8, _probed(1e9))
     assert slow == pytest.approx(4 * model.step("edge-2", need, 32, 8, _probed(4e9))[0])
     assert slow == pytest.approx(8 * model.step("edge-3", need, 32, 8, _probed(4e9, cores=2.0))[0])
@@ -183,7 +163,7 @@ def test_before_anything_was_measured_probes_tell_devices_apart() -> None:
 
 
 def test_a_device_not_yet_met_is_as_much_faster_as_its_probe() -> None:
-    report, need = _report(result(batch=8, step_s=0.8, cores_used=1.0)), _need()
+    report, need = reported(result(batch=8, step_s=0.8, cores_used=1.0)), needed()
     info = msgspec.structs.replace(device("edge-1").info, flops=2e9)
     model = CostModel().learn(msgspec.structs.replace(report, infos={"edge-1": info}))
     seconds, why = model.step("edge-9", need, 32, 8, _probed(8e9))
@@ -208,7 +188,7 @@ def test_a_fleet_of_unequal_batches_tells_the_overhead_of_a_step() -> None:
         facts=minilm(),
         job=job(),
     )
-    model, need = CostModel(), _need()
+    model, need = CostModel(), needed()
     for _ in range(3):
         model = model.learn(report)
     for batch in (1, 4, 32):
@@ -233,7 +213,7 @@ def test_a_probe_that_can_not_be_true_moves_nobody_else(flops: float) -> None:
         facts=minilm(),
         job=job(),
     )
-    model, need = CostModel().learn(report), _need()
+    model, need = CostModel().learn(report), needed()
     for _ in range(2):
         assert model.step("new", need, 32, 8, _probed(2e9))[0] == pytest.approx(0.8, rel=0.05)
         assert model.step("b", need, 32, 16, ONE)[0] == pytest.approx(1.6, rel=0.1)
@@ -241,7 +221,7 @@ def test_a_probe_that_can_not_be_true_moves_nobody_else(flops: float) -> None:
 
 
 def test_where_only_devices_without_a_probe_were_met_the_median_stands() -> None:
-    model, need = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0))), _need()
+    model, need = CostModel().learn(reported(result(batch=8, step_s=0.8, cores_used=1.0))), needed()
     seconds, why = model.step("edge-9", need, 32, 8, _probed(8e9))
     assert seconds == pytest.approx(0.8)
     assert "median of the fleet" in why
@@ -256,46 +236,46 @@ def test_capacity_carries_the_probe() -> None:
 
 
 def test_devices_met_keep_their_speed_undisturbed() -> None:
-    model, need = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0), foreign=0.0)), _need()
+    model, need = CostModel().learn(reported(result(batch=8, step_s=0.8, cores_used=1.0), foreign=0.0)), needed()
     assert [pace.step_s(8) for pace in model.met(need, set())] == pytest.approx([0.8])
     assert model.met(need, {"edge-1"}) == []
 
 
 def test_foreign_load_during_a_round_does_not_spoil_the_speed() -> None:
-    quiet = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0)))
-    loaded = quiet.learn(_report(result(batch=8, step_s=1.6, cores_used=0.5), foreign=0.5))
-    assert loaded.step("edge-1", _need(), 32, 8, ONE)[0] == pytest.approx(0.8)
+    quiet = CostModel().learn(reported(result(batch=8, step_s=0.8, cores_used=1.0)))
+    loaded = quiet.learn(reported(result(batch=8, step_s=1.6, cores_used=0.5), foreign=0.5))
+    assert loaded.step("edge-1", needed(), 32, 8, ONE)[0] == pytest.approx(0.8)
 
 
 def test_bits_not_met_yet_take_the_known_speed_and_are_then_learned() -> None:
-    need, model = _need(), CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0)))
+    need, model = needed(), CostModel().learn(reported(result(batch=8, step_s=0.8, cores_used=1.0)))
     seconds, why = model.step("edge-1", need, 4, 8, ONE)
     assert seconds == pytest.approx(0.8 * BITS_TIME[4])
     assert "from 1 round at 32 bits" in why
-    model = model.learn(_report(result(batch=8, step_s=2.0, cores_used=1.0, bits=4)))
+    model = model.learn(reported(result(batch=8, step_s=2.0, cores_used=1.0, bits=4)))
     assert model.step("edge-1", need, 4, 8, ONE)[0] == pytest.approx(2.0)
     assert model.step("edge-1", need, 32, 8, ONE)[0] == pytest.approx(0.8)
 
 
 def test_overhead_and_speed_are_told_apart_once_batches_differ() -> None:
-    need, model = _need(), CostModel()
+    need, model = needed(), CostModel()
     for batch in [4, 16, 4, 32, 8, 16, 4, 32]:
-        model = model.learn(_report(result(batch=batch, step_s=0.5 + 0.05 * batch, cores_used=1.0)))
+        model = model.learn(reported(result(batch=batch, step_s=0.5 + 0.05 * batch, cores_used=1.0)))
     for batch in (2, 8, 32):
         assert model.step("edge-1", need, 32, batch, ONE)[0] == pytest.approx(0.5 + 0.05 * batch, rel=0.15)
 
 
 def test_a_device_that_really_slowed_down_is_followed() -> None:
-    model, need = CostModel(), _need()
+    model, need = CostModel(), needed()
     for step_s in [0.8] * 5 + [1.6] * 6:
-        model = model.learn(_report(result(batch=8, step_s=step_s, cores_used=1.0)))
+        model = model.learn(reported(result(batch=8, step_s=step_s, cores_used=1.0)))
     assert model.step("edge-1", need, 32, 8, ONE)[0] == pytest.approx(1.6, rel=0.2)
 
 
 def test_one_wild_reading_moves_the_prediction_by_less_than_half() -> None:
-    model, need = CostModel(), _need()
+    model, need = CostModel(), needed()
     for step_s in [0.8, 0.8, 0.8, 0.8, 800.0]:
-        model = model.learn(_report(result(batch=8, step_s=step_s, cores_used=1.0)))
+        model = model.learn(reported(result(batch=8, step_s=step_s, cores_used=1.0)))
     assert model.step("edge-1", need, 32, 8, ONE)[0] < 1.2
 
 
@@ -311,222 +291,26 @@ def test_noise_of_ten_percent_never_moves_the_held_values(seed: int) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 64), st.floats(1e-4, 1e3), st.floats(0.02, 4)), min_size=1, max_size=12))
 def test_predictions_stay_positive_and_rise_with_the_batch(rounds: list[tuple[int, float, float]]) -> None:
-    model, need = CostModel(), _need()
+    model, need = CostModel(), needed()
     for batch, step_s, used in rounds:
-        model = model.learn(_report(result(batch=batch, step_s=step_s, cores_used=used), cores=4.0))
+        model = model.learn(reported(result(batch=batch, step_s=step_s, cores_used=used), cores=4.0))
     times = [model.step("edge-1", need, 32, batch, ONE)[0] for batch in (1, 2, 8, 64)]
     assert times[0] > 0
     assert times == sorted(times)
 
 
 def test_an_agent_that_never_uses_its_whole_device_does_not_gain_by_more_cores_being_free() -> None:
-    model = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0), cores=4.0))
-    need = _need()
+    model = CostModel().learn(reported(result(batch=8, step_s=0.8, cores_used=1.0), cores=4.0))
+    need = needed()
     assert model.step("edge-1", need, 32, 8, Capacity(4.0, 0.0, 4.0, False))[0] == pytest.approx(0.8)
     assert model.step("edge-1", need, 32, 8, Capacity(4.0, 2.0, 2.0, False))[0] == pytest.approx(0.8)
 
 
 def test_without_load_and_cores_no_speed_is_learned() -> None:
-    report = msgspec.structs.replace(_report(result(batch=8, step_s=0.8)), loads={})
+    report = msgspec.structs.replace(reported(result(batch=8, step_s=0.8)), loads={})
     assert not CostModel().learn(report).devices["edge-1"].fits
 
 
-# ---- memory
-
-
-def test_memory_before_any_measurement_is_the_sum_of_its_parts() -> None:
-    info, need = device("edge-1").info, _need()
-    size, why = CostModel().memory("edge-1", need, 8, 16, info)
-    adapter = 24 * 8 * 768 + 20 * 384 + 20
-    activations = 16 * need.activation_bytes(8)
-    base = 10_616_832 * (1 + 4 / 64) + 2 * 12_100_000
-    assert size == pytest.approx(200 * MIB + WORKING_BYTES + base + 16 * adapter + activations)
-    assert "agent 268 MiB at work" in why
-    small, _ = CostModel().memory("edge-1", need, 8, 1, info)
-    assert small == pytest.approx(200 * MIB + WORKING_BYTES + base + 16 * adapter + LOADING_BYTES + 8 * 384 * 384)
-
-
-def test_fewer_bits_take_less_memory() -> None:
-    info, bits = device("edge-1").info, (32, 16, 8, 4)
-    sizes = [CostModel().memory("edge-1", _need(), b, 1, info)[0] for b in bits]
-    assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == 4
-
-
-def test_a_measured_peak_replaces_the_sum() -> None:
-    info, need = device("edge-1").info, _need()
-    model = CostModel().learn(_report(result(batch=16, step_s=1.0, base=310, peak=456)))
-    assert model.memory("edge-1", need, 32, 16, info)[0] == 456 * MIB
-    assert model.memory("edge-1", need, 32, 32, info)[0] > 456 * MIB
-    assert 310 * MIB * 0.9 < model.memory("edge-1", need, 32, 1, info)[0] < 456 * MIB
-    assert "measured 456 MiB" in model.memory("edge-1", need, 32, 16, info)[1]
-
-
-def test_a_peak_at_other_bits_is_moved_by_the_weights() -> None:
-    info, need = device("edge-1").info, _need()
-    model = CostModel().learn(_report(result(batch=4, bits=4, step_s=1.0, base=300, peak=340)))
-    size, why = model.memory("edge-1", need, 8, 4, info)
-    assert size - 340 * MIB == pytest.approx(need.weight_bytes(8) - need.weight_bytes(4))
-    assert "measured 340 MiB at 4 bits" in why
-    assert [model.memory("edge-1", need, b, 4, info)[0] for b in (4, 8, 16, 32)] == sorted(
-        model.memory("edge-1", need, b, 4, info)[0] for b in (4, 8, 16, 32)
-    )
-
-
-def test_accumulation_splits_the_activations() -> None:
-    info = device("edge-1").info
-    whole, _ = CostModel().memory("edge-1", _need(), 32, 32, info)
-    split, _ = CostModel().memory("edge-1", _need(accumulation=4), 32, 32, info)
-    assert whole - split == pytest.approx(24 * _need().activations)
-
-
-def test_activations_are_corrected_at_once_upwards_unless_the_base_was_loaded() -> None:
-    need = _need()
-    estimate = 16 * need.activations / MIB
-    high = int(300 + WORKING_BYTES / MIB + 3 * estimate)
-    trained = CostModel().learn(_report(result(batch=16, step_s=1.0, base=300, peak=high)))
-    loaded = CostModel().learn(_report(result(batch=16, step_s=1.0, base=300, peak=high, load_s=5.0)))
-    assert trained.devices["edge-1"].activation_scale == pytest.approx(3.0, rel=0.05)
-    assert loaded.devices["edge-1"].activation_scale == pytest.approx(2.0, rel=0.05)
-
-
-@pytest.mark.parametrize("load_s", [0.0, 5.0])
-@pytest.mark.parametrize("peak", [495, 551])
-def test_a_small_batch_says_nothing_of_activations_that_loading_hides(load_s: float, peak: int) -> None:
-    """The agent of a small base, as recorded: 451 MiB with the base, 495 at its highest with two samples; 551 would be
-    what it adds for good and loading."""
-    info, need = device("edge-1").info, _need()
-    model = CostModel().learn(_report(result(batch=2, step_s=1.0, bits=16, base=451, peak=peak, load_s=load_s)))
-    sample = need.activation_bytes(16) / MIB
-    assert model.activation_scale == pytest.approx(1.0, abs=0.2)
-    came = peak - 451 - WORKING_BYTES / MIB - 12 * need.adapter_params / MIB
-    for batch in (2, 4, 8, 32):
-        size = model.memory("edge-1", need, 16, batch, info)[0] / MIB
-        own = (model.devices["edge-1"].activation_scale or 1.0) * sample
-        seen = max(came if load_s else 0.0, 2 * own)
-        assert size == pytest.approx(peak + max(0.0, batch * own - seen), abs=0.1)
-
-
-@pytest.mark.parametrize("load_s", [0.0, 1.0])
-@pytest.mark.parametrize(("working", "most"), [(40, 1.05), (70, 1.05), (100, 1.6)])
-def test_small_batches_do_not_make_those_who_come_later_seem_to_need_more(
-    working: int, most: float, load_s: float
-) -> None:
-    """What work adds for good differs from machine to machine; at small batches it is most of what is seen."""
-    need, model = _need(), CostModel()
-    sample = need.activation_bytes(16) / MIB
-    for batch in (2, 3, 4, 2, 3, 2) * 3:
-        held = working + (max(33, batch * sample) if load_s else batch * sample)
-        told = result(batch=batch, step_s=1.0, bits=16, base=451, peak=int(451 + held), load_s=load_s)
-        model = model.learn(_report(told))
-    assert 0.95 <= model.activation_scale <= most
-
-
-def test_what_large_batches_taught_of_activations_small_ones_do_not_change() -> None:
-    need, model = _need(), CostModel()
-    sample = 1.5 * need.activation_bytes(16) / MIB
-    for batch in (32, 2, 2, 3, 2):
-        held = 68 + max(33, batch * sample)
-        model = model.learn(_report(result(batch=batch, step_s=1.0, bits=16, base=451, peak=int(451 + held))))
-    assert model.activation_scale == pytest.approx(1.5, rel=0.05)
-    for batch in (2, 32, 32, 32):
-        held = 68 + max(33, batch * sample / 1.5)
-        model = model.learn(_report(result(batch=batch, step_s=1.0, bits=16, base=451, peak=int(451 + held))))
-    assert 1.0 <= model.activation_scale < 1.2, "large ones do, but for what work may add less than is thought"
-
-
-def test_who_learned_nothing_of_activations_follows_those_who_did() -> None:
-    need, model = _need(), CostModel()
-    report = _report(result(batch=2, step_s=1.0, bits=16, base=451, peak=495, load_s=1.0))
-    large = int(451 + 68 + 2 + 2 * 32 * need.activation_bytes(16) / MIB)
-    works = dict.fromkeys("abcdefg", report.works["edge-1"])
-    for _ in range(4):
-        results = {name: result(batch=2, step_s=1.0, bits=16, base=451, peak=495, load_s=1.0) for name in "abcde"}
-        results |= {name: result(batch=32, step_s=1.0, bits=16, base=451, peak=large) for name in "fg"}
-        loads = dict.fromkeys(works, report.loads["edge-1"])
-        model = model.learn(msgspec.structs.replace(report, works=works, results=results, loads=loads))
-    assert model.activation_scale == pytest.approx(2.0, rel=0.05)
-    assert {model.devices[name].activation_scale for name in "abcde"} == {0.0}
-
-
-@pytest.mark.parametrize("batch", [1, 2, 3])
-def test_a_small_batch_does_not_shake_what_the_fleet_knows(batch: int) -> None:
-    """Whatever it shows: that its activations are three times the estimate, or nothing of them."""
-    need = _need()
-    estimate = batch * need.activation_bytes(16)
-    agrees, _ = activations((3.0, 0.0), 3.0, need, result(batch=batch, step_s=1.0, bits=16), 3 * estimate, 68 * MIB)
-    assert agrees == pytest.approx(3.0)
-    silent, _ = activations((3.0, 0.0), 3.0, need, result(batch=batch, step_s=1.0, bits=16), 0.0, 68 * MIB)
-    assert silent > 2.8
-
-
-def test_where_nothing_was_loaded_more_is_more() -> None:
-    """A large layer: loading it would hide much, but its memory is not in the peak of a round that loads nothing."""
-    need = msgspec.structs.replace(_need(), largest=45_000_000)
-    estimate = 8 * need.activation_bytes(16)
-    told = result(batch=8, step_s=1.0, bits=16)
-    scale, share = activations((1.0, 0.0), 1.0, need, told, 6 * estimate, 0)
-    assert (scale, share) == (pytest.approx(6.0, rel=0.1), pytest.approx(0.92, abs=0.01))
-    loaded = msgspec.structs.replace(told, load_s=3.0)
-    assert activations((1.0, 0.0), 1.0, need, loaded, 6 * estimate, 0)[0] == 1.0
-
-
-def test_an_agent_that_had_worked_before_it_loaded_the_base_holds_what_work_adds_already() -> None:
-    """After a change of bits, or an evaluation."""
-    need, info = _need(), device("edge-1").info
-    fresh = int((200 * MIB + need.weight_bytes(16) + 4 * need.adapter_params) / MIB)
-    sample = 32 * need.activation_bytes(16) / MIB
-    for base, added in ((fresh, 68), (fresh + 68, 0)):
-        measured = result(batch=32, step_s=1.0, bits=16, base=base, peak=int(base + added + 2 + 2 * sample))
-        report = msgspec.structs.replace(_report(measured), infos={"edge-1": info})
-        assert CostModel().learn(report).activation_scale == pytest.approx(2.0, rel=0.05)
-
-
-def test_a_limit_of_the_batch_alone_measures_no_speed() -> None:
-    report = _report(result(batch=8, step_s=1.0))
-    model = CostModel().learn(msgspec.structs.replace(report, results={}, batch_limits={"edge-1": 4}))
-    assert model.devices and not model.measured
-
-
-def test_a_gpu_holds_its_context_and_the_agent_where_it_shares_the_memory() -> None:
-    need = _need()
-    plain = CostModel().memory("a", need, 8, 1, device("a").info)[0] - 200 * MIB
-    own = gpu_device("a").info
-    assert CostModel().memory("a", need, 8, 1, own)[0] == plain + CUDA_BYTES
-    shared = msgspec.structs.replace(own, gpus=[Gpu(uuid="GPU-1")])
-    assert CostModel().memory("a", need, 8, 1, shared)[0] == plain + 500 * MIB + CUDA_BYTES
-
-
-def test_batch_limits_are_kept_per_bits_and_only_fall() -> None:
-    model = CostModel().learn(_report(result(batch=8, step_s=1.0, batch_limit=8)))
-    model = model.learn(_report(result(batch=4, step_s=1.0, batch_limit=4)))
-    model = model.learn(_report(result(batch=4, step_s=1.0, batch_limit=6)))
-    assert model.batch_limit("edge-1", 32) == 4
-    assert model.batch_limit("edge-1", 8) is None
-    assert model.batch_limit("edge-2", 32) is None
-
-
-def test_a_device_that_failed_for_memory_teaches_its_limit_without_a_result() -> None:
-    report = _report(result(batch=8, step_s=1.0))
-    failed = msgspec.structs.replace(report, results={}, batch_limits={"edge-1": 0})
-    assert CostModel().learn(failed).batch_limit("edge-1", 32) == 0
-
-
-BITS: list[Bits] = [4, 8, 16, 32]
-
-
-@given(
-    st.sampled_from(BITS), st.integers(1, 64), st.integers(50, 400), st.integers(0, 900), st.sampled_from([0.0, 3.0])
-)
-def test_memory_never_falls_with_the_batch(bits: Bits, batch: int, base: int, extra: int, load_s: float) -> None:
-    measured = result(batch=batch, step_s=1.0, bits=bits, base=base, peak=base + extra, load_s=load_s)
-    model, info = CostModel().learn(_report(measured)), device("edge-1").info
-    for asked in BITS:
-        sizes = [model.memory("edge-1", _need(), asked, size, info)[0] for size in (1, 2, 7, 64)]
-        assert sizes == sorted(sizes)
-        assert sizes[0] > 0
-
-
 def test_the_model_survives_its_way_to_disk_and_back() -> None:
-    model = CostModel().learn(_report(result(batch=8, step_s=0.8, cores_used=1.0, batch_limit=8)))
+    model = CostModel().learn(reported(result(batch=8, step_s=0.8, cores_used=1.0, batch_limit=8)))
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(model), type=CostModel) == model

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import release_records as rec
@@ -126,3 +128,31 @@ def check(state: State, log: list[Any]) -> None:
         assert any(r.state in ("active", "committed") for r in before), "widened though no canary took it"
         assert not any(r.state in ("failed", "silent") for r in before), "widened though a canary failed"
         assert parts
+
+
+@pytest.fixture
+def rig() -> ReleaseRig:
+    """With its fleet there."""
+    made = ReleaseRig()
+    made.fleet()
+    return made
+
+
+def begun(rig: ReleaseRig, **asked: Any) -> str:
+    """A release on its canaries."""
+    name = rig.release(**asked)
+    rig.packed(name)
+    assert rig.found(name).phase == "canary", rig.found(name)
+    return name
+
+
+def finished(rig: ReleaseRig) -> str:
+    """A release that every device has."""
+    name = begun(rig, canaries=Canaries(devices=["dev-a"]))
+    for device in DEVICES:
+        if device in rig.told:
+            rig.takes(device)
+    for device in DEVICES:
+        rig.takes(device)
+    assert rig.found(name).phase == "finished", rig.found(name)
+    return name

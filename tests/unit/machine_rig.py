@@ -22,6 +22,9 @@ FACTS = ModelFacts(
     other_params=0, blocks=1, hidden=16,
 )  # fmt: skip
 ROUND_0 = BlobRef(sha="0" * 64, size=100)
+A, B = "a" * 64, "b" * 64
+"""Digests of two updates."""
+HELD_OUT = jobs.EvaluationSpec(data="held-out.jsonl")
 
 
 def spec(**changes: Any) -> jobs.JobSpec:
@@ -183,3 +186,13 @@ def check_invariants(state: State, log: list[rec.AnyRecord]) -> None:
             seen.add(key)
     plans = [(r.job, r.round, r.attempt) for r in log if isinstance(r, rec.RoundPlanned)]
     assert len(plans) == len(set(plans)), "an attempt was planned twice"
+
+
+def of(commands: list[cmd.Command], kind: type) -> list[Any]:
+    """The commands of one kind."""
+    return [command for command in commands if isinstance(command, kind)]
+
+
+def records(rig: Rig, kind: type) -> list[Any]:
+    """The records of one kind in the rig's log."""
+    return [record for record in rig.log if isinstance(record, kind)]

@@ -81,6 +81,7 @@ class Study:
     seeds: tuple[int, ...]
     stop: bool = False
     """At the target: seconds are compared; else quality after `rounds`."""
+    alpha: float = 1.0
 
     def missing(self, rates: Rates) -> list[str]:
         """The methods that have no rate yet."""
@@ -92,7 +93,7 @@ class Study:
             for method, variant in self.pairs:
                 lr = _rate(method, rates)
                 if lr is not None:
-                    yield Run(method, "dbpedia14", 1.0, seed, lr, "test", self.rounds, self.stop, variant)
+                    yield Run(method, "dbpedia14", self.alpha, seed, lr, "test", self.rounds, self.stop, variant)
 
 
 def _rate(method: Method, rates: Rates) -> float | None:
@@ -121,12 +122,17 @@ STUDIES = (
         stop=True,
     ),
     Study(
-        "rescore", "Importance scored once against every T rounds",
+        "rescore", "Importance scored once against every T rounds, Dirichlet 0.1",
         ((_FEDPIPE, ""), (_FEDPIPE, "once"), (_FEDPIPE, "every5"), (_FEDPIPE, "every3")), 40, SEEDS, stop=True,
+        alpha=0.1,  # at 1 most runs end before a second scoring
     ),
     Study(
         "partial", "Partial against full aggregation: the important weights alone, or all of them",
         ((_FEDPIPE, ""), (_FEDPIPE, "all")), 40, SEEDS, stop=True,
+    ),
+    Study(
+        "partial-skewed", "The same at Dirichlet 0.1", ((_FEDPIPE, ""), (_FEDPIPE, "all")), 40, SEEDS, stop=True,
+        alpha=0.1,
     ),
     Study(
         "params", "Quality after 30 rounds against full fine-tuning, and parameters trained",

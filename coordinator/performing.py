@@ -23,6 +23,7 @@ from coordinator.workers import protocol as wire
 from shared import bases, logs, topics
 from shared.blob_folder import NoRoom
 from shared.errors import MusterError, RemoteError
+from shared.fields import MAX_TEXT
 from shared.messages import BaseSource, BlobRef, Command, Done
 
 if TYPE_CHECKING:
@@ -48,10 +49,13 @@ class Performer:
             case cmd.AskRebirth():
                 runtime.send(topics.COMMAND, Command(kind="rebirth", reason=command.reason), device=command.device)
             case cmd.Settle():
-                done = Done(sha=command.sha, verdict=command.verdict, reason=command.reason)  # type: ignore[arg-type]  # from the machine
+                reason = command.reason[:MAX_TEXT]  # or the device could not read it
+                done = Done(sha=command.sha, verdict=command.verdict, reason=reason)  # type: ignore[arg-type]  # from the machine
                 runtime.send(topics.DOWN_BLOB, done, device=command.device)
             case cmd.Pull():
                 self._pull(command)
+            case cmd.StopPull():
+                runtime.receiver.cancel(command.device, command.sha)
             case cmd.CheckUpdate():
                 self._check(command)
             case cmd.FoldRound():
@@ -92,17 +96,18 @@ class Performer:
         assert job.round is not None
         number, attempt, path = job.round.number, job.round.attempt, self._path(command.ref)
 
-        def work() -> ev.AnyEvent:
-            reason = (
-                "the blob vanished"
-                if path is None
-                else folding.check_update(job, device, path, command.facts, self._runtime.ports.blobs)
-            )
+        def checked(reason: str) -> ev.AnyEvent:
             return ev.UpdateChecked(
                 job=job.id, round=number, attempt=attempt, device=device, sha=sha, reason=reason, **self._runtime.now()
             )
 
-        self._offload(work, job, "admission")
+        def work() -> ev.AnyEvent:
+            if path is None:
+                return checked("the blob vanished")
+            return checked(folding.check_update(job, device, path, command.facts, self._runtime.ports.blobs))
+
+        # What can't be checked doesn't count; it is no reason to stop the job.
+        self._offload(work, f"the check of {device}'s update of job {job.id}", checked)
 
     def _fold(self, job: Job) -> None:
         blobs = self._runtime.ports.blobs
@@ -116,7 +121,7 @@ class Performer:
                 ranks=made.ranks, lost_energy=made.lost_energy, norm=made.norm, **self._runtime.now(),
             )  # fmt: skip
 
-        self._offload(work, job, "aggregation")
+        self._offload_of(work, job, "aggregation")
 
     def _export(self, job: Job) -> None:
         runtime = self._runtime
@@ -130,7 +135,7 @@ class Performer:
             exporting.export_job(job, adapter, self._base(job), folder)
             return ev.Exported(job=job.id, path=str(folder), **runtime.now())
 
-        self._offload(work, job, "export")
+        self._offload_of(work, job, "export")
 
     def _say_release(self, command: cmd.PublishRelease) -> None:
         if command.message is None:
@@ -167,7 +172,7 @@ class Performer:
             if isinstance(answer, wire.Prepared):
                 ref = runtime.ports.blobs.adopt(target)
                 facts = replace(answer.facts, served=self._served(answer.packed))
-                self._offload(lambda: self._prepared(job, facts, ref), job, "preparing the base")
+                self._offload_of(lambda: self._prepared(job, facts, ref), job, "preparing the base")
             else:
                 self._worker_failed(job, "preparing the base", answer)
 
@@ -204,13 +209,17 @@ class Performer:
         )
         runtime.ports.worker.ask(question, reply)
 
-    def _offload(self, work: Callable[[], ev.AnyEvent], job: Job, what: str) -> None:
+    def _offload_of(self, work: Callable[[], ev.AnyEvent], job: Job, what: str) -> None:
+        """Have `work` done off the loop; where it fails, so does what `job` is about."""
+        self._offload(work, f"{what} of job {job.id}", lambda reason: self._failed(job, what, reason))
+
+    def _offload(self, work: Callable[[], ev.AnyEvent], what: str, failed: Callable[[str], ev.AnyEvent]) -> None:
         def safely() -> ev.AnyEvent:
             try:
                 return work()
             except (MusterError, OSError, MemoryError, ValueError, ArithmeticError, LookupError) as error:
-                log.exception("%s of job %s failed", what, job.id)
-                return self._failed(job, what, f"{type(error).__name__}: {error}")
+                log.exception("%s failed", what)
+                return failed(f"{type(error).__name__}: {error}")
 
         self._runtime.ports.offload(safely, self._runtime.ports.post)
 

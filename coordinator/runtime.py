@@ -25,7 +25,7 @@ from coordinator.core.releases import Release
 from coordinator.core.round_machine import step
 from coordinator.core.turn import State, Waits
 from coordinator.settings import CoordinatorSettings
-from shared import messages, topics
+from shared import fields, messages, topics
 from shared.blob_folder import BlobFolder
 from shared.blob_sender import BlobSender
 from shared.blobs import BlobReceiver
@@ -92,7 +92,7 @@ class Runtime:
             releases=released,
         )
         self.receiver = BlobReceiver(ports.blobs, credit_bytes=settings.credit_bytes, retry_s=settings.waits.retry_s)
-        self.sender = BlobSender(ports.blobs, messages.MAX_CHUNK_BYTES)
+        self.sender = BlobSender(ports.blobs, fields.MAX_CHUNK_BYTES)
         self.connected = False
         self.problem = ""
         self._waiting: deque[base.Outgoing] = deque()
@@ -198,7 +198,8 @@ class Runtime:
         log.error("the event log can't be written, trying again: %s", error)
         self.problem = str(error)
         self._retry_at = self.ports.clock() + LOG_RETRY_S
-        if not isinstance(event, ev.Tick | ev.JobRequested):
+        # Who asked for something is told that nothing was begun, so nothing may be.
+        if not isinstance(event, ev.Tick | ev.Request):
             self._unwritten.append(event)
 
     # ---- out
@@ -252,7 +253,7 @@ class Runtime:
         self.connected, self.problem = True, ""
         self.receiver.limit_packet(event.max_packet)
         self.sender.limit_packet(event.max_packet)
-        chunk = min(messages.MAX_CHUNK_BYTES, self.receiver.max_chunk)
+        chunk = min(fields.MAX_CHUNK_BYTES, self.receiver.max_chunk)
         self.step(ev.BrokerFound(chunk=chunk, **self.now()))
         self._say_presence(online=True)
 
@@ -336,8 +337,9 @@ class Runtime:
     def _collect_garbage(self) -> None:
         """Drop blobs that neither a live job, nor one of the last rounds, nor a release refers to."""
         making = releases.under_way(self.state.releases)
-        if making is not None and making.phase == "packing" and making.blob is None:
-            return  # its blob may be in the store already, and nothing refers to it yet
+        packing = making is not None and making.phase == "packing" and making.blob is None
+        if packing or any(job.phase in ("preparing", "folding") for job in self.state.jobs.values()):
+            return  # what is being made may be in the store already, and nothing refers to it yet
         keep = {manifest.sha for manifest in self.state.announced.values()}.union(*self._recent)
         keep |= releases.kept_blobs(self.state.releases, self.settings.keep_releases)
         for job in self.state.jobs.values():

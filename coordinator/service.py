@@ -186,7 +186,7 @@ class Service:
         """One turn of the loop. Disk faults end the process: the log must not fall behind the state."""
         try:
             run()
-        except (MusterError, ArithmeticError, LookupError, TypeError, ValueError, AssertionError):
+        except (MusterError, ArithmeticError, LookupError, TypeError, ValueError, AssertionError, RecursionError):
             log.exception("a turn of the loop failed")
 
     def _offload(self, work: Callable[[], AnyEvent], post: Callable[[Finished], None]) -> None:

@@ -13,8 +13,9 @@ from typing import Literal
 
 import msgspec
 
+from shared.fields import MAX_CHUNK_BYTES
 from shared.jobs import BaseSpec, Bits, TaskSpec
-from shared.messages import MAX_CHUNK_BYTES, Assignment, BaseSource, DatasetFacts, UpdateFacts
+from shared.messages import Assignment, BaseSource, DatasetFacts, UpdateFacts
 from shared.release_messages import ReleaseKind, Score
 
 INTEGRATED = "integrated"

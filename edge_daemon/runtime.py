@@ -23,7 +23,7 @@ from edge_daemon.core.session_machine import initial, step
 from edge_daemon.core.state import Machine, identity_of
 from edge_daemon.placing import Placed, Placer
 from edge_daemon.settings import EdgeSettings
-from shared import logs, messages, release_messages, topics
+from shared import fields, logs, messages, release_messages, topics
 from shared.blob_folder import NoRoom
 from shared.blob_sender import BlobSender
 from shared.blobs import BlobReceiver
@@ -85,7 +85,7 @@ class Runtime:
         self.left = False
         self.state = initial(settings, ports.store.load(), version=version, now=ports.clock())
         self.receiver = BlobReceiver(ports.store.blobs, credit_bytes=settings.credit_bytes, retry_s=RETRY_S)
-        self.sender = BlobSender(ports.store.blobs, messages.MAX_CHUNK_BYTES)
+        self.sender = BlobSender(ports.store.blobs, fields.MAX_CHUNK_BYTES)
         self._placer = Placer(self)
         self._boot_id = boot_id
         self._waiting: deque[base.Outgoing] = deque()

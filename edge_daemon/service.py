@@ -184,7 +184,16 @@ class Service:
         """One turn of the loop: what goes wrong in it is logged, and the daemon lives on."""
         try:
             run()
-        except (MusterError, OSError, ArithmeticError, LookupError, TypeError, ValueError, AssertionError):
+        except (
+            MusterError,
+            OSError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+            ValueError,
+            AssertionError,
+            RecursionError,
+        ):
             log.exception("a turn of the loop failed")
 
     def _sampled(self, load: Load) -> None:

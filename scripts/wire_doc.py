@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from shared import adapter, blob_folder, blob_sender, codec, jobs, messages, release_messages, topics
+from shared import adapter, blob_folder, blob_sender, codec, fields, jobs, messages, release_messages, topics
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "wire-format.md"
@@ -55,9 +55,9 @@ def limits() -> str:
         ("extension types, map keys that are not text", "refused"),
         (
             "chunk",
-            f"{messages.MAX_CHUNK_BYTES} bytes, and the broker's largest packet less {blob_sender.PACKET_RESERVE}",
+            f"{fields.MAX_CHUNK_BYTES} bytes, and the broker's largest packet less {blob_sender.PACKET_RESERVE}",
         ),
-        ("blob", f"{messages.MAX_BLOB_BYTES} bytes, {blob_folder.MAX_CHUNKS} chunks"),
+        ("blob", f"{fields.MAX_BLOB_BYTES} bytes, {blob_folder.MAX_CHUNKS} chunks"),
         ("parts of unfinished blobs, together", f"{blob_folder.SPOOL_BYTES} bytes"),
         ("chunks queued for one receiver", f"{blob_sender.QUEUE_CHUNKS}, {blob_sender.QUEUE_BYTES} bytes"),
         ("modules, and dense tensors, of an adapter", str(adapter.MAX_PARTS)),

@@ -13,9 +13,9 @@ import msgspec
 from msgspec import Meta
 
 from shared.errors import DecodeError
+from shared.fields import Sha
 from shared.ids import digest_of
 from shared.jobs import Bits
-from shared.messages import Sha
 
 FOLDER = "bases"
 """Of both programs, in their `state_dir`."""

@@ -6,7 +6,8 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 from shared.blob_folder import BlobFolder
-from shared.messages import MAX_CHUNK_BYTES, Missing, Want
+from shared.fields import MAX_CHUNK_BYTES
+from shared.messages import Missing, Want
 
 PACKET_RESERVE = 4096
 """Bytes of the broker's largest packet that are not for the chunk: topic, properties, header."""

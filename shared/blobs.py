@@ -20,7 +20,8 @@ from shared.blob_folder import BlobFolder, Corrupt, NoRoom
 from shared.blob_pulls import Arrival, Asked, Content, Peer, Pull, ReceiverStats, ranges_of
 from shared.blob_sender import BlobSender, Chunk, chunk_limit
 from shared.errors import RemoteError
-from shared.messages import MAX_CHUNK_BYTES, BlobRef, Want
+from shared.fields import MAX_CHUNK_BYTES
+from shared.messages import BlobRef, Want
 
 __all__ = ["Arrival", "BlobReceiver", "BlobSender", "Chunk", "ReceiverStats", "chunk_limit"]
 

@@ -53,8 +53,10 @@ def unpack(
         raise DecodeError(f"not msgpack within the limits: {type(error).__name__} {error}"[:200]) from error
     if isinstance(plain, dict):
         schema = plain.get("schema", SCHEMA)
-        if schema != SCHEMA:
-            raise DecodeError(f"schema {schema!r:.20}, this side speaks {SCHEMA}")
+        if type(schema) is not int or schema != SCHEMA:
+            # What else stands there may be nested as deep as msgpack allows: too deep to be printed.
+            told = str(schema)[:20] if isinstance(schema, int | float | str) else f"of type {type(schema).__name__}"
+            raise DecodeError(f"schema {told}, this side speaks {SCHEMA}")
     try:
         return msgspec.convert(plain, wanted)
     except (msgspec.ValidationError, RecursionError) as error:

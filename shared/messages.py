@@ -12,21 +12,10 @@ import msgspec
 from msgspec import Meta
 
 from shared.codec import SCHEMA
+from shared.fields import MAX_BLOB_BYTES, MAX_CHUNK_BYTES, Amount, Finite, JobName, Natural, Sha, Share, Text, untell
 from shared.jobs import BaseSpec, Bits, SplitSpec, TaskSpec, TrainingSpec
 
-Natural = Annotated[int, Meta(ge=0, le=2**53)]
-Text = Annotated[str, Meta(max_length=1000)]
-JobName = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\Z")]
-"""Becomes part of a path on devices, so nothing else is let in."""
-Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
-"""No NaN and no infinity: one would spread through every mean it enters."""
-Amount = Annotated[float, Meta(ge=0.0, le=1e15)]
-Share = Annotated[float, Meta(ge=0.0, le=1.0)]
-Sha = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
 Lifecycle = Literal["init", "ready", "training", "draining", "disconnected", "lost"]
-MAX_BLOB_BYTES = 512 * 1024 * 1024
-MAX_CHUNK_BYTES = 122_880
-"""120 KiB, which also fits AWS IoT's 128 KB; the broker's announced maximum can only lower it."""
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,6 +98,9 @@ class DeviceInfo(Message, frozen=True, kw_only=True):
     faulty: Annotated[dict[str, Text], Meta(max_length=64)] = {}
     """Data sets that the owner named and the agent can't read -> why. The device works on its others."""
 
+    def __post_init__(self) -> None:
+        untell(self, "cores", "flops")  # planners divide by them
+
 
 class GpuLoad(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Reading of one GPU; None: the field is not supported there. Fields at their default are not sent."""
@@ -184,6 +176,9 @@ class Load(Message, frozen=True, kw_only=True):
     hung: Annotated[dict[str, Amount], Meta(max_length=8)] = {}
     """Readers ("gpu", "host") that do not answer -> for how many seconds. There are no readings of the GPUs then; those
     of the host are the last ones."""
+
+    def __post_init__(self) -> None:
+        untell(self, "cores")  # planners divide by them
 
 
 # ---- work --------------------------------------------------------------------------------------------------------
@@ -349,6 +344,9 @@ class UpdateFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Units that are left; {}: the model is whole. What they matter to the loss lies in the update."""
     requantized: Amount = 0.0
     """At 8 and 4 bits: relative error that quantizing the smaller layers anew adds to their weights."""
+
+    def __post_init__(self) -> None:
+        untell(self, "step_s", "train_s", "fetch_s", "cores_used", "wait_s")  # planners divide by them
 
 
 # ---- blobs -------------------------------------------------------------------------------------------------------

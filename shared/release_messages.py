@@ -11,19 +11,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from shared.fields import MAX_CHUNK_BYTES, Amount, Finite, JobName, Natural, Share, Text
 from shared.jobs import BaseSpec, Bits, TaskSpec
-from shared.messages import (
-    MAX_CHUNK_BYTES,
-    Amount,
-    BaseSource,
-    BlobRef,
-    Finite,
-    JobName,
-    Message,
-    Natural,
-    Share,
-    Text,
-)
+from shared.messages import BaseSource, BlobRef, Message
 
 ReleaseId = Annotated[str, Meta(pattern=r"^[a-z0-9][a-z0-9-]{0,62}\.r\d{1,9}-\d{1,9}\Z")]
 """JOB.rROUND-NUMBER; becomes a folder's name on devices, so nothing else is let in."""

@@ -22,9 +22,9 @@ from msgspec import Meta
 
 from shared.codec import MAX_MESSAGE_BYTES, SCHEMA, pack, unpack
 from shared.errors import DecodeError
+from shared.fields import MAX_BLOB_BYTES, JobName, Natural, Sha
 from shared.files import sync_folder, write_pieces
 from shared.jobs import BaseSpec, TaskSpec
-from shared.messages import MAX_BLOB_BYTES, JobName, Natural, Sha
 from shared.release_messages import ReleaseId, ReleaseKind
 
 MAGIC = b"musterR1"

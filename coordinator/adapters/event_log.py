@@ -80,10 +80,17 @@ class SqliteEventLog:
             reader.close()
 
     def next_term(self) -> int:
-        """A number larger than any it gave before, durably."""
-        with _transaction(self._db):
-            self._db.execute("INSERT INTO facts VALUES ('term', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1")
-            (term,) = self._db.execute("SELECT value FROM facts WHERE name = 'term'").fetchone()
+        """A number larger than any it gave before, durably. Raises `UserError` where it can't be written."""
+        try:
+            with _transaction(self._db):
+                self._db.execute(
+                    "INSERT INTO facts VALUES ('term', 1) ON CONFLICT (name) DO UPDATE SET value = value + 1"
+                )
+                (term,) = self._db.execute("SELECT value FROM facts WHERE name = 'term'").fetchone()
+        except sqlite3.Error as error:
+            raise UserError(
+                f"{self._path}: can't be written ({error}); is the disk full, or another coordinator running?"
+            ) from error
         return int(term)
 
     def close(self) -> None:
@@ -105,6 +112,9 @@ class _transaction:  # noqa: N801 - reads as a statement
         self._db = db
 
     def __enter__(self) -> None:
+        if self._db.in_transaction:
+            # The last one could neither be committed nor be rolled back.
+            self._db.execute("ROLLBACK")
         self._db.execute("BEGIN IMMEDIATE")
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:

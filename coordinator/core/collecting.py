@@ -9,10 +9,10 @@ from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
 from coordinator.core.close import Status
-from coordinator.core.job import Job, Round
+from coordinator.core.job import UPDATE_REFUSED, Job, Round
 from coordinator.core.planning import regulation
 from coordinator.core.turn import State, Turn
-from shared.messages import Ack, BlobRef, Manifest, Work
+from shared.messages import Ack, BlobRef, Manifest, UpdateFacts, Work
 
 UPDATE_SLACK = 256 * 1024
 
@@ -44,15 +44,19 @@ def on_ack(turn: Turn, device: str, ack: Ack) -> None:
 def on_manifest(turn: Turn, device: str, manifest: Manifest) -> None:
     """Pull an announced update, or settle it at once where it can't count (any more)."""
     verdict, reason = _verdict(turn.state, device, manifest)
+    before = turn.state.announced.get(device)
+    if verdict in ("pull", "refused") and before is not None and before.sha != manifest.sha:
+        # Another update of the same attempt: the room that the first takes is other devices'.
+        turn.do(cmd.StopPull(device, before.sha))
     if verdict == "pull":
         ref = BlobRef(sha=manifest.sha, size=manifest.size)
         turn.update(announced={**turn.state.announced, device: manifest})
         turn.do(cmd.Pull(device, ref, manifest.chunk))
         return
-    if verdict != "stored":
-        turn.count(f"{verdict} updates")
     if verdict == "refused" and _waits_for(turn.state, device, manifest):
         _refuse(turn, device, manifest, reason)
+    elif verdict != "stored":
+        turn.count(f"{verdict} updates")
     turn.do(cmd.Settle(device, manifest.sha, verdict, reason))
 
 
@@ -71,18 +75,30 @@ def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
         return ("stored", "") if same else ("late", "another update of this device is already counted")
     if job.phase != "open":
         return "late", f"round {manifest.round} is closed"
-    if part.outcome == "refused" and part.reason.startswith("update refused"):
-        return "refused", part.reason
+    if part.outcome == "refused" and part.reason.startswith(UPDATE_REFUSED):
+        return "refused", part.reason.removeprefix(UPDATE_REFUSED)
     work, facts = round.plan.participants[device], manifest.facts
-    if facts.agents > work.agents:
-        return "refused", f"{facts.agents} agents claimed, the work is for {work.agents}"
-    samples = work.steps * regulation.most(round.plan.regulation, device, work.batch) * facts.agents
-    if not 0 < facts.samples <= samples:
-        return "refused", f"{facts.samples} samples claimed, the work allows 1 to {samples}"
+    reason = _impossible(work, facts, regulation.most(round.plan.regulation, device, work.batch))
+    if reason:
+        return "refused", reason
     most = _largest_update(job, work)
     if manifest.size > most:
         return "refused", f"an update of {manifest.size} bytes, the work allows {most}"
     return "pull", ""
+
+
+def _impossible(work: Work, facts: UpdateFacts, batch: int) -> str:
+    """What of `facts` nobody who did `work`, in batches of `batch` at most, can have to tell; "": nothing."""
+    if facts.agents > work.agents:
+        return f"{facts.agents} agents claimed, the work is for {work.agents}"
+    samples = work.steps * batch * facts.agents
+    for claimed, most, what in (
+        (facts.steps, work.steps, "steps"), (facts.batch, batch, "samples in a batch"),
+        (facts.samples, samples, "samples"),
+    ):  # fmt: skip
+        if not 0 < claimed <= most:
+            return f"{claimed} {what} claimed, the work allows 1 to {most}"
+    return ""
 
 
 def _largest_update(job: Job, work: Work) -> int:
@@ -110,8 +126,11 @@ def on_stored(turn: Turn, event: ev.UpdateStored) -> None:
     manifest = turn.state.announced.get(event.device)
     if manifest is None or manifest.sha != event.sha or not _waits_for(turn.state, event.device, manifest):
         return
+    if turn.state.checking.get(event.device) == event.sha:
+        return  # announced once more meanwhile: checks wait for each other, and the fold for them
     job = turn.state.jobs[manifest.job]
     ref = BlobRef(sha=manifest.sha, size=manifest.size)
+    turn.update(checking={**turn.state.checking, event.device: event.sha})
     turn.do(cmd.CheckUpdate(job, event.device, ref, manifest.facts))
 
 
@@ -126,6 +145,8 @@ def on_lost(turn: Turn, event: ev.UpdateLost) -> None:
 
 def on_checked(turn: Turn, event: ev.UpdateChecked) -> None:
     """Admission is through: write the update down, then tell the device that it may forget it."""
+    if turn.state.checking.get(event.device) == event.sha:
+        turn.update(checking={d: sha for d, sha in turn.state.checking.items() if d != event.device})
     manifest = turn.state.announced.get(event.device)
     if manifest is None or manifest.sha != event.sha:
         return
@@ -203,16 +224,19 @@ def idle(state: State, job: Job, device: str, status: Status) -> bool:
 
 
 def _refuse(turn: Turn, device: str, manifest: Manifest, reason: str) -> None:
-    turn.record(
-        rec.UpdateRefused(
-            job=manifest.job,
-            round=manifest.round,
-            attempt=manifest.attempt,
-            device=device,
-            sha=manifest.sha,
-            reason=reason,
-        )  # fmt: skip
-    )
+    """Written down once: a device that has answered is not waited for any more, whatever else it sends."""
+    round = turn.state.jobs[manifest.job].round
+    if round is not None and round.participants[device].outcome == "assigned":
+        turn.record(
+            rec.UpdateRefused(
+                job=manifest.job,
+                round=manifest.round,
+                attempt=manifest.attempt,
+                device=device,
+                sha=manifest.sha,
+                reason=reason,
+            )  # fmt: skip
+        )
     turn.count("refused updates")
     _forget(turn, device)
 

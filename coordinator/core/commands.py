@@ -43,6 +43,14 @@ class Pull:
 
 
 @dataclass(frozen=True)
+class StopPull:
+    """Ask a device for no more of an update, and give up what has come of it; where all has come, nothing happens."""
+
+    device: str
+    sha: str
+
+
+@dataclass(frozen=True)
 class Settle:
     """Tell a device that its update is settled, so that it may forget it."""
 
@@ -137,6 +145,7 @@ Command = (
     | PublishRound
     | AskRebirth
     | Pull
+    | StopPull
     | Settle
     | CheckUpdate
     | PrepareBase

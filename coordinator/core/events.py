@@ -237,6 +237,8 @@ class PackingFailed(Event):
 
 
 ReleaseEvent = ReleaseRequested | RollbackRequested | Packed | PackingFailed
+Request = JobRequested | CancelRequested | ResumeRequested | ReleaseRequested | RollbackRequested
+"""What an operator asks for; he waits for the answer."""
 JobEvent = JobRequested | CancelRequested | ResumeRequested | BasePrepared | Evaluated | Folded | Exported | WorkFailed
 DeviceEvent = FromDevice | Heard | Decommissioned | UpdateStored | UpdateLost | UpdateChecked
 TopEvent = TopDone | TopFailed

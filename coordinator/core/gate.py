@@ -35,7 +35,7 @@ def judge(history: Sequence[Metrics], new: Metrics | None, worse_by: float, refu
         return Verdict(accepted=True, reason="accepted without a judgement: no held-out data")
     if not math.isfinite(new.loss):
         return _refused(f"loss {new.loss} is not a number to go on with", refusals)
-    known = [metrics.loss for metrics in comparable(history, new) if math.isfinite(metrics.loss)]
+    known = [metrics.loss for metrics in comparable(history, new)]
     if not known:
         size = f" with {new.pruned:.1%} of its units gone" if new.pruned else ""
         return Verdict(accepted=True, reason=f"loss {new.loss:.4g} is the first one{size}")
@@ -48,8 +48,8 @@ def judge(history: Sequence[Metrics], new: Metrics | None, worse_by: float, refu
 
 
 def comparable(history: Sequence[Metrics], new: Metrics) -> list[Metrics]:
-    """Those of `history` of models that are as small as that of `new`, or smaller."""
-    return [metrics for metrics in history if metrics.pruned >= new.pruned - _SAME_SIZE]
+    """Those of `history` with a finite loss, of models that are as small as that of `new`, or smaller."""
+    return [one for one in history if math.isfinite(one.loss) and one.pruned >= new.pruned - _SAME_SIZE]
 
 
 def reached(metrics: Metrics | None, target: float) -> str:

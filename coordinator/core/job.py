@@ -27,6 +27,8 @@ IDLE: frozenset[str] = TERMINAL | {"queued", "paused"}
 """The job does not hold the fleet."""
 
 Outcome = Literal["assigned", "done", "refused", "failed"]
+UPDATE_REFUSED = "update refused: "
+"""Before the reason of a participant whose update, not whose answer, was."""
 
 
 class Participant(msgspec.Struct, frozen=True, kw_only=True):
@@ -194,7 +196,7 @@ def _answered(
                 batch_limit=record.batch_limit,
             )
         case rec.UpdateRefused():
-            part = Participant(outcome="refused", reason=f"update refused: {record.reason}")
+            part = Participant(outcome="refused", reason=UPDATE_REFUSED + record.reason)
         case rec.UpdateAdmitted():
             limit = record.facts.batch_limit
             part = Participant(

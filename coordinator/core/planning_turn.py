@@ -56,8 +56,6 @@ def plan_if_ready(turn: Turn, job: Job, event: ev.Tick) -> None:
         return
     # The plan is that of the last draw.
     turn.record(_planned(job, plan, seen[-1], event.ts))
-    notices = {name: text for name, text in state.notices.items() if name != job.id}
-    turn.update(notices=notices)
 
 
 def _planned(job: Job, plan: Plan, view: FleetView, ts: float) -> rec.RoundPlanned:

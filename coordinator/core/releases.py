@@ -66,6 +66,8 @@ class Release(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+FORGOTTEN = 10_000
+"""As many releases may a coordinator have forgotten that was restored from an older copy."""
 Releases = dict[str, Release]
 """By id, in the order of their numbers."""
 
@@ -142,11 +144,12 @@ def next_number(releases: Releases, reports: Iterable[ReleaseState]) -> int:
     """The number of the next release: above every one here and every one a device speaks of.
 
     A coordinator restored from an older copy has forgotten releases; were a number given twice, a device would take
-    the new release for the old one that it has.
+    the new release for the old one that it has. Numbers that are too far above to have been forgotten don't count: one
+    device could use up all that there are.
     """
-    here = (release.number for release in releases.values())
+    here = max((release.number for release in releases.values()), default=0)
     there = (number_of(name) for report in reports for name in (report.release, report.active))
-    return 1 + max((*here, *there), default=0)
+    return 1 + max((here, *(number for number in there if number <= here + FORGOTTEN)))
 
 
 def kept_blobs(releases: Releases, keep: int) -> set[str]:

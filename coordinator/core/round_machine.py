@@ -72,9 +72,12 @@ def step(state: State, event: ev.AnyEvent) -> Step:
     for job in turn.state.jobs.values():
         if job.id in before and before[job.id] != job.phase:
             machines.check(TABLE, before[job.id], type(event).__name__, job.phase)
+            turn.update(notices={name: text for name, text in turn.state.notices.items() if name != job.id})
             if before[job.id] in IDLE and job.phase in IDLE:
                 continue  # it never held the fleet: another job may
-            turn.update(since=event.now, accepted=frozenset(), announced={}, reminded={})
+            # What was not admitted in time does not count any more.
+            turn.do(*(cmd.StopPull(device, one.sha) for device, one in turn.state.announced.items()))
+            turn.update(since=event.now, accepted=frozenset(), announced={}, checking={}, reminded={})
             turn.update(top_told=frozenset(), top_asked_at=None)
             turn.do(*entry(turn.state, job))
     return turn.step()

@@ -54,6 +54,8 @@ class State:
     """When the set of able devices last changed."""
     announced: dict[str, Manifest] = field(default_factory=dict)
     """Device -> its update that is being pulled or checked."""
+    checking: dict[str, str] = field(default_factory=dict)
+    """Device -> digest of its update that is being checked."""
     accepted: frozenset[str] = frozenset()
     """Participants that accepted their assignment."""
     top_told: frozenset[str] = frozenset()

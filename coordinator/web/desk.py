@@ -155,7 +155,8 @@ class Desk:
                 raise Conflict(f"job {other.id} holds the fleet; resume {job_id} when it has ended")
             if not allowed:
                 raise Conflict(f"job {job_id} {refusal}: it is {job.phase}")
-            self._runtime.step(event)
+            if not self._runtime.step(event):
+                raise Conflict(f"this can't be written down, job {job_id} goes on as it was: {self._runtime.problem}")
             return history.summary(self._runtime.state.jobs[job_id])
 
         return self._on_loop(act)

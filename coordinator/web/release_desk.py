@@ -93,7 +93,8 @@ class ReleaseDesk:
             if newest.id != release.id:
                 word = "stands" if newest.phase == "finished" else f"is {newest.phase}"
                 raise Conflict(f"release {newest.id} {word} above {release.id}: roll that one back first")
-            runtime.step(ev.RollbackRequested(release=release.id, **runtime.now()))
+            if not runtime.step(ev.RollbackRequested(release=release.id, **runtime.now())):
+                raise Conflict(f"the rollback can't be written down, nothing was begun: {runtime.problem}")
             return _view(runtime.state, runtime.state.releases[release.id], whole=True)
 
         view: ReleaseView = self._on_loop(act)

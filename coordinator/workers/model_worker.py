@@ -29,10 +29,10 @@ from coordinator.workers.protocol import (
 from coordinator.workers.pulse import Pulse
 from shared import logs, units
 from shared.errors import DecodeError, UserError
+from shared.fields import MAX_BLOB_BYTES
 from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import Bits, JobSpec
-from shared.messages import MAX_BLOB_BYTES
 from shared.starts import START_NOTE, Start
 from shared.tensors import Array
 from shared.units import Group

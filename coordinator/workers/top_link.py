@@ -14,7 +14,7 @@ import msgspec
 from shared import steps, topics
 from shared.blob_sender import chunk_limit
 from shared.errors import DecodeError
-from shared.messages import MAX_CHUNK_BYTES
+from shared.fields import MAX_CHUNK_BYTES
 from shared.settings import BrokerSettings
 from shared.transport.base import Connected, Outgoing, Received, Transport
 from shared.transport.mqtt import MqttTransport

@@ -10,17 +10,9 @@ import msgspec
 from edge_daemon import protocol
 from edge_daemon.core.rollout import Rollout
 from edge_daemon.settings import EdgeSettings
+from shared.fields import MAX_CHUNK_BYTES
 from shared.jobs import Bits
-from shared.messages import (
-    MAX_CHUNK_BYTES,
-    Assignment,
-    CoordState,
-    DatasetFacts,
-    DeviceInfo,
-    Gpu,
-    Load,
-    UpdateFacts,
-)
+from shared.messages import Assignment, CoordState, DatasetFacts, DeviceInfo, Gpu, Load, UpdateFacts
 from shared.release_messages import ReleaseState
 
 Phase = Literal["probing", "idle", "fetching", "training", "paused", "offering", "draining", "stopped"]

@@ -28,9 +28,9 @@ from edge_daemon.training.loop import Diverged, Loop, mixed
 from edge_daemon.training.step_line import StepLine
 from shared import steps, tensors
 from shared.errors import DecodeError
+from shared.fields import MAX_CHUNK_BYTES
 from shared.files import write_whole
 from shared.jobs import SplitSpec
-from shared.messages import MAX_CHUNK_BYTES
 from shared.modeling import half, split
 from shared.modeling.checkpoint import Numbered
 from shared.modeling.data import Batch

@@ -21,7 +21,8 @@ from shared import topics
 from shared.blob_folder import BlobFolder
 from shared.blobs import BlobReceiver, BlobSender
 from shared.codec import pack, unpack
-from shared.messages import MAX_CHUNK_BYTES, BlobRef, Manifest, UpdateFacts, Want
+from shared.fields import MAX_CHUNK_BYTES
+from shared.messages import BlobRef, Manifest, UpdateFacts, Want
 from shared.settings import BrokerSettings
 from shared.transport.base import BackPressure, Connected, Outgoing, Received, TransportEvent
 from shared.transport.mqtt import MqttTransport

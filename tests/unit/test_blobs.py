@@ -15,8 +15,9 @@ from shared.blob_folder import BlobFolder, Corrupt
 from shared.blobs import BlobReceiver, Chunk, chunk_limit
 from shared.codec import pack
 from shared.errors import RemoteError
+from shared.fields import MAX_CHUNK_BYTES
 from shared.ids import digest_of
-from shared.messages import MAX_CHUNK_BYTES, BlobRef
+from shared.messages import BlobRef
 from tests.unit.blob_fleet import RETRY_S, Fleet, content
 from tests.unit.blob_fleet import root as root  # a fixture
 

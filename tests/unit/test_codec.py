@@ -158,6 +158,9 @@ REFUSED = {
     "no UTF-8": (b"\x81\xa1\xff\x01", "msgpack"),
     "a list as key": (b"\x81\x91\x01\x01", "msgpack"),
     "nothing": (b"", "msgpack"),
+    "a schema too deep to print": (b"\x81\xa6schema" + b"\x91" * 1020 + b"\x90", "type list"),
+    "a field too deep to convert": (b"\x81\xa5epoch" + b"\x91" * 1020 + b"\x90", "epoch|Recursion"),
+    "a text as schema": (state(schema="1" * 4000), "schema 1{20},"),
 }
 
 

@@ -121,7 +121,7 @@ def test_an_update_is_held_against_what_its_device_was_ordered_and_tells(tmp_pat
     assert one.check(update("a", HALF, b"123"), told(HALF)) == "3 scores for the units of '0.channels'"
 
 
-def test_admission_that_meets_a_fault_of_ours_says_so() -> None:
+def test_work_that_meets_a_fault_of_ours_says_so() -> None:
     told: list[Any] = []
     ports = SimpleNamespace(offload=lambda work, post: post(work()), post=told.append)
     runtime: Any = SimpleNamespace(ports=ports, now=lambda: {"now": 1.0, "ts": 1.0})
@@ -130,7 +130,7 @@ def test_admission_that_meets_a_fault_of_ours_says_so() -> None:
         raise IndexError("out of bounds")
 
     job: Any = SimpleNamespace(id="job-1")
-    Performer(runtime)._offload(work, job, "admission")
+    Performer(runtime)._offload_of(work, job, "aggregation")
     assert isinstance(told[0], ev.WorkFailed) and told[0].reason == "IndexError: out of bounds"
 
 

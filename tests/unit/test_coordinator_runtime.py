@@ -132,7 +132,7 @@ def test_a_decision_of_its_own_is_made_up_for(fleet: MemoryFleet) -> None:
 def test_a_reason_is_cut_to_what_a_device_can_read(fleet: MemoryFleet) -> None:
     runtime = fleet.coordinator.runtime
     sent: list[tuple[topics.Topic, Any]] = []
-    runtime.send = lambda topic, message, **_: sent.append((topic, message))  # type: ignore[method-assign]
+    runtime.send = lambda topic, message, **_: sent.append((topic, message))  # type: ignore[method-assign]  # what it sends is looked at
     Performer(runtime).perform(cmd.Settle("dev-a", A, "refused", "x" * 5000))
     ((topic, done),) = sent
     assert topic is topics.DOWN_BLOB

@@ -6,6 +6,7 @@ It has no clock and no thread of its own: the service feeds it from a queue, a s
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,9 @@ class Runtime:
         self.ports = ports
         self.left = False
         self.state = initial(settings, ports.store.load(), version=version, now=ports.clock())
-        self.receiver = BlobReceiver(ports.store.blobs, credit_bytes=settings.credit_bytes, retry_s=RETRY_S)
+        # What is under way here is known (`cmd.Tidy`, `cmd.DropBlob`), so that no part must go for its age.
+        credit = settings.credit_bytes
+        self.receiver = BlobReceiver(ports.store.blobs, credit_bytes=credit, retry_s=RETRY_S, part_s=math.inf)
         self.sender = BlobSender(ports.store.blobs, fields.MAX_CHUNK_BYTES)
         self._placer = Placer(self)
         self._boot_id = boot_id
@@ -112,6 +115,8 @@ class Runtime:
                 self.step(ev.Linked(now=now, epoch=event.epoch, max_chunk=self.sender.max_chunk))
             case base.Disconnected():
                 self.sender.cancel_peer(COORDINATOR)
+                # Asked for again by the next session; until then questions would only pile up.
+                self.receiver.cancel_peer(COORDINATOR)
                 self.step(ev.Unlinked(now=now, reason=event.reason))
             case base.TransportFailed():
                 log.error("the broker refuses us: %s", event.reason)
@@ -269,6 +274,8 @@ class Runtime:
             return
         if there:
             self.step(ev.AdapterStored(now=now, sha=ref.sha))
+        elif not self.state.connected:
+            self.receiver.cancel_peer(COORDINATOR)  # the next session asks for it
 
     def _adopt(self, command: cmd.Adopt) -> None:
         """Move a finished update among the blobs; after a crash it may have been moved already."""

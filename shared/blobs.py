@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import math
 from collections import deque
 
 from shared.blob_folder import BlobFolder, Corrupt, NoRoom
@@ -32,6 +33,7 @@ _WRONG_SIZES = 2
 
 class BlobReceiver:
     """Pulls contents into `folder`. `credit_bytes`: under way at once over all peers; `per_peer_bytes`: of one peer.
+    A pull ends after `idle_s` without a chunk; a part that no one pulls goes after `part_s` (inf: only when told).
 
     Call `due` after `want`, `on_chunk`, `on_missing` and the cancels, and at `next_due`; publish what it returns.
     A peer that begins a new session has forgotten what it was asked: `cancel_peer`, then `want` again.
@@ -45,6 +47,7 @@ class BlobReceiver:
         per_peer_bytes: int = 1024 * 1024,
         retry_s: float,
         idle_s: float = 900.0,
+        part_s: float = 900.0,
     ) -> None:
         self.max_chunk = MAX_CHUNK_BYTES
         self.stats = ReceiverStats()
@@ -53,6 +56,7 @@ class BlobReceiver:
         self._per_peer = min(per_peer_bytes, credit_bytes)
         self._retry_s = retry_s
         self._idle_s = idle_s
+        self._part_s = part_s
         self._now = 0.0
         self._outstanding = 0
         self._doubtful = 0
@@ -64,7 +68,7 @@ class BlobReceiver:
         """Silent peers that may be asked; after all others."""
         self._timers: list[tuple[float, str]] = []
         self._orphans: dict[str, float | None] = dict.fromkeys(folder.parts())
-        """Parts that no one pulls -> since when, None: not yet known. They wait `idle_s` to be resumed."""
+        """Parts that no one pulls -> since when, None: not yet known. They wait `part_s` to be resumed."""
 
     @property
     def outstanding(self) -> int:
@@ -185,9 +189,9 @@ class BlobReceiver:
         """When `due` has something to do at the latest, if nothing arrives before; None: nothing to wait for."""
         times = [at for at, _ in self._timers[:1]]
         for since in self._orphans.values():
-            times.append(self._now if since is None else since + self._idle_s)
+            times.append(self._now if since is None else since + self._part_s)
             break  # the oldest comes first
-        return min(times, default=None)
+        return min((at for at in times if at < math.inf), default=None)
 
     # ---- asking
 
@@ -271,7 +275,8 @@ class BlobReceiver:
         for pull in list(source.pulls.values()):
             if pull.active is not None and now >= pull.active + self._idle_s:
                 self.stats.expired += 1
-                self._leave(source, pull.content, keep=False)
+                # Where parts are kept for no longer than a pull may be idle, its part has had that time by now.
+                self._leave(source, pull.content, keep=self._part_s > self._idle_s)
         lost = [key for key, asked in source.asked.items() if now >= source.overdue(asked)]
         if lost:
             if now >= source.heard + source.wait:
@@ -296,7 +301,7 @@ class BlobReceiver:
             sha, since = next(iter(self._orphans.items()))
             if since is None:
                 self._orphans = {name: now if at is None else at for name, at in self._orphans.items()}
-            elif now >= since + self._idle_s:
+            elif now >= since + self._part_s:
                 del self._orphans[sha]
                 self._folder.discard_part(sha)
             else:

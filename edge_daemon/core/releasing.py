@@ -164,9 +164,11 @@ def _let_go(state: State) -> list[cmd.Command]:
     return commands
 
 
-def fetch_again(state: State) -> Result:
-    """A coordinator that begins anew has forgotten what it was asked for."""
-    return (replace(state, release_task=""), []) if state.release_task == "fetch" else (state, [])
+def fetch_again(state: State) -> list[cmd.Command]:
+    """Ask once more for the release under way, if there is one. What has come of it holds its room on the disk: that
+    is not waited for again."""
+    wanted = state.journal.rollout.wanted
+    return [cmd.Fetch(wanted.blob, wanted.chunk)] if wanted is not None and state.release_task == "fetch" else []
 
 
 # ---- what the disk says

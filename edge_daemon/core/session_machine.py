@@ -23,6 +23,10 @@ from edge_daemon.settings import EdgeSettings
 from shared.machines import check
 from shared.messages import Assign, Assignment
 
+FETCH_AGAIN_S = 60.0
+"""How often what is being fetched is asked for again: a transfer that gets on notices nothing of it, one that was given
+up for its silence is taken up again."""
+
 
 def initial(settings: EdgeSettings, journal: Journal, *, version: str = "", now: float = 0.0) -> State:
     """The state of a process that begins with `journal`; `Started` must be its first event."""
@@ -118,7 +122,11 @@ def _tick(state: State, event: ev.Tick) -> Result:
     state = replace(state, minute=event.minute, wall=event.wall, disk_free=event.disk_free)
     if state.phase == "draining" and state.now >= state.drain_until:
         return _leave(state, [cmd.Note("warning", "the agent did not end its work in time; its checkpoint stays")])
-    return agents.watch(state)
+    commands: list[cmd.Command] = []
+    if state.connected and state.coordinator_online and state.now - state.fetch_asked_at >= FETCH_AGAIN_S:
+        state, commands = _fetch_again(state)
+    state, more = agents.watch(state)
+    return state, commands + more
 
 
 def _drain(state: State, _event: ev.Drain) -> Result:
@@ -171,7 +179,13 @@ def _linked(state: State, event: ev.Linked) -> Result:
         state, connected=True, epoch=event.epoch, max_chunk=event.max_chunk, word="", info_sent=None, load_sent=None,
         announcing={}, no_broker="", release_sent=None,
     )  # fmt: skip
-    return state, []
+    # What was asked for in the former session was dropped with it.
+    return _fetch_again(state)
+
+
+def _fetch_again(state: State) -> Result:
+    """Ask once more for what is being fetched: where that is under way still, it changes nothing."""
+    return replace(state, fetch_asked_at=state.now), outbox.fetch_again(state) + releasing.fetch_again(state)
 
 
 def _unlinked(state: State, event: ev.Unlinked) -> Result:
@@ -197,13 +211,10 @@ def _coordinator_seen(state: State, event: ev.CoordinatorSeen) -> Result:
         return state, []
     came = event.state.online and (known is None or not known.online or known.term < event.state.term)
     state = replace(state, coordinators={**state.coordinators, event.coordinator: event.state})
-    if came:
-        state = replace(state, announcing={}, release_sent=None)
-    if known is None or known.term >= event.state.term:
+    if not came:
         return state, []
-    # A coordinator that begins anew has forgotten what it was asked for.
-    state, commands = releasing.fetch_again(state)
-    return state, [*outbox.fetch_again(state), *commands]
+    # It may have begun anew and forgotten what it was asked for, or we may have given it up.
+    return _fetch_again(replace(state, announcing={}, release_sent=None))
 
 
 def _assign_received(state: State, event: ev.AssignReceived) -> Result:

@@ -199,6 +199,8 @@ class State:
     adapter_there: bool = False
     """The assignment's global adapter is complete on disk."""
     fetch_since: float = 0.0
+    fetch_asked_at: float = 0.0
+    """When what is being fetched was last asked for once more."""
     paused: str = ""
     """Reason of the pause under way."""
     progressed: protocol.Progressed | None = None

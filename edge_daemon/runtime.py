@@ -14,10 +14,11 @@ from typing import Any, cast
 
 from typing_extensions import assert_never
 
-from edge_daemon import protocol
+from edge_daemon import orders, protocol
 from edge_daemon.adapters.store import UPDATE_FILE, Store
 from edge_daemon.adapters.team import TeamTrainer
 from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
+from edge_daemon.core import backlog
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
 from edge_daemon.core.session_machine import initial, step
@@ -92,7 +93,7 @@ class Runtime:
         self._placer = Placer(self)
         self._boot_id = boot_id
         self._waiting: deque[base.Outgoing] = deque()
-        self._unsaved: deque[ev.AnyEvent] = deque()
+        self._unsaved: backlog.Backlog = ()
         self._begun = False
         self._ticked_at = -1e9
 
@@ -143,10 +144,10 @@ class Runtime:
         self._begin()
         if now - self._ticked_at >= 0.25:
             self._ticked_at = now
-            if self._unsaved:
-                self.step(self._unsaved.popleft())
-            free = self.ports.store.disk_free()
-            self.step(ev.Tick(now=now, minute=self.ports.minute(), wall=self.ports.wall(), disk_free=free))
+            self._catch_up()
+            free, behind = self.ports.store.disk_free(), bool(self._unsaved)
+            minute, wall = self.ports.minute(), self.ports.wall()
+            self.step(ev.Tick(now=now, minute=minute, wall=wall, disk_free=free, behind=behind))
         for _, want in self.receiver.due(now):
             self._send(topics.UP_BLOB, want)
         self._flush()
@@ -169,22 +170,36 @@ class Runtime:
         self.step(ev.Reconfigured(now=self.ports.clock(), settings=settings))
 
     def step(self, event: ev.AnyEvent) -> None:
-        """One decision; a changed journal is on disk before anything that follows from it is done."""
+        """One decision, after those that wait for room on the disk."""
+        if not backlog.passes(self._unsaved, event) or not self._decided(event):
+            self._unsaved = backlog.behind(self._unsaved, event)
+
+    def _catch_up(self) -> None:
+        """Take up what waits, as far as the disk lets us. What follows from one event comes before the next."""
+        waiting, self._unsaved = deque(self._unsaved), ()
+        try:
+            while waiting and not self._unsaved:
+                self.step(waiting.popleft())
+        finally:
+            self._unsaved += tuple(waiting)
+
+    def _decided(self, event: ev.AnyEvent) -> bool:
+        """Decide, save, perform: a changed journal is on disk before anything that follows from it is done. False: it
+        can't be written, and nothing has happened."""
         state, commands = step(self.state, event)
         if state.journal is not self.state.journal and state.journal != self.state.journal:
             try:
                 self.ports.store.save(state.journal)
             except OSError as error:
                 log.error("the journal can't be written, trying again: %s", error)
-                if not isinstance(event, ev.Tick):
-                    self._unsaved.append(event)
-                return
+                return False
         if state.phase != self.state.phase:
             words = (self.state.phase, state.phase, type(event).__name__)
             log.info("%s -> %s on %s", *words, extra=logs.event("phase"))
         self.state = state
         for command in commands:
             self._perform(command)
+        return True
 
     # ---- commands
 
@@ -244,26 +259,7 @@ class Runtime:
         if adapter is None:
             self.step(ev.AdapterLost(now=self.ports.clock(), sha=work.adapter.sha, reason="it vanished from the disk"))
             return
-        self.ports.trainer.tell(
-            protocol.Train(
-                assignment=work,
-                device=self.settings.device,
-                hub=self.settings.policy.hub,
-                hold_out=self.settings.release.hold_out,
-                base_path=order.base_path,
-                data_path=order.data_path,
-                adapter_path=str(adapter),
-                update_path=str(folder / UPDATE_FILE),
-                checkpoint_dir=str(folder),
-                bases_dir=str(store.bases),
-                disk_reserve=self.settings.policy.disk_reserve_bytes,
-                digests_path=str(store.digests),
-                train_for_s=order.train_for_s,
-                batch_limit=order.batch_limit,
-                fetch_s=order.fetch_s,
-                packet=self.sender.max_chunk,
-            )
-        )
+        self.ports.trainer.tell(orders.train(order, self.settings, store, adapter, self.sender.max_chunk))
 
     def _fetch(self, command: cmd.Fetch) -> None:
         now, ref = self.ports.clock(), command.ref

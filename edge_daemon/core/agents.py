@@ -57,9 +57,12 @@ def probe_of(state: State) -> protocol.Probe:
     )  # fmt: skip
 
 
-def watch(state: State) -> Result:
-    """Kill an agent that should speak and does not; again and again, until it is gone."""
+def watch(state: State, *, behind: bool = False) -> Result:
+    """Kill an agent that should speak and does not; again and again, until it is gone. `behind`: what it says may be
+    waiting to be heard, so that its silence counts from the end of that."""
     agent, limit = state.agent, state.settings.agent.silence_s
+    if behind:
+        return replace(state, agent=replace(agent, heard_at=state.now)), []
     since = max(agent.heard_at, agent.killed_at)
     if agent.status == "ready" and agent.failures and state.now - agent.heard_at > RETRY_CAP_S:
         return replace(state, agent=replace(agent, failures=0)), []
@@ -193,6 +196,8 @@ def gone(state: State, event: ev.AgentGone) -> Result:
     """The agent's process ended: start it again after a while, and give its work up after too many times."""
     agent, work = state.agent, state.work
     status, tries = agent.status, state.settings.agent.tries
+    if status == "absent":
+        return state, []  # said once more
     failures = agent.failures + (status in ("starting", "ready"))
     deaths = state.journal.deaths + (status == "busy" and not event.out_of_memory)
     wait = delay(failures + deaths + state.journal.rollout.deaths, 1.0, base_s=RETRY_BASE_S, cap_s=RETRY_CAP_S)

@@ -39,6 +39,8 @@ class Tick(Event):
     minute: int = 0
     wall: float = 0.0
     disk_free: int = 2**62
+    behind: bool = False
+    """Events wait for room on the disk, perhaps the agent's words among them."""
 
 
 @dataclass(frozen=True, kw_only=True)

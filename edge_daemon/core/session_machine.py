@@ -125,7 +125,7 @@ def _tick(state: State, event: ev.Tick) -> Result:
     commands: list[cmd.Command] = []
     if state.connected and state.coordinator_online and state.now - state.fetch_asked_at >= FETCH_AGAIN_S:
         state, commands = _fetch_again(state)
-    state, more = agents.watch(state)
+    state, more = agents.watch(state, behind=event.behind)
     return state, commands + more
 
 

@@ -7,10 +7,17 @@ from pathlib import Path
 import pytest
 
 from coordinator.core import records as rec
+from edge_daemon.adapters.trainer import AgentSpoke
+from edge_daemon.core import events as ev
+from edge_daemon.settings import AgentSettings
 from muster.testbed.memory_fleet import MemoryFleet
+from muster.testbed.memory_nodes import DaemonNode
+from shared.messages import Assign, Assignment
 from tests.fleet import fleet_rig as rig
+from tests.unit.session_rig import assignment
 
 FULL_S = 8.0
+SILENCE_S = 10.0
 
 
 def test_updates_of_the_last_rounds_stay_and_older_ones_go(tmp_path: Path) -> None:
@@ -90,3 +97,105 @@ def test_a_devices_disk_is_full_for_a_while(tmp_path: Path, phase: str) -> None:
         rig.check(fleet, job)
         assert {attempt for _, attempt, _ in rig.planned(fleet, job)} == {1}
         assert fleet.adapter(job) == rig.undisturbed(tmp_path, 3, spec)
+
+
+# ---- a device whose journal can't be written
+
+
+def _impatient(count: int) -> list[rig.Member]:
+    """Devices that soon take a silent agent for dead."""
+    return rig.members(count, agent=AgentSettings(silence_s=SILENCE_S))
+
+
+def _at_work(fleet: MemoryFleet, job: str) -> DaemonNode:
+    """Up to a device that trains in the second round."""
+    victim = fleet.daemons["dev-001"]
+    fleet.run_until(lambda: fleet.committed(job) == 1 and victim.phase == "training", 60.0, "training")
+    return victim
+
+
+def _starts(victim: DaemonNode) -> int:
+    """How often its agent was started."""
+    return victim.runtime.ports.trainer.trainers[0]._run
+
+
+@pytest.mark.parametrize("full_s", [10 * SILENCE_S, 10 * SILENCE_S + 0.5])
+def test_an_agent_is_not_killed_for_the_silence_of_a_full_disk(tmp_path: Path, full_s: float) -> None:
+    """It is done, and that can't be written down: to the machine it seems to train and to say nothing."""
+    spec = rig.spec(3)
+    with MemoryFleet(tmp_path / "full", _impatient(3)) as fleet:
+        job = fleet.submit(spec)
+        victim = _at_work(fleet, job)
+        starts = _starts(victim)
+        victim.disk_full = True
+        fleet.run(full_s)
+        victim.disk_full = False
+        assert fleet.finish(job, within_s=60.0).phase == "finished"
+        rig.check(fleet, job)
+        assert _starts(victim) == starts, "its agent was killed"
+        assert {attempt for _, attempt, _ in rig.planned(fleet, job)} == {1}
+        assert fleet.adapter(job) == rig.undisturbed(tmp_path, 3, spec)
+
+
+def test_an_agent_at_long_work_lives_through_a_full_disk(tmp_path: Path) -> None:
+    """What it says waits behind what can't be written; the daemon neither kills it nor looks as if it hung."""
+    with MemoryFleet(tmp_path, _impatient(2)) as fleet:
+        fleet.daemons["dev-001"].member.behaviour.step_s = 5.0
+        job = fleet.submit(rig.spec(2, count=2))
+        victim = _at_work(fleet, job)
+        starts = _starts(victim)
+        victim.disk_full = True
+        fleet.run(3 * SILENCE_S)
+        assert fleet.network.now - victim.runtime.state.agent.heard_at < SILENCE_S
+        assert len(victim.runtime._unsaved) < 10, "what waits grows with every word of the agent"
+        victim.disk_full = False
+        assert fleet.finish(job).phase == "finished"
+        rig.check(fleet, job)
+        assert _starts(victim) == starts
+
+
+@pytest.mark.parametrize("full_s", [FULL_S, FULL_S + 0.5])
+@pytest.mark.parametrize(
+    "came",
+    [[assignment(1), None], [assignment(1), assignment(2), None, assignment(3), None], [None, assignment(1), None]],
+    ids=["withdrawn", "three works", "none before"],
+)
+def test_what_comes_while_the_disk_is_full_is_taken_in_its_order(
+    tmp_path: Path, came: list[Assignment | None], full_s: float
+) -> None:
+    with MemoryFleet(tmp_path, rig.members(1)) as fleet:
+        fleet.run(3.0)
+        (victim,) = fleet.daemons.values()
+        victim.disk_full = True
+        for wanted in came:
+            victim.runtime.step(ev.AssignReceived(now=fleet.network.now, assign=Assign(term=9, assignment=wanted)))
+            fleet.run(0.2)
+        fleet.run(full_s)
+        victim.disk_full = False
+        fleet.run(1.0)
+        assert victim.runtime.state.journal.assignment is None, "work that was withdrawn is done"
+        assert victim.phase == "idle"
+
+
+def test_a_device_leaves_with_a_full_disk(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(2)) as fleet:
+        victim = _at_work(fleet, fleet.submit(rig.spec(2, count=2)))
+        victim.disk_full = True
+        fleet.run(FULL_S)
+        assert victim.runtime._unsaved
+        victim.leave()
+        fleet.run_until(lambda: not victim.alive, 60.0, "the end of the daemon")
+
+
+def test_a_device_whose_agent_is_gone_unheard_works_again(tmp_path: Path) -> None:
+    """Whatever lost its end: to the session it is at work, and there is no process that could be killed."""
+    with MemoryFleet(tmp_path, _impatient(2)) as fleet:
+        job = fleet.submit(rig.spec(2, count=2))
+        victim = _at_work(fleet, job)
+        trainer = victim.runtime.ports.trainer
+        trainer.kill("an accident")
+        assert trainer.digest(AgentSpoke(_starts(victim), None)) is not None
+        fleet.run(SILENCE_S / 2)
+        assert victim.runtime.state.agent.status == "busy"
+        assert fleet.finish(job, within_s=60.0).phase == "finished"
+        rig.check(fleet, job)

@@ -362,11 +362,14 @@ class Runtime:
         match message:
             case Want():
                 missing = self.sender.on_want(COORDINATOR, message)
-                if missing is not None:
+                if missing is None:
+                    self.step(ev.Wanted(now=now, sha=message.sha))
+                elif self.ports.store.blobs.path(message.sha) is None:
                     self._send(topics.UP_BLOB, missing)
                     self.step(ev.OfferLost(now=now, sha=message.sha, reason="its file is gone"))
                 else:
-                    self.step(ev.Wanted(now=now, sha=message.sha))
+                    # `Missing` would make the coordinator refuse an update that is here.
+                    self.step(ev.WantUnfit(now=now, sha=message.sha, reason=missing.reason))
             case Done():
                 self.sender.cancel(message.sha)
                 self.step(ev.Settled(now=now, done=message))

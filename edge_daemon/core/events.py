@@ -124,6 +124,14 @@ class Wanted(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class WantUnfit(Event):
+    """The coordinator asks for an offer, which is here, in pieces that can't be sent; `reason`: why not."""
+
+    sha: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settled(Event):
     """The coordinator has decided on an offer."""
 
@@ -262,6 +270,7 @@ AnyEvent = (
     | AssignReceived
     | CommandReceived
     | Wanted
+    | WantUnfit
     | Settled
     | AdapterStored
     | AdapterLost

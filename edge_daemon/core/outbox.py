@@ -54,6 +54,15 @@ def lost(state: State, event: ev.OfferLost) -> Result:
     return state, [cmd.Note("error", f"update {event.sha[:12]} is lost: {event.reason}")]
 
 
+def asked_amiss(state: State, event: ev.WantUnfit) -> Result:
+    """It asks by what it was told before the broker's limit changed: the offer is announced at once, with what fits."""
+    if all(offer.sha != event.sha for offer in state.journal.outbox):
+        return state, []
+    rest = {sha: when for sha, when in state.announcing.items() if sha != event.sha}
+    note = cmd.Note("info", f"update {event.sha[:12]} is announced anew: asked for {event.reason}")
+    return replace(state, announcing=rest), [note]
+
+
 def finish(state: State, done: Finished) -> Result:
     """Note the end of a piece of work, and tell the coordinator where it does not know."""
     rest = tuple(old for old in state.journal.finished if old.identity != done.identity)

@@ -337,6 +337,7 @@ _HANDLERS: dict[type[ev.AnyEvent], Callable[[State, Any], Result]] = {
     ev.AssignReceived: _assign_received,
     ev.CommandReceived: _command_received,
     ev.Wanted: _wanted,
+    ev.WantUnfit: outbox.asked_amiss,
     ev.Settled: outbox.settled,
     ev.AdapterStored: _adapter_stored,
     ev.AdapterLost: _adapter_lost,

@@ -66,9 +66,10 @@ MOVES: tuple[Transition, ...] = (
 
 _NAMES = (
     "Started", "Tick", "Drain", "Reconfigured", "MachineRead", "LoadRead", "Linked", "Unlinked", "OwnStateSeen",
-    "CoordinatorSeen", "AssignReceived", "CommandReceived", "Wanted", "Settled", "AdapterStored", "AdapterLost",
-    "OfferLost", "AgentProbed", "AgentBeat", "AgentTrained", "AgentFailed", "AgentGone", "ReleaseReceived",
-    "ReleaseChecked", "ReleaseStaged", "ReleaseActivated", "ReleaseProblem", "AgentEvaluated", "AgentUnfit",
+    "CoordinatorSeen", "AssignReceived", "CommandReceived", "Wanted", "WantUnfit", "Settled", "AdapterStored",
+    "AdapterLost", "OfferLost", "AgentProbed", "AgentBeat", "AgentTrained", "AgentFailed", "AgentGone",
+    "ReleaseReceived", "ReleaseChecked", "ReleaseStaged", "ReleaseActivated", "ReleaseProblem", "AgentEvaluated",
+    "AgentUnfit",
 )  # fmt: skip
 _MOVING = {(row.source, row.on) for row in MOVES}
 STAYS: tuple[Transition, ...] = tuple(

@@ -34,6 +34,7 @@ def _turn(daemon: Daemon, draw: random.Random, leaving: float) -> None:
         (3, lambda: daemon.read(draw.choice([CALM, BUSY]))),
         (2, lambda: daemon.settle(identity_of(one), draw.choice(["stored", "refused", "late"]))),
         (1, lambda: daemon.feed(ev.Wanted(now=now, sha=update_sha(identity_of(one))))),
+        (1, lambda: daemon.feed(ev.WantUnfit(now=now, sha=update_sha(identity_of(one)), reason="why"))),
         (1, lambda: daemon.feed(ev.OwnStateSeen(now=now, state=DeviceState(s="lost", epoch=daemon.epoch)))),
         (1, lambda: daemon.feed(ev.CommandReceived(now=now, command=Command(kind="rebirth")))),
         (1, lambda: daemon.coordinator(online=draw.random() < 0.7, term=term)),

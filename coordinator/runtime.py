@@ -290,7 +290,8 @@ class Runtime:
                 return
             case Want():
                 missing = self.sender.on_want(device, message)
-                if missing is not None:
+                # One asked for by a former limit of the broker is asked for again, in pieces that fit.
+                if missing is not None and self.ports.blobs.path(message.sha) is None:
                     self.send(topics.DOWN_BLOB, missing, device=device)
             case Missing():
                 if self.receiver.on_missing(device, message.sha):

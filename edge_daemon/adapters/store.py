@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -38,6 +39,9 @@ class Store:
         except OSError as error:
             raise UserError(f"state_dir {root}: {error.strerror}") from error
         self._epoch_guard = threading.Lock()
+        self._given = 0
+        """The last epoch, also where it could not be written."""
+        self._epoch_kept = True
 
     def close(self) -> None:
         """Let another process have the folder."""
@@ -72,17 +76,18 @@ class Store:
         self._replace(self.root / "journal", msgspec.msgpack.encode(journal))
 
     def next_epoch(self) -> int:
-        """A number above any it gave before; safe from any thread."""
+        """A number above any it gave before; safe from any thread. Where it can't be written it counts all the same."""
         with self._epoch_guard:
-            epoch = self._epoch() + 1
-            self._replace(self.root / "epoch", str(epoch).encode())
-            return epoch
+            self._given = max(self._epoch(), self._given) + 1
+            self._keep_epoch()
+            return self._given
 
     def raise_epoch(self, at_least: int) -> None:
         """Go on from `at_least` where the counter was lost."""
         with self._epoch_guard:
-            if self._epoch() < at_least:
-                self._replace(self.root / "epoch", str(at_least).encode())
+            if max(self._epoch(), self._given) < at_least:
+                self._given = at_least
+                self._keep_epoch()
 
     @property
     def bases(self) -> Path:
@@ -123,6 +128,22 @@ class Store:
         except ValueError:
             # Wall-clock seconds are above any count of connections there can have been.
             return int(time.time())
+
+    def _keep_epoch(self) -> None:
+        """Write the last epoch; where that fails, empty the file: the next process then counts on from the clock.
+
+        A number that lags would be given again after a kill, and an empty file has room on a full disk.
+        """
+        path = self.root / "epoch"
+        try:
+            self._replace(path, str(self._given).encode())
+            self._epoch_kept = True
+        except OSError as error:
+            with suppress(OSError):
+                path.write_bytes(b"")
+            if self._epoch_kept:
+                log.warning("the counter of connections can't be written, counting on in memory: %s", error)
+            self._epoch_kept = False
 
     def _replace(self, path: Path, data: bytes) -> None:
         write_whole(path, data, fsync=self._fsync)

@@ -49,7 +49,7 @@ from shared.files import write_whole
 from shared.frames import FrameReader, FrameWriter
 from shared.jobs import Bits
 from shared.messages import Assignment, DatasetFacts, UpdateFacts
-from shared.modeling.faults import is_out_of_memory
+from shared.modeling.faults import OutOfMemory, is_out_of_memory
 
 if TYPE_CHECKING:  # they import torch, which is loaded once the pipe is open
     from edge_daemon.training.loop import Loop
@@ -226,7 +226,7 @@ class Agent:
         self._control.heeds_time = request.train_for_s <= NO_TIME_S
         try:
             ended = work.run()
-        except loop.OutOfMemory as error:
+        except OutOfMemory as error:
             raise Refused("memory", str(error)) from error
         except loop.Diverged as error:
             raise Refused("internal", str(error)) from error

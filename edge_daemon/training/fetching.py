@@ -21,15 +21,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from shared import backoff, bases
+from shared import backoff, bases, releases
 from shared.errors import DecodeError
 from shared.files import sync_folder, write_whole
 from shared.messages import BaseSource
+from shared.modeling import released
 from shared.modeling.data import Beat, silent
 from shared.modeling.faults import ModelFault, one_line
 
 KEEP = 6
-"""Bases kept on the device, the last used ones."""
+"""Bases kept on the device beside those of its releases, the last used ones; fewer where a new one needs the room."""
 PART_DAYS = 7
 """An unfinished base that nothing was added to for so long is removed."""
 TRIES = 6
@@ -63,11 +64,11 @@ def _fetched(source: BaseSource, root: Path, reserve: int, beat: Beat, base_s: f
         os.utime(folder)
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # what a removal that was cut off left
-    part = root / f".{source.sha}{_PART}"
-    part.mkdir(exist_ok=True)
     data = b"".join(_pieces(source.url, 0, bases.MAX_MANIFEST_BYTES, beat, base_s))
     manifest = bases.decode(data, source.sha)
-    _check_room(root, manifest.size - _held(part), reserve)
+    part = root / f".{source.sha}{_PART}"
+    _make_room(root, part, manifest.size - _held(part), reserve)
+    part.mkdir(exist_ok=True)
     for file in manifest.files:
         _pull(f"{source.url}/{file.name}", part / file.name, file, beat, base_s)
     write_whole(part / bases.MANIFEST, data)
@@ -151,8 +152,19 @@ def _digest(path: Path, beat: Beat) -> str:
     return whole.hexdigest()
 
 
-def _held(part: Path) -> int:
-    return sum(path.stat().st_size for path in part.iterdir())
+def _held(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir()) if folder.is_dir() else 0
+
+
+def _make_room(root: Path, wanted: Path, size: int, reserve: int) -> None:
+    """Remove bases until the part `wanted` can grow by `size`. Raises `OSError` where that can't be, with all of them
+    still there."""
+    _forget_parts(root, wanted)
+    old, free = _removable(root), shutil.disk_usage(root).free
+    if free + sum(map(_held, old)) >= size + reserve:
+        while old and shutil.disk_usage(root).free < size + reserve:
+            _remove(old.pop(0))
+    _check_room(root, size, reserve)
 
 
 def _check_room(root: Path, size: int, reserve: int) -> None:
@@ -165,10 +177,38 @@ def _check_room(root: Path, size: int, reserve: int) -> None:
 
 
 def _forget_old(root: Path, latest: Path) -> None:
-    whole = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
-    old = sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)[KEEP:]
-    # Parts of bases that nobody asked for again since.
-    parts = [path for path in root.glob(f".*{_PART}") if path.stat().st_mtime < time.time() - PART_DAYS * 86400]
-    for path in (*old, *parts):
+    for path in _removable(root)[:-KEEP]:
         if path != latest:
+            _remove(path)
+
+
+def _forget_parts(root: Path, wanted: Path) -> None:
+    """Remove parts of bases that nobody asked for again since."""
+    for path in root.glob(f".*{_PART}"):
+        if path != wanted and path.stat().st_mtime < time.time() - PART_DAYS * 86400:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _removable(root: Path) -> list[Path]:
+    """The bases that may go, in that order: what a removal that was cut off left, then the least recently used."""
+    named = _named(root)
+    found = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in named]
+    return sorted(found, key=lambda path: ((path / bases.MANIFEST).is_file(), path.stat().st_mtime))
+
+
+def _named(root: Path) -> set[str]:
+    """The bases that the releases on this device name: other programs of its owner read them here."""
+    named = set()
+    for folder in (root.parent / releases.FOLDER).glob("*"):
+        # One that can't be read is nobody's to use either.
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            base = released.base_of(folder)
+            named |= {base.name} if base is not None else set()
+    return named
+
+
+def _remove(folder: Path) -> None:
+    """What is left if this is cut off counts as no base."""
+    with contextlib.suppress(OSError):
+        (folder / bases.MANIFEST).unlink()
+    shutil.rmtree(folder, ignore_errors=True)

@@ -25,19 +25,15 @@ from shared.modeling import half
 from shared.modeling.base_model import Base
 from shared.modeling.checkpoint import Position, identity, load_checkpoint, save_checkpoint
 from shared.modeling.data import SampleOrder, TokenData
-from shared.modeling.faults import is_out_of_memory
+from shared.modeling.faults import OutOfMemory, is_out_of_memory
 from shared.modeling.importance import Scorer, sensitivities
 from shared.modeling.lora import Carried
 from shared.modeling.objective import loss_sum
-from shared.modeling.optimizing import advance, optimizer_of, rate_of, restore, state_of
+from shared.modeling.optimizing import advance, begin_moments, optimizer_of, rate_of, restore, state_of
 
 log = logging.getLogger(__name__)
 _SCORE = "score/"
 """Before a module's name in a checkpoint: the state of its score."""
-
-
-class OutOfMemory(Exception):
-    """Not even a batch of one sample fits."""
 
 
 class Diverged(Exception):
@@ -171,7 +167,10 @@ class Loop:
         log.warning("out of memory at batch %d, going on with %d: %s", batch, batch // 2, error)
 
     def _step(self, batch: int) -> float:
-        """The mean loss of one step over `batch` samples. Leaves the tensors untouched if it raises."""
+        """The mean loss of one step over `batch` samples.
+
+        Leaves the tensors untouched if it raises anything but `OutOfMemory`.
+        """
         training = self.assignment.training
         indices = self._order.take(self.position.samples, batch)
         # Dropout of a step must not depend on what ran before it, for a resumed run.
@@ -189,9 +188,11 @@ class Loop:
         mean = float(total)
         if not math.isfinite(mean):
             raise Diverged(f"the loss became {mean} at step {self.position.step + 1}")
+        # Before the pruner learns, which a step that is done again for lack of memory must not do twice.
+        begin_moments(self._optimizer)
+        seen = sensitivities(self.carried.factors, self.carried.scaling) if self._scorer is not None else {}
         if self.pruner is not None:
             self.pruner.learn(self.carried, self._rate())
-        seen = sensitivities(self.carried.factors, self.carried.scaling) if self._scorer is not None else {}
         advance(self._optimizer, self.carried, training, self._rate())
         if self._scorer is not None:
             # Now, since a step that did not fit the memory is done again.

@@ -23,6 +23,10 @@ class BitsFault(UserError):
     """A precision that this device or model does not offer."""
 
 
+class OutOfMemory(UserError):
+    """Memory ran out where a smaller batch is no help."""
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """The first line of an error's text, cut to `limit` characters; its type where it has no text."""
     text = str(error).strip().splitlines()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from shared.jobs import TrainingSpec
+from shared.modeling.faults import OutOfMemory, is_out_of_memory
 from shared.modeling.lora import Carried
 
 
@@ -40,13 +41,37 @@ def optimizer_of(carried: Carried, training: TrainingSpec) -> torch.optim.Optimi
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr)
 
 
+def begin_moments(optimizer: torch.optim.Optimizer) -> None:
+    """See to it that all that has a gradient has moments. Can be done again where it raises for lack of memory.
+
+    AdamW would begin a state first and allocate then: if memory runs out in between, it can take no step any more.
+    """
+    for group in optimizer.param_groups:
+        for tensor in group["params"]:
+            if tensor.grad is not None and not optimizer.state[tensor]:
+                optimizer.state[tensor] = {
+                    "step": torch.tensor(0.0, dtype=torch.float32),
+                    "exp_avg": torch.zeros_like(tensor, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(tensor, memory_format=torch.preserve_format),
+                }
+
+
 def advance(optimizer: torch.optim.Optimizer, carried: Carried, training: TrainingSpec, rate: float) -> None:
-    """One step at `rate` on the gradients that are there, clipped as the job says; they are gone afterwards."""
+    """One step at `rate` on the gradients that are there, clipped as the job says; they are gone afterwards.
+
+    Raises `OutOfMemory` where some of the tensors have moved already; after any other error they are as they were.
+    """
+    begin_moments(optimizer)
     if training.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(carried.parameters(), training.max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = rate / group["slower"]
-    optimizer.step()
+    try:
+        optimizer.step()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory("a step of the optimizer does not fit the memory") from error
     optimizer.zero_grad(set_to_none=True)
 
 

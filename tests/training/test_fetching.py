@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -19,7 +21,7 @@ from coordinator.web import api
 from coordinator.web.desk import Desk
 from coordinator.web.shelf import Shelf
 from edge_daemon.training import fetching
-from shared import bases
+from shared import bases, releases
 from shared.messages import BaseSource
 from shared.modeling import base_model, packing, weights
 from shared.modeling.faults import ModelFault
@@ -106,6 +108,99 @@ def test_the_oldest_bases_make_room(source: BaseSource, tmp_path: Path) -> None:
         (tmp_path / f"{number:064d}").mkdir()
     folder = fetching.fetch(source, tmp_path)
     assert folder.is_dir() and len([path for path in tmp_path.iterdir() if path.is_dir()]) == fetching.KEEP
+
+
+MIB = 1 << 20
+
+
+class Disk:
+    """A disk of so many MiB, whatever the real one holds, on which `root` is all there is."""
+
+    def __init__(self, root: Path, mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.root = root
+        self.size = mib * MIB
+        monkeypatch.setattr(shutil, "disk_usage", self._usage)
+
+    def base(self, number: int, mib: int, used_at: float) -> Path:
+        """One that was fetched before, and last used then."""
+        folder = self.root / f"{number:064d}"
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(mib * MIB))
+        (folder / bases.MANIFEST).write_bytes(b"{}")
+        os.utime(folder, (used_at, used_at))
+        return folder
+
+    def _usage(self, _path: Path) -> Any:
+        held = sum(path.stat().st_size for path in self.root.rglob("*") if path.is_file())
+        return SimpleNamespace(total=self.size, used=held, free=self.size - held)
+
+
+def test_a_disk_full_of_bases_makes_room_for_another(
+    source: BaseSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path / bases.FOLDER, 100, monkeypatch)
+    old, young, middle = disk.base(1, 30, 1e9), disk.base(2, 30, 1e9 + 2), disk.base(3, 30, 1e9 + 1)
+    folder = fetching.fetch(source, disk.root, 20 * MIB)
+    assert (folder / bases.MANIFEST).is_file()
+    assert (old.exists(), middle.exists(), young.exists()) == (False, True, True), "no more than it takes"
+
+
+def test_where_no_removal_makes_room_nothing_is_removed(
+    source: BaseSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path / bases.FOLDER, 100, monkeypatch)
+    there = [disk.base(number, 30, 1e9 + number) for number in (1, 2)]
+    with pytest.raises(ModelFault, match=r"disk: 39 MiB free, 100 MiB needed \(base and the owner's reserve\)"):
+        fetching.fetch(source, disk.root, 100 * MIB)
+    assert all(map(Path.is_dir, there))
+
+
+def test_what_was_abandoned_goes_before_any_base(
+    source: BaseSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path / bases.FOLDER, 100, monkeypatch)
+    kept = disk.base(1, 30, 1e9)
+    left, part = disk.root / f"{2:064d}", disk.root / f".{'3' * 64}.part"
+    long_ago = time.time() - (fetching.PART_DAYS + 1) * 86400
+    for folder, used_at in ((left, time.time()), (part, long_ago)):  # a removal that was cut off has just happened
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(bytes(30 * MIB))
+        os.utime(folder, (used_at, used_at))
+    fetching.fetch(source, disk.root, 60 * MIB)
+    assert (left.exists(), part.exists(), kept.exists()) == (False, False, True)
+
+
+def test_the_part_that_is_resumed_is_not_what_makes_room(
+    source: BaseSource, shelf_folder: Path, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path / bases.FOLDER, 50, monkeypatch)
+    gone = disk.base(1, 40, 1e9)
+    part = disk.root / f".{source.sha}.part"
+    part.mkdir()
+    shutil.copy(served(shelf_folder, bert) / "config.json", part)
+    before = (part / "config.json").stat().st_ino
+    os.utime(part, (1e9, 1e9))
+    folder = fetching.fetch(source, disk.root, 20 * MIB)
+    assert (folder / "config.json").stat().st_ino == before and not gone.exists()
+
+
+def test_the_base_of_a_release_on_this_device_stays(
+    source: BaseSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(tmp_path / bases.FOLDER, 100, monkeypatch)
+    used, other = disk.base(1, 30, 1e9), disk.base(2, 30, 1e9 + 1)
+    release = tmp_path / releases.FOLDER / "demo.r1-1"
+    release.mkdir(parents=True)
+    (release / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(used)}))
+    (release.parent / "odd").mkdir()
+    (release.parent / "odd" / "adapter_config.json").write_text("{")
+    fetching.fetch(source, disk.root, 50 * MIB)
+    assert used.exists() and not other.exists()
+    for number in range(3, 3 + fetching.KEEP):
+        disk.base(number, 0, time.time())
+    shutil.rmtree(disk.root / source.sha)
+    fetching.fetch(source, disk.root)
+    assert used.exists(), "nor does it go for being one of many"
 
 
 def test_agents_of_one_device_fetch_once(source: BaseSource, shelf_folder: Path, bert: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from shared.jobs import Bits, TaskSpec, TrainingSpec
 from shared.messages import Assignment
 from shared.modeling import base_model, checkpoint, evaluation, lora
 from shared.modeling.data import tokenize
+from shared.modeling.faults import OutOfMemory
 from shared.modeling.optimizing import learning_rate
 from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, global_adapter
 
@@ -219,7 +220,7 @@ def test_a_batch_that_does_not_fit_is_halved_until_it_does(bert: Path, colours: 
 def test_where_not_even_one_sample_fits_it_says_so(bert: Path, colours: Path, tmp_path: Path, text: str) -> None:
     rig = Rig(bert, colours, tmp_path, batch=5)
     tried = limit_batch(rig, 0, RuntimeError(text))
-    with pytest.raises(loop.OutOfMemory):
+    with pytest.raises(OutOfMemory):
         rig.loop.run()
     assert tried == [5, 2, 1]
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import resource
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -74,6 +77,49 @@ def test_epochs_rise_over_restarts_and_damage(tmp_path: Path) -> None:
     assert again.next_epoch() == 51
     (tmp_path / "epoch").write_text("garbage")
     assert again.next_epoch() > 1_000_000_000
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[bool], None]]:
+    """Fills the disk, or makes room: files can be made and emptied while it is full, but nothing be written to them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (0 if full else soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_keeps_no_device_from_connecting(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, full_disk: Callable[[bool], None]
+) -> None:
+    store = Store(tmp_path, fsync=False)
+    given = [store.next_epoch()]
+    full_disk(True)
+    given += [store.next_epoch() for _ in range(3)]
+    assert [record.levelname for record in caplog.records] == ["WARNING"], "one, not one for each try"
+    store.raise_epoch(given[-1] + 50)
+    given += [store.next_epoch(), store.next_epoch()]
+    assert given[-2] == given[-3] + 51
+    full_disk(False)
+    given.append(store.next_epoch())
+    assert given == sorted(set(given))
+    assert (tmp_path / "epoch").read_text() == str(given[-1])
+    full_disk(True)
+    store.next_epoch()
+    assert len(caplog.records) == 2, "it was full a second time"
+
+
+@pytest.mark.parametrize("still", [True, False])
+def test_a_daemon_killed_while_the_disk_was_full_goes_on_above_all_it_said(
+    tmp_path: Path, full_disk: Callable[[bool], None], still: bool
+) -> None:
+    store = Store(tmp_path, fsync=False)
+    store.next_epoch()
+    full_disk(True)
+    last = max(store.next_epoch(), store.next_epoch())
+    store.close()  # as far as a kill -9 does anything: it frees the lock
+    full_disk(still)
+    time.sleep(1.1)  # no daemon is up again within a second
+    again = Store(tmp_path, fsync=False)
+    assert last < again.next_epoch() < again.next_epoch()
 
 
 def test_tidy_removes_all_that_nothing_refers_to(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from shared.allocator import collect_rarely, keep_small
 from shared.blob_folder import BlobFolder
 from shared.codec import pack
 from shared.errors import MusterError, Occupied, SettingsError, UserError
-from shared.files import model_fault, write_whole
+from shared.files import model_fault, write_owned, write_whole
 from shared.messages import CoordState
 from shared.processes import lock_folder
 from shared.transport.base import Outgoing
@@ -229,11 +229,10 @@ def _token_file(config: CoordinatorSettings) -> Path:
 
 def _token(config: CoordinatorSettings) -> str:
     path = _token_file(config)
-    if not path.exists() and not config.api.token_file:
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(32))
     try:
+        # An empty one of our own is what a crash left of the first start.
+        if not config.api.token_file and not (path.exists() and path.stat().st_size):
+            write_owned(path, secrets.token_urlsafe(32).encode(), mode=0o600)
         token = path.read_text(encoding="utf-8").strip()
     except OSError as error:
         raise UserError(f"[api] token_file {path}: {error.strerror}") from error

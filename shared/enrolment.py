@@ -60,8 +60,9 @@ class Enrolment:
         self.request_file = folder / f"{name}.csr"
         self._pending = folder / f"{name}.key.new"
 
-    def request(self, *, renew: bool = False) -> Result:
-        """Make the key, unless there is one, and its request. `renew`: a new key beside that of the certificate in use.
+    def request(self, now: datetime.datetime, *, renew: bool = False) -> Result:
+        """Make the key, unless there is one, and its request. `renew`: a new key beside that of the certificate in use,
+        as where that has expired.
 
         Called again before the certificate came, it changes nothing.
         """
@@ -69,7 +70,8 @@ class Enrolment:
         keyfile = self._pending if enrolled else self.keyfile
         if enrolled and not renew and not self._pending.exists():
             until = certificates.read_certificate(_read(self.certfile), str(self.certfile)).not_valid_after_utc
-            return Result(self.name, "enrolled", False, until=until)
+            if now < until:
+                return Result(self.name, "enrolled", False, until=until)
         if keyfile.exists():
             key = certificates.read_key(_read(keyfile), str(keyfile))
         else:
@@ -187,7 +189,7 @@ def main(program: str, argv: Sequence[str]) -> int:
         if given.install:
             result = enrolment.install(_read(given.install), _read(given.ca) if given.ca else None, now)
         else:
-            result = enrolment.check(now) if given.check else enrolment.request(renew=given.renew)
+            result = enrolment.check(now) if given.check else enrolment.request(now, renew=given.renew)
     except UserError as error:
         print(f"{program} enroll: {error}", file=sys.stderr)  # noqa: T201 - the one line the operator sees
         return 2

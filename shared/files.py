@@ -71,12 +71,13 @@ def rows_fault(path: Path, *, whole: bool = False) -> str:
 
     `whole`: reads all of it, and names the first row that is no JSON object.
     """
-    if not path.exists():
-        return f"{path}: no such file"
-    if not path.is_file():
-        return f"{path}: not a file"
     opener = gzip.open if path.suffix == ".gz" else open
     try:
+        # Who may not look into a folder of its path is not told whether it is there.
+        if not path.exists():
+            return f"{path}: no such file"
+        if not path.is_file():
+            return f"{path}: not a file"
         with opener(path, "rb") as file:
             if whole:
                 return _row_fault(path, file)
@@ -102,12 +103,15 @@ def _row_fault(path: Path, lines: Iterable[bytes]) -> str:
 
 def model_fault(folder: Path) -> str:
     """Why no base model can be loaded from `folder`, or "". Looks at names alone."""
-    if not folder.is_dir():
-        return f"{folder}: no such folder"
-    if not os.access(folder, os.R_OK | os.X_OK):
-        return f"{folder}: can't be read: Permission denied"
-    if not (folder / "config.json").is_file():
-        return f"{folder}: no config.json there"
-    if not any(folder.glob("*.safetensors")):
-        return f"{folder}: no *.safetensors there, and no other weights are loaded"
+    try:
+        if not folder.is_dir():
+            return f"{folder}: no such folder"
+        if not os.access(folder, os.R_OK | os.X_OK):
+            return f"{folder}: can't be read: Permission denied"
+        if not (folder / "config.json").is_file():
+            return f"{folder}: no config.json there"
+        if not any(folder.glob("*.safetensors")):
+            return f"{folder}: no *.safetensors there, and no other weights are loaded"
+    except OSError as error:
+        return f"{folder}: can't be read: {error.strerror}"
     return ""

@@ -100,7 +100,7 @@ def parse_toml(text: str, source: str) -> dict[str, Any]:
     """The tables of TOML text; `source` names it in errors."""
     try:
         return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # of numbers with thousands of digits a plain one
         raise UserError(f"{source}: not TOML: {error}") from error
 
 

@@ -137,8 +137,11 @@ class Desk:
     def _base_faults(self, spec: JobSpec) -> list[str]:
         model = self._runtime.settings.models.get(spec.base.model, spec.base.model)
         folder = Path(model)
-        if folder.is_dir():
-            return [] if (folder / "config.json").is_file() else [f"base.model: {model} has no config.json"]
+        try:
+            if folder.is_dir():
+                return [] if (folder / "config.json").is_file() else [f"base.model: {model} has no config.json"]
+        except OSError as error:
+            return [f"base.model: {model}: can't be read: {error.strerror}"]
         if folder.is_absolute() or model.startswith("."):
             return [f"base.model: {model}: no such folder"]
         if "/" in model:

@@ -29,7 +29,7 @@ class Machines:
     def enrol(self, name: str, role: Role = "device", *, hosts: tuple[str, ...] = ()) -> Enrolment:
         """The files of a machine of this name, enrolled."""
         machine = Enrolment(self.folder / name, name)
-        machine.request()
+        machine.request(now())
         issued = self.authority.sign(name, machine.request_file.read_bytes(), role, now(), hosts=hosts)
         machine.install(issued.certificate.read_bytes(), self.authority.cafile.read_bytes(), now())
         return machine

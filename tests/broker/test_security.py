@@ -297,7 +297,7 @@ def test_a_renewed_certificate_keeps_the_session(secure: Secure, own: Own) -> No
     for owner in (coordinator, device):
         owner.wait(Connected)
     before = serial_of(x509.load_pem_x509_certificate(machine.certfile.read_bytes()))
-    request = machine.request(renew=True)
+    request = machine.request(now(), renew=True)
     assert device.of(Disconnected) == []
     (renewed,) = secure.authority.rotate(now(), requests={"dev-1": Path(request.request).read_bytes()}).renewed
     machine.install(renewed.certificate.read_bytes(), None, now())
@@ -318,7 +318,7 @@ def test_a_broker_takes_its_renewed_certificate_at_a_reload(secure: Secure, own:
     device = own(secure.settings("dev-1"), "dev-1", DEVICE)
     device.wait(Connected)
     server = Enrolment(secure.machines.folder / "server", "server")
-    request = server.request(renew=True)
+    request = server.request(now(), renew=True)
     (renewed,) = secure.authority.rotate(now(), requests={"server": Path(request.request).read_bytes()}).renewed
     server.install(renewed.certificate.read_bytes(), None, now())
     secure.broker.reload()

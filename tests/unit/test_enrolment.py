@@ -46,7 +46,7 @@ def sign(authority: Authority, machine: Enrolment, at: float = 0, *, renew: bool
 
 
 def enrolled(authority: Authority, machine: Enrolment) -> Enrolment:
-    machine.request()
+    machine.request(NOW)
     machine.install(sign(authority, machine), authority.cafile.read_bytes(), NOW)
     return machine
 
@@ -56,28 +56,41 @@ def names(machine: Enrolment) -> list[str]:
 
 
 def test_a_machine_enrols(authority: Authority, machine: Enrolment) -> None:
-    asked = machine.request()
+    asked = machine.request(NOW)
     assert (asked.state, asked.changed, asked.request) == ("requested", True, str(machine.request_file))
     assert names(machine) == ["edge-01.csr", "edge-01.key"]
     key = machine.keyfile.read_bytes()
-    assert not machine.request().changed
+    assert not machine.request(NOW).changed
     assert machine.keyfile.read_bytes() == key
     signed = sign(authority, machine)
     installed = machine.install(signed, authority.cafile.read_bytes(), NOW)
     assert (installed.state, installed.changed, installed.until) == ("enrolled", True, day(90))
     assert names(machine) == ["ca.crt", "edge-01.crt", "edge-01.key"]
     assert not machine.install(signed, authority.cafile.read_bytes(), NOW).changed
-    assert machine.request() == type(asked)("edge-01", "enrolled", False, until=day(90))
+    assert machine.request(NOW) == type(asked)("edge-01", "enrolled", False, until=day(90))
     assert machine.check(NOW).state == "enrolled"
     assert machine.check(day(59.9)).state == "enrolled"
     assert machine.check(day(60.1)).state == "due"
+
+
+def test_a_machine_that_was_away_until_its_certificate_expired_asks_for_another(
+    authority: Authority, machine: Enrolment
+) -> None:
+    enrolled(authority, machine)
+    late = day(91)
+    with pytest.raises(UserError, match="expired"):
+        machine.check(late)
+    asked = machine.request(late)
+    assert (asked.state, asked.request) == ("requested", str(machine.request_file))
+    machine.install(sign(authority, machine, 91), None, late)
+    assert machine.check(late).state == "enrolled"
 
 
 def test_case_40_a_key_is_for_its_owner_alone_from_the_first_byte_on(authority: Authority, machine: Enrolment) -> None:
     before = os.umask(0)
     try:
         enrolled(authority, machine)
-        machine.request(renew=True)
+        machine.request(NOW, renew=True)
     finally:
         os.umask(before)
     for name in ("edge-01.key", "edge-01.key.new"):
@@ -104,12 +117,12 @@ def test_a_renewal_has_a_key_of_its_own_and_the_present_one_serves_until_then(
 ) -> None:
     enrolled(authority, machine)
     old = {name: (machine.folder / name).read_bytes() for name in ("edge-01.key", "edge-01.crt")}
-    asked = machine.request(renew=True)
+    asked = machine.request(NOW, renew=True)
     assert asked.state == "requested"
     assert {name: (machine.folder / name).read_bytes() for name in old} == old
     assert machine.check(NOW).state == "enrolled"
-    assert not machine.request(renew=True).changed  # the same request, until it is answered
-    assert not machine.request().changed
+    assert not machine.request(NOW, renew=True).changed  # the same request, until it is answered
+    assert not machine.request(NOW).changed
     machine.install(sign(authority, machine, 60, renew=True), None, day(60))
     assert machine.keyfile.read_bytes() != old["edge-01.key"]
     assert names(machine) == ["ca.crt", "edge-01.crt", "edge-01.key"]
@@ -120,7 +133,7 @@ def test_a_certificate_alone_can_be_renewed_beside_a_request(authority: Authorit
     """The operator rotated before the machine's own request came: both find their way."""
     enrolled(authority, machine)
     key = machine.keyfile.read_bytes()
-    machine.request(renew=True)
+    machine.request(NOW, renew=True)
     (rotated,) = authority.rotate(day(60)).renewed
     machine.install(rotated.certificate.read_bytes(), None, day(60))
     assert machine.keyfile.read_bytes() == key
@@ -134,7 +147,7 @@ def test_a_power_cut_between_key_and_certificate_is_mended_by_installing_again(
     authority: Authority, machine: Enrolment, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enrolled(authority, machine)
-    machine.request(renew=True)
+    machine.request(NOW, renew=True)
     signed = sign(authority, machine, 60, renew=True)
     blocked = machine.folder / ".edge-01.crt.tmp"
     blocked.mkdir()  # the certificate can't be written after the key was moved
@@ -155,7 +168,7 @@ def test_a_certificate_that_does_not_fit_replaces_nothing(
     good = before["edge-01.crt"]
     stranger = Authority.create(tmp_path / "stranger", "fleet1", NOW)
     other = Enrolment(tmp_path / "other", "edge-01")
-    other.request()
+    other.request(NOW)
     named = Enrolment(tmp_path / "named", "edge-02")
     key = certificates.read_key(before["edge-01.key"], "key")
     assert isinstance(key, ec.EllipticCurvePrivateKey)
@@ -186,7 +199,7 @@ def test_while_one_authority_follows_another_both_are_believed(
     enrolled(authority, machine)
     following = Authority.create(tmp_path / "following", "fleet1", NOW)
     both = authority.cafile.read_bytes() + following.cafile.read_bytes()
-    machine.request(renew=True)
+    machine.request(NOW, renew=True)
     machine.install(sign(following, machine), both, NOW)
     assert machine.cafile.read_bytes() == both
     assert machine.check(NOW).state == "enrolled"

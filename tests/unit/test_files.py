@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gzip
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from shared.files import rows_fault, write_whole
+from shared.files import model_fault, rows_fault, write_whole
 
 
 @pytest.mark.parametrize("fsync", [True, False])
@@ -76,3 +78,32 @@ def test_looked_at_whole_the_damaged_row_is_named(tmp_path: Path, content: bytes
         path.write_bytes(data)
         found = rows_fault(path, whole=True)
         assert found.startswith(f"{path}: {told}") if told else found == ""
+
+
+@pytest.fixture
+def hidden(tmp_path: Path) -> Iterator[Path]:
+    """A folder that this process may not look into; as root it is somebody else for that."""
+    folder = tmp_path / "hidden"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    (folder / "model").mkdir()
+    for above in (tmp_path, *tmp_path.parents):
+        if above.stat().st_uid == os.getuid() and above.is_relative_to("/tmp"):
+            above.chmod(above.stat().st_mode | 0o055)
+    folder.chmod(0)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o700)
+
+
+def test_what_may_not_be_looked_at_is_told_in_one_line(hidden: Path) -> None:
+    """A daemon must not end for one of its data sets, nor a coordinator for one of its models."""
+    rows, model = hidden / "rows.jsonl", hidden / "model"
+    assert rows_fault(rows) == f"{rows}: can't be read: Permission denied"
+    assert model_fault(model) == f"{model}: can't be read: Permission denied"

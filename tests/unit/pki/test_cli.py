@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import stat
 import subprocess
@@ -40,7 +41,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 def fleet(run: Run, tmp_path: Path) -> Path:
     """An authority in ./pki, and the request of edge-01."""
     assert run("pki", "init", "fleet1")[0] == 0
-    Enrolment(tmp_path / "edge", "edge-01").request()
+    Enrolment(tmp_path / "edge", "edge-01").request(datetime.datetime.now(datetime.timezone.utc))
     return tmp_path
 
 

@@ -290,8 +290,7 @@ class Runtime:
                 return
             case Want():
                 missing = self.sender.on_want(device, message)
-                # One asked for by a former limit of the broker is asked for again, in pieces that fit.
-                if missing is not None and self.ports.blobs.path(message.sha) is None:
+                if missing is not None:
                     self.send(topics.DOWN_BLOB, missing, device=device)
             case Missing():
                 if self.receiver.on_missing(device, message.sha):

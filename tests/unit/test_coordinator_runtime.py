@@ -23,8 +23,7 @@ from muster.testbed.memory_fleet import MemoryFleet
 from shared import topics
 from shared.codec import pack, unpack
 from shared.errors import UserError
-from shared.messages import BlobRef, Done, Missing, Want
-from shared.transport.base import Received
+from shared.messages import BlobRef, Done
 from tests.unit.machine_rig import A, Rig, facts, spec
 
 
@@ -138,25 +137,6 @@ def test_a_reason_is_cut_to_what_a_device_can_read(fleet: MemoryFleet) -> None:
     ((topic, done),) = sent
     assert topic is topics.DOWN_BLOB
     assert unpack(pack(done), Done).reason == "x" * 1000
-
-
-def test_a_question_by_a_former_limit_is_not_answered_as_if_the_content_were_gone(fleet: MemoryFleet) -> None:
-    """The device would give its work up; it asks again in pieces that fit."""
-    runtime = fleet.coordinator.runtime
-    sent: list[Any] = []
-    runtime.send = lambda _topic, message, **_: sent.append(message)  # type: ignore[method-assign]  # see above
-    there = runtime.ports.blobs.put(b"x" * 5000)
-    name = topics.UP_BLOB.name(runtime.settings.fleet, device="dev-a")
-
-    def ask(want: Want) -> list[Any]:
-        sent.clear()
-        runtime.handle(Received(name, pack(want)))
-        return [one for one in sent if isinstance(one, Missing)]
-
-    runtime.sender.limit_packet(4096 + 2048)
-    assert ask(Want(sha=there.sha, chunk=4096, ranges=[(0, 1)])) == []
-    assert ask(Want(sha=there.sha, chunk=1024, ranges=[(0, 1)])) == []
-    assert [one.reason for one in ask(Want(sha=A, chunk=1024, ranges=[(0, 1)]))] == ["not here"]
 
 
 def test_an_update_that_can_t_be_checked_is_refused_and_the_job_goes_on(fleet: MemoryFleet) -> None:

@@ -50,6 +50,7 @@ from shared.modeling.lora import Carried
 from shared.modeling.lower import Lower
 from shared.modeling.objective import loss_sum
 from shared.modeling.optimizing import advance, optimizer_of, rate_of
+from shared.modeling.remembered import REMEMBERED
 from shared.settings import BrokerSettings
 
 FEDAVG = "fedavg"
@@ -218,7 +219,7 @@ class Method:
         """What is trained, as it is now: a step that is taken before its gradient comes changes the rest."""
         named = carried.named()
         return {
-            own: (value.detach().clone() if not own.endswith(split.REMEMBERED) else value.detach()).requires_grad_(
+            own: (value.detach().clone() if not own.endswith(REMEMBERED) else value.detach()).requires_grad_(
                 value.requires_grad
             )
             for own, value in named.items()

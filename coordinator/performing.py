@@ -217,7 +217,7 @@ class Performer:
         def safely() -> ev.AnyEvent:
             try:
                 return work()
-            except (MusterError, OSError, MemoryError, ValueError, ArithmeticError, LookupError) as error:
+            except Exception as error:  # noqa: BLE001  # nobody reads the future: what is not told is waited for
                 log.exception("%s failed", what)
                 return failed(f"{type(error).__name__}: {error}")
 

@@ -120,6 +120,10 @@ class BlobReceiver:
         """This content is not needed from `peer` any more; its part goes when no other peer sends it."""
         if self.wanted(peer, sha):
             self._leave(self._peers[peer], self._contents[sha], keep=False)
+        elif sha in self._orphans and sha not in self._contents:
+            # It was pulled in a former session.
+            del self._orphans[sha]
+            self._folder.discard_part(sha)
 
     def cancel_peer(self, peer: str) -> None:
         """Ask `peer` for nothing any more. Parts stay, to be resumed by a later `want`."""

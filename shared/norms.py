@@ -32,6 +32,17 @@ def change_norm(update: Adapter, before: Adapter, *, dense: bool = True) -> floa
     return math.sqrt(sum(squares))
 
 
+def largest_part(factors: Factors) -> float:
+    """The largest of three figures that no directions which cancel can hide: the Frobenius norms of B and of A, and the
+    sum over the directions of the norm that each alone adds to W. Not finite where a number is not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        b = np.linalg.norm(factors.b.astype(np.float64), axis=0)
+        a = np.linalg.norm(factors.a.astype(np.float64), axis=1)
+        alone = np.abs(column_weights(factors)) * b * a
+        parts = [math.sqrt(float(b @ b)), math.sqrt(float(a @ a)), float(np.sum(alone))]
+    return max(parts) if all(math.isfinite(one) for one in parts) else math.inf
+
+
 def product_norm(factors: Factors) -> float:
     """Frobenius norm of what `factors` add to W."""
     return math.sqrt(_product_square(factors.b.astype(np.float64) * column_weights(factors), factors.a))

@@ -45,8 +45,10 @@ def on_manifest(turn: Turn, device: str, manifest: Manifest) -> None:
     """Pull an announced update, or settle it at once where it can't count (any more)."""
     verdict, reason = _verdict(turn.state, device, manifest)
     before = turn.state.announced.get(device)
-    if verdict in ("pull", "refused") and before is not None and before.sha != manifest.sha:
-        # Another update of the same attempt: the room that the first takes is other devices'.
+    if verdict == "pull" and turn.state.checking.get(device) == manifest.sha:
+        return  # what it told of it when the check began is what counts
+    if verdict in ("pull", "refused") and before is not None and _replaces(manifest, before):
+        # The room that the first takes is other devices'.
         turn.do(cmd.StopPull(device, before.sha))
     if verdict == "pull":
         ref = BlobRef(sha=manifest.sha, size=manifest.size)
@@ -58,6 +60,12 @@ def on_manifest(turn: Turn, device: str, manifest: Manifest) -> None:
     elif verdict != "stored":
         turn.count(f"{verdict} updates")
     turn.do(cmd.Settle(device, manifest.sha, verdict, reason))
+
+
+def _replaces(manifest: Manifest, before: Manifest) -> bool:
+    """Whether it is another update of the same attempt."""
+    same = (before.job, before.round, before.attempt) == (manifest.job, manifest.round, manifest.attempt)
+    return same and before.sha != manifest.sha
 
 
 def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
@@ -126,8 +134,8 @@ def on_stored(turn: Turn, event: ev.UpdateStored) -> None:
     manifest = turn.state.announced.get(event.device)
     if manifest is None or manifest.sha != event.sha or not _waits_for(turn.state, event.device, manifest):
         return
-    if turn.state.checking.get(event.device) == event.sha:
-        return  # announced once more meanwhile: checks wait for each other, and the fold for them
+    if event.device in turn.state.checking:
+        return  # checks wait for each other, and the fold for them: one of a device; it announces again
     job = turn.state.jobs[manifest.job]
     ref = BlobRef(sha=manifest.sha, size=manifest.size)
     turn.update(checking={**turn.state.checking, event.device: event.sha})

@@ -29,6 +29,7 @@ from shared.modeling.base_model import Base
 from shared.modeling.checkpoint import Numbered, Position
 from shared.modeling.faults import AdapterFault, is_out_of_memory
 from shared.modeling.optimizing import advance, optimizer_of, rate_of, restore, state_of
+from shared.modeling.remembered import remembering
 
 LARGEST = 1e6
 """No feature of a sound model is larger; the largest known ones are some ten thousand."""
@@ -149,6 +150,10 @@ class TopModel:
     def _merged(self, parts: list[split.Part]) -> list[split.Answer]:
         """One backward pass; where memory does not hold all at once, in pieces. Raises `DecodeError` where it gives no
         numbers; nothing is changed then."""
+        with remembering(self.carried.dense):
+            return self._answered(parts)
+
+    def _answered(self, parts: list[split.Part]) -> list[split.Answer]:
         while True:
             try:
                 answers = split.merged_step(self.base, parts, self._most)

@@ -11,12 +11,15 @@ from dataclasses import replace
 from edge_daemon.core import events as ev
 
 Backlog = tuple[ev.AnyEvent, ...]
+_CONNECTION = (ev.Linked, ev.Unlinked, ev.OwnStateSeen, ev.CoordinatorSeen)
 
 
 def passes(waiting: Backlog, event: ev.AnyEvent) -> bool:
-    """Whether it has no order with those that wait and holds at once: time, the owner's load, his limits, his leave."""
-    if isinstance(event, ev.Reconfigured):
-        return not any(isinstance(one, ev.Reconfigured) for one in waiting)
+    """Whether it has no order with those that wait and holds at once: time, the owner's load, his limits, his leave;
+    and the connection, or the fleet would never hear of a device again whose disk is full."""
+    for kinds in (ev.Reconfigured, _CONNECTION):
+        if isinstance(event, kinds):
+            return not any(isinstance(one, kinds) for one in waiting)
     return not waiting or isinstance(event, ev.Tick | ev.LoadRead | ev.Drain)
 
 
@@ -28,6 +31,8 @@ def behind(waiting: Backlog, event: ev.AnyEvent) -> Backlog:
             return waiting  # the next one comes by itself
         case ev.AgentGone() if any(isinstance(one, ev.AgentGone) for one in waiting):
             return waiting  # no agent is started before the first is known
+        case ev.AssignReceived() if isinstance(last, ev.AssignReceived) and last.assign == event.assign:
+            return waiting  # a reminder
         case ev.AgentBeat() if isinstance(last, ev.AgentBeat):
             return (*waiting[:-1], replace(event, progressed=event.progressed or last.progressed))
         case _:

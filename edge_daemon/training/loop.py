@@ -30,6 +30,7 @@ from shared.modeling.importance import Scorer, sensitivities
 from shared.modeling.lora import Carried
 from shared.modeling.objective import loss_sum
 from shared.modeling.optimizing import advance, begin_moments, optimizer_of, rate_of, restore, state_of
+from shared.modeling.remembered import remembering
 
 log = logging.getLogger(__name__)
 _SCORE = "score/"
@@ -171,6 +172,10 @@ class Loop:
 
         Leaves the tensors untouched if it raises anything but `OutOfMemory`.
         """
+        with remembering(self.carried.dense):
+            return self._stepped(batch)
+
+    def _stepped(self, batch: int) -> float:
         training = self.assignment.training
         indices = self._order.take(self.position.samples, batch)
         # Dropout of a step must not depend on what ran before it, for a resumed run.

@@ -37,6 +37,7 @@ from shared.modeling.data import Batch
 from shared.modeling.faults import is_out_of_memory
 from shared.modeling.lower import Lower
 from shared.modeling.optimizing import advance, restore, state_of
+from shared.modeling.remembered import REMEMBERED
 
 log = logging.getLogger(__name__)
 HELLO_S = 1.0
@@ -279,7 +280,7 @@ class SplitLoop(Loop):
         torch.manual_seed(seed)
         named = self.carried.named()
         # What batch normalisation remembers is no gradient's to move: the forward pass itself writes it.
-        copied = [own for own in named if asked.overlap and not own.endswith(split.REMEMBERED)]
+        copied = [own for own in named if asked.overlap and not own.endswith(REMEMBERED)]
         values = {own: tensor.detach() for own, tensor in named.items()}
         values |= {own: values[own].clone() for own in copied}
         for own, value in values.items():

@@ -87,10 +87,10 @@ class _Norm(nn.Module):
         self.running_var = nn.Parameter(torch.ones(channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training:
+        # One value of a channel has no variance: it is normalised as in use, and teaches nothing of the others.
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] > 1:
             with torch.no_grad():
-                values = x.shape[0] * x.shape[2] * x.shape[3]
-                var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=1 if values > 1 else 0)
+                var, mean = torch.var_mean(x, dim=(0, 2, 3))
                 self.running_mean.lerp_(mean, _MOMENTUM)
                 self.running_var.lerp_(var, _MOMENTUM)
             return functional.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, _EPSILON)

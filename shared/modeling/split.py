@@ -47,10 +47,6 @@ _LAYOUTS = {
 }  # fmt: skip
 
 
-REMEMBERED = (".running_mean", ".running_var")
-"""Ends of the names of what batch normalisation remembers: the forward pass writes it, no gradient does."""
-
-
 class Part(NamedTuple):
     """One device's batch after its blocks: hidden (n x tokens x width), targets (n, or n x tokens), mask (n x tokens).
 

@@ -199,3 +199,22 @@ def test_a_device_whose_agent_is_gone_unheard_works_again(tmp_path: Path) -> Non
         assert victim.runtime.state.agent.status == "busy"
         assert fleet.finish(job, within_s=60.0).phase == "finished"
         rig.check(fleet, job)
+
+
+def test_a_device_with_a_full_disk_is_in_the_fleet_again_after_each_cut(tmp_path: Path) -> None:
+    """What waits for room is not what says that it is there."""
+    with MemoryFleet(tmp_path, rig.members(3)) as fleet:
+        job = fleet.submit(rig.spec(3))
+        victim = fleet.daemons["dev-001"]
+        fleet.run_until(lambda: fleet.committed(job) == 1 and victim.phase == "training", 60.0, "training")
+        victim.disk_full = True
+        fleet.run(FULL_S)
+        for _ in range(2):
+            fleet.network.partition(["dev-001"], fleet.network.now, 60.0)
+            fleet.run(150.0)
+            known = fleet.coordinator.runtime.state.fleet["dev-001"]
+            assert known.present and known.epoch == victim.runtime.state.epoch
+            assert len(victim.runtime._unsaved) < 10
+        victim.disk_full = False
+        assert fleet.finish(job).phase == "finished"
+        rig.check(fleet, job)

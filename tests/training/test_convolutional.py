@@ -25,6 +25,7 @@ from shared.modeling.base_model import Base
 from shared.modeling.data import Batch, TokenData, tokenize
 from shared.modeling.faults import DataFault, ModelFault
 from shared.modeling.objective import loss_sum
+from shared.modeling.remembered import REMEMBERED, remembering
 from shared.modeling.split import Part
 from tests.training.agent_rounds import Rounds
 from tests.training.test_agent import PATIENCE_S, Agent, probe
@@ -284,3 +285,35 @@ def test_the_base_is_as_stored_after_it_was_trained(cnn: Path) -> None:
     base.restore()
     assert all(torch.equal(base.model.get_parameter(n), stored[n]) for n in stored if n not in base.head)
     lora.merge(base, replace(empty_adapter(base)))
+
+
+def test_a_step_that_is_given_up_is_not_remembered(cnn: Path, data: TokenData) -> None:
+    """Batch normalisation remembers in the forward pass; a resumed run must do what the undisturbed one does."""
+    base = base_model.load(cnn, DIGITS)
+    named = carry(base, whole_adapter(base)).dense
+    own = [name for name in named if name.endswith(REMEMBERED)]
+    assert len(own) == 2 * BLOCKS
+    before = {name: named[name].detach().clone() for name in own}
+    base.model.train()
+    with pytest.raises(KeyboardInterrupt), remembering(named):
+        loss_sum(base.model, data.batch(list(range(8))), "image")
+        assert not any(torch.equal(named[name], before[name]) for name in own)
+        raise KeyboardInterrupt
+    assert all(torch.equal(named[name], before[name]) for name in own)
+    with remembering(named):
+        loss_sum(base.model, data.batch(list(range(8))), "image")
+    assert not any(torch.equal(named[name], before[name]) for name in own)
+
+
+def test_one_picture_of_which_one_value_is_left_trains(tmp_path: Path, data: TokenData) -> None:
+    """Its channels have no variance: what was remembered takes the place of it, and stays."""
+    base = base_model.load(convolutional.write(tmp_path / "deep", channels=[4, 4, 4, 4], pools=[0, 1, 2]), DIGITS)
+    named = carry(base, whole_adapter(base)).dense
+    last = [name for name in named if ".3." in name and name.endswith(REMEMBERED)]
+    before = {name: named[name].detach().clone() for name in last}
+    base.model.train()
+    loss = loss_sum(base.model, data.batch([0]), "image")[0]
+    loss.backward()
+    assert torch.isfinite(loss) and all(torch.equal(named[name], before[name]) for name in last) and last
+    loss_sum(base.model, data.batch([0, 1]), "image")[0].backward()
+    assert not any(torch.equal(named[name], before[name]) for name in last)

@@ -34,6 +34,8 @@ ASSIGN = ev.AssignReceived(now=1.0, assign=Assign(term=1))
 TICK = ev.Tick(now=1.0)
 LOAD = ev.LoadRead(now=1.0, reading=load())
 LEAVE = ev.Drain(now=1.0)
+LINKED = ev.Linked(now=1.0, epoch=2, max_chunk=1000)
+UNLINKED = ev.Unlinked(now=1.0, reason="timed out")
 LIMITS = ev.Reconfigured(now=1.0, settings=SETTINGS)
 
 
@@ -49,6 +51,9 @@ LIMITS = ev.Reconfigured(now=1.0, settings=SETTINGS)
         ((ASSIGN,), LEAVE, False),
         ((ASSIGN,), LIMITS, False),
         ((LIMITS,), LIMITS, True),
+        ((ASSIGN,), LINKED, False),
+        ((ASSIGN, GONE), UNLINKED, False),
+        ((UNLINKED,), LINKED, True),
     ],
 )
 def test_who_waits(waiting: Backlog, event: Any, held_up: bool) -> None:

@@ -263,3 +263,16 @@ def test_sizes_that_make_no_sense(root: Path) -> None:
 def test_chunk_limit() -> None:
     assert chunk_limit(268_435_455) == MAX_CHUNK_BYTES
     assert chunk_limit(65_536) == 61_440
+
+
+def test_cancel_of_what_a_former_session_left(root: Path) -> None:
+    """Its part holds room that is reserved for it."""
+    fleet = Fleet(root, {"dev-0": content(3000, 1)}, chunk=100, credit=1000, per_peer=500)
+    fleet.deliver(fleet.wire.pop(0))
+    fleet.receiver.cancel_peer("dev-0")
+    assert fleet.folder.parts() == {fleet.refs["dev-0"].sha}
+    fleet.receiver.cancel("dev-0", fleet.refs["dev-0"].sha)
+    assert fleet.folder.parts() == set()
+    fleet.announce()
+    fleet.finish()
+    assert fleet.arrived == fleet.contents

@@ -175,3 +175,30 @@ def test_one_device_can_t_use_up_the_numbers_of_releases(claimed: str) -> None:
 
 def test_a_number_that_a_restored_coordinator_has_forgotten_is_passed_over() -> None:
     assert releases.next_number({}, [ReleaseState(epoch=1, seq=1, active="demo-1.r1-17")]) == 18
+
+
+def test_two_updates_in_turn_are_not_checked_one_after_another() -> None:
+    rig = Rig()
+    rig.open()
+    checks = []
+    for sha in (A, C) * 10:
+        rig.feed(ev.FromDevice, device="dev-a", message=rig.manifest("dev-a", sha))
+        checks += of(rig.feed(ev.UpdateStored, device="dev-a", sha=sha), cmd.CheckUpdate)
+    assert len(checks) == 1
+    told = {"job": "job-1", "round": 1, "attempt": 1, "device": "dev-a"}
+    rig.feed(ev.UpdateChecked, **told, sha=A, reason="")
+    assert not records(rig, rec.UpdateAdmitted), "it announced another since"
+    rig.feed(ev.FromDevice, device="dev-a", message=rig.manifest("dev-a", C))
+    assert len(of(rig.feed(ev.UpdateStored, device="dev-a", sha=C), cmd.CheckUpdate)) == 1
+    rig.feed(ev.UpdateChecked, **told, sha=C, reason="")
+    assert [one.blob.sha for one in records(rig, rec.UpdateAdmitted)] == [C]
+
+
+def test_what_is_told_of_an_update_while_it_is_checked_does_not_count() -> None:
+    rig = Rig()
+    rig.open()
+    rig.feed(ev.FromDevice, device="dev-a", message=rig.manifest("dev-a", A))
+    rig.feed(ev.UpdateStored, device="dev-a", sha=A)
+    rig.feed(ev.FromDevice, device="dev-a", message=rig.manifest("dev-a", A, facts=facts(5)))
+    rig.feed(ev.UpdateChecked, job="job-1", round=1, attempt=1, device="dev-a", sha=A, reason="")
+    assert [one.facts.samples for one in records(rig, rec.UpdateAdmitted)] == [16]

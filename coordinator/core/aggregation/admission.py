@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from coordinator.core.aggregation.base import Expectation
+from coordinator.core.aggregation.base import NORM_BOUND, Expectation
 from shared.adapter import Adapter, Places
-from shared.norms import change_norm
+from shared.norms import change_norm, largest_part
 
 _SCALING_ERROR = 1e-6
 
@@ -115,16 +115,23 @@ def _dense_fault(update: Adapter, expected: Expectation) -> str | None:
 def _numbers_fault(update: Adapter, expected: Expectation) -> str | None:
     norm = change_norm(update, expected.before)
     if not math.isfinite(norm):
-        return f"{_not_finite(update)} holds numbers that are not finite"
+        found = _not_finite(update)
+        return f"{found} holds numbers that are not finite" if found else "the change is not finite"
     if norm > expected.norm_bound:
         return f"norm of the change is {norm:.4g}, above the bound {expected.norm_bound:.4g}"
+    for name in sorted(update.factors):
+        # Directions that cancel have no norm together, but leave their rounding errors; factors are averaged alone.
+        size = largest_part(update.factors[name])
+        if size > NORM_BOUND:
+            return f"module {name!r:.100}: factors or directions of norm {size:.4g}, above the bound {NORM_BOUND:.4g}"
     return None
 
 
 def _not_finite(update: Adapter) -> str:
+    """What of the update is not finite; "": nothing, so that it must be what it is held against."""
     for name in sorted(update.factors):
         part = update.factors[name]
         if not (np.isfinite(part.a).all() and np.isfinite(part.b).all()):
             return f"module {name!r:.100}"
-    bad = (name for name in sorted(update.dense) if not np.isfinite(update.dense[name]).all())
-    return f"dense tensor {next(bad, '')!r:.100}"
+    bad = [name for name in sorted(update.dense) if not np.isfinite(update.dense[name]).all()]
+    return f"dense tensor {bad[0]!r:.100}" if bad else ""

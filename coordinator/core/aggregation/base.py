@@ -164,8 +164,12 @@ class DenseFold:
 
 
 def narrow(array: npt.NDArray[Any]) -> Array:
-    """`array` as contiguous float32."""
-    return np.ascontiguousarray(array, dtype=np.float32)
+    """`array` as contiguous float32. Raises `FloatingPointError` where a number is none that float32 holds."""
+    with np.errstate(over="ignore"):
+        found = np.ascontiguousarray(array, dtype=np.float32)
+    if not np.isfinite(found).all():
+        raise FloatingPointError("the aggregate is not finite")
+    return found
 
 
 def product(factors: Factors) -> Wide:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from coordinator.core.aggregation.base import product
+from coordinator.core.aggregation.base import narrow, product
 from coordinator.core.aggregation.fedspine import FedSpine
 from coordinator.core.aggregation.fresh import Fresh
 from coordinator.core.aggregation.fsr import FoldStackRecompress
@@ -165,3 +165,36 @@ def test_a_pruned_updates_rows_are_those_of_the_units_that_its_device_tells() ->
     assert whole == "module 'm0': its rows are not those of the units that it tells are left"
     asked = FedSpine(0.99, 64).admit(with_part(b=UPDATE.factors["m0"].b[told], rows=told), EXPECTED)
     assert asked == "module 'm0': it is pruned, which was not asked for"
+
+
+@pytest.mark.parametrize("size", [1e16, 1e30, 1e37])
+def test_directions_that_cancel_are_refused(size: float) -> None:
+    """Their norm is 0, their rounding errors in the fold are not."""
+    b, a = PART.b.copy(), PART.a.copy()
+    b[:, 2], a[2] = size, 1.0
+    b[:, 3], a[3] = size, -1.0
+    update = with_part(b=b, a=a)
+    assert change_norm(update, EXPECTED.before) < EXPECTED.norm_bound / 1000
+    assert "above the bound" in (FSR.admit(update, EXPECTED) or "")
+
+
+@pytest.mark.parametrize("size", [1e7, 1e20, 1e35])
+def test_factors_whose_size_only_their_product_hides_are_refused(size: float) -> None:
+    """Aggregators that average factors alone multiply each with those of other devices."""
+    for b, a in ((size, 1 / size), (1 / size, size)):
+        update = with_part(b=PART.b * np.float32(b), a=PART.a * np.float32(a))
+        assert FSR.admit(update, EXPECTED) is not None
+
+
+def test_an_update_against_a_global_adapter_that_is_not_finite_is_not_blamed() -> None:
+    before = replace(
+        EXPECTED.before, dense={name: np.full_like(one, np.inf) for name, one in EXPECTED.before.dense.items()}
+    )
+    assert FSR.admit(UPDATE, replace(EXPECTED, before=before)) == "the change is not finite"
+
+
+def test_an_aggregate_that_is_not_finite_is_none() -> None:
+    assert narrow(np.array([1.0, 3e38])).dtype == np.float32
+    for number in (1e39, np.inf, np.nan):
+        with pytest.raises(FloatingPointError, match="not finite"):
+            narrow(np.array([1.0, number]))

@@ -50,7 +50,10 @@ VARIANTS: dict[str, Variant] = {
     # Up to a rank at which the adapter's moments weigh something beside so small a base.
     "pair": Variant(
         fields={"profile": "pair", "devices": 2},
-        tables={"rounds": {"sample": 2, "min_devices": 2}, "strategy": {"rank": 32, "global_rank": 64}},
+        tables={
+            "rounds": {"sample": 2, "min_devices": 2},
+            "strategy": {"rank": 32, "global_rank": 64, "warm_up_steps": 8},  # it is of the rounds after that
+        },
     ),
     **{
         pruned(name, step): Variant(

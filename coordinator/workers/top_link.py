@@ -7,7 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
 
@@ -40,6 +40,18 @@ class Inbox(Protocol):
         """How many wait."""
 
 
+class Waiting(NamedTuple):
+    """What waits of a topic."""
+
+    packets: int = 0
+    size: int = 0
+    """Bytes."""
+
+    def plus(self, packets: int, size: int) -> Waiting:
+        """So much more, or less."""
+        return Waiting(max(0, self.packets + packets), max(0, self.size + size))
+
+
 Connect = Callable[[BrokerSettings, str], Transport]
 """(broker, client's name) -> its transport, not yet started."""
 
@@ -65,7 +77,7 @@ class Link:
         self._lock = threading.Lock()
         self._room: dict[str, int] = {}
         """Topic -> bytes that may wait of what comes over it."""
-        self._waiting: dict[str, int] = {}
+        self._waiting: dict[str, Waiting] = {}
 
     def open(self, broker: BrokerSettings, fleet: str, name: str) -> None:
         """Connect as `name`, unless that connection is there. Raises `UserError` for bad certificates."""
@@ -83,11 +95,18 @@ class Link:
         """On the network's thread: hand on what came."""
         if isinstance(event, Received):
             with self._lock:
-                waiting = self._waiting.get(event.name, 0) + len(event.payload)
-                if self._inbox.qsize() >= WAITING or waiting > self._room.get(event.name, AHEAD * SMALL):
+                waiting = self._waiting.get(event.name, Waiting()).plus(1, len(event.payload))
+                if not self._fits(event.name, waiting):
                     return
                 self._waiting[event.name] = waiting
         self._inbox.put(event)
+
+    def _fits(self, name: str, waiting: Waiting) -> bool:
+        """Whether so much may wait of what comes over a topic. Packets are bounded, too, by those that its messages
+        have: empty ones of one device would take all places of the others."""
+        room = self._room.get(name, AHEAD * SMALL)
+        most = AHEAD * (1 + -(-room // AHEAD // self._packet))
+        return self._inbox.qsize() < WAITING and waiting.size <= room and waiting.packets <= most
 
     def expect(self, sizes: Mapping[str, int]) -> None:
         """The largest message of each device from now on; of others none but small ones are taken."""
@@ -117,7 +136,8 @@ class Link:
     def read(self, received: Received) -> tuple[str, steps.Up] | None:
         """The message that a packet completes, with its device."""
         with self._lock:
-            self._waiting[received.name] = max(0, self._waiting.get(received.name, 0) - len(received.payload))
+            waiting = self._waiting.get(received.name, Waiting())
+            self._waiting[received.name] = waiting.plus(-1, -len(received.payload))
         parsed = topics.parse(received.name)
         if parsed is None or parsed.topic is not topics.UP_STEP:
             return None

@@ -52,6 +52,8 @@ class _Counters:
     all_s: float
     periods: int
     throttled: int
+    cpus: frozenset[int] = frozenset()
+    """Whose time `all_s` is; empty: not by processor."""
 
 
 class HostReader:
@@ -105,6 +107,9 @@ class HostReader:
         seconds = now.at - before.at
         if seconds < _SHORTEST_S:
             return self._rates
+        if now.cpus != before.cpus:
+            self._before = now  # of others than before: processors went off or on, or were given to us or taken
+            return self._rates
         own = max(0.0, now.own_s - before.own_s) / seconds
         foreign = min(cores, max(0.0, (now.all_s - before.all_s) / seconds - own))
         throttled = 0.0
@@ -135,22 +140,32 @@ class HostReader:
     def _counters(self, own: float) -> _Counters:
         group = self._group.cpu_times()
         if group is None:
-            return _Counters(self._clock(), own, self._machine_seconds(), 0, 0)
+            cpus = self._cpus()
+            return _Counters(self._clock(), own, self._busy_seconds(cpus), 0, 0, cpus)
         return _Counters(self._clock(), own, group.usage_s, group.periods, group.throttled)
 
-    @staticmethod
-    def _machine_seconds() -> float:
+    def _busy_seconds(self, cpus: frozenset[int]) -> float:
+        """Of the processors that we may run on: what others are busy with is none of ours."""
+        ticks = []
+        for row in line(self._root / "proc/stat").splitlines():
+            name, *counts = row.split()
+            if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in cpus:
+                # User time already contains the guests'.
+                user, nice, system, _idle, _iowait, irq, softirq = map(int, counts[:7])
+                ticks.append(user + nice + system + irq + softirq)
+        if ticks:
+            return sum(ticks) / os.sysconf("SC_CLK_TCK")
         times = psutil.cpu_times()
-        # User time already contains the guests'.
         return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
     def _processors(self) -> int:
-        allowed = field(self._root / "proc" / str(self._pid) / "status", "Cpus_allowed_list")
-        count = 0
-        for part in filter(None, allowed.split(",")):
-            first, _, last = part.partition("-")
-            count += int(last or first) - int(first) + 1
-        return count or psutil.cpu_count() or 1
+        return len(self._cpus()) or psutil.cpu_count() or 1
+
+    def _cpus(self) -> frozenset[int]:
+        """The processors that we may run on and that are there: the first list keeps those which are switched off."""
+        allowed = _listed(field(self._root / "proc" / str(self._pid) / "status", "Cpus_allowed_list"))
+        online = _listed(line(self._root / "sys/devices/system/cpu/online"))
+        return allowed & online or allowed
 
     def _temperature(self) -> float | None:
         """Degrees Celsius of the chip: the preferred thermal zone, a CPU sensor, else the hottest zone."""
@@ -178,3 +193,12 @@ class HostReader:
             if kind == "Battery" and (status := line(supply / "status")):
                 answer = status == "Discharging" or (answer or False)
         return answer
+
+
+def _listed(text: str) -> frozenset[int]:
+    """The numbers of a list such as `0-3,6`."""
+    found: set[int] = set()
+    for part in filter(None, text.strip().split(",")):
+        first, _, last = part.partition("-")
+        found.update(range(int(first), int(last or first) + 1))
+    return frozenset(found)

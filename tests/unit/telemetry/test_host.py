@@ -102,11 +102,49 @@ def test_without_a_quota_everything_else_on_the_host_is_foreign(recorded: Path) 
     reader.read()
     clock.now += 10.0
     stat = recorded / "proc/stat"
-    stat.write_text(stat.read_text().replace("cpu  14625 ", "cpu  15625 ", 1))
+    stat.write_text(stat.read_text().replace("cpu0 1577 ", "cpu0 2577 ", 1))
     reading = reader.read()
     assert reading.cores == 2.0
     assert reading.foreign_cores == pytest.approx(1.0)
     assert reading.throttled == 0.0
+
+
+PINNED = {
+    "proc/7/status": "Name:\tpython\nCpus_allowed_list:\t0-3\n",
+    "proc/meminfo": "MemTotal: 100 kB\nMemFree: 10 kB\nMemAvailable: 10 kB\nBuffers: 0 kB\nCached: 0 kB\n",
+}
+
+
+def busy(seconds: dict[int, int]) -> dict[str, str]:
+    """Each of eight processors has been busy for so many seconds."""
+    counts = {cpu: 100 * seconds.get(cpu, 0) for cpu in range(8)}
+    rows = [f"cpu  {sum(counts.values())} 0 0 0 0 0 0 0 0 0"]
+    rows += [f"cpu{cpu} {count} 0 0 0 0 0 0 0 0 0" for cpu, count in counts.items()]
+    return {"proc/stat": "\n".join([*rows, "btime 1700000000", ""])}
+
+
+def test_what_other_processors_do_is_not_foreign_to_who_is_pinned(tmp_path: Path) -> None:
+    clock = Clock()
+    reader = HostReader(root=write(tmp_path, PINNED | busy({4: 10, 5: 10})), pid=7, clock=clock)
+    reader.read()
+    clock.now += 10.0
+    write(tmp_path, busy({2: 5, 4: 20, 5: 20}))
+    reading = reader.read()
+    assert (reading.cores, reading.foreign_cores) == (4.0, pytest.approx(0.5))
+
+
+def test_processors_that_are_switched_off_are_not_there(tmp_path: Path) -> None:
+    """A Jetson's power mode does that; the list of those allowed keeps them."""
+    clock, online = Clock(), "sys/devices/system/cpu/online"
+    reader = HostReader(root=write(tmp_path, PINNED | busy({}) | {online: "0-7\n"}), pid=7, clock=clock)
+    assert reader.read().cores == 4.0
+    clock.now += 10.0
+    write(tmp_path, busy({0: 10, 3: 10}) | {online: "0-1,4\n"})
+    reading = reader.read()
+    assert (reading.cores, reading.foreign_cores) == (2.0, 0.0), "its rate is that of other processors than before"
+    clock.now += 10.0
+    write(tmp_path, busy({0: 20, 3: 20}))
+    assert reader.read().foreign_cores == pytest.approx(1.0)
 
 
 HANDWRITTEN_V2 = {
@@ -262,16 +300,16 @@ def test_readings_a_moment_apart_keep_the_rates_and_none_exceeds_the_cores(recor
     reader.read()
     stat = recorded / "proc/stat"
     clock.now += 0.01
-    stat.write_text(stat.read_text().replace("cpu  14625 ", "cpu  14626 ", 1))
+    stat.write_text(stat.read_text().replace("cpu0 1577 ", "cpu0 1578 ", 1))
     assert reader.read().foreign_cores == 0.0  # a tick of 10 ms within 10 ms is no whole core
     clock.now += 9.99
-    stat.write_text(stat.read_text().replace("cpu  14626 ", "cpu  15625 ", 1))
+    stat.write_text(stat.read_text().replace("cpu0 1578 ", "cpu0 2577 ", 1))
     assert reader.read().foreign_cores == pytest.approx(1.0)
     clock.now += 0.1
-    stat.write_text(stat.read_text().replace("cpu  15625 ", "cpu  15700 ", 1))
+    stat.write_text(stat.read_text().replace("cpu0 2577 ", "cpu0 2652 ", 1))
     assert reader.read().foreign_cores == pytest.approx(1.0)
     clock.now += 0.9
-    stat.write_text(stat.read_text().replace("cpu  15700 ", "cpu  99999 ", 1))
+    stat.write_text(stat.read_text().replace("cpu0 2652 ", "cpu0 86951 ", 1))
     reading = reader.read()
     assert reading.foreign_cores == reading.cores == 2.0
 

@@ -39,7 +39,7 @@ from shared.transport.base import (
     packet_size,
 )
 from shared.transport.credentials import read_credentials
-from shared.transport.paho_client import CONNECT_TIMEOUT_S, ClientFactory, close_socket, expiry
+from shared.transport.paho_client import ClientFactory, close_socket, expiry
 from shared.transport.retry import Retry
 from shared.transport.window import Acked, Window
 
@@ -51,6 +51,9 @@ _REFUSED = {0x85, 0x86, 0x87, 0x8A, 0x8C}
 """CONNACK: client id, user or password, authorization, banned, method. Trying soon again can't help."""
 _TAKEN_OVER = 0x8E
 _TOO_LARGE = 0x95
+_CONNECTING_S = 150.0
+"""As long may it take to look the broker up and to try each of its addresses (`paho_client.CONNECT_TIMEOUT_S` for one):
+name servers that do not answer take a minute, and a network that is down is no hung thread."""
 _LOOP_S = 1.0
 _DRAIN_S = 2.0
 
@@ -135,7 +138,7 @@ class MqttTransport:
 
     def start(self, sink: Sink) -> None:
         self._sink = sink
-        self._promise(CONNECT_TIMEOUT_S)
+        self._promise(_CONNECTING_S)
         self._thread.start()
 
     def publish(self, message: Outgoing) -> None:
@@ -226,7 +229,8 @@ class MqttTransport:
         return f"{message.name}: a packet of {packet_size(message)} bytes, the broker takes {self._max_packet}"
 
     def _promise(self, seconds: float) -> None:
-        """The thread is back in `seconds`; what it may be late is bounded, for its owner must know within a minute."""
+        """The thread is back in `seconds`; what it may be late is bounded, for its owner must know within a minute of a
+        connection that hangs."""
         self._meant = time.monotonic() + seconds
         self._due = self._meant + min(max(1.5 * self._settings.keepalive_s, 20.0), 45.0)
 
@@ -235,7 +239,7 @@ class MqttTransport:
     def _run(self) -> None:
         wait = 0.0
         while not self._stopping.wait(wait):
-            self._promise(2 * CONNECT_TIMEOUT_S)
+            self._promise(_CONNECTING_S)
             link = self._connection()
             if self._stopping.is_set():
                 break

@@ -114,5 +114,19 @@ def test_a_thread_that_ended_is_a_loss() -> None:
 @pytest.mark.parametrize("keepalive_s", [2, 30, 120])
 def test_whatever_the_keepalive_the_owner_knows_within_a_minute(keepalive_s: int) -> None:
     transport = Parked(keepalive_s=keepalive_s)
-    transport.promise(2 * CONNECT_TIMEOUT_S)  # the longest that the thread is away without waiting on purpose
+    transport.promise(
+        2 * CONNECT_TIMEOUT_S
+    )  # longer than the thread of a connection is away without waiting on purpose
     assert transport.left() + watch.SURE_S < 60.0
+
+
+def test_a_network_that_is_down_is_no_hung_thread() -> None:
+    """A look-up with three silent name servers and one domain to search takes a minute; each address 5 seconds more.
+
+    A daemon that was started again for it would lose what its agent trains meanwhile.
+    """
+    transport = Parked()
+    transport.start(lambda _event: None)
+    assert transport.left() > 60.0 + 12 * CONNECT_TIMEOUT_S
+    assert transport.late_s == 0.0
+    transport.done.set()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,27 @@ class Controller:
         text = log.read_text(encoding="utf-8")
         changed = {found[1]: int(found[3]) for found in _RECAP.finditer(text)}
         return Ran(done.returncode, text, seconds, changed)
+
+    def interrupt(self, name: str, *options: str, when: Callable[[], bool], label: str = "") -> None:
+        """Run a playbook and end it as ^C does, once `when` holds. Raises `AssertionError` where it ends before."""
+        command = ["ansible-playbook", f"muster.fleet.{name}", "-i", str(self.inventory / "hosts.yml"), *options]
+        began = time.monotonic()
+        log = self.folder / "logs" / f"{len(self.timings):02d}-{name}.log"
+        with log.open("w", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                lan.on_controller([str(PROGRAMS / command[0]), *command[1:]]), stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, env=self._environment({}),
+            )  # fmt: skip
+        try:
+            while not when():
+                assert process.poll() is None, log.read_text(encoding="utf-8")[-6000:]
+                time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            process.wait(60.0)
+        finally:
+            process.kill()
+            process.wait()
+        self.timings.append((label or f"{name}, interrupted", time.monotonic() - began))
 
     def muster(self, *arguments: str, env: Mapping[str, str] | None = None, check: bool = True) -> str:
         """Run a `muster` command on the controller; its standard output."""

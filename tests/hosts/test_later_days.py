@@ -23,8 +23,6 @@ from tests.hosts.site import DATA, DEVICES, RUN, SERVER, SMALL, TORCH, Site
 from tests.training import tiny_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
-NEVER_READY = {"edge_daemon/service.py": ("        self._transport.start(self._queue.put)\n", "")}
-"""A release that starts, says so to systemd, and stays up, but that the fleet never hears."""
 COLOURS = """
 name = "colours"
 [base]
@@ -115,7 +113,7 @@ def test_case_43_a_bad_release_is_taken_back_and_the_rest_is_untouched(fleet: Si
     process = fleet.pid(SMALL, "muster-edge")
     epochs = {name: word["epoch"] for name, word in fleet.presence().items()}
     good = fleet.wheels, fleet.releases
-    fleet.wheels, fleet.releases = wheels.other(RUN / "bad", "0.2.0", NEVER_READY)
+    fleet.wheels, fleet.releases = wheels.other(RUN / "bad", "0.2.0", wheels.NEVER_READY)
     fleet.describe()
     ran = fleet.controller.play("site", "--limit", "localhost,edge", label="site with a bad release")
     fleet.wheels, fleet.releases = good

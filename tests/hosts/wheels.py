@@ -17,6 +17,8 @@ PROFILES = {"edge-numpy": "muster[systemd] numpy", "coordinator": "muster[system
 TORCH = {"edge-train": "muster[systemd,train]", "coordinator-train": "muster[systemd,coordinator,cli,train]"}
 """In a folder of their own: only the later days need them, and torch is large."""
 FOLDER, TORCH_FOLDER = CACHE / "wheels", CACHE / "wheels-torch"
+NEVER_READY = {"edge_daemon/service.py": ("        self._transport.start(self._queue.put)\n", "")}
+"""A release that starts, says so to systemd, and stays up, but that the fleet never hears."""
 HERE = sys.version_info[:2]
 _COPIED = ("pyproject.toml", "README.md", "LICENSE", "coordinator", "edge_daemon", "muster", "shared")
 

@@ -6,6 +6,7 @@ libraries that print: the pipes are inherited file descriptors named in the subp
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import BinaryIO, Generic, TypeVar
 
@@ -45,19 +46,35 @@ class FrameReader(Generic[T]):
         return data
 
 
+def frame(message: object) -> bytes:
+    """One message as it goes over the pipe. Raises `ValueError` for one that the other side would refuse as too
+    large."""
+    body = pack(message)
+    if len(body) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE_BYTES}")
+    return len(body).to_bytes(4, "little") + body
+
+
 class FrameWriter:
-    """Writes messages to a pipe; safe from several threads."""
+    """Writes messages to a pipe; safe from several threads. Blocks where the pipe is full and nobody reads it."""
 
     def __init__(self, pipe: BinaryIO) -> None:
         self._pipe = pipe
         self._lock = threading.Lock()
 
     def write(self, message: object) -> None:
-        """Send one message. Raises `BrokenPipeError` (an `OSError`) when the other side is gone, `ValueError` for a
-        message that the other side would refuse as too large; then nothing was sent."""
-        body = pack(message)
-        if len(body) > MAX_MESSAGE_BYTES:
-            raise ValueError(f"{type(message).__name__} of {len(body)} bytes, the limit is {MAX_MESSAGE_BYTES}")
+        """Send one message. Raises `BrokenPipeError` (an `OSError`) when the other side is gone, and what `frame`
+        does; then nothing was sent."""
+        self.write_frame(frame(message))
+
+    def write_frame(self, made: bytes) -> None:
+        """Send what `frame` made. Raises `BrokenPipeError` (an `OSError`) when the other side is gone."""
         with self._lock:
-            self._pipe.write(len(body).to_bytes(4, "little") + body)
+            self._pipe.write(made)
             self._pipe.flush()
+
+    def close(self) -> None:
+        """Close our end; what could not be sent is lost."""
+        # A pipe that broke still holds the rest in its buffer and fails once more; its descriptor is closed even so.
+        with self._lock, contextlib.suppress(OSError):
+            self._pipe.close()

@@ -112,7 +112,9 @@ class SplitRound:
         self.batches: dict[str, int] = {}
         """As they were regulated last; who is not in it keeps that of its work."""
         self._seats = {device: _Seat() for device in sorted(devices)}
-        self._query_at = self._gather_until = self._step_until = float("inf")
+        self._query_at = self._gather_until = self._step_until = self._ahead_until = float("inf")
+        self._refused = 0
+        """How often in a row all features of the step were refused."""
         self._load = 0
         self._taking = False
 
@@ -199,14 +201,18 @@ class SplitRound:
             if self.done in seat.ready:
                 seat.answered, seat.misses = (*seat.answered, self.done)[-UNDER_WAY:], 0
             seat.ready = {step for step in seat.ready if step > self.done}
-        self._step_until = float("inf")
+        self._step_until, self._refused = float("inf"), 0
         if self.done >= self.steps:
             return self.end()
         return self._take_if_due(now)
 
     def untaken(self, now: float) -> list[Action]:
-        """Nobody's features of the last `Take` were any good: the step is still to be done."""
+        """Nobody's features of the last `Take` were any good: the step is still to be done. Devices send the same
+        again: after `PATIENCE` times the round ends with what it has."""
         self._taking, self._step_until = False, float("inf")
+        self._refused += 1
+        if self._refused > PATIENCE:
+            return [Note(f"the features of step {self.done + 1} are refused again and again: the end"), *self.end()]
         return self._take_if_due(now)
 
     def saved(self, held: Iterable[int]) -> None:
@@ -280,7 +286,8 @@ class SplitRound:
         step = self.done + 1
         ready = tuple(device for device, seat in self._seats.items() if step in seat.ready)
         if not ready:
-            return []
+            return self._without_any(step, now)
+        self._ahead_until = float("inf")
         if self._step_until == float("inf"):
             self._step_until = now + self._step_s
         late = [device for device, seat in self._seats.items() if seat.waited and step not in seat.ready]
@@ -293,3 +300,16 @@ class SplitRound:
             self._seats[device].misses += 1
         self._taking = True
         return [*notes, Take(step, ready)]
+
+    def _without_any(self, step: int, now: float) -> list[Action]:
+        """Nobody's features of `step` are here. Where those of a later one are, who sent them may have forgotten its
+        own: after the time of a step all begin again, with a checkpoint."""
+        if not any(seat.ready for seat in self._seats.values()):
+            return []
+        if self._ahead_until == float("inf"):
+            self._ahead_until = now + self._step_s
+        if now < self._ahead_until:
+            return []
+        self._ahead_until = float("inf")
+        self.run += 1
+        return [Note(f"nobody sends the features of step {step}: all begin again"), *self.start(now)]

@@ -1,4 +1,4 @@
-"""The agent's supervisor: a subprocess, a pipe, and a thread that only reports what it reads."""
+"""The agent's supervisor: a subprocess, a pipe, a thread that only reports what it reads, and one that only writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from edge_daemon import protocol
-from shared.frames import FrameWriter
+from edge_daemon.adapters.agent_pipe import AgentPipe
 from shared.subprocess_pipe import start_piped
 
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ class Trainer(Protocol):
         """Start the agent and probe it."""
 
     def tell(self, message: protocol.ToAgent) -> None:
-        """Send it a message."""
+        """Send it a message; does not wait until it reads."""
 
     def kill(self, reason: str, *, hung: bool = False) -> None:
         """End it at once; its end is reported like any other. `hung`: have it say where it hangs, if it still can."""
@@ -69,7 +69,7 @@ class SubprocessTrainer:
         self._post = post
         self._oom_kills = oom_kills
         self._process: subprocess.Popen[bytes] | None = None
-        self._writer: FrameWriter | None = None
+        self._pipe: AgentPipe | None = None
         self._run = 0
         self._kills_before = 0
         self._why = ""
@@ -89,12 +89,8 @@ class SubprocessTrainer:
 
     def tell(self, message: protocol.ToAgent) -> None:
         """Send a message; a broken pipe shows as the agent's end, which its reader reports."""
-        if self._writer is None:
-            return
-        try:
-            self._writer.write(message)
-        except OSError as error:
-            log.warning("the agent can't be reached: %s", error)
+        if self._pipe is not None and not self._pipe.tell(message):
+            self.kill("it reads nothing that it is told")
 
     def kill(self, reason: str, *, hung: bool = False) -> None:
         """End the agent and all it started. `hung`: its faulthandler writes to the log where every thread is."""
@@ -107,6 +103,8 @@ class SubprocessTrainer:
                 self._process.send_signal(signal.SIGCONT)
             _let_end(self._process, _LAST_WORDS_S)
         _kill_group(self._process)
+        # Not before: an agent whose pipe ends leaves by itself, without its last words.
+        self._hush()
 
     def digest(self, spoke: AgentSpoke) -> protocol.FromAgent | AgentEnded | None:
         """What a report means; None: it comes from a process before the present one."""
@@ -121,13 +119,20 @@ class SubprocessTrainer:
                 _let_end(self._process)
             _kill_group(self._process)
             code = self._process.wait()
-        self._process = self._writer = None
+        self._hush()
+        self._process = None
         asked = self._why
         out_of_memory = not asked and code == -signal.SIGKILL and self._oom_kills() > self._kills_before
         reason = asked or ("out of memory" if out_of_memory else _ending(code))
         return AgentEnded(reason, out_of_memory)
 
+    def _hush(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+        self._pipe = None
+
     def _spawn(self) -> None:
+        self._hush()
         run = self._run
 
         def ended(problem: str) -> None:
@@ -138,9 +143,10 @@ class SubprocessTrainer:
         def heard(message: protocol.FromAgent) -> None:
             self._post(AgentSpoke(run, message))
 
-        self._process, self._writer = start_piped(
+        self._process, writer = start_piped(
             self._command, protocol.FromAgent, heard, ended, name="agent", own_group=True
         )
+        self._pipe = AgentPipe(writer)
         # When memory runs out the agent dies, not the daemon.
         with contextlib.suppress(OSError):
             Path(f"/proc/{self._process.pid}/oom_score_adj").write_text(str(FIRST_TO_DIE), encoding="ascii")

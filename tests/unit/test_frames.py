@@ -117,3 +117,14 @@ def test_the_other_side_is_gone() -> None:
     sink = os.fdopen(write_end, "wb", buffering=0)
     with sink, pytest.raises(BrokenPipeError):
         FrameWriter(cast(Any, sink)).write(MESSAGE)
+
+
+def test_a_pipe_that_broke_is_closed_even_so() -> None:
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    writer = FrameWriter(os.fdopen(write_end, "wb"))
+    with pytest.raises(BrokenPipeError):
+        writer.write(MESSAGE)
+    writer.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(write_end)

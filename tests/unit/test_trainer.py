@@ -25,8 +25,11 @@ from edge_daemon.settings import AgentSettings, EdgeSettings
 from edge_daemon.training.merging import mean_update
 from muster.testbed import least_squares
 from shared import adapter as adapters
+from shared import topics
+from shared.fields import MAX_CHUNK_BYTES
 from shared.jobs import BaseSpec, TaskSpec, TrainingSpec
 from shared.messages import Assign, Assignment, BlobRef, Work
+from shared.transport.base import Received
 from shared.transport.memory import MemoryTransport
 from shared.transport.memory_network import MemoryNetwork
 
@@ -189,6 +192,20 @@ def test_a_hanging_agent_is_killed_and_resumes_to_the_same_bytes(start: Start) -
     daemon = start(silence_s=1.5, MUSTER_TEST_HANG="5")
     daemon.turn_until(lambda: daemon.phase == "idle")
     daemon.assign(work(daemon.adapter))
+    daemon.turn_until(lambda: daemon.phase == "offering")
+    assert daemon.update() == expected(daemon)
+    assert daemon.runtime.state.journal.deaths == 1
+
+
+def test_packets_for_an_agent_that_stopped_reading_do_not_hide_its_silence(start: Start) -> None:
+    daemon = start(silence_s=1.5, MUSTER_TEST_STEP_S="0.1")
+    daemon.turn_until(lambda: daemon.phase == "idle")
+    daemon.assign(work(daemon.adapter))
+    daemon.turn_until(daemon.progressed)
+    daemon.agent().suspend()
+    name = topics.DOWN_STEP.name("lab", device="edge-01")
+    for _ in range(64):
+        daemon.runtime.handle(Received(name, bytes(MAX_CHUNK_BYTES)))
     daemon.turn_until(lambda: daemon.phase == "offering")
     assert daemon.update() == expected(daemon)
     assert daemon.runtime.state.journal.deaths == 1

@@ -128,9 +128,10 @@ def test_killed_in_the_middle_of_its_steps_a_round_goes_on(tmp_path: Path, victi
                 return [scene.fleet.broker.pid]
 
     def act(_scene: Scene, view: JobView | None) -> None:
-        """The next one dies once there is a checkpoint that was not there at the last death."""
+        """The next one dies once there are two checkpoints that were not there at the last death: the top worker has
+        the later one before the devices do."""
         nonlocal saved
-        if len(killed) == len(victims) or view is None or scene.saved() < saved + EVERY:
+        if len(killed) == len(victims) or view is None or scene.saved() < saved + 2 * EVERY:
             return
         now = scene.saved()
         victim = victims[len(killed)]

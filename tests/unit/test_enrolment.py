@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import stat
@@ -21,12 +20,7 @@ from muster.pki.authority import Authority
 from shared import certificates
 from shared.enrolment import Enrolment, main
 from shared.errors import UserError
-
-NOW = datetime.datetime.now(datetime.timezone.utc).replace(microsecond=0)
-
-
-def day(number: float) -> datetime.datetime:
-    return NOW + datetime.timedelta(days=number)
+from tests.unit.pki.authority_rig import NOW, day
 
 
 @pytest.fixture

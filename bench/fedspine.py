@@ -22,14 +22,14 @@ from typing import Any
 
 from bench import bandit, planning
 from bench.planning_grid import TASKS, TUNING_SEED, Method, Run
+from bench.planning_runs import ROOT, Runners
 from bench.planning_studies import PRUNE_STEPS, SPARSITY, pruned
 from bench.planning_tables import interval
 from coordinator.core.aggregation.registry import PRUNING
 from muster.testbed import simulated
-from muster.testbed.simulate import Session
 from shared.files import write_whole
 
-PAGE = planning.ROOT / "docs" / "results-fedspine.md"
+PAGE = ROOT / "docs" / "results-fedspine.md"
 TASK, ALPHA, SEEDS = "dbpedia14", 1.0, (0, 1, 2)
 RATE, ROUNDS = 0.02, 12
 WHOLE = "hetlora"
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: all runs are there; 1: the time was up, or there is no data."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so many; 0: no limit")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time; 0: one, in this process")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
     parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--variants", nargs="+", choices=sorted(SPARSITY), default=list(SPARSITY))
@@ -67,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("not run: MUSTER_DATA", file=sys.stderr)
             return 1
         until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-        with Session(options.workers) as session:
-            complete = planning._run_all(tuning_runs(), until, session)
+        with Runners(options.workers) as runners:
+            complete = planning._run_all(tuning_runs(), until, runners)
             asked = (options.seeds, options.variants, options.only)
             wanted = [run for run, sparsity in final_runs() if _is_of(run, sparsity, *asked)]
-            complete = complete and planning._run_all(wanted, until, session)
+            complete = complete and planning._run_all(wanted, until, runners)
             others = [run for task in options.tasks for run in other_runs(task)]
-            complete = complete and planning._run_all(others, until, session)
+            complete = complete and planning._run_all(others, until, runners)
     write_whole(PAGE, page().encode())
     return 0 if complete else 1
 

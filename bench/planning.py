@@ -5,7 +5,7 @@
 
 Every run is `muster simulate` with 80 devices of profile `jetson`, of which 10 are drawn per round. Its result is a
 file under `bench/runs/planning`: a finished run is never repeated, a cut one is begun anew. What it took of the machine
-is a line of `seconds.jsonl`.
+is a line of `seconds.jsonl`. Runs go side by side, each in a process of its own.
 
 Learning rates are tuned for each method on a validation split cut from the training rows, with the same budget for
 each; nothing is chosen on test rows.
@@ -20,56 +20,25 @@ import hashlib
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
-import psutil
 
 from bench.planning_claims import claims, cost, sections
-from bench.planning_grid import (
-    GRIDS,
-    MAX_SHARE,
-    TASKS,
-    UNEQUAL_BATCHES,
-    Grid,
-    Method,
-    Run,
-    final_runs,
-    methods,
-    tuning_runs,
-)
-from bench.planning_studies import STUDIES, VARIANTS
+from bench.planning_grid import GRIDS, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_runs import ROOT, VALIDATION, Runners, simulation
+from bench.planning_studies import STUDIES
 from bench.planning_tables import page
-from muster.testbed import device_model, inputs, simulated, toml
-from muster.testbed.rows import Row, read_rows, write_rows
-from muster.testbed.runs import RunFailed
+from muster.testbed import device_model, simulated
 from muster.testbed.simulate import STEPS as STEPS_FILE
-from muster.testbed.simulate import Session, Simulation
-from muster.testbed.simulate import result_of as result_of_simulation
 from shared.files import write_whole
 
-ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "bench" / "runs" / "planning"
 """Committed: whoever has no hours can render the page from it, and look behind each figure."""
 PAGE = ROOT / "docs" / "results.md"
-VALIDATION = 0.15
-"""Share of the training rows that rates are tuned on."""
-EVALUATED = 256
-"""Rows evaluated after each round: more would take as long as the round itself."""
-BATCH = 8
-MOST, MOST_OF_ONE = 8 * BATCH, 4 * BATCH
-"""The largest batch that a planner may ask for: at 4 times the job's, GPUs of the fleet are done in half of a round's
-time (validation rows, lab log). Methods with one batch never ask for more than the job's; theirs is what it was, so
-that their runs need not be made anew."""
-DEVICES, SAMPLE, STEPS = 80, 10, 8
-GLOBAL_RANK = 16
-"""Twice the devices' rank: the default, for long jobs, is half of these small matrices and doubles downloads."""
-LORA_PLUS = 8.0
-"""Every method of LoRA diverges at the rates that its B and the head want where A gets them, too."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--alphas", nargs="*", type=float, default=[], help="of the final runs only these")
     parser.add_argument("--tune", action="store_true", help="only the runs that choose the learning rates")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so many; 0: no limit")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time; 0: one, in this process")
     parser.add_argument(
         "--studies",
         nargs="*",
@@ -102,14 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("not run: MUSTER_DATA", file=sys.stderr)
             return 1
         until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-        with Session(options.workers) as session:
+        with Runners(options.workers) as runners:
             if options.studies is not None:
-                complete = _run_all(study_runs(_standard_rates(), options.studies), until, session)
+                complete = _run_all(study_runs(_standard_rates(), options.studies), until, runners)
             else:
-                complete = _run_all(tuning_runs(grid, chosen), until, session)
+                complete = _run_all(tuning_runs(grid, chosen), until, runners)
                 finals = final_runs(grid, chosen, rates(grid, chosen))
                 finals = (run for run in finals if not options.alphas or run.alpha in options.alphas)
-                complete = complete and (options.tune or _run_all(finals, until, session))
+                complete = complete and (options.tune or _run_all(finals, until, runners))
     _render(options.profile, grid, chosen)
     return 0 if complete else 1
 
@@ -175,109 +144,18 @@ def study_runs(found: Mapping[tuple[str, str], float], names: Sequence[str]) -> 
             yield from study.runs(found)
 
 
-def _run_all(runs: Iterable[Run], until: float, session: Session) -> bool:
-    for run in runs:
-        if result_of(run) is not None:
-            continue
-        if time.monotonic() > until:
-            print("the time is up; call again to go on", file=sys.stderr)
-            return False
-        print(f"run {run.name}", flush=True)
-        wall, cpu = time.monotonic(), _cpu_s()
-        with tempfile.TemporaryDirectory(prefix="muster-planning-") as scratch, VARIANTS[run.variant].around():
-            asked = simulation(run, Path(scratch))
-            write_job(run, asked)
-            done = _carried_out(run, replace(asked, data=str(_data(run))), session)
-        keep(run, done)
-        took = {"run": _file(run), "wall_s": round(time.monotonic() - wall, 1), "cpu_s": round(_cpu_s() - cpu, 1)}
+def _run_all(runs: Iterable[Run], until: float, runners: Runners) -> bool:
+    """Carry out those that are not there; False: the time was up before all were begun."""
+    missing, done = [run for run in runs if result_of(run) is None], 0
+    for done, carried in enumerate(runners.each(missing, until), 1):
+        keep(carried.run, carried.result)
+        took = {"run": _file(carried.run), "wall_s": round(carried.wall_s, 1), "cpu_s": round(carried.cpu_s, 1)}
         with (RUNS / "seconds.jsonl").open("ab") as file:
             file.write(msgspec.json.encode(took) + b"\n")
-    return True
-
-
-def _carried_out(run: Run, asked: Simulation, session: Session) -> simulated.Result:
-    """The result; that of a run which got stuck has no rounds, and its state says so."""
-    try:
-        return result_of_simulation(asked, session, lambda line: print(f"  {line}", flush=True))
-    except RunFailed as error:
-        print(f"  failed: {error}", flush=True)
-        return simulated.Result(
-            job="planning", state="failed", strategy=run.method.strategy, aggregator=run.method.aggregator,
-            profile=asked.profile, devices=asked.devices, data=run.task, alpha=run.alpha, seed=run.seed, lr=run.lr,
-            baseline=None, rounds=[], bytes_by_device={},
-        )  # fmt: skip
-
-
-def write_job(run: Run, asked: Simulation) -> None:
-    """The job file of a run."""
-    assert asked.job is not None
-    task = TASKS[run.task]
-    asked.job.write_text(f'name = "planning"\n[task]\nkind = "{task.kind}"\nmax_tokens = {task.max_tokens}\n')
-
-
-def _cpu_s() -> float:
-    """CPU seconds of this process and of those that compute gradients, so far."""
-    me = psutil.Process()
-    times = [me.cpu_times(), *(child.cpu_times() for child in me.children())]
-    return float(sum(one.user + one.system for one in times))
-
-
-def simulation(run: Run, scratch: Path) -> Simulation:
-    """What `muster simulate` is asked for, but for its data."""
-    task, variant = TASKS[run.task], VARIANTS[run.variant]
-    # Of `fedadapter` the cap would bound the widths that it may try.
-    widths = {"rank": 8} if run.method.strategy == "fedadapter" else {"rank": 8, "global_rank": GLOBAL_RANK}
-    shares = {"max_share": MAX_SHARE} if run.capped else {}
-    over = {
-        "base": {"model": task.model},
-        "rounds": {
-            "count": run.rounds,
-            "sample": SAMPLE,
-            "local_steps": STEPS,
-            "min_devices": DEVICES // 2,
-            "deadline_s": 600,
-            "target": abs(task.target) if run.stop else 0.0,
-        },
-        "strategy": {
-            **widths,
-            **shares,
-            "batch": BATCH,
-            "batch_min": BATCH // 4,
-            "batch_max": MOST if run.method.strategy in UNEQUAL_BATCHES else MOST_OF_ONE,
-        },
-        "training": {"lr": run.lr, "lora_plus": LORA_PLUS},
-        # Strong skew makes single rounds much worse; the gate is for operators, a comparison must not pause.
-        "evaluation": {"rows": EVALUATED, "worse_by": 1000.0},
-    }
-    over = toml.merged(over, {name: dict(table) for name, table in variant.tables.items()})
-    asked = Simulation(
-        devices=DEVICES, job=scratch / "job.toml", strategy=run.method.strategy, aggregator=run.method.aggregator,
-        seed=run.seed, alpha=run.alpha, over=over,
-    )  # fmt: skip
-    # No other method needs that much memory; granting it to all would take their choice of bits away.
-    granted = {"profile": "jetson-roomy"} if run.method.strategy == "full" else {}
-    return replace(asked, **{**granted, **variant.fields})
-
-
-def _data(run: Run) -> Path:
-    """The task's data folder; for the validation split one whose test rows are cut from the training rows."""
-    given = inputs.data_files(TASKS[run.task].data, Path(), print)
-    if run.split == "test":
-        return given.train.parent
-    folder = ROOT / "runs" / "planning-data" / f"{run.task}-validation"
-    if not (folder / "test.jsonl.gz").is_file():
-        rows = read_rows(given.train)
-        write_rows(folder / "train.jsonl.gz", [row for row in rows if not held_out(row)])
-        if given.labels:
-            write_whole(folder / "labels.json", msgspec.json.encode({"names": given.labels}))
-        write_rows(folder / "test.jsonl.gz", [row for row in rows if held_out(row)])
-    return folder
-
-
-def held_out(row: Row) -> bool:
-    """Whether a training row is one of the validation split, by a hash of its content."""
-    digest = hashlib.sha256(msgspec.json.encode(row, order="deterministic")).digest()
-    return int.from_bytes(digest[:4], "little") < VALIDATION * 2**32
+        print(f"run {done} of {len(missing)}: {carried.run.name}, {carried.wall_s:.0f} s", flush=True)
+    if done < len(missing):
+        print("the time is up; call again to go on", file=sys.stderr)
+    return done == len(missing)
 
 
 def _list(grid: Grid, chosen: Sequence[Method]) -> int:

@@ -31,14 +31,20 @@ def rate_of(training: TrainingSpec, round: int, rounds: int, steps: int, done: i
 
 def optimizer_of(carried: Carried, training: TrainingSpec) -> torch.optim.Optimizer:
     """AdamW over what is trained. Decay of the factors would decay the directions that they took over from the global
-    adapter."""
+    adapter.
+
+    On a CPU in one pass over each tensor: what torch takes there by itself makes a copy of it for each operation, which
+    for a dense model is as long as the gradients. On a GPU torch's own choice does the same.
+    """
     bs, inputs = carried.trained_factors()
     groups: list[dict[str, Any]] = [
         {"params": bs, "weight_decay": 0.0, "slower": 1.0},
         {"params": inputs, "weight_decay": 0.0, "slower": training.lora_plus},
         {"params": list(carried.dense.values()), "weight_decay": training.weight_decay, "slower": 1.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=training.lr)
+    given = [group for group in groups if group["params"]]
+    one_pass = True if all(one.device.type == "cpu" for group in given for one in group["params"]) else None
+    return torch.optim.AdamW(given, lr=training.lr, fused=one_pass)
 
 
 def begin_moments(optimizer: torch.optim.Optimizer) -> None:

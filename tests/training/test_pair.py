@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import planning
+from bench import planning_runs
 from bench.planning_grid import Method, Run
 from muster.testbed.simulate import Session, result_of
 
@@ -15,8 +15,8 @@ from muster.testbed.simulate import Session, result_of
 @pytest.mark.data
 def test_devices_of_unequal_memory_get_unequal_ranks_and_finish_together(tmp_path: Path, muster_data: Path) -> None:
     run = Run(Method("fedpipe"), "dbpedia14", 1.0, 0, 0.02, "test", 3, variant="pair")
-    asked = planning.simulation(run, tmp_path)
-    planning.write_job(run, asked)
+    asked = planning_runs.simulation(run, tmp_path)
+    planning_runs.write_job(run, asked)
     with Session(0) as session:
         found = result_of(replace(asked, data=str(muster_data / "dbpedia14")), session, print)
     assert len(found.rounds) == 3

@@ -9,13 +9,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench import planning
+from bench import planning, planning_runs
 from bench.planning_claims import at_the_end, claims, differences, ratio, seconds, traffic
 from bench.planning_grid import GRIDS, RATES, SAME_RUNS, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_tables import interval, page
 from coordinator.core.aggregation import registry as aggregators
 from coordinator.core.planning import registry
-from muster.testbed.simulate import Session
 from muster.testbed.simulated import Outcome, Result, RoundResult
 
 GRID = Grid(cells=(("dbpedia14", 1.0, (0, 1)), ("e2e", 1.0, (0,))), few=frozenset({"e2e"}), rounds=4, tuning=2)
@@ -54,7 +53,7 @@ def test_under_strong_skew_the_share_of_a_device_is_bounded_where_batches_differ
     for method in methods():
         one_batch = getattr(registry.PLANNERS[method.strategy](), "one_batch", method.strategy == "fedadapter")
         run = Run(method, "dbpedia14", alpha, 0, 0.01, "test", 4)
-        strategy = planning.simulation(run, Path()).over["strategy"]
+        strategy = planning_runs.simulation(run, Path()).over["strategy"]
         assert isinstance(strategy, dict)
         assert strategy["batch_max"] == (32 if one_batch else 64), method.name
         assert strategy.get("max_share") == (0.12 if alpha == 0.1 and not one_batch else None), method.name
@@ -104,17 +103,17 @@ def test_a_finished_run_is_not_repeated(
     monkeypatch.setattr(planning, "RUNS", tmp_path)
     run = Run(UNIFORM, "dbpedia14", 1.0, 0, 1e-3, "test", 2)
     planning.keep(run, _result(run, 0.9))
-    with Session(0) as session:
-        assert planning._run_all([run], math.inf, session)
-        assert not planning._run_all([run, Run(UNIFORM, "dbpedia14", 1.0, 1, 1e-3, "test", 2)], -math.inf, session)
+    with planning_runs.Runners(0) as runners:
+        assert planning._run_all([run], math.inf, runners)
+        assert not planning._run_all([run, Run(UNIFORM, "dbpedia14", 1.0, 1, 1e-3, "test", 2)], -math.inf, runners)
     assert "run " not in capsys.readouterr().out
 
 
 def test_the_split_depends_on_a_rows_content_alone() -> None:
     rows = [{"text": f"row {number}", "label": number % 3} for number in range(4000)]
-    share = sum(map(planning.held_out, rows)) / len(rows)
-    assert share == pytest.approx(planning.VALIDATION, abs=0.02)
-    assert planning.held_out({"label": 0, "text": "row 0"}) == planning.held_out(rows[0])
+    share = sum(map(planning_runs.held_out, rows)) / len(rows)
+    assert share == pytest.approx(planning_runs.VALIDATION, abs=0.02)
+    assert planning_runs.held_out({"label": 0, "text": "row 0"}) == planning_runs.held_out(rows[0])
 
 
 def test_intervals_are_those_of_student() -> None:

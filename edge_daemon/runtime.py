@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from typing_extensions import assert_never
 
@@ -242,24 +242,21 @@ class Runtime:
 
     def _train(self, order: cmd.Train) -> None:
         store, work = self.ports.store, order.assignment
-        folder = store.work_folder(identity_of(work))
+        folder, adapter = store.work_folder(identity_of(work)), store.blobs.path(work.adapter.sha)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            failed = protocol.Failed(
-                job=work.job,
-                round=work.round,
-                attempt=work.attempt,
-                kind="internal",
-                reason=f"{folder}: {error.strerror}",
-            )
-            self.step(ev.AgentFailed(now=self.ports.clock(), failed=failed))
+            self._untold(work, "internal", f"{folder}: {error.strerror}")
             return
-        adapter = store.blobs.path(work.adapter.sha)
         if adapter is None:
-            self.step(ev.AdapterLost(now=self.ports.clock(), sha=work.adapter.sha, reason="it vanished from the disk"))
+            self._untold(work, "adapter", "the global adapter vanished from the disk")
             return
         self.ports.trainer.tell(orders.train(order, self.settings, store, adapter, self.sender.max_chunk))
+
+    def _untold(self, work: messages.Assignment, kind: Literal["adapter", "internal"], reason: str) -> None:
+        """The session takes its agent to be at work that nobody told it of: it ends as the agent would end it."""
+        failed = protocol.Failed(job=work.job, round=work.round, attempt=work.attempt, kind=kind, reason=reason)
+        self.step(ev.AgentFailed(now=self.ports.clock(), failed=failed))
 
     def _fetch(self, command: cmd.Fetch) -> None:
         now, ref = self.ports.clock(), command.ref

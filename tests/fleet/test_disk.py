@@ -201,6 +201,20 @@ def test_a_device_whose_agent_is_gone_unheard_works_again(tmp_path: Path) -> Non
         rig.check(fleet, job)
 
 
+def test_an_adapter_that_vanishes_before_the_training_is_told_at_once(tmp_path: Path) -> None:
+    with MemoryFleet(tmp_path, rig.members(3)) as fleet:
+        job = fleet.submit(rig.spec(3, count=2, quorum=0.5))
+        victim = _at_work(fleet, job)
+        victim.runtime.ports.trainer.kill("an accident")
+        fleet.run_until(lambda: victim.runtime.state.agent.status == "absent", 30.0, "the end of its agent")
+        state = victim.runtime.state
+        assert state.adapter_there and state.work is not None
+        victim.runtime.ports.store.blobs.remove(state.work.adapter.sha)
+        assert fleet.finish(job, within_s=60.0).phase == "finished"
+        (failed,) = [one for one in rig.of_kind(fleet, job, rec.DeviceAnswered) if one.verdict == "failed"]
+        assert (failed.device, failed.reason) == ("dev-001", "adapter: the global adapter vanished from the disk")
+
+
 def test_a_device_with_a_full_disk_is_in_the_fleet_again_after_each_cut(tmp_path: Path) -> None:
     """What waits for room is not what says that it is there."""
     with MemoryFleet(tmp_path, rig.members(3)) as fleet:

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import msgspec
 
+from bench import planning_plots
 from bench.planning_claims import claims, cost, sections
 from bench.planning_grid import GRIDS, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_runs import ROOT, VALIDATION, Runners, simulation
@@ -46,6 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="standard", choices=sorted(GRIDS))
     parser.add_argument("--only", nargs="*", default=[], help="strategies, or strategy+aggregator")
+    parser.add_argument(
+        "--beside",
+        action="store_true",
+        help="instead of the strategies of the standard profile what belongs to its tables beside them: the floor, and "
+        "strategies with the exact aggregator",
+    )
     parser.add_argument("--tasks", nargs="*", default=sorted(TASKS), help="only these")
     parser.add_argument("--alphas", nargs="*", type=float, default=[], help="of the final runs only these")
     parser.add_argument("--tune", action="store_true", help="only the runs that choose the learning rates")
@@ -61,8 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="say what is there and what is missing; run nothing")
     parser.add_argument("--render", action="store_true", help="only write the page from the runs that are there")
     options = parser.parse_args(argv)
-    grid, chosen = GRIDS[options.profile], methods(options.only)
+    grid = GRIDS[options.profile]
     grid = replace(grid, cells=tuple(cell for cell in grid.cells if cell[0] in options.tasks))
+    everyone = methods(options.only)
+    chosen = [one for one in everyone if grid.whole or options.only or one.beside == options.beside]
     if options.list:
         return _list(grid, chosen)
     complete = True
@@ -79,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 finals = final_runs(grid, chosen, rates(grid, chosen))
                 finals = (run for run in finals if not options.alphas or run.alpha in options.alphas)
                 complete = complete and (options.tune or _run_all(finals, until, runners))
-    _render(options.profile, grid, chosen)
+    _render(options.profile, grid, everyone)
     return 0 if complete else 1
 
 
@@ -176,19 +185,23 @@ def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
     results = _those_there(finals)
     standard = _standard_rates()
     studies = {study.name: _those_there(study.runs(standard)) for study in STUDIES}
-    files = {_file(run) for run in [*tuning_runs(grid, chosen), *finals]}
-    wall, cpu, counted = cost(_seconds(), files)
-    took = f" ({counted} runs, {wall:.0f} minutes on 2 cores shared with other work, {cpu:.0f} of CPU)"
+    took = _took([run for run in [*tuning_runs(grid, chosen), *finals] if grid.whole or not run.method.beside])
     # The published page is about all methods; parts and rehearsals have a page of their own.
     whole = profile == "standard" and grid == GRIDS[profile] and len(chosen) == len(methods([]))
     path = PAGE if whole else ROOT / "runs" / "planning.md"
-    path.parent.mkdir(exist_ok=True)
+    plots = path.with_suffix("")
     text = page(
         profile, grid, results, found, claims=list(claims(results, studies)), more=list(sections(results, studies)),
-        took=took,
+        took=took, plots=plots.name,
     )  # fmt: skip
+    planning_plots.write(grid, results, plots)
     write_whole(path, text.encode())
     print(f"{len(results)} runs in {path}")
+
+
+def _took(runs: Sequence[Run]) -> str:
+    wall, cpu, counted = cost(_seconds(), {_file(run) for run in runs})
+    return f" ({counted} runs, two at a time: {wall / 2:.0f} minutes on 2 cores, {cpu:.0f} of CPU)"
 
 
 def _those_there(runs: Iterable[Run]) -> list[tuple[Run, simulated.Result]]:

@@ -43,6 +43,11 @@ class Method:
         return f"{self.strategy}+{self.aggregator}" if self.aggregator else self.strategy
 
     @property
+    def beside(self) -> bool:
+        """Whether it is the floor, or tells gains of aggregation from gains of planning: no strategy of its own."""
+        return self.strategy == FLOOR or bool(self.aggregator)
+
+    @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates to choose from."""
         return {"full": FULL_RATES, "fedadapter": SMALL_RATES, FLOOR: SMALL_RATES}.get(self.strategy, RATES)
@@ -107,6 +112,8 @@ class Grid:
     tuning: int = 6
     stop: bool = True
     """Whether a run ends once it reaches the target."""
+    whole: bool = False
+    """Whether the floor and the methods with the exact aggregator are part of it; else they are asked for apart."""
 
 
 GRIDS = {
@@ -114,8 +121,12 @@ GRIDS = {
         cells=(("dbpedia14", 1.0, (0, 1, 2)), ("dbpedia14", 0.1, (0, 1, 2)), ("20news", 1.0, (0,)), ("e2e", 1.0, (0,))),
         few=frozenset({"20news", "e2e"}),
     ),
-    "full": Grid(cells=tuple((task, alpha, (0, 1, 2)) for task in TASKS for alpha in (0.1, 0.5, 1.0)), few=frozenset()),
-    "smoke": Grid(cells=(("dbpedia14", 1.0, (0, 1)),), few=frozenset(), rounds=2, tuning=1),
+    "full": Grid(
+        cells=tuple((task, alpha, (0, 1, 2)) for task in TASKS for alpha in (0.1, 0.5, 1.0)),
+        few=frozenset(),
+        whole=True,
+    ),
+    "smoke": Grid(cells=(("dbpedia14", 1.0, (0, 1)),), few=frozenset(), rounds=2, tuning=1, whole=True),
 }
 FEW = ("fedpipe", "legend", "fedlora", "hetlora")
 SAME_RUNS = {

@@ -57,9 +57,10 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 def page(
     profile: str, grid: Grid, results: Results, rates: dict[tuple[str, str], float], *, claims: Sequence[str] = (),
-    more: Sequence[str] = (), took: str = "",
+    more: Sequence[str] = (), took: str = "", plots: str = "",
 ) -> str:  # fmt: skip
-    """The whole page. `claims`, `more`: lines before and after the tables; `took`: what the runs cost."""
+    """The whole page. `claims`, `more`: lines before and after the tables; `took`: what the runs cost; `plots`: the
+    folder that has them."""
     lines = [
         "# Results of planning",
         "",
@@ -77,7 +78,8 @@ def page(
         f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`, `head`: {_listed(SMALL_RATES)}) "
         "for each method on a validation split cut from "
         f"the training rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor. A method with `+fsr` "
-        "has the exact aggregator in place of its own, at the rate tuned with its own; `ffa` and `fedex` with it are "
+        f"has the exact aggregator in place of its own{'' if grid.whole else ' (these and the floor: `--beside`)'}, at "
+        "the rate tuned with its own; `ffa` and `fedex` with it are "
         "`fedlora+fsr`, `flexlora` and `flora` with it are `hetlora+fsr`.",
         "",
         *RECIPE,
@@ -88,7 +90,14 @@ def page(
         here = [(run, result) for run, result in results if (run.task, run.alpha) == (task, alpha)]
         lines += ["", f"## {task}, Dirichlet {alpha:g}", ""]
         lines += _table(here, TASKS[task].target, rates, task, len(seeds)) if here else ["Not run."]
+        if any(result.rounds for _, result in here):
+            lines += ["", f"![Quality over time, and means to the target]({plots}/{plot_name(task, alpha)})"]
     return "\n".join([*lines, *more]) + "\n"
+
+
+def plot_name(task: str, alpha: float) -> str:
+    """The file of a cell's plot."""
+    return f"{task}-{alpha:g}.svg"
 
 
 def _listed(rates: Sequence[float]) -> str:

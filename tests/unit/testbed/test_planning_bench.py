@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from bench import planning, planning_runs
+from bench import planning, planning_plots, planning_runs
 from bench.planning_claims import at_the_end, claims, differences, ratio, seconds, traffic
 from bench.planning_grid import GRIDS, RATES, SAME_RUNS, Grid, Method, Run, final_runs, methods, tuning_runs
 from bench.planning_tables import interval, page
@@ -46,6 +46,9 @@ def test_all_planners_are_methods_and_inexact_ones_get_the_exact_aggregator_once
     assert methods(["uniform"]) == [UNIFORM]
     # What would be the same run twice is left out.
     assert Method("hetlora", "fsr") in found and not SAME_RUNS.keys() & {method.name for method in found}
+    # The standard profile has every strategy once; the floor and other aggregators are asked for beside it.
+    once = [method.name for method in found if not method.beside]
+    assert sorted([*once, "head"]) == sorted({method.strategy for method in found})
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.1])
@@ -107,6 +110,19 @@ def test_a_finished_run_is_not_repeated(
         assert planning._run_all([run], math.inf, runners)
         assert not planning._run_all([run, Run(UNIFORM, "dbpedia14", 1.0, 1, 1e-3, "test", 2)], -math.inf, runners)
     assert "run " not in capsys.readouterr().out
+
+
+def test_a_plot_has_all_methods_and_the_same_runs_draw_the_same_bytes(tmp_path: Path) -> None:
+    rates = {("uniform", "dbpedia14"): 3e-3, ("head", "dbpedia14"): 1e-2}
+    results = [(run, _result(run, 0.8)) for run in final_runs(GRID, [HEAD, UNIFORM], rates)]
+    planning_plots.write(GRID, results, tmp_path)
+    (path,) = tmp_path.iterdir()
+    assert path.name == "dbpedia14-1.svg"
+    assert f"](plots/{path.name})" in page("standard", GRID, results, rates, plots="plots")
+    assert all(f">{name}</text>" in path.read_text() for name in ("head", "uniform"))
+    assert planning_plots.draw(results, 0.75) == path.read_bytes()
+    failed = [(run, msgspec.structs.replace(result, rounds=[])) for run, result in results]
+    assert "svg" not in page("standard", GRID, failed, rates, plots="plots")
 
 
 def test_the_split_depends_on_a_rows_content_alone() -> None:

@@ -27,6 +27,7 @@ SETTINGS = EdgeSettings(fleet="fleet-1", device="dev-1", data={"points": "points
 GIB = 1024**3
 ADAPTER = "a" * 64
 UPDATE = "d" * 64
+FIRST = Identity("job-1", 1, 1)
 
 
 def load(**changes: Any) -> Load:

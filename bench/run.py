@@ -31,16 +31,20 @@ NO_BENCHMARK = (
     "run",
     "fedspine",
     "mergesfl",
+    "mergesfl_clock",
     "mergesfl_fleet",
     "split_control",
     "planning",
     "planning_claims",
     "planning_grid",
+    "planning_plots",
+    "planning_runs",
     "planning_studies",
     "planning_tables",
     "record_steps",
 )
-"""Programs of their own: `make bench-planning` and its like, and the recording of the device model's constants."""
+"""Programs of their own with their parts: `make bench-planning` and its like; the recording of the device model's
+constants."""
 REQUIRED = ("name", "value", "unit")
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,

@@ -102,6 +102,14 @@ def test_results_are_found_among_other_lines() -> None:
     assert "| a.b | 1.5 s | <= 2 | yes | 2026-01-01 |" in bench.render([done])
 
 
+@pytest.mark.parametrize("soak", [False, True])
+def test_what_is_run_as_a_benchmark_is_a_program(soak: bool) -> None:
+    """A part of another program prints no result, and `make bench` would fail of it."""
+    found = bench.benchmarks(soak=soak)
+    assert found
+    assert not [name for name, path in found.items() if "__main__" not in path.read_text(encoding="utf-8")]
+
+
 @pytest.mark.parametrize("output", ["", "nothing\n", '{"name": "a"}\n'])
 def test_a_benchmark_without_results_is_refused(output: str) -> None:
     with pytest.raises(ValueError, match="^a: "):

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from bench.planning_grid import MAX_SHARE, TASKS, UNEQUAL_BATCHES, Run
+from bench.planning_grid import BATCH, MAX_SHARE, TASKS, UNEQUAL_BATCHES, Run
 from bench.planning_studies import VARIANTS
 from muster.testbed import inputs, simulated, toml
 from muster.testbed.rows import Row, read_rows, write_rows
@@ -30,7 +30,6 @@ VALIDATION = 0.15
 """Share of the training rows that rates are tuned on."""
 EVALUATED = 256
 """Rows evaluated after each round: more would take as long as the round itself."""
-BATCH = 8
 MOST, MOST_OF_ONE = 8 * BATCH, 4 * BATCH
 """The largest batch that a planner may ask for: at 4 times the job's, GPUs of the fleet are done in half of a round's
 time (validation rows, lab log). Methods with one batch never ask for more than the job's; theirs is what it was, so

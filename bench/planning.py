@@ -30,8 +30,8 @@ import msgspec
 
 from bench import planning_plots
 from bench.planning_claims import claims, cost, sections
-from bench.planning_grid import GRIDS, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
-from bench.planning_runs import ROOT, VALIDATION, Runners, simulation
+from bench.planning_grid import GRIDS, TASKS, TUNED_ON, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_runs import ROOT, VALIDATION, Runners, is_cut, simulation
 from bench.planning_studies import STUDIES
 from bench.planning_tables import page
 from muster.testbed import device_model, simulated
@@ -111,8 +111,8 @@ def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
             sooner = statistics.fmean(way) if way else float("-inf")
             found.setdefault(key, []).append((best if best is not None else float("-inf"), sooner, -run.lr))
     best_of = {key: -max(values)[2] for key, values in found.items() if key not in missing}
-    pairs = ((method, task) for method in chosen for task in TASKS)
-    return {(m.name, task): best_of[m.strategy, task] for m, task in pairs if (m.strategy, task) in best_of}
+    asked = ((method, task, (method.strategy, TUNED_ON.get(task, task))) for method in chosen for task in TASKS)
+    return {(method.name, task): best_of[key] for method, task, key in asked if key in best_of}
 
 
 def result_of(run: Run) -> simulated.Result | None:
@@ -126,7 +126,7 @@ def path_of(run: Run) -> Path:
     asked = simulation(run, Path())
     fixed = (
         TASKS[run.task], asked.devices, asked.profile, asked.oracle, asked.over, VALIDATION, device_model.VERSION,
-        _steps_digest(),
+        _steps_digest(), *(["cut"] if is_cut(run) else []),
     )  # fmt: skip
     digest = hashlib.sha256(msgspec.json.encode(fixed, order="deterministic")).hexdigest()[:8]
     return RUNS / f"{run.name}-{digest}.json.gz"

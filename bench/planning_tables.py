@@ -59,8 +59,8 @@ def page(
         f"the training rows, {grid.tuning} rounds each at the task's first Dirichlet parameter, one seed; `head` "
         "trains no LoRA and is the floor. A method with `+fsr` "
         f"has the exact aggregator in place of its own{'' if grid.whole else ' (these and the floor: `--beside`)'}, at "
-        "the rate tuned with its own; `ffa` and `fedex` with it are "
-        "`fedlora+fsr`, `flexlora` and `flora` with it are `hetlora+fsr`.",
+        "the rate tuned with its own; with it `ffa` and `fedex` are the same method as `fedlora`, `flexlora` and "
+        "`flora` the same as `hetlora`. The task `20news` has the rates of `dbpedia14`, whose kind and base it has.",
         "",
         RECIPE,
         *claims,

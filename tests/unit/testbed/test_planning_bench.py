@@ -98,7 +98,8 @@ def test_the_best_rate_on_the_validation_split_is_taken_once_all_are_there(
         assert planning.rates(GRID, [UNIFORM]) == {}
         planning.keep(run, _result(run, [0.5, 0.8, 0.8, 0.7][place]))
     # Of equals the smaller rate.
-    assert planning.rates(GRID, [UNIFORM]) == {("uniform", "dbpedia14"): RATES[1]}
+    rates = planning.rates(GRID, [UNIFORM])
+    assert rates == {("uniform", "dbpedia14"): RATES[1], ("uniform", "20news"): RATES[1]}, "one base and kind, one rate"
 
 
 def test_a_finished_run_is_not_repeated(
@@ -131,6 +132,9 @@ def test_the_split_depends_on_a_rows_content_alone() -> None:
     share = sum(map(planning_runs.held_out, rows)) / len(rows)
     assert share == pytest.approx(planning_runs.VALIDATION, abs=0.02)
     assert planning_runs.held_out({"label": 0, "text": "row 0"}) == planning_runs.held_out(rows[0])
+    second = [planning_runs.held_out(row, planning_runs.VALIDATION) for row in rows]
+    assert sum(second) / len(rows) == pytest.approx(planning_runs.VALIDATION, abs=0.02)
+    assert not any(one and planning_runs.held_out(row) for one, row in zip(second, rows, strict=True))
 
 
 def test_intervals_are_those_of_student() -> None:
@@ -216,14 +220,6 @@ def test_a_study_compares_its_variants() -> None:
     assert list(study_table(study, found))[-1] == (
         "`uniform, short` against `uniform`: times faster to the target 3.00 (3.00 to 3.00), 2 pairs."
     )
-
-
-def test_runs_that_stand_for_several_methods_have_one_rate() -> None:
-    """By the runs of record: given the exact aggregator these rivals are one, if their own tuning chose one rate."""
-    found = planning.rates(GRIDS["standard"], methods())
-    for name, same in SAME_RUNS.items():
-        rates = {found[one.removesuffix("+fsr"), "dbpedia14"] for one in (name, same)}
-        assert len(rates) == 1, (name, same, rates)
 
 
 def test_differences_are_in_points_seed_by_seed() -> None:

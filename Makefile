@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine: `make demo` and `make test`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all check bench bench-planning bench-fedspine bench-mergesfl soak wheelhouse docs clean
+.PHONY: help setup demo test test-all check bench bench-planning bench-planning-more bench-fedspine bench-mergesfl soak wheelhouse docs clean
 
 PYTHON := .venv/bin/python
 MUSTER := .venv/bin/muster
@@ -31,6 +31,10 @@ bench: setup ## Measure; writes bench/results.json and docs/benchmarks.md (keep 
 
 bench-planning: setup ## Strategies on a virtual fleet; resumable, writes docs/results.md (PROFILE=full for the whole grid)
 	$(PYTHON) -m bench.planning --profile $(or $(PROFILE),standard)
+
+bench-planning-more: bench-planning ## What stands beside the strategies in docs/results.md, too: the floor, exact aggregation, studies
+	$(PYTHON) -m bench.planning --beside
+	$(PYTHON) -m bench.planning --studies
 
 bench-fedspine: setup ## FedSpine against its rivals on a virtual fleet; resumable, writes docs/results-fedspine.md
 	$(PYTHON) -m bench.fedspine

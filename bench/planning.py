@@ -24,13 +24,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from bench import planning_plots
 from bench.planning_claims import claims, cost, sections
-from bench.planning_grid import GRIDS, TASKS, Grid, Method, Run, final_runs, methods, tuning_runs
-from bench.planning_runs import ROOT, VALIDATION, Runners, simulation
+from bench.planning_grid import GRIDS, TASKS, TUNED_ON, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_runs import ROOT, VALIDATION, Runners, is_cut, simulation
 from bench.planning_studies import STUDIES
 from bench.planning_tables import page
 from muster.testbed import device_model, simulated
@@ -40,6 +41,9 @@ from shared.files import write_whole
 RUNS = ROOT / "bench" / "runs" / "planning"
 """Committed: whoever has no hours can render the page from it, and look behind each figure."""
 PAGE = ROOT / "docs" / "results.md"
+OTHERS = ROOT / "bench" / "results.json"
+ABREAST = 2
+"""Runs at a time, by default."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--alphas", nargs="*", type=float, default=[], help="of the final runs only these")
     parser.add_argument("--tune", action="store_true", help="only the runs that choose the learning rates")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so many; 0: no limit")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time; 0: one, in this process")
+    parser.add_argument("--workers", type=int, default=ABREAST, help="runs at a time; 0: one, in this process")
     parser.add_argument(
         "--studies",
         nargs="*",
@@ -107,8 +111,8 @@ def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
             sooner = statistics.fmean(way) if way else float("-inf")
             found.setdefault(key, []).append((best if best is not None else float("-inf"), sooner, -run.lr))
     best_of = {key: -max(values)[2] for key, values in found.items() if key not in missing}
-    pairs = ((method, task) for method in chosen for task in TASKS)
-    return {(m.name, task): best_of[m.strategy, task] for m, task in pairs if (m.strategy, task) in best_of}
+    asked = ((method, task, (method.strategy, TUNED_ON.get(task, task))) for method in chosen for task in TASKS)
+    return {(method.name, task): best_of[key] for method, task, key in asked if key in best_of}
 
 
 def result_of(run: Run) -> simulated.Result | None:
@@ -122,7 +126,7 @@ def path_of(run: Run) -> Path:
     asked = simulation(run, Path())
     fixed = (
         TASKS[run.task], asked.devices, asked.profile, asked.oracle, asked.over, VALIDATION, device_model.VERSION,
-        _steps_digest(),
+        _steps_digest(), *(["cut"] if is_cut(run) else []),
     )  # fmt: skip
     digest = hashlib.sha256(msgspec.json.encode(fixed, order="deterministic")).hexdigest()[:8]
     return RUNS / f"{run.name}-{digest}.json.gz"
@@ -185,23 +189,26 @@ def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
     results = _those_there(finals)
     standard = _standard_rates()
     studies = {study.name: _those_there(study.runs(standard)) for study in STUDIES}
-    took = _took([run for run in [*tuning_runs(grid, chosen), *finals] if grid.whole or not run.method.beside])
+    asked = [run for run in [*tuning_runs(grid, chosen), *finals] if grid.whole or not run.method.beside]
+    wall, cpu, counted = cost(_seconds(), {_file(run) for run in asked})
+    minutes = wall / ABREAST
+    took = f" ({counted} runs, {ABREAST} at a time: {minutes:.0f} minutes on 2 cores, {cpu:.0f} of CPU)"
     # The published page is about all methods; parts and rehearsals have a page of their own.
     whole = profile == "standard" and grid == GRIDS[profile] and len(chosen) == len(methods([]))
     path = PAGE if whole else ROOT / "runs" / "planning.md"
     plots = path.with_suffix("")
     text = page(
-        profile, grid, results, found, claims=list(claims(results, studies)), more=list(sections(results, studies)),
-        took=took, plots=plots.name,
+        profile, grid, results, found, more=list(sections(results, studies)), took=took, plots=plots.name,
+        claims=list(claims(results, studies, others=_others() if whole else (), minutes=minutes)),
     )  # fmt: skip
     planning_plots.write(grid, results, plots)
     write_whole(path, text.encode())
     print(f"{len(results)} runs in {path}")
 
 
-def _took(runs: Sequence[Run]) -> str:
-    wall, cpu, counted = cost(_seconds(), {_file(run) for run in runs})
-    return f" ({counted} runs, two at a time: {wall / 2:.0f} minutes on 2 cores, {cpu:.0f} of CPU)"
+def _others() -> list[dict[str, Any]]:
+    """What other benchmarks have measured."""
+    return list(msgspec.json.decode(OTHERS.read_bytes(), type=list[dict[str, Any]]))
 
 
 def _those_there(runs: Iterable[Run]) -> list[tuple[Run, simulated.Result]]:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from bench.planning_grid import MAX_SHARE, TASKS, UNEQUAL_BATCHES, Run
+from bench.planning_grid import BATCH, MAX_SHARE, TASKS, UNEQUAL_BATCHES, Run
 from bench.planning_studies import VARIANTS
 from muster.testbed import inputs, simulated, toml
 from muster.testbed.rows import Row, read_rows, write_rows
@@ -28,9 +28,11 @@ from shared.processes import die_with_parent
 ROOT = Path(__file__).resolve().parent.parent
 VALIDATION = 0.15
 """Share of the training rows that rates are tuned on."""
+CUT = frozenset({"e2e"})
+"""Tasks whose test rows are unlike all that can be trained on (lab log): as much again is cut from the training rows
+for them, and the grid tests on that."""
 EVALUATED = 256
 """Rows evaluated after each round: more would take as long as the round itself."""
-BATCH = 8
 MOST, MOST_OF_ONE = 8 * BATCH, 4 * BATCH
 """The largest batch that a planner may ask for: at 4 times the job's, GPUs of the fleet are done in half of a round's
 time (validation rows, lab log). Methods with one batch never ask for more than the job's; theirs is what it was, so
@@ -172,22 +174,28 @@ def simulation(run: Run, scratch: Path) -> Simulation:
     return replace(asked, **{**granted, **variant.fields})
 
 
+def is_cut(run: Run) -> bool:
+    """Whether its test rows are cut from the training rows."""
+    return run.split == "test" and run.task in CUT and not run.variant
+
+
 def data_of(run: Run) -> Path:
-    """The task's data folder; for the validation split one whose test rows are cut from the training rows."""
+    """The task's data folder; where rows are held out of the training rows one that is made of these."""
     given = inputs.data_files(TASKS[run.task].data, Path(), print)
-    if run.split == "test":
+    if run.split == "test" and not is_cut(run):
         return given.train.parent
-    folder = ROOT / "runs" / "planning-data" / f"{run.task}-validation"
+    first, name = (0.0, "validation") if run.split == "validation" else (VALIDATION, "test")
+    folder = ROOT / "runs" / "planning-data" / f"{run.task}-{name}"
     if not (folder / "test.jsonl.gz").is_file():
         rows = read_rows(given.train)
-        write_rows(folder / "train.jsonl.gz", [row for row in rows if not held_out(row)])
+        write_rows(folder / "train.jsonl.gz", [row for row in rows if not held_out(row, first)])
         if given.labels:
             write_whole(folder / "labels.json", msgspec.json.encode({"names": given.labels}))
-        write_rows(folder / "test.jsonl.gz", [row for row in rows if held_out(row)])
+        write_rows(folder / "test.jsonl.gz", [row for row in rows if held_out(row, first)])
     return folder
 
 
-def held_out(row: Row) -> bool:
-    """Whether a training row is one of the validation split, by a hash of its content."""
+def held_out(row: Row, first: float = 0.0) -> bool:
+    """Whether a training row is in the `VALIDATION` of all rows that begins at `first`, by a hash of its content."""
     digest = hashlib.sha256(msgspec.json.encode(row, order="deterministic")).digest()
-    return int.from_bytes(digest[:4], "little") < VALIDATION * 2**32
+    return first * 2**32 <= int.from_bytes(digest[:4], "little") < (first + VALIDATION) * 2**32

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from bench.planning_grid import Method, Run
+from bench.planning_grid import BATCH, Method, Run
 from coordinator.core.planning.fedpipe import FedPipePlanner
 from muster.testbed.oracle import planners
 
@@ -43,6 +43,7 @@ VARIANTS: dict[str, Variant] = {
     "equal": Variant(fields={"profile": "equal"}),
     "short": Variant(fields={"profile": "jetson-short"}),
     "oracle": Variant(fields={"oracle": True}),
+    "onebatch": Variant(tables={"strategy": {"batch_min": BATCH, "batch_max": BATCH}}),
     "all": Variant(around=lambda: planners({"fedpipe": partial(FedPipePlanner, wanted=1.0)})),
     "once": Variant(tables={"strategy": {"rescore_every": 1000}}),
     "every3": Variant(tables={"strategy": {"rescore_every": 3}}),
@@ -85,6 +86,9 @@ class Study:
     stop: bool = False
     """At the target: seconds are compared; else quality after `rounds`."""
     alpha: float = 1.0
+    ratios: tuple[tuple[str, str], ...] = ()
+    """Runs by `label`, the first so many times faster to the target than the second: no claims, but they are told."""
+    remark: str = ""
 
     def missing(self, rates: Rates) -> list[str]:
         """The methods that have no rate yet."""
@@ -99,12 +103,20 @@ class Study:
                     yield Run(method, "dbpedia14", self.alpha, seed, lr, "test", self.rounds, self.stop, variant)
 
 
+def label(method: Method, variant: str) -> str:
+    """A study's runs of a method, in its table."""
+    return f"{method.name}{variant and ', ' + variant}"
+
+
 def _rate(method: Method, rates: Rates) -> float | None:
     """What differs from a tuned method in its aggregator alone has that method's rate."""
     return rates.get((method.name, "dbpedia14")) or rates.get((f"{method.strategy}+fsr", "dbpedia14"))
 
 
 _FEDPIPE, _LEGEND, _UNIFORM = Method("fedpipe"), Method("legend"), Method("uniform")
+_LEGENDS_RIVALS = ("fedlora", "hetlora", "fedadapter")
+_ONE_BATCH = ((_LEGEND, ""), (_LEGEND, "onebatch"), *((Method(rival), "") for rival in _LEGENDS_RIVALS))
+_BY_DEPTH_ALONE = tuple(("legend, onebatch", rival) for rival in _LEGENDS_RIVALS)
 _FEDLORA, _PADDED, _EXACT = Method("fedlora"), Method("hetlora"), Method("hetlora", "fsr")
 STUDIES = (
     Study(
@@ -113,8 +125,19 @@ STUDIES = (
     ),
     Study(
         "short", "Short rounds: each step charged as one, so that transfers outweigh training",
-        tuple((method, "short") for method in (_FEDPIPE, _LEGEND, _UNIFORM, _FEDLORA, Method("fedadapter"))), 40, (0,),
+        tuple((method, "short") for method in (_FEDPIPE, _LEGEND, _UNIFORM, _FEDLORA, Method("fedadapter"))), 40, SEEDS,
         stop=True,
+        ratios=tuple((f"{mine}, short", f"{rival}, short") for mine in ("fedpipe", "legend")
+                     for rival in ("fedlora", "fedadapter")),
+    ),
+    Study(
+        "one-batch", "`legend` as its paper has it, with one batch: depth alone meets the round's time",
+        _ONE_BATCH, 40, SEEDS, stop=True, ratios=_BY_DEPTH_ALONE,
+        remark="It ends late work all the same, which is ours, too.",
+    ),
+    Study(
+        "one-batch-skewed", "The same at Dirichlet 0.1",
+        _ONE_BATCH, 40, SEEDS, stop=True, alpha=0.1, ratios=_BY_DEPTH_ALONE,
     ),
     Study(
         "padding", "Exact aggregation against zero-padding at unequal ranks", ((_PADDED, ""), (_EXACT, "")), 20, FIVE
@@ -122,7 +145,8 @@ STUDIES = (
     Study(
         "oracle", "The price of not knowing: planners that are handed the clock's true model",
         tuple((method, how) for method in (_FEDPIPE, _UNIFORM) for how in ("", "oracle")), 40, SEEDS,
-        stop=True,
+        stop=True, ratios=(("fedpipe, oracle", "fedpipe"), ("uniform, oracle", "uniform")),
+        remark="`legend` learns its devices' capacity by an average of its own, and can't be handed another's model.",
     ),
     Study(
         "rescore", "Importance scored once against every T rounds, Dirichlet 0.1",
@@ -130,7 +154,8 @@ STUDIES = (
         alpha=0.1,  # at 1 most runs end before a second scoring
     ),
     Study(
-        "partial", "Partial against full aggregation: the important weights alone, or all of them",
+        "partial",
+        "Partial against full aggregation (our reading): the important weights alone tuned and merged, or all of them",
         ((_FEDPIPE, ""), (_FEDPIPE, "all")), 40, SEEDS, stop=True,
     ),
     Study(

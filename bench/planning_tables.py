@@ -9,48 +9,18 @@ from statistics import fmean, stdev
 from bench.planning_grid import (
     FLOOR,
     FULL_RATES,
-    MAX_SHARE,
+    HEAD_RATES,
     RATES,
     SMALL_RATES,
-    STRONG_SKEW,
     TASKS,
-    UNEQUAL_BATCHES,
     Grid,
     Run,
 )
+from bench.planning_words import NOTES, RECIPE, TRIED
 from muster.testbed import simulated
 
 Results = Sequence[tuple[Run, simulated.Result]]
 Figure = Callable[[simulated.Result], float | None]
-
-
-RECIPE = (
-    "The same for all: rank 8, at most 16 in the global adapter (of `fedadapter` any width), batch 8 (2 to 64 where a "
-    "method moves it: with 32, the fleet's GPUs are done in half of a round, which cost `fedpipe` a seventh of its "
-    "time on validation rows), Adam with LoRA+ (factors A learn at an eighth of the rate), 256 rows evaluated a round. "
-    "Rivals have one batch, as in their "
-    "papers ([decision 0020](decisions/0020-rivals-have-one-batch.md)); every planner knows the devices' probes "
-    "([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` end the work of a device that is "
-    "late ([0028](decisions/0028-work-ends-with-its-round.md)); rivals wait for their slowest.",
-    "",
-    f"Below Dirichlet {STRONG_SKEW:g} no device of nine or more has over {MAX_SHARE:g} of a round's mean in "
-    f"{', '.join(f'`{name}`' for name in sorted(UNEQUAL_BATCHES))}, whose batches differ (`strategy.max_share`, chosen "
-    "on validation rows): by samples alone the fleet learns the data of its fast devices. The others have one batch, "
-    "so nearly equal shares. The cap holds for each module, so the mean of `legend` over a layer's holders becomes "
-    "that of `fsr` there, and `legend` and `legend+fsr` came out as one run.",
-    "",
-    "**A step is charged as ten.** In the papers a round is a local epoch, of a hundred steps and more. Here eight are "
-    "computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as "
-    "there. The study of short rounds below has the other regime.",
-)
-
-
-NOTES = {
-    "e2e": "The target is from validation rows, on which `fedlora` passes it in the twelfth round. No test row has the "
-    "attributes of a training row, most have more of them, and a third are about restaurants that training never names: "
-    "there nobody comes near it in the rounds that are allowed.",
-}
-"""Of tasks: what a reader has to know of the target."""
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -83,16 +53,18 @@ def page(
         "virtual seconds from the first plan, under a device model that no planner knows. `full` fits no Jetson: its "
         "fleet has the same devices with memory enough for it. Verdicts are on the mean.",
         "Mean and 95 % interval (Student's t) over the seeds; (n of m) where not all reached the target. Rates were "
-        f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`, `head`: {_listed(SMALL_RATES)}) "
+        f"chosen from {_listed(RATES)} (`full`: {_listed(FULL_RATES)}, `fedadapter`: {_listed(SMALL_RATES)}, "
+        f"`head`: {_listed(HEAD_RATES)}) "
         "for each method on a validation split cut from "
-        f"the training rows, {grid.tuning} rounds each; `head` trains no LoRA and is the floor. A method with `+fsr` "
+        f"the training rows, {grid.tuning} rounds each at the task's first Dirichlet parameter, one seed; `head` "
+        "trains no LoRA and is the floor. A method with `+fsr` "
         f"has the exact aggregator in place of its own{'' if grid.whole else ' (these and the floor: `--beside`)'}, at "
-        "the rate tuned with its own; `ffa` and `fedex` with it are "
-        "`fedlora+fsr`, `flexlora` and `flora` with it are `hetlora+fsr`.",
+        "the rate tuned with its own; with it `ffa` and `fedex` are the same method as `fedlora`, `flexlora` and "
+        "`flora` the same as `hetlora`. The task `20news` has the rates of `dbpedia14`, whose kind and base it has.",
         "",
-        *RECIPE,
-        "",
+        RECIPE,
         *claims,
+        TRIED.rstrip(),
     ]
     for task, alpha, seeds in grid.cells:
         here = [(run, result) for run, result in results if (run.task, run.alpha) == (task, alpha)]
@@ -116,7 +88,7 @@ def _table(
     results: Results, target: float, rates: dict[tuple[str, str], float], task: str, seeds: int
 ) -> Iterator[str]:
     word = f"accuracy {target:g}" if target > 0 else f"loss {-target:g}"
-    yield " ".join([f"Target: {word}.", *([NOTES[task]] if task in NOTES else [])])
+    yield f"Target: {word}.{NOTES.get(task, '')}"
     yield ""
     yield (
         "| method | lr | seeds | best quality | s to target | MB to target | s per round | waiting | prediction error "
@@ -131,7 +103,7 @@ def _table(
         order = [t for one in mine if (t := simulated.time_to(one.rounds, target)) is not None]
         cells = [
             name, f"{rates[name, task]:g}", f"{len(mine)} of {seeds}",
-            told(mine, lambda one: simulated.best_quality(one.rounds), "{:.4f}"), times,
+            told(mine, _best, "{:.4f}"), times,
             told(mine, lambda one: _mega(simulated.bytes_to(one.rounds, target)), "{:.1f}"),
             told(mine, seconds_a_round, "{:.1f}"),
             told(mine, lambda one: 100 * simulated.mean_waiting(one.rounds), "{:.1f} %"),
@@ -140,11 +112,25 @@ def _table(
         rows.append((-len(order), fmean(order) if order else math.inf, f"| {' | '.join(cells)} |"))
     for row in sorted(rows):
         yield row[2]
+    if any(run.method.strategy == FLOOR for run, _ in results) and _arrived(results, target):
+        yield ""
+        yield "The floor arrives in every seed: here the target is within what a head alone can learn."
     compared = [(run, result) for run, result in results if run.method.strategy != FLOOR]
     bests = [simulated.best_quality(result.rounds) for _, result in compared]
     reached = [best for best in bests if best is not None]
     if reached and len(reached) == len(bests) and min(reached) < target:
         yield from _shared(compared, min(reached), [name for name in names if name != FLOOR])
+
+
+def _arrived(results: Results, target: float) -> bool:
+    floor = [result for run, result in results if run.method.strategy == FLOOR]
+    return all(simulated.time_to(result.rounds, target) is not None for result in floor)
+
+
+def _best(result: simulated.Result) -> float | None:
+    """Best accuracy, or least loss."""
+    found = simulated.best_quality(result.rounds)
+    return None if found is None else abs(found)
 
 
 def _shared(results: Results, quality: float, names: Sequence[str]) -> Iterator[str]:

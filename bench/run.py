@@ -41,6 +41,7 @@ NO_BENCHMARK = (
     "planning_runs",
     "planning_studies",
     "planning_tables",
+    "planning_words",
     "record_steps",
 )
 """Programs of their own with their parts: `make bench-planning` and its like; the recording of the device model's

@@ -10,15 +10,16 @@ import msgspec
 import pytest
 
 from bench import planning, planning_plots, planning_runs
-from bench.planning_claims import at_the_end, claims, differences, ratio, seconds, traffic
+from bench.planning_claims import at_the_end, claims, differences, ratio, seconds, study_table, traffic
 from bench.planning_grid import GRIDS, RATES, SAME_RUNS, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_studies import Study
 from bench.planning_tables import interval, page
 from coordinator.core.aggregation import registry as aggregators
 from coordinator.core.planning import registry
 from muster.testbed.simulated import Outcome, Result, RoundResult
 
 GRID = Grid(cells=(("dbpedia14", 1.0, (0, 1)), ("e2e", 1.0, (0,))), few=frozenset({"e2e"}), rounds=4, tuning=2)
-UNIFORM, HEAD, FEDLORA = Method("uniform"), Method("head"), Method("fedlora")
+UNIFORM, HEAD, FEDLORA, HETLORA = Method("uniform"), Method("head"), Method("fedlora"), Method("hetlora")
 
 
 def _result(run: Run, accuracy: float, at: float = 10.0) -> Result:
@@ -63,12 +64,12 @@ def test_under_strong_skew_the_share_of_a_device_is_bounded_where_batches_differ
 
 
 def test_every_method_is_tuned_with_the_same_budget_and_never_on_test_rows() -> None:
-    runs = list(tuning_runs(GRID, [FEDLORA, HEAD, UNIFORM]))
+    runs = list(tuning_runs(GRID, [HETLORA, HEAD, UNIFORM]))
     assert [(r.method.name, r.task, r.lr) for r in runs] == [
-        *[("fedlora", "dbpedia14", lr) for lr in RATES],
+        *[("hetlora", "dbpedia14", lr) for lr in RATES],
         *[("head", "dbpedia14", lr) for lr in HEAD.rates],
         *[("uniform", "dbpedia14", lr) for lr in RATES],
-        *[("fedlora", "e2e", lr) for lr in RATES],
+        *[("hetlora", "e2e", lr) for lr in RATES],
     ]
     assert {len(method.rates) for method in methods()} == {len(RATES)}
     assert {(r.split, r.rounds, r.stop) for r in runs} == {("validation", 2, False)}
@@ -97,7 +98,8 @@ def test_the_best_rate_on_the_validation_split_is_taken_once_all_are_there(
         assert planning.rates(GRID, [UNIFORM]) == {}
         planning.keep(run, _result(run, [0.5, 0.8, 0.8, 0.7][place]))
     # Of equals the smaller rate.
-    assert planning.rates(GRID, [UNIFORM]) == {("uniform", "dbpedia14"): RATES[1]}
+    rates = planning.rates(GRID, [UNIFORM])
+    assert rates == {("uniform", "dbpedia14"): RATES[1], ("uniform", "20news"): RATES[1]}, "one base and kind, one rate"
 
 
 def test_a_finished_run_is_not_repeated(
@@ -130,6 +132,9 @@ def test_the_split_depends_on_a_rows_content_alone() -> None:
     share = sum(map(planning_runs.held_out, rows)) / len(rows)
     assert share == pytest.approx(planning_runs.VALIDATION, abs=0.02)
     assert planning_runs.held_out({"label": 0, "text": "row 0"}) == planning_runs.held_out(rows[0])
+    second = [planning_runs.held_out(row, planning_runs.VALIDATION) for row in rows]
+    assert sum(second) / len(rows) == pytest.approx(planning_runs.VALIDATION, abs=0.02)
+    assert not any(one and planning_runs.held_out(row) for one, row in zip(second, rows, strict=True))
 
 
 def test_intervals_are_those_of_student() -> None:
@@ -196,6 +201,25 @@ def test_a_rival_that_does_not_arrive_makes_a_lower_bound_and_an_own_failure_is_
     rows = list(claims(_pairs([10.0, 10.0], [30.0, 30.0]), {}))
     assert any(row.startswith("| `fedpipe` against `fedlora`") and row.endswith("| yes |") for row in rows)
     assert any("against `full`" in row and "not run" in row for row in rows)
+
+
+def test_claims_of_other_benchmarks_and_of_the_time_stand_beside() -> None:
+    figures = [("replanning.a", 0.5, True), ("replanning.b", 1.25, False), ("order.tau", 0.8, True)]
+    others = [{"name": name, "value": value, "met": met} for name, value, met in figures]
+    rows = [row.split(" | ")[1:] for row in claims([], {}, others=others, minutes=59.6)]
+    assert ["1.25 s", "<= 1 s", "**no** |"] in rows and ["0.80", ">= 0.6", "yes |"] in rows
+    assert ["60 minutes", "<= 60", "yes |"] in rows
+    assert any("61 minutes" in row and "**no**" in row for row in claims([], {}, minutes=60.6))
+
+
+def test_a_study_compares_its_variants() -> None:
+    study = Study("s", "?", ((UNIFORM, ""), (UNIFORM, "short")), 2, (0, 1), ratios=(("uniform, short", "uniform"),))
+    found = [
+        (run, _result(run, 1.8, at=10.0 if run.variant else 30.0)) for run in study.runs({("uniform", "dbpedia14"): 1})
+    ]
+    assert list(study_table(study, found))[-1] == (
+        "`uniform, short` against `uniform`: times faster to the target 3.00 (3.00 to 3.00), 2 pairs."
+    )
 
 
 def test_differences_are_in_points_seed_by_seed() -> None:

@@ -1,0 +1,64 @@
+"""What `docs/results.md` says beside its figures."""
+
+from __future__ import annotations
+
+from bench.planning_grid import FULL_ROUNDS, MAX_SHARE, STRONG_SKEW, UNEQUAL_BATCHES
+
+_UNEQUAL = ", ".join(f"`{name}`" for name in sorted(UNEQUAL_BATCHES))
+RECIPE = f"""\
+The same for all: rank 8, at most 16 in the global adapter (of `fedadapter` any width), batch 8 (2 to 64 where a
+method moves it: with 32, the fleet's GPUs are done in half of a round, which cost `fedpipe` a seventh of its time
+on validation rows), Adam with LoRA+ (factors A learn at an eighth of the rate), 256 rows evaluated a round. Rivals
+have one batch, as in their papers ([decision 0020](decisions/0020-rivals-have-one-batch.md)); `hetlora` is without
+its paper's pruning of its own ranks, `fedadapter` without its cache of activations. Every planner knows the
+devices' probes ([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` end the work of a
+device that is late ([0028](decisions/0028-work-ends-with-its-round.md)), and `legend` regulates batches, which its
+paper does not ([0027](decisions/0027-legend-regulates-batches.md); a study below has it with one batch); rivals
+wait for their slowest.
+
+Below Dirichlet {STRONG_SKEW:g} no device of nine or more has over {MAX_SHARE:g} of a round's mean in {_UNEQUAL},
+whose batches differ (`strategy.max_share`, chosen on validation rows): by samples alone the fleet learns the data
+of its fast devices. The others have one batch, so nearly equal shares. The cap holds for each module, so the mean
+of `legend` over a layer's holders comes near that of `fsr` there.
+
+**A step is charged as ten.** In the papers a round is a local epoch, of a hundred steps and more. Here eight are
+computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as
+there. The study of short rounds below has the other regime.
+
+**The clock's devices.** Seconds of a step come from the real agent under CPU quotas of 0.1 to 0.4
+(`bench/record_steps.py`): a TX2, at 0.05, is extrapolated, heat, bandwidth and noise are assumed, and no CUDA
+device was there to record. The kind `gpu` is a machine of 16 cores and reports no GPU. Memory is summed of the same
+parts as in the planners' model, with constants of its own: what is said of it here proves nothing.
+
+`full` ends after {FULL_ROUNDS} rounds: each takes ten times another's, and by then the others have long arrived or
+given up.
+"""
+
+NOTES = {
+    "e2e": """
+Tested on rows cut from the training rows, others than those that rates and target were chosen on. Of the task's own
+test rows none has the attributes of a training row, and a third are about restaurants that training never names:
+there nobody came near the target in 40 rounds.""",
+}
+"""Of tasks: what a reader has to know of the target."""
+
+TRIED = """
+## Where a claim fell short, what was tried
+
+On validation rows, or as studies below; the [lab log](lab-log.md) has the entries by their dates.
+
+- `fedpipe` under strong skew: shares by samples, by steps and capped (2026-11-29); a choice of modules after 8, 20
+  and 50 steps, where 20 are as good as 50 (2026-11-30); all modules instead of those with 80 % of the score, which
+  is faster there and no longer the paper's method (a study below); ranks to 16, longer work for fast devices and
+  shorter rounds (2026-11-29), all slower.
+- `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two; more
+  rounds were not tried (2026-11-30).
+- Traffic of `legend`: every device fetches the whole global adapter, since its forward pass needs the blocks that
+  it does not tune. At rank 8 instead of 16 it is a quarter less at Dirichlet 1, and one seed in three does not
+  arrive at 0.1 (2026-11-30). The adapters of `fedadapter` are a fifth of LoRA's.
+- Waiting: handed the clock's true model `fedpipe` still waits 15 % (a study below). Batches to 64 instead of 32, an
+  end to late work and rounds of the median device's time brought it down from 28 (2026-11-30); batches for 1.15 of
+  the time under the same limit wait 15 % as well, and lose time.
+- Exact aggregation against zero-padding: at these ranks, 1 to 8 of a global rank of 16, what padding loses is less
+  than what seeds differ by (2026-11-30).
+"""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from agent_step import adapter
@@ -96,9 +98,17 @@ def in_turns(sides: Sequence[Any], batch: int, tokens: int, turns: int) -> list[
     return found
 
 
+def elsewhere() -> float:
+    """CPU seconds of all other processes since the machine's start."""
+    all_s = psutil.cpu_times()
+    return float(all_s.user + all_s.nice + all_s.system) - time.process_time()
+
+
 def figures(name: str, words: str, three: Models, batch: int, tokens: int, turns: int) -> Iterator[dict[str, Any]]:
     """Merged and unmerged against the base, for one size of batch."""
+    before, began = elsewhere(), time.monotonic()
     took = in_turns((three.base, three.merged, three.unmerged), batch, tokens, turns)
+    load = (elsewhere() - before) / (time.monotonic() - began) / (os.cpu_count() or 1)
     ms = [1e3 * statistics.median(side) for side in zip(*took, strict=True)]
     kinds = (
         ("merged", "merged export", TARGET, f"the same {len(modules(three.base))} modules"),
@@ -112,7 +122,7 @@ def figures(name: str, words: str, three: Models, batch: int, tokens: int, turns
             "what": f"forward pass of a {what} to its base's, {words}, batch {batch}, {tokens} tokens",
             "value": round(statistics.median(ratios), 4), "unit": "x", "target": target,
             "note": f"{ms[side]:.2f} ms and {ms[0]:.2f} ms, {turns} in turns, median ratio (quartiles {low:.3f} "
-            f"and {high:.3f}), {torch.get_num_threads()} thread, fp32; {more}",
+            f"and {high:.3f}), {torch.get_num_threads()} thread, fp32; {more}; others used {load:.0%} of the processor",
         }  # fmt: skip
 
 

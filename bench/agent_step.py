@@ -62,12 +62,12 @@ def adapter(base: Base, rank: int) -> Adapter:
 
 
 def run_agent(
-    base: Base, data: TokenData, given: Adapter, steps: int, ranks: dict[str, int] | None = None
+    base: Base, data: TokenData, given: Adapter, steps: int, ranks: dict[str, int] | None = None, batch: int = BATCH
 ) -> tuple[Loop, float]:
     """(the agent's loop after `steps`, seconds it took); `ranks` None: `RANK` on every linear layer."""
     ranks = ranks or dict.fromkeys(base.linears, RANK)
     assignment = Assignment(
-        job="bench", round=1, attempt=1, work=Work(ranks=ranks, batch=BATCH, bits=base.bits, steps=steps),
+        job="bench", round=1, attempt=1, work=Work(ranks=ranks, batch=batch, bits=base.bits, steps=steps),
         base=BaseSpec(model=""), base_digest="", task=task(), training=TrainingSpec(checkpoint_every=10**6),
         rounds=1, seed=0, adapter=BlobRef(sha="0" * 64, size=0),
     )  # fmt: skip

@@ -43,6 +43,15 @@ TOKENS, WINDOWS, E2E_EVERY = 128, 512, 8
 CHUNKS = 16
 """Parts of a text whose losses give the standard error of a difference."""
 TASK = TaskSpec(kind="causal", dataset="lm", max_tokens=TOKENS)
+CAVEAT = (
+    "The base is a small GPT-2 ({layers} blocks of width {width}, {millions:.2f} million linear weights), trained here "
+    f"for {STEPS} steps, one seed. A base that knows so little has little to lose: the formats differ by little, which "
+    f"is no measure of what a large pre-trained model loses. {WINDOWS} windows of {TOKENS} tokens of WikiText-2's "
+    f"test text; ±: standard errors over {CHUNKS} chunks. Below fp32 activations are bf16. bf16, NF8 and NF4 are the "
+    "agent's own layers; of the other formats the dequantized weights are read, and bytes are those of packed codes "
+    "and scales."
+)
+"""What a reader must know of all figures alike."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,10 @@ class Read:
         """Over all chunks, which are equally long."""
         return math.exp(fmean(self.losses))
 
-    def against(self, other: Read) -> str:
-        """How much the loss is above another's on the same chunks, with the standard error."""
+    def above(self, other: Read) -> tuple[float, float]:
+        """(how much the loss is above another's on the same chunks, the standard error)."""
         rises = [mine - its for mine, its in zip(self.losses, other.losses, strict=True)]
-        return f"{fmean(rises):+.5f} +- {stdev(rises) / math.sqrt(len(rises)):.5f}"
+        return fmean(rises), stdev(rises) / math.sqrt(len(rises))
 
 
 def main() -> int:
@@ -174,17 +183,18 @@ def _figure(form: Format, found: dict[str, Read], plain: dict[str, Read], size: 
     others = _bytes(
         [p.data for name, p in base.model.named_parameters() if name.removesuffix(".weight") not in base.linears]
     )
-    rises = {name: f", loss {read.against(plain[name])} against fp32" for name, read in found.items() if plain}
-    note = (
-        f"{WINDOWS} windows of {TOKENS} tokens{rises.get('lm', '')}; e2e test rows, untuned: perplexity "
-        f"{found['e2e'].perplexity:.2f}{rises.get('e2e', '')}; {count} linear weights in {size} bytes, "
-        f"{8 * size / count:.3f} bits each; all else {others} bytes; small GPT-2, one seed"
-    )
+    rises = {name: read.above(plain.get(name, read)) for name, read in found.items()}
+    rise, error = rises["e2e"]
+    told = f", loss {rise:+.5f} +- {error:.5f} against fp32" if plain else ""
+    note = f"e2e test rows, untuned: perplexity {found['e2e'].perplexity:.2f}{told}; all else {others / 2**20:.2f} MiB"
+    config = base.model.config
     return {
         "name": f"bits.{form.name}", "what": f"perplexity over a base at {form.words}, WikiText-2 test, small GPT-2",
-        "value": round(found["lm"].perplexity, 4), "unit": "", "target": "", "note": note,
+        "value": round(found["lm"].perplexity, 4), "unit": "", "target": "", "note": note, "format": form.words,
+        "loss_rise": round(rises["lm"][0], 8), "loss_rise_error": round(rises["lm"][1], 8),
         "e2e_perplexity": round(found["e2e"].perplexity, 4), "linear_bytes": size, "other_bytes": others,
         "bits_per_weight": round(8 * size / count, 4),
+        "caveat": CAVEAT.format(layers=config.n_layer, width=config.n_embd, millions=count / 1e6),
     }  # fmt: skip
 
 

@@ -31,16 +31,21 @@ NO_BENCHMARK = (
     "run",
     "fedspine",
     "mergesfl",
+    "mergesfl_clock",
     "mergesfl_fleet",
     "split_control",
     "planning",
     "planning_claims",
     "planning_grid",
+    "planning_plots",
+    "planning_runs",
     "planning_studies",
     "planning_tables",
+    "planning_words",
     "record_steps",
 )
-"""Programs of their own: `make bench-planning` and its like, and the recording of the device model's constants."""
+"""Programs of their own with their parts: `make bench-planning` and its like; the recording of the device model's
+constants."""
 REQUIRED = ("name", "value", "unit")
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -170,12 +175,16 @@ def render(results: list[Result]) -> str:
     ]
     if not results:
         return "\n".join([*lines, "Nothing was measured yet.", ""])
+    formats = [one for one in results if "format" in one]
     lines += ["| figure | measured | target | met | date |", "|---|---|---|---|---|"]
     words = {True: "yes", False: "**no**", None: ""}
     for one in results:
+        if one in formats:
+            continue
         figure = f"{one['what'] or one['name']}".replace("|", "\\|")
         measured = f"{number(one['value'])} {one['unit']}"
         lines.append(f"| {figure} | {measured} | {one['target']} | {words[one['met']]} | {one['date']} |")
+    lines += by_format(formats) if formats else []
     commands = dict.fromkeys((one["command"], one["machine"]) for one in results)
     lines += ["", "## Commands", ""]
     lines += [f"- `{command}` on {where}" for command, where in commands]
@@ -183,6 +192,25 @@ def render(results: list[Result]) -> str:
     if notes:
         lines += ["", "## Notes", "", *(f"- {one['what'] or one['name']}: {one['note']}" for one in notes)]
     return "\n".join([*lines, ""])
+
+
+def by_format(results: list[Result]) -> list[str]:
+    """The section with the table of `bits`: most bytes first, of as many bytes the lowest perplexity."""
+    dates = ", ".join(dict.fromkeys(str(one["date"]) for one in results))
+    lines = [
+        "",
+        "## Perplexity and bytes of a causal model by the format of its base",
+        "",
+        "| format | perplexity | loss above fp32 | bits per weight | MiB of the linear layers |",
+        "|---|---|---|---|---|",
+    ]
+    for one in sorted(results, key=lambda one: (-one["linear_bytes"], one["value"])):
+        rise, error = one["loss_rise"], one["loss_rise_error"]
+        above = f"{rise:+.5f} ± {error:.5f}" if rise or error else "0"
+        size = f"{one['linear_bytes'] / 2**20:.2f}"
+        lines.append(f"| {one['format']} | {one['value']:.2f} | {above} | {one['bits_per_weight']:.3f} | {size} |")
+    caveats = dict.fromkeys(str(one["caveat"]) for one in results)
+    return [*lines, "", f"Measured {dates}.", *caveats]
 
 
 def recorded() -> list[Result]:

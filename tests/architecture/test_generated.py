@@ -102,6 +102,36 @@ def test_results_are_found_among_other_lines() -> None:
     assert "| a.b | 1.5 s | <= 2 | yes | 2026-01-01 |" in bench.render([done])
 
 
+@pytest.mark.parametrize("soak", [False, True])
+def test_what_is_run_as_a_benchmark_is_a_program(soak: bool) -> None:
+    """A part of another program prints no result, and `make bench` would fail of it."""
+    found = bench.benchmarks(soak=soak)
+    assert found
+    assert not [name for name, path in found.items() if "__main__" not in path.read_text(encoding="utf-8")]
+
+
+def test_formats_are_one_table() -> None:
+    """From the most bytes to the fewest, with what holds for all of them said once."""
+    rows = [("nf4", 912896, 4.1273, 184.2382, 0.00041), ("fp32", 7077888, 32.0, 184.1635, 0.0)]
+    results = [
+        bench.complete(
+            {
+                "name": f"bits.{name}", "what": f"perplexity at {name}", "value": value, "unit": "", "format": name,
+                "linear_bytes": size, "bits_per_weight": bits, "loss_rise": rise, "loss_rise_error": rise / 5,
+                "caveat": "a small base",
+            },
+            "bits", "python bits.py", "a machine", "2026-01-01",
+        )
+        for name, size, bits, value, rise in rows
+    ]  # fmt: skip
+    lines = bench.render(results).splitlines()
+    assert lines.index("| fp32 | 184.16 | 0 | 32.000 | 6.75 |") + 1 == lines.index(
+        "| nf4 | 184.24 | +0.00041 ± 0.00008 | 4.127 | 0.87 |"
+    )
+    assert lines.count("a small base") == 1
+    assert not [line for line in lines if "perplexity at" in line]
+
+
 @pytest.mark.parametrize("output", ["", "nothing\n", '{"name": "a"}\n'])
 def test_a_benchmark_without_results_is_refused(output: str) -> None:
     with pytest.raises(ValueError, match="^a: "):

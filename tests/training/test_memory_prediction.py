@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bench.lib.step_memory import held, tensors_of
 from coordinator.core.planning.demand import BYTES_TRAINED, Demand, demand
 from coordinator.workers.model_worker import ModelWorker
 from coordinator.workers.protocol import Prepare, Prepared
@@ -41,29 +40,6 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 def need_of(prepared: Prepared, lowest: int) -> Demand:
     ranks = {module.name: RANK for module in prepared.facts.modules if module.block >= lowest}
     return demand(prepared.facts, JOB, ranks)
-
-
-def tensors_of(model: Any) -> Iterator[torch.Tensor]:
-    """Every tensor a model holds, those inside quantized parameters included."""
-    for module in model.modules():
-        yield from module._buffers.values()
-        for parameter in module._parameters.values():
-            if parameter is None:
-                continue
-            yield parameter.data
-            state = getattr(parameter, "quant_state", None)
-            if state is not None:
-                yield from (state.absmax, state.state2.absmax)
-
-
-def held(tensors: Iterator[torch.Tensor]) -> int:
-    """Bytes of the storages, each once."""
-    found = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tensors
-        if tensor is not None
-    }
-    return sum(found.values())
 
 
 def saved(base: Base) -> int:

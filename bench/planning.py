@@ -30,7 +30,7 @@ import msgspec
 
 from bench import planning_plots
 from bench.planning_claims import claims, cost, sections
-from bench.planning_grid import GRIDS, TASKS, TUNED_ON, Grid, Method, Run, final_runs, methods, tuning_runs
+from bench.planning_grid import GRIDS, TASKS, TUNED_ON, Grid, Method, Run, final_runs, methods, on, tuning_runs
 from bench.planning_runs import ROOT, VALIDATION, Runners, is_cut, simulation
 from bench.planning_studies import STUDIES
 from bench.planning_tables import page
@@ -48,6 +48,32 @@ ABREAST = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """0: all that was asked is there; 1: the time was up, or there is no data."""
+    options = _options(argv)
+    grid = GRIDS[options.profile]
+    grid = replace(grid, cells=tuple(cell for cell in grid.cells if cell[0] in options.tasks))
+    everyone = methods(options.only)
+    chosen = [one for one in everyone if grid.whole or options.only or one.beside == options.beside]
+    if options.list:
+        return _list(grid, chosen)
+    complete = True
+    if not options.render:
+        if not os.environ.get("MUSTER_DATA"):
+            print("not run: MUSTER_DATA", file=sys.stderr)
+            return 1
+        until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
+        with Runners(options.workers) as runners:
+            if options.studies is not None:
+                complete = _run_all(study_runs(_standard_rates(), options.studies), until, runners)
+            else:
+                complete = _run_all(tuning_runs(grid, chosen), until, runners)
+                finals = final_runs(grid, chosen, rates(grid, chosen))
+                finals = (run for run in finals if not options.alphas or run.alpha in options.alphas)
+                complete = complete and (options.tune or _run_all(finals, until, runners))
+    _render(options.profile, grid, everyone)
+    return 0 if complete else 1
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="standard", choices=sorted(GRIDS))
     parser.add_argument("--only", nargs="*", default=[], help="strategies, or strategy+aggregator")
@@ -71,29 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--list", action="store_true", help="say what is there and what is missing; run nothing")
     parser.add_argument("--render", action="store_true", help="only write the page from the runs that are there")
-    options = parser.parse_args(argv)
-    grid = GRIDS[options.profile]
-    grid = replace(grid, cells=tuple(cell for cell in grid.cells if cell[0] in options.tasks))
-    everyone = methods(options.only)
-    chosen = [one for one in everyone if grid.whole or options.only or one.beside == options.beside]
-    if options.list:
-        return _list(grid, chosen)
-    complete = True
-    if not options.render:
-        if not os.environ.get("MUSTER_DATA"):
-            print("not run: MUSTER_DATA", file=sys.stderr)
-            return 1
-        until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-        with Runners(options.workers) as runners:
-            if options.studies is not None:
-                complete = _run_all(study_runs(_standard_rates(), options.studies), until, runners)
-            else:
-                complete = _run_all(tuning_runs(grid, chosen), until, runners)
-                finals = final_runs(grid, chosen, rates(grid, chosen))
-                finals = (run for run in finals if not options.alphas or run.alpha in options.alphas)
-                complete = complete and (options.tune or _run_all(finals, until, runners))
-    _render(options.profile, grid, everyone)
-    return 0 if complete else 1
+    return parser.parse_args(argv)
 
 
 def rates(grid: Grid, chosen: Sequence[Method]) -> dict[tuple[str, str], float]:
@@ -178,7 +182,7 @@ def _list(grid: Grid, chosen: Sequence[Method]) -> int:
         there = result_of(run) is not None
         missing += not there
         print("done   " if there else "missing", run.name)
-    untuned = len({(m.name, task) for m in chosen for task, _, _ in grid.cells}) - len(found)
+    untuned = len({(m.name, task) for task, _, _ in grid.cells for m in on(grid, chosen, task)} - found.keys())
     print(f"{missing} runs missing; {untuned} pairs of method and task have no rate yet")
     return 0 if not missing and not untuned else 1
 

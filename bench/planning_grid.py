@@ -164,7 +164,7 @@ def tuning_runs(grid: Grid, chosen: Sequence[Method]) -> Iterator[Run]:
         if task in done or task in TUNED_ON:
             continue
         done.add(task)
-        for method in _on(grid, own, task):
+        for method in on(grid, own, task):
             for lr in method.rates:
                 yield Run(method, task, alpha, TUNING_SEED, lr, "validation", grid.tuning)
 
@@ -173,12 +173,13 @@ def final_runs(grid: Grid, chosen: Sequence[Method], rates: dict[tuple[str, str]
     """The runs of the tables, at each method's own rate; seed by seed, so that a cut leaves whole seeds."""
     for place in range(max(len(seeds) for _, _, seeds in grid.cells)):
         for task, alpha, seeds in grid.cells:
-            for method in _on(grid, chosen, task) if place < len(seeds) else ():
+            for method in on(grid, chosen, task) if place < len(seeds) else ():
                 if (method.name, task) in rates:
                     rounds = min(grid.rounds, FULL_ROUNDS) if method.strategy == "full" else grid.rounds
                     yield Run(method, task, alpha, seeds[place], rates[method.name, task], "test", rounds, grid.stop)
 
 
-def _on(grid: Grid, chosen: Sequence[Method], task: str) -> list[Method]:
+def on(grid: Grid, chosen: Sequence[Method], task: str) -> list[Method]:
+    """Those that run on a task."""
     fit = [method for method in chosen if TASKS[task].kind == "classification" or method.strategy != FLOOR]
     return [method for method in fit if task not in grid.few or method.name in FEW]

@@ -127,16 +127,35 @@ def export(
     )
 
 
-@app.command(epilog="Example: [bold]muster devices edge-01[/bold]")
+@app.command(
+    epilog="Examples: [bold]muster devices edge-01[/bold] · [bold]muster devices --record day.jsonl --for 86400[/bold]"
+)
 def devices(
     context: typer.Context,
     device: Annotated[str, typer.Argument(help="Id of a device to show in full, its GPUs one by one.")] = "",
     json: Json = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what the devices tell of load and links to this new file, until Ctrl-C: a recording for "
+            "muster simulate --replay. With an id: of that device alone."
+        ),
+    ] = None,
+    for_s: Annotated[float, typer.Option("--for", min=0.0, help="With --record: seconds; 0: until Ctrl-C.")] = 0.0,
 ) -> None:
-    """List the devices with their load, as the coordinator sees them now; or show one in full."""
-    from muster.cli import jobs
+    """List the devices with their load, as the coordinator sees them now; show one in full; or record them."""
+    if record is not None and not json:
+        from muster.cli import recording
 
-    jobs.devices(where(context), device, as_json=json)
+        recording.record(where(context), record, device, for_s)
+    elif json and record is not None:
+        raise UserError("--json prints the devices as they are now: it does not go with --record")
+    elif for_s:
+        raise UserError("--for says how long to record: it goes with --record")
+    else:
+        from muster.cli import jobs
+
+        jobs.devices(where(context), device, as_json=json)
 
 
 @app.command(epilog="Example: [bold]muster forget edge-07[/bold]")

@@ -14,6 +14,10 @@ DATA = (
     "Folder with train.jsonl.gz, test.jsonl.gz and labels.json, or the name of one in the folder MUSTER_DATA; or "
     "docstrings: those of the installed packages."
 )
+REPLAY = (
+    "A recording of a fleet: of muster devices --record, or the telemetry.jsonl of muster emulate. What other programs "
+    "take of a device comes from it and, where it tells, the link; speed, memory, heat and absences are --profile's."
+)
 
 
 def simulate(
@@ -43,10 +47,7 @@ def simulate(
         Path | None, typer.Option(help="Texts that the base gpt2-small is trained on; without it MUSTER_DATA/lm.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the report; without it runs/<job>-<time>.")] = None,
-    replay: Annotated[
-        Path | None,
-        typer.Option(help="Telemetry recorded by `muster emulate` (telemetry.jsonl), as the devices' load and links."),
-    ] = None,
+    replay: Annotated[Path | None, typer.Option(help=REPLAY)] = None,
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Let planners know the devices' true speeds: the price of not knowing.")
     ] = False,

@@ -25,6 +25,7 @@ from muster.testbed.cgroups import Available, GroupsFailed
 from muster.testbed.fleet import AGENTS, Agent, DeviceSpec, Fleet, is_fleet
 from muster.testbed.runs import RunFailed, clear, status, whole_or_nothing
 from shared.errors import UserError
+from shared.files import write_whole
 from shared.jobs import JobSpec, StrategySpec
 
 DEMO_JOB = Path(__file__).parents[2] / "examples" / "demo.toml"
@@ -125,8 +126,7 @@ def carry_out(emulation: Emulation, *, command: str = "", screen: live.Screen | 
                 followed = _Followed(fleet, shown, toml.dumps(ready.tables))
                 job = followed.to_the_end()
                 exported = _export(fleet.client, job, out)
-                followed.recorder.links(job, followed.committed_s)
-                followed.recorder.write(out / replay.FILE)
+                write_whole(out / replay.FILE, replay.lines(followed.readings))
         except GroupsFailed as error:
             raise UserError(f"the devices can't be limited: {error}") from error
         finally:
@@ -211,19 +211,19 @@ class _Followed:
         self._submitted = time.monotonic()
         self._id = fleet.client.submit(text).id
         self.committed_s: dict[int, float] = {}
-        self.recorder = replay.Recorder()
+        self.readings: list[replay.Reading] = []
 
     def to_the_end(self) -> JobView:
         """Show the job until it ends or pauses. Interrupted, it is cancelled first."""
-        client = self._fleet.client
+        client, recorder = self._fleet.client, replay.Recorder()
         try:
             while True:
-                job = client.job(self._id)
+                job, devices = client.job(self._id), client.devices()
+                now = time.monotonic() - self._submitted
                 for view in job.rounds:
                     if view.metrics is not None or view.phase == "committed":
-                        self.committed_s.setdefault(view.round, time.monotonic() - self._submitted)
-                devices = client.devices()
-                self.recorder.note(devices, time.monotonic() - self._submitted)
+                        self.committed_s.setdefault(view.round, now)
+                self.readings += recorder.note(devices, now) + recorder.links(job, now)
                 self._shown.show(_told(job), devices)
                 if job.state in ENDED or job.state == "paused":
                     return job

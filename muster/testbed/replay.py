@@ -1,22 +1,24 @@
 """Telemetry recorded on a fleet, given back to virtual devices as their foreign load and bandwidth.
 
-A recording is JSONL, a reading a line (`Reading`); virtual device i takes the recorded device i, in turn by id.
+A recording is JSONL, a reading a line (`Reading`): `muster emulate` writes one of its run, `muster devices --record` of
+a real fleet. Virtual device i takes the recorded device i, in turn by id. All else of it is the device model's: a
+recording tells no speed, nothing of GPUs, and of a device that went away its last load.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import msgspec
 from msgspec.structs import replace
 
+from coordinator.core.fleet import GONE
 from coordinator.core.planning.cost_model import measures_link
 from coordinator.web.views import DeviceView, JobView
 from muster.testbed.device_model import Foreign
 from shared.errors import UserError
-from shared.files import write_whole
 
 FILE = "telemetry.jsonl"
 
@@ -86,41 +88,47 @@ def read(path: Path, devices: Sequence[str]) -> Replay:
 
 
 class Recorder:
-    """Collects the readings of a run."""
+    """Makes readings of what a coordinator tells of its fleet, look by look. `at`: seconds since the first one."""
 
     def __init__(self) -> None:
-        self._found: list[Reading] = []
-        self._last: dict[str, tuple[int, int]] = {}
+        self._last: dict[str, tuple[tuple[int, int], Reading]] = {}
+        self._links: set[tuple[str, int, int, str]] = set()
 
-    def note(self, devices: Iterable[DeviceView], at: float) -> None:
-        """Take what the devices told since the last call; `at`: seconds since the recording began."""
+    def note(self, devices: Iterable[DeviceView], at: float) -> list[Reading]:
+        """What devices that are there told since the last look."""
+        found: list[Reading] = []
         for view in devices:
             load = view.load
-            if load is None or self._last.get(view.device) == (load.epoch, load.seq):
+            if load is None or view.state in GONE:
                 continue
-            self._last[view.device] = load.epoch, load.seq
+            number, last = (load.epoch, load.seq), self._last.get(view.device)
+            if last is not None and last[0] == number:
+                continue
             foreign = load.memory_limit - load.memory_available - load.own_memory if load.own_memory else 0
-            self._found.append(
-                Reading(
-                    device=view.device, at=round(at, 3), cores=load.cores, foreign_cores=load.foreign_cores,
-                    memory_limit=load.memory_limit, foreign_memory=max(0, foreign),
-                )
+            reading = Reading(
+                device=view.device, at=round(at, 3), cores=load.cores, foreign_cores=load.foreign_cores,
+                memory_limit=load.memory_limit, foreign_memory=max(0, foreign),
             )  # fmt: skip
+            self._last[view.device] = number, reading
+            found.append(reading)
+        return found
 
-    def links(self, job: JobView, committed_s: Mapping[int, float]) -> None:
-        """Add what the downloads of a job's rounds tell of the devices' links, at the load read last before."""
+    def links(self, job: JobView, at: float) -> list[Reading]:
+        """What downloads in a job's rounds, told since the last look, say of links, each at its device's last load."""
+        found: list[Reading] = []
         for view in job.rounds:
-            at = committed_s.get(view.round, 0.0)
             for part in view.participants:
-                facts = part.facts
-                if facts is None or not measures_link(part.adapter_bytes, facts.fetch_s):
+                facts, one = part.facts, (job.id, view.round, part.attempt, part.device)
+                if facts is None or one in self._links:
                     continue
-                known = [one for one in self._found if one.device == part.device and one.at <= at]
-                if known:
+                self._links.add(one)
+                last = self._last.get(part.device)
+                if last is not None and measures_link(part.adapter_bytes, facts.fetch_s):
                     rate = round(part.adapter_bytes / facts.fetch_s, 1)
-                    self._found.append(replace(max(known, key=lambda one: one.at), at=round(at, 3), bandwidth=rate))
+                    found.append(replace(last[1], at=round(at, 3), bandwidth=rate))
+        return found
 
-    def write(self, path: Path) -> None:
-        """Write the recording, in the order of time."""
-        ordered = sorted(self._found, key=lambda one: (one.at, one.device))
-        write_whole(path, b"".join(msgspec.json.encode(one) + b"\n" for one in ordered))
+
+def lines(readings: Iterable[Reading]) -> bytes:
+    """Readings as they stand in a recording."""
+    return b"".join(msgspec.json.encode(one) + b"\n" for one in readings)

@@ -3,6 +3,9 @@
 The tensors keep the names of the source's files. A linear layer's weight that is quantized (8 or 4 bits) is replaced by
 its parts, `<name>` + "/" + part, (out x in) for every architecture; all other tensors are stored in the precision in
 which they are used. Devices that load it compute exactly what they would over the source.
+
+In FedPipe (arXiv 2404.06448), by a public digest, the server hands out the quantized model; once for each bit width is
+our reading. The formats, and where they are from: `quantization`.
 """
 
 from __future__ import annotations

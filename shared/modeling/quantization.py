@@ -1,7 +1,10 @@
 """Frozen linear layers at 8 and 4 bits, and proof that a device can run each precision.
 
 NormalFloat of k bits: the levels are quantiles of the normal distribution, weights are scaled per block of 64 by their
-largest magnitude. 4 bits are bitsandbytes' NF4 layer; 8 bits use its blockwise kernels with a code of 256 such levels.
+largest magnitude. 4 bits are bitsandbytes' NF4 layer, the NF4 of QLoRA (Dettmers et al., 2023, arXiv 2305.14314) with
+its double quantization. 8 bits use the library's blockwise kernels with a code of 256 levels by the same rule, its
+outermost quantile included: our construction, no published table. FedPipe (arXiv 2404.06448) quantizes its frozen
+model so, to NF8 and NF4 by a public digest, which tells no levels.
 """
 
 from __future__ import annotations

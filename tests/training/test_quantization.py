@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import norm
 from torch import nn
 
 from shared.jobs import Bits
@@ -48,6 +50,20 @@ def test_levels_reproduce_the_known_table_of_nf4() -> None:
     eight = quantization.normal_levels(8)
     assert len(eight.unique()) == 256
     assert (eight[0], eight[-1], int((eight > 0).sum())) == (-1.0, 1.0, 128)
+
+
+def test_levels_of_nf8_by_hand() -> None:
+    """0 is level 127. Above it ppf at 128 even steps from 0.5 to 0.9677083, by the last; below 127 steps, negated."""
+    eight = quantization.normal_levels(8)
+    # The first step is so short that ppf is straight: 0.4677083 / 128 sqrt(2 pi) = 0.009159; ppf(0.9677083) = 1.848131.
+    assert float(eight[128]) == pytest.approx(0.0049560, abs=5e-8)
+    # Half of the 128 steps up is as far as half of NF4's 8.
+    assert float(eight[191]) == pytest.approx(NF4[11], abs=1e-7)
+    # The last but one below: -ppf(0.9677083 - 0.4677083 / 127) = -ppf(0.9640255) = -1.799441.
+    assert float(eight[1]) == pytest.approx(-0.9736547, abs=5e-8)
+    above, below = np.linspace(0.5, 0.9677083, 129), np.linspace(0.5, 0.9677083, 128)
+    wanted = np.concatenate([-norm.ppf(below[:0:-1]), norm.ppf(above)]) / norm.ppf(0.9677083)
+    np.testing.assert_allclose(eight.numpy(), wanted, atol=1e-6)
 
 
 @pytest.mark.parametrize(("bits", "bound"), [(8, 3.2e-5), (4, 0.0092)])

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import json
 import signal
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import msgspec
 import pytest
-import uvicorn
 
 from coordinator.core.facts import Metrics
-from coordinator.web import api
-from coordinator.web.refusals import Conflict, NotFound
-from coordinator.web.shelf import Shelf
-from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
+from coordinator.web.views import JobView, ParticipantView, RoundView
 from muster.cli import main as cli
 from muster.cli import tables
 from muster.client import Client, Unreachable
 from muster.testbed.broker import free_port
 from shared.errors import SettingsError, UserError
-from shared.jobs import JobSpec
-from shared.messages import DeviceInfo, Load, UpdateFacts, Work
-from shared.settings import check, parse_toml
+from shared.messages import UpdateFacts, Work
+from tests.unit.client_rig import TOKEN, MemoryDesk, Server
 
-TOKEN = "a-token-of-many-letters"
 JOB = """
 name = "demo"
 [base]
@@ -39,55 +31,6 @@ model = "16x8"
 kind = "least_squares"
 dataset = "local"
 """
-
-
-class MemoryDesk:
-    """What the API needs of a desk, over a dictionary of jobs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.found: dict[str, JobView] = {}
-        self.forgotten: set[str] = set()
-
-    def health(self) -> dict[str, object]:
-        return {"broker": "connected", "devices": 2}
-
-    def submit(self, text: str) -> JobView:
-        spec = check(JobSpec, parse_toml(text, "job"), "job")
-        job = JobView(id=f"{spec.name}-{len(self.found)}", name=spec.name, state="queued", rounds_total=3)
-        self.found[job.id] = job
-        return job
-
-    def jobs(self) -> list[JobView]:
-        return list(self.found.values())
-
-    def job(self, job: str) -> JobView:
-        if job not in self.found:
-            raise NotFound(f"no job {job!r}")
-        return self.found[job]
-
-    def cancel(self, job: str) -> JobView:
-        self.found[job] = msgspec.structs.replace(self.job(job), state="cancelled")
-        return self.found[job]
-
-    def resume(self, job: str) -> JobView:
-        raise Conflict(f"job {job} is not paused: it is {self.job(job).state}")
-
-    def export_folder(self, job: str) -> Path:
-        self.job(job)
-        return self.folder
-
-    def forget(self, device: str) -> None:
-        if device not in {view.device for view in self.devices()} - self.forgotten:
-            raise NotFound(f"no device {device!r}")
-        self.forgotten.add(device)
-
-    def devices(self) -> list[DeviceView]:
-        load = Load(epoch=1, seq=2, cores=0.5, own_cores=0.25, memory_available=10**8, memory_limit=5 * 10**8)
-        return [
-            DeviceView(device="edge-01", state="ready", age_s=1.5, info=DeviceInfo(epoch=1), load=load),
-            DeviceView(device="edge-02", state="lost", age_s=90.0),
-        ]
 
 
 @pytest.fixture
@@ -102,15 +45,9 @@ def desk(tmp_path: Path) -> MemoryDesk:
 @pytest.fixture
 def url(desk: MemoryDesk, tmp_path: Path) -> Iterator[str]:
     """Address of a server over `desk`."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    server = uvicorn.Server(uvicorn.Config(api.create(desk, TOKEN, Shelf(tmp_path)), log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join()
+    server = Server(desk, tmp_path)
+    yield server.url
+    server.stop()
 
 
 @pytest.fixture
@@ -356,32 +293,9 @@ def test_the_outcome_tells_the_best_round_and_the_one_that_the_adapter_is_of() -
 # ---- waiting, with a coordinator that comes and goes -----------------------------------------------------------------
 
 
-class Server:
-    """The API over `desk` on a port of its own, which can be taken away and brought back."""
-
-    def __init__(self, desk: MemoryDesk, folder: Path) -> None:
-        self.port = free_port()
-        self._desk, self._folder = desk, folder
-        self.start()
-
-    def start(self) -> None:
-        listener = socket.socket()
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(("127.0.0.1", self.port))
-        listener.listen()
-        app = api.create(self._desk, TOKEN, Shelf(self._folder))
-        self._server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listener]})
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-
-
 def waiting(server: Server, tmp_path: Path, job_file: Path, patience: float) -> subprocess.Popen[str]:
     (tmp_path / "token").write_text(TOKEN)
-    options = ["--url", f"http://127.0.0.1:{server.port}", "--token-file", str(tmp_path / "token")]
+    options = ["--url", server.url, "--token-file", str(tmp_path / "token")]
     process = subprocess.Popen(
         [sys.executable, "-m", "muster.cli.main", *options, "submit", str(job_file), "--wait",
          "--patience", str(patience)],

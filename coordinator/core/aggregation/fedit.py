@@ -1,8 +1,11 @@
-"""`fedit`: the mean of B and the mean of A, apart. The common baseline (FedIT, Zhang et al., arXiv 2305.05644);
-inexact, and for one rank only.
+"""`fedit`: the mean of B and the mean of A, apart. The common baseline (FedIT, Zhang et al., arXiv 2305.05644).
 
-Its product differs from the mean of the products by sum_i p_i (B_i - Bbar)(A_i - Abar). Devices continue the global
-factors as they are. A module is averaged over the devices that tuned it; one that nobody tuned keeps its factors.
+The paper's: FedAvg of the parameters that LoRA trains: devices continue the global B and A as they are, of one rank,
+and the server takes sum_i p_i B_i and sum_i p_i A_i, p_i the device's share of the samples.
+Our reading: p_i are shares of the samples of the devices that tuned the module; one that nobody tuned keeps its
+factors; an update of another rank is refused.
+
+Inexact: s Bbar Abar lacks s sum_i p_i (B_i - Bbar)(A_i - Abar) of the mean of the products.
 """
 
 from __future__ import annotations

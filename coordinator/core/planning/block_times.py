@@ -2,9 +2,9 @@
 
 A device measures steps, not their parts. Let y be the core-seconds per sample of a round and b the blocks its gradient
 went through, by FLOP; then y = c (phi + b), c the device's time of a block and phi the blocks that a forward pass takes
-as long as. c is each device's own, a ratio of moving averages (rho = 0.8, LEGEND's); phi belongs to the model and the
-kind of machine, so all devices of a kind tell it together, by the depths they were seen at. As depths settle they tell
-nothing new: then phi stays as it was.
+as long as. c is each device's own, a ratio of moving averages (rho = 0.8); phi belongs to the model and the kind of
+machine, so all devices of a kind tell it together, by the depths they were seen at. As depths settle they tell nothing
+new: then phi stays as it was. All of it, rho included, is our reading of LEGEND's estimate of a device's capacity.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from shared.jobs import JobSpec
 from shared.messages import UpdateFacts
 
 KEEP = 0.8
-"""rho: the weight of the past against one new round."""
+"""rho: the weight of the past against one new round; ours."""
 FORWARD = 0.7
 """Seconds of a FLOP forward against one backward, before a device was seen at several depths (`bench/depth.py`)."""
 DOUBT = 0.002

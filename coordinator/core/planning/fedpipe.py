@@ -10,6 +10,8 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
   allowance, until they asked for `strategy.warm_up_steps` local steps. In the last of them, and in further ones until a
   device has told any, scores are asked for: B begins at 0, and its first steps tell little of what matters. They are
   training rounds like any other, of the job's local steps.
+* bits: the largest that the device has proven and its memory holds, as for every planner (`sizing.choose_bits`): also
+  32, where the design has 16, 8 and 4.
 * S_m = sum_i p_i S_im, with p_i as the aggregator weighs the device (samples, none above `strategy.max_share`). What a
   device claims of modules that it was not asked for does not count, and its claims are made to sum to 1.
 * W* is the smallest set with `WANTED` of the score; of equal scores the cheaper module first.

@@ -8,7 +8,8 @@ knapsack (`knapsack`) whose capacity is what memory and time leave for the adapt
 
 and the best of J = (1 - u) sum_m S_m g(r_m) is taken; of equal ones the largest batch, then the least under-training.
 The under-training is done: n steps are asked for. The figures, J included, are our reading of the paper, which says
-that batch and rank follow the server's compute, to lower its under-training rate.
+that batch and rank follow the server's compute, to lower its under-training rate; u counts the job's local steps, the
+same for all, where the design has epochs of the device's own data.
 
 Capacities between two multiples of the weights' common divisor have the same solution, so that devices of a class share
 theirs, and a fleet of any size asks for few different ones.

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coordinator.core.aggregation import registry
-from coordinator.core.aggregation.base import DenseFold, Part, fold_module, shares
+from coordinator.core.aggregation.base import DenseFold, Part, fold_module, product, shares
 from coordinator.core.aggregation.bottleneck import Bottleneck
 from coordinator.core.aggregation.dense import Dense
 from coordinator.core.aggregation.fedex import FedEx
@@ -41,6 +41,23 @@ def test_factors_are_averaged_apart_over_the_devices_that_tuned_the_module() -> 
     assert result.factors.b == pytest.approx(wanted, rel=1e-6)
     assert result.factors.a == pytest.approx(np.average([p.a for p in parts], axis=0, weights=weights), rel=1e-6)
     assert result.norm == pytest.approx(2 * np.linalg.norm(result.factors.b @ result.factors.a), rel=1e-5)
+
+
+def test_two_devices_by_hand() -> None:
+    # Half of the samples did not tune it: of the others a quarter and three quarters.
+    # B: (4, 0) / 4 + (0, 2) * 3/4 = (1, 1.5); A: (1, 2) / 4 + (3, 0) * 3/4 = (2.5, 0.5).
+    one = Factors(b=np.array([[4], [0]], np.float32), a=np.array([[1, 2]], np.float32), scaling=2.0)
+    two = Factors(b=np.array([[0], [2]], np.float32), a=np.array([[3, 0]], np.float32), scaling=2.0)
+    square = ModuleSpec(name="m", out=2, inp=2)
+    made = fold_module(FedIt(1), square, None, None, [Part(0.125, one), Part(0.375, two)])
+    assert made.factors is not None
+    assert (made.factors.b.tolist(), made.factors.a.tolist()) == ([[1.0], [1.5]], [[2.5, 0.5]])
+    assert product(made.factors).tolist() == [[5.0, 1.0], [7.5, 1.5]]
+    assert made.norm == pytest.approx(84.5**0.5)
+    # The mean of the models is 2 [(4 8; 0 0) / 4 + (0 0; 6 0) * 3/4] = (2 4; 9 0); B - Bbar is (3, -1.5) and (-1, 0.5),
+    # A - Abar (-1.5, 1.5) and (0.5, -0.5), so 2 [(-4.5 4.5; 2.25 -2.25) / 4 + (-0.5 0.5; 0.25 -0.25) * 3/4] is lacking.
+    lacking = np.array([[-3.0, 3.0], [1.5, -1.5]])
+    assert (product(made.factors) + lacking).tolist() == [[2.0, 4.0], [9.0, 0.0]]
 
 
 def test_a_module_nobody_tuned_keeps_its_factors() -> None:

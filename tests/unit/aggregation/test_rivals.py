@@ -154,6 +154,20 @@ def test_flexlora_is_the_best_approximation_of_the_exact_mean(round: Round, rank
 # ---- flora
 
 
+def test_flora_by_hand_for_unequal_ranks() -> None:
+    # Scaling 2, and a quarter of the samples did not tune it, which changes nothing there:
+    # (0 1; 0 0) + 2/4 (2; 0)(1 0) + 2/2 (0 1; 1 0)(1 2; 3 0) = (0 1; 0 0) + (1 0; 0 0) + (3 0; 1 2) = (4 1; 1 2).
+    before = replace(factors([[1.0], [0.0]], [[0.0, 1.0]]), sigma=np.ones(1, np.float32))
+    one = factors([[2.0], [0.0]], [[1.0, 0.0]], 2.0)
+    two = factors([[0.0, 1.0], [1.0, 0.0]], [[1.0, 2.0], [3.0, 0.0]], 2.0)
+    made = fold(Flora(), [Part(0.25, one), Part(0.5, two)], before, SQUARE)
+    assert made.factors is not None and made.factors.sigma is not None
+    np.testing.assert_allclose(dense(made.factors, SQUARE), [[4.0, 1.0], [1.0, 2.0]], atol=1e-6)
+    # Of a symmetric matrix the eigenvalues: x^2 - 6 x + 7 = 0.
+    np.testing.assert_allclose(made.factors.sigma, [3 + 2**0.5, 3 - 2**0.5], rtol=1e-6)
+    assert made.residual is None
+
+
 @settings(max_examples=30, deadline=None)
 @given(round=rounds(train_directions=False))
 def test_flora_is_exact_for_unequal_ranks_and_equals_fresh_without_a_cut(round: Round) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
 from muster.testbed.device_model import Foreign
-from muster.testbed.replay import Reading, Recorder, Replay, read
+from muster.testbed.replay import Reading, Recorder, Replay, lines, read
 from shared.errors import UserError
 from shared.messages import Load, UpdateFacts, Work
 
@@ -46,24 +47,23 @@ def _view(seq: int, foreign: float) -> DeviceView:
     return DeviceView(device="edge-01", state="ready", age_s=0.0, load=load)
 
 
-def test_what_is_recorded_can_be_replayed(tmp_path: Path) -> None:
-    recorder = Recorder()
-    recorder.note([_view(1, 0.5), DeviceView(device="edge-02", state="init", age_s=0.0)], 0.0)
-    recorder.note([_view(1, 0.5)], 0.5)
-    recorder.note([_view(2, 1.0)], 3.0)
+def _fetched(*rounds: int) -> JobView:
+    """A job in whose rounds `edge-01` fetched 200 kB in 2 s."""
     facts = UpdateFacts(
         samples=1, steps=1, batch=1, bits=16, loss_first=1.0, loss_last=1.0, step_s=1.0, train_s=1.0, fetch_s=2.0
     )
-    part = ParticipantView(
-        device="edge-01", work=Work(ranks={}, batch=1, bits=16, steps=1), facts=facts, adapter_bytes=200_000
-    )
-    recorder.links(
-        JobView(
-            id="j", name="j", state="finished", rounds=[RoundView(round=1, phase="committed", participants=[part])]
-        ),
-        {1: 4.0},
-    )
-    recorder.write(tmp_path / "telemetry.jsonl")
+    work = Work(ranks={}, batch=1, bits=16, steps=1)
+    part = ParticipantView(device="edge-01", work=work, facts=facts, adapter_bytes=200_000)
+    told = [RoundView(round=number, phase="committed", participants=[part]) for number in rounds]
+    return JobView(id="j", name="j", state="open", rounds=told)
+
+
+def test_what_is_recorded_can_be_replayed(tmp_path: Path) -> None:
+    recorder = Recorder()
+    told = [_view(1, 0.5), DeviceView(device="edge-02", state="init", age_s=0.0)]
+    readings = recorder.note(told, 0.0) + recorder.note(told, 0.5) + recorder.note([_view(2, 1.0)], 3.0)
+    readings += recorder.links(_fetched(1), 4.0)
+    (tmp_path / "telemetry.jsonl").write_bytes(lines(readings))
     assert len((tmp_path / "telemetry.jsonl").read_text().splitlines()) == 3
     replay = read(tmp_path / "telemetry.jsonl", ["sim-1"])
     assert replay.foreign("sim-1", 1.0) == Foreign(0.25, 0.1)
@@ -71,19 +71,23 @@ def test_what_is_recorded_can_be_replayed(tmp_path: Path) -> None:
     assert replay.bandwidth("sim-1", 1.0) == 100_000.0
 
 
-def test_a_link_is_noted_with_the_load_of_its_time(tmp_path: Path) -> None:
+def test_a_device_that_is_gone_tells_nothing() -> None:
     recorder = Recorder()
-    for seq, (foreign, at) in enumerate(((0.0, 0.0), (0.5, 5.0), (1.0, 15.0))):
-        recorder.note([_view(seq, foreign)], at)
-    facts = UpdateFacts(
-        samples=1, steps=1, batch=1, bits=16, loss_first=1.0, loss_last=1.0, step_s=1.0, train_s=1.0, fetch_s=2.0
-    )
-    work = Work(ranks={}, batch=1, bits=16, steps=1)
-    part = ParticipantView(device="edge-01", work=work, facts=facts, adapter_bytes=200_000)
-    rounds = [RoundView(round=number, phase="committed", participants=[part]) for number in (1, 2, 3)]
-    recorder.links(JobView(id="j", name="j", state="finished", rounds=rounds), {1: 2.0, 2: 10.0, 3: 20.0})
-    recorder.write(tmp_path / "telemetry.jsonl")
-    replay = read(tmp_path / "telemetry.jsonl", ["sim-1"])
+    for state in ("lost", "disconnected", "draining"):
+        assert recorder.note([replace(_view(1, 0.5), state=state)], 0.0) == []
+    assert len(recorder.note([replace(_view(1, 0.5), state="training")], 1.0)) == 1
+
+
+def test_a_link_is_noted_once_with_the_load_of_its_time() -> None:
+    recorder = Recorder()
+    assert recorder.links(_fetched(1), 0.0) == [], "there is no load to note it with"
+    readings: list[Reading] = []
+    for seq, (foreign, at) in enumerate(((0.0, 1.0), (0.5, 5.0), (1.0, 15.0))):
+        readings += recorder.note([_view(seq, foreign)], at)
+        found = recorder.links(_fetched(*range(1, seq + 3)), at + 2.0)
+        assert [(one.at, one.foreign_cores, one.bandwidth) for one in found] == [(at + 2.0, foreign, 100_000.0)]
+        readings += found
+    replay = Replay(readings, ["sim-1"])
     assert [replay.foreign("sim-1", now).share for now in (3.0, 6.0, 11.0, 16.0)] == [0.0, 0.25, 0.25, 0.5]
 
 

@@ -1,0 +1,101 @@
+"""`muster devices --record`: what a fleet tells of itself, written down for `muster simulate --replay`."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import BinaryIO
+
+from coordinator.core.planning.reasons import plural
+from coordinator.web.views import JobView
+from muster.cli.options import Place
+from muster.client import ENDED, Client, Unreachable
+from muster.testbed.replay import Reading, Recorder, lines
+from shared.errors import UserError
+
+LOOK_EVERY_S = 1.0
+
+
+def record(place: Place, file: Path, device: str, for_s: float) -> None:
+    """Append what the devices, or `device` alone, tell to the new `file`, until interrupted or for `for_s` seconds (0:
+    without end). A coordinator that goes away is waited for."""
+    with place.client() as client:
+        recording = _Recording(client, device)
+    began = time.monotonic()
+    with _opened(file) as stream:
+        print(f"recording to {file}{f' for {for_s:g} s' if for_s else ''}; Ctrl-C ends it", file=sys.stderr)
+        try:
+            while (at := time.monotonic() - began) < for_s or not for_s:
+                recording.look(place, stream, at)
+                time.sleep(max(0.0, min(LOOK_EVERY_S, began + for_s - time.monotonic())) if for_s else LOOK_EVERY_S)
+        except KeyboardInterrupt:
+            pass  # its ordinary end
+        except OSError as error:
+            raise UserError(f"--record {file}: can't be written: {error.strerror or error}") from error
+        finally:
+            if not recording.devices:
+                file.unlink(missing_ok=True)
+    seconds = time.monotonic() - began
+    if not recording.devices:
+        told = f"{device} told no" if device else "no device told its"
+        raise UserError(f"--record {file}: {told} load within {seconds:.0f} s: nothing was recorded")
+    print(f"{recording} in {seconds:.0f} s; replay it with: muster simulate --replay {file}")
+
+
+class _Recording:
+    """A recording under way, of `device` or, "", of all. `devices`: of which there are readings."""
+
+    def __init__(self, client: Client, device: str) -> None:
+        self.devices: set[str] = set()
+        self._device = device
+        self._loads = self._links = 0
+        self._recorder = Recorder()
+        self._silent = False
+        self._jobs = {job.id: job for job in client.jobs()}
+        for job in self._jobs.values():
+            if job.state not in ENDED:
+                self._recorder.links(client.job(job.id), 0.0)  # what was before is not of this recording
+
+    def __str__(self) -> str:
+        told = f"{plural(self._loads, 'load')} and {plural(self._links, 'download')}"
+        return f"recorded {told} of {plural(len(self.devices), 'device')}"
+
+    def look(self, place: Place, stream: BinaryIO, at: float) -> None:
+        """Append what was told since the last look."""
+        try:
+            # Found anew each time: one that was restarted may have another port.
+            with place.client() as client:
+                loads, links = self._recorder.note(client.devices(), at), self._downloads(client, at)
+        except Unreachable as error:
+            if not self._silent:
+                print(f"{error}; waiting for it", file=sys.stderr)
+            self._silent = True
+            return
+        self._silent = False
+        loads, links = ([one for one in found if self._device in ("", one.device)] for found in (loads, links))
+        stream.write(lines(loads + links))  # at once, so that nothing leaves half a line
+        self._loads, self._links = self._loads + len(loads), self._links + len(links)
+        self.devices |= {one.device for one in loads}
+
+    def _downloads(self, client: Client, at: float) -> list[Reading]:
+        """Of the jobs whose line in the list has changed, as it does with each round."""
+        found: list[Reading] = []
+        for job in client.jobs():
+            if self._is_news(job):
+                found += self._recorder.links(client.job(job.id), at)
+                self._jobs[job.id] = job
+        return found
+
+    def _is_news(self, job: JobView) -> bool:
+        known = self._jobs.get(job.id)
+        return known is None or (known != job and known.state not in ENDED)
+
+
+def _opened(file: Path) -> BinaryIO:
+    try:
+        return file.open("xb", buffering=0)
+    except FileExistsError:
+        raise UserError(f"--record {file}: exists already; name another file") from None
+    except OSError as error:
+        raise UserError(f"--record {file}: can't be made: {error.strerror or error}") from error

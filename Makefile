@@ -6,7 +6,7 @@ PYTHON := .venv/bin/python
 MUSTER := .venv/bin/muster
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## Install what is missing (apt packages, .venv); quick when nothing changed
 	@scripts/setup.sh

@@ -50,8 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """0: all that was asked is there; 1: the time was up, or there is no data."""
     options = _options(argv)
     grid = GRIDS[options.profile]
-    grid = replace(grid, cells=tuple(cell for cell in grid.cells if cell[0] in options.tasks))
+    # Rates may be those of a task that was not asked for.
+    needed = {*options.tasks, *(TUNED_ON.get(task, task) for task in options.tasks)}
+    grid = replace(grid, cells=tuple(cell for cell in grid.cells if cell[0] in needed))
     everyone = methods(options.only)
+    if unknown := set(options.only) - {name for one in methods() for name in (one.name, one.strategy)}:
+        raise SystemExit(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(m.name for m in methods())}")
     chosen = [one for one in everyone if grid.whole or options.only or one.beside == options.beside]
     if options.list:
         return _list(grid, chosen)
@@ -67,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             else:
                 complete = _run_all(tuning_runs(grid, chosen), until, runners)
                 finals = final_runs(grid, chosen, rates(grid, chosen))
+                finals = (run for run in finals if run.task in options.tasks)
                 finals = (run for run in finals if not options.alphas or run.alpha in options.alphas)
                 complete = complete and (options.tune or _run_all(finals, until, runners))
     _render(options.profile, grid, everyone)
@@ -76,14 +81,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--profile", default="standard", choices=sorted(GRIDS))
-    parser.add_argument("--only", nargs="*", default=[], help="strategies, or strategy+aggregator")
+    parser.add_argument("--only", nargs="+", default=[], help="strategies, or strategy+aggregator")
     parser.add_argument(
         "--beside",
         action="store_true",
         help="instead of the strategies of the standard profile what belongs to its tables beside them: the floor, and "
         "strategies with the exact aggregator",
     )
-    parser.add_argument("--tasks", nargs="*", default=sorted(TASKS), help="only these")
+    parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=sorted(TASKS), help="only these")
     parser.add_argument("--alphas", nargs="*", type=float, default=[], help="of the final runs only these")
     parser.add_argument("--tune", action="store_true", help="only the runs that choose the learning rates")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no run after so many; 0: no limit")
@@ -126,7 +131,8 @@ def result_of(run: Run) -> simulated.Result | None:
 
 
 def path_of(run: Run) -> Path:
-    """The file of a run: its name, and a digest of all else that determines it."""
+    """The file of a run: its name, and a digest of all other settings that determine it; of the code only the versions
+    that are named."""
     asked = simulation(run, Path())
     fixed = (
         TASKS[run.task], asked.devices, asked.profile, asked.oracle, asked.over, VALIDATION, device_model.VERSION,
@@ -166,7 +172,10 @@ def _run_all(runs: Iterable[Run], until: float, runners: Runners) -> bool:
     missing, done = [run for run in runs if result_of(run) is None], 0
     for done, carried in enumerate(runners.each(missing, until), 1):
         keep(carried.run, carried.result)
-        took = {"run": _file(carried.run), "wall_s": round(carried.wall_s, 1), "cpu_s": round(carried.cpu_s, 1)}
+        took = {
+            "run": _file(carried.run), "wall_s": round(carried.wall_s, 1), "cpu_s": round(carried.cpu_s, 1),
+            "abreast": runners.count,
+        }  # fmt: skip
         with (RUNS / "seconds.jsonl").open("ab") as file:
             file.write(msgspec.json.encode(took) + b"\n")
         print(f"run {done} of {len(missing)}: {carried.run.name}, {carried.wall_s:.0f} s", flush=True)
@@ -194,16 +203,17 @@ def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
     standard = _standard_rates()
     studies = {study.name: _those_there(study.runs(standard)) for study in STUDIES}
     asked = [run for run in [*tuning_runs(grid, chosen), *finals] if grid.whole or not run.method.beside]
-    wall, cpu, counted = cost(_seconds(), {_file(run) for run in asked})
-    minutes = wall / ABREAST
-    took = f" ({counted} runs, {ABREAST} at a time: {minutes:.0f} minutes on 2 cores, {cpu:.0f} of CPU)"
+    files = {_file(run) for run in asked}
+    minutes, cpu, counted = cost(_seconds(), files)
+    took = f" ({counted} runs, side by side {minutes:.0f} minutes on 2 cores, {cpu:.0f} of CPU)"
+    known = minutes if profile == "standard" and counted == len(files) else 0.0
     # The published page is about all methods; parts and rehearsals have a page of their own.
     whole = profile == "standard" and grid == GRIDS[profile] and len(chosen) == len(methods([]))
     path = PAGE if whole else ROOT / "runs" / "planning.md"
     plots = path.with_suffix("")
     text = page(
         profile, grid, results, found, more=list(sections(results, studies)), took=took, plots=plots.name,
-        claims=list(claims(results, studies, others=_others() if whole else (), minutes=minutes)),
+        claims=list(claims(results, studies, others=_others() if whole else (), minutes=known)),
     )  # fmt: skip
     planning_plots.write(grid, results, plots)
     write_whole(path, text.encode())

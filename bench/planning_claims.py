@@ -279,8 +279,9 @@ def _by_place(results: Results, name: str) -> dict[tuple[str, float, int], simul
     }
 
 
-def cost(seconds: Sequence[Mapping[str, object]], names: Container[str]) -> tuple[float, float, int]:
-    """(wall minutes, CPU minutes, runs counted) of the runs of these files, from the lines of `seconds.jsonl`."""
+def cost(seconds: Sequence[Mapping[str, Any]], names: Container[str]) -> tuple[float, float, int]:
+    """(minutes, CPU minutes, runs counted) of the runs of these files, from the lines of `seconds.jsonl`. Of two runs
+    side by side each took half of its time."""
     mine = [one for one in seconds if one["run"] in names]
-    wall, cpu = (sum(float(str(one[key])) for one in mine) / 60 for key in ("wall_s", "cpu_s"))
-    return wall, cpu, len(mine)
+    wall = sum(float(one["wall_s"]) / int(one.get("abreast", 1)) for one in mine) / 60
+    return wall, sum(float(one["cpu_s"]) for one in mine) / 60, len(mine)

@@ -24,7 +24,8 @@ TUNING_SEED = 100
 BATCH = 8
 """Of methods with one batch; where a method moves it, what it begins with."""
 FULL_ROUNDS = 8
-"""Of a final run of `full`: each takes ten times another's, and by then all others have long arrived."""
+"""Of a final run of `full`: each takes three to six times another's to compute, and by then all others have long
+arrived."""
 MAX_SHARE, STRONG_SKEW = 0.12, 0.3
 """Of a round's mean, below that Dirichlet parameter, where batches differ: by samples alone the fleet learns
 the data of its fast devices. Chosen on validation rows."""

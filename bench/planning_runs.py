@@ -61,7 +61,8 @@ class Runners:
     """
 
     def __init__(self, count: int) -> None:
-        self._count = max(1, count)
+        self.count = max(1, count)
+        """Runs at a time."""
         self._here = Session(0) if count == 0 else None
         self._pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_open) if count else None
 
@@ -79,7 +80,7 @@ class Runners:
         """The runs as they finish; none is begun after `until` (`time.monotonic`)."""
         runs, under_way = iter(runs), set[Future[Carried]]()
         while True:
-            while len(under_way) < self._count and time.monotonic() <= until and (run := next(runs, None)) is not None:
+            while len(under_way) < self.count and time.monotonic() <= until and (run := next(runs, None)) is not None:
                 folder = data_of(run)
                 if self._pool is None:
                     assert self._here is not None

@@ -25,13 +25,16 @@ of `legend` over a layer's holders comes near that of `fsr` there.
 computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as
 there. The study of short rounds below has the other regime.
 
-**The clock's devices.** Seconds of a step come from the real agent under CPU quotas of 0.1 to 0.4
+**The clock's devices.** Seconds of a step come from the real agent under CPU quotas of 0.1 to 1
 (`bench/record_steps.py`): a TX2, at 0.05, is extrapolated, heat, bandwidth and noise are assumed, and no CUDA
 device was there to record. The kind `gpu` is a machine of 16 cores and reports no GPU. Memory is summed of the same
 parts as in the planners' model, with constants of its own: what is said of it here proves nothing.
 
-`full` ends after {FULL_ROUNDS} rounds: each takes ten times another's, and by then the others have long arrived or
-given up.
+`full` ends after {FULL_ROUNDS} rounds: each takes three to six times another's to compute, and by then the others
+have long arrived or given up.
+
+Studies but `short` and `one-batch` were made before AdamW took one pass on a CPU (2026-11-30): their runs have other
+last bits than those of the grid beside them, and differ from these as seeds do.
 """
 
 NOTES = {
@@ -49,8 +52,8 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
 
 - `fedpipe` under strong skew: shares by samples, by steps and capped (2026-11-29); a choice of modules after 8, 20
   and 50 steps, where 20 are as good as 50 (2026-11-30); all modules instead of those with 80 % of the score, which
-  is faster there and no longer the paper's method (a study below); ranks to 16, longer work for fast devices and
-  shorter rounds (2026-11-29), all slower.
+  is no slower and no longer the paper's method (a study below); ranks to 16 and longer work for fast devices
+  (2026-11-29), both slower.
 - `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two; more
   rounds were not tried (2026-11-30).
 - Traffic of `legend`: every device fetches the whole global adapter, since its forward pass needs the blocks that

@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from coordinator.web.views import JobView
+from coordinator.web.views import DeviceView, JobView
 from muster.cli import device_tables, following, tables
 from muster.cli.options import Place
 from muster.cli.options import as_json as _json
@@ -131,11 +131,7 @@ def export(
 def devices(place: Place, device: str, *, as_json: bool) -> None:
     """Print the devices, or one in full."""
     with place.client() as client:
-        found = client.devices()
-    if device:
-        found = [known for known in found if known.device == device]
-        if not found:
-            raise UserError(f"no device {device!r} has reported yet; `muster devices` shows all that have")
+        found = known(client.devices(), device)
     if as_json:
         print(_json(found))
     elif device:
@@ -144,6 +140,13 @@ def devices(place: Place, device: str, *, as_json: bool) -> None:
         _console().print(device_tables.devices(found))
     else:
         print("no device has reported yet")
+
+
+def known(found: list[DeviceView], device: str) -> list[DeviceView]:
+    """`device` alone of those found, or, "", all. Raises `UserError` where it is not among them."""
+    if device and device not in {one.device for one in found}:
+        raise UserError(f"no device {device!r} has reported yet; `muster devices` shows all that have")
+    return [one for one in found if device in ("", one.device)]
 
 
 def forget(place: Place, device: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import time
 from pathlib import Path
@@ -9,9 +11,10 @@ from typing import BinaryIO
 
 from coordinator.core.planning.reasons import plural
 from coordinator.web.views import JobView
+from muster.cli import jobs
 from muster.cli.options import Place
-from muster.client import ENDED, Client, Unreachable
-from muster.testbed.replay import Reading, Recorder, lines
+from muster.client import ENDED, Client
+from muster.testbed.replay import Recorder, lines
 from shared.errors import UserError
 
 LOOK_EVERY_S = 1.0
@@ -21,6 +24,8 @@ def record(place: Place, file: Path, device: str, for_s: float) -> None:
     """Append what the devices, or `device` alone, tell to the new `file`, until interrupted or for `for_s` seconds (0:
     without end). A coordinator that goes away is waited for."""
     with place.client() as client:
+        if device:
+            jobs.known(client.devices(), device)
         recording = _Recording(client, device)
     began = time.monotonic()
     with _opened(file) as stream:
@@ -66,30 +71,37 @@ class _Recording:
         try:
             # Found anew each time: one that was restarted may have another port.
             with place.client() as client:
-                loads, links = self._recorder.note(client.devices(), at), self._downloads(client, at)
-        except Unreachable as error:
+                devices, jobs = client.devices(), self._news(client)
+        except UserError as error:  # whatever it is, a recording of hours is worth more than the reason
             if not self._silent:
                 print(f"{error}; waiting for it", file=sys.stderr)
             self._silent = True
             return
         self._silent = False
+        # Only now, with all of the answers there: what the recorder has seen it does not tell again.
+        loads = self._recorder.note(devices, at)
+        links = [one for _, job in jobs for one in self._recorder.links(job, at)]
+        self._jobs |= {line.id: line for line, _ in jobs}
         loads, links = ([one for one in found if self._device in ("", one.device)] for found in (loads, links))
-        stream.write(lines(loads + links))  # at once, so that nothing leaves half a line
+        _append(stream, lines(loads + links))
         self._loads, self._links = self._loads + len(loads), self._links + len(links)
         self.devices |= {one.device for one in loads}
 
-    def _downloads(self, client: Client, at: float) -> list[Reading]:
-        """Of the jobs whose line in the list has changed, as it does with each round."""
-        found: list[Reading] = []
-        for job in client.jobs():
-            if self._is_news(job):
-                found += self._recorder.links(client.job(job.id), at)
-                self._jobs[job.id] = job
-        return found
+    def _news(self, client: Client) -> list[tuple[JobView, JobView]]:
+        """The jobs whose line in the list has changed, as it does with each round: the line, and the whole."""
+        return [(line, client.job(line.id)) for line in client.jobs() if self._is_news(line)]
 
     def _is_news(self, job: JobView) -> bool:
         known = self._jobs.get(job.id)
         return known is None or (known != job and known.state not in ENDED)
+
+
+def _append(stream: BinaryIO, data: bytes) -> None:
+    """All of it or nothing: half a line would spoil the recording. Raises `OSError`."""
+    before = stream.tell()
+    if stream.write(data) < len(data):
+        stream.truncate(before)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _opened(file: Path) -> BinaryIO:

@@ -34,7 +34,7 @@ def optimizer_of(carried: Carried, training: TrainingSpec) -> torch.optim.Optimi
     adapter.
 
     On a CPU in one pass over each tensor: what torch takes there by itself makes a copy of it for each operation, which
-    for a dense model is as long as the gradients. On a GPU torch's own choice does the same.
+    for a dense model takes as long as the gradients.
     """
     bs, inputs = carried.trained_factors()
     groups: list[dict[str, Any]] = [
@@ -68,6 +68,10 @@ def advance(optimizer: torch.optim.Optimizer, carried: Carried, training: Traini
     Raises `OutOfMemory` where some of the tensors have moved already; after any other error they are as they were.
     """
     begin_moments(optimizer)
+    for tensor in carried.parameters():
+        # One pass over two layouts would take each value's gradient from another place, and say nothing.
+        if tensor.grad is not None and tensor.grad.stride() != tensor.stride():
+            tensor.grad = torch.empty_like(tensor).copy_(tensor.grad)
     if training.max_grad_norm:
         torch.nn.utils.clip_grad_norm_(carried.parameters(), training.max_grad_norm)
     for group in optimizer.param_groups:

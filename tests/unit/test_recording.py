@@ -3,6 +3,7 @@ replayed; and what is wrong with the asking."""
 
 from __future__ import annotations
 
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundView
 from muster.cli import main as cli
+from muster.cli.recording import _append
 from muster.testbed.broker import free_port
 from muster.testbed.device_model import Foreign
 from muster.testbed.replay import Reading, read
@@ -132,6 +134,48 @@ def test_it_goes_on_over_a_restart_until_it_is_interrupted(tmp_path: Path) -> No
     read(tmp_path / "fleet.jsonl", ["sim-1"])
 
 
+class BrokenDesk(FleetDesk):
+    """Each second answer about `running` is an error of its own, after loads and the list were told."""
+
+    asked = 0
+
+    def job(self, job: str) -> JobView:
+        self.asked += job == "running"
+        if job == "running" and self.asked % 2 == 0:
+            raise RuntimeError("no answer in time")
+        return super().job(job)
+
+
+def test_what_a_look_that_fails_has_heard_is_told_by_the_next(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("muster.cli.recording.LOOK_EVERY_S", 0.2)
+    file, desk = tmp_path / "fleet.jsonl", BrokenDesk(tmp_path)
+    server = Server(desk, tmp_path)
+    try:
+        assert cli.main([*place(server.url, tmp_path), "devices", "--record", str(file), "--for", "2.0"]) == 0
+    finally:
+        server.stop()
+    assert capsys.readouterr().err.count("; waiting for it") >= 2
+    found = [msgspec.json.decode(line, type=Reading) for line in file.read_bytes().splitlines()]
+    links = [one.bandwidth for one in found if one.bandwidth]
+    assert links == [round(10**6 / (n + 2), 1) for n in range(len(links))], "no round is left out"
+    assert len(links) >= 4
+
+
+def test_a_line_that_finds_no_room_leaves_no_part_of_it(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (tmp_path / "file").open("xb", buffering=0) as stream:
+        _append(stream, b"a line\n")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+        try:
+            with pytest.raises(OSError, match="space"):
+                _append(stream, b"another line\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "file").read_bytes() == b"a line\n"
+
+
 def test_what_is_wrong_with_the_asking_is_one_line_and_leaves_no_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +191,7 @@ def test_what_is_wrong_with_the_asking_is_one_line_and_leaves_no_file(
             ([*here, "devices", "--record", new, "--json"], "it does not go with --record"),
             ([*here, "devices", "edge-02", "--record", new, "--for", "0.1"], "edge-02 told no load within 0 s"),
             ([*nowhere, "devices", "--record", new], "no coordinator answers"),
+            ([*here, "devices", "edge-09", "--record", new], "no device 'edge-09' has reported yet"),
         ]:
             assert cli.main(arguments) == 2, arguments
             said = capsys.readouterr()

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join(m.name for m in methods())}")
     chosen = [one for one in everyone if grid.whole or options.only or one.beside == options.beside]
     if options.list:
-        return _list(grid, chosen)
+        return _list(grid, chosen, _finals(grid, chosen, options))
     complete = True
     if not options.render:
         if not os.environ.get("MUSTER_DATA"):
@@ -70,12 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 complete = _run_all(study_runs(_standard_rates(), options.studies), until, runners)
             else:
                 complete = _run_all(tuning_runs(grid, chosen), until, runners)
-                finals = final_runs(grid, chosen, rates(grid, chosen))
-                finals = (run for run in finals if run.task in options.tasks)
-                finals = (run for run in finals if not options.alphas or run.alpha in options.alphas)
-                complete = complete and (options.tune or _run_all(finals, until, runners))
+                finals = [] if options.tune else _finals(grid, chosen, options)
+                complete = complete and _run_all(finals, until, runners)
     _render(options.profile, grid, everyone)
     return 0 if complete else 1
+
+
+def _finals(grid: Grid, chosen: Sequence[Method], options: argparse.Namespace) -> list[Run]:
+    """The final runs that were asked for, as far as rates are there."""
+    found = final_runs(grid, chosen, rates(grid, chosen))
+    return [run for run in found if run.task in options.tasks and run.alpha in (options.alphas or [run.alpha])]
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -184,10 +188,10 @@ def _run_all(runs: Iterable[Run], until: float, runners: Runners) -> bool:
     return done == len(missing)
 
 
-def _list(grid: Grid, chosen: Sequence[Method]) -> int:
+def _list(grid: Grid, chosen: Sequence[Method], finals: Sequence[Run]) -> int:
     found = rates(grid, chosen)
     missing = 0
-    for run in [*tuning_runs(grid, chosen), *final_runs(grid, chosen, found)]:
+    for run in [*tuning_runs(grid, chosen), *finals]:
         there = result_of(run) is not None
         missing += not there
         print("done   " if there else "missing", run.name)

@@ -74,6 +74,18 @@ def test_a_step_takes_no_memory_of_its_own() -> None:
         advance(optimizer, carried, TRAINING, 0.1)
 
 
+def test_gradients_of_another_layout_are_taken_by_their_places() -> None:
+    values = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
+    found = []
+    for grad in (values.clone(), values.t().contiguous().t()):
+        tensor = nn.Parameter(torch.ones(3, 4))
+        tensor.grad = grad
+        carried = Carried(factors={}, trained={}, scaling=1.0, dense={"layer": tensor})
+        advance(optimizer_of(carried, TRAINING), carried, TRAINING, 0.1)
+        found.append(tensor.detach().clone())
+    assert torch.equal(found[0], found[1]) and len(found[0].unique()) > 1
+
+
 def test_a_step_that_breaks_off_is_not_taken_for_one_that_can_be_done_again() -> None:
     carried = with_gradients(trained())
     optimizer = optimizer_of(carried, TRAINING)

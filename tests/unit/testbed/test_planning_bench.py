@@ -114,6 +114,27 @@ def test_a_finished_run_is_not_repeated(
     assert "run " not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("asked", "tasks"),
+    [("20news", {"validation/dbpedia14", "test/20news"}), ("e2e", {"validation/e2e", "test/e2e"})],
+)
+def test_tasks_alone_get_the_rates_that_they_need(
+    asked: str, tasks: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert planning.main(["--list", "--tasks", asked]) == 0
+    listed = [line.split()[1].split("/") for line in capsys.readouterr().out.splitlines()[:-1]]
+    assert {f"{split}/{task}" for split, task, *_ in listed} == tasks
+    assert {name for split, _, name, _ in listed if split == "test"} == {"fedpipe", "legend", "hetlora", "flora"}
+
+
+def test_a_method_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="no fedpip; there are .*fedpipe"):
+        planning.main(["--list", "--only", "fedpip"])
+    with pytest.raises(SystemExit):
+        planning.main(["--list", "--tasks", "20new"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
 def test_a_plot_has_all_methods_and_the_same_runs_draw_the_same_bytes(tmp_path: Path) -> None:
     rates = {("uniform", "dbpedia14"): 3e-3, ("head", "dbpedia14"): 1e-2}
     results = [(run, _result(run, 0.8)) for run in final_runs(GRID, [HEAD, UNIFORM], rates)]

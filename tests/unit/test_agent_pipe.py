@@ -37,6 +37,8 @@ class Rig:
     """A trainer of an agent that says what it is told."""
 
     def __init__(self) -> None:
+        # Other tests may have left some in this process.
+        self.others, self.threads = set(psutil.Process().children()), set(threading.enumerate())
         self.spoken: queue.SimpleQueue[AgentSpoke] = queue.SimpleQueue()
         self.trainer = SubprocessTrainer([sys.executable, "-c", ECHO], self.spoken.put, lambda: 0)
 
@@ -57,8 +59,14 @@ class Rig:
                 return said
 
     def process(self) -> psutil.Process:
-        (child,) = (p for p in psutil.Process().children() if p.status() != psutil.STATUS_ZOMBIE)
+        (child,) = (p for p in self.children() if p.status() != psutil.STATUS_ZOMBIE)
         return child
+
+    def children(self) -> set[psutil.Process]:
+        return set(psutil.Process().children()) - self.others
+
+    def writers(self) -> int:
+        return sum(thread.name == "agent-writer" for thread in set(threading.enumerate()) - self.threads)
 
     def stop(self) -> None:
         self.process().send_signal(signal.SIGSTOP)
@@ -77,7 +85,7 @@ class Rig:
 def rig() -> Iterator[Rig]:
     made = Rig()
     yield made
-    for child in psutil.Process().children():
+    for child in made.children():
         child.kill()
         child.wait(WITHIN_S)
 
@@ -87,10 +95,6 @@ def eventually(met: Callable[[], bool]) -> bool:
     while not met() and time.monotonic() < until:
         time.sleep(0.01)
     return met()
-
-
-def writers() -> int:
-    return sum(thread.name == "agent-writer" for thread in threading.enumerate())
 
 
 def descriptors() -> int:
@@ -105,7 +109,7 @@ def test_an_agent_that_stopped_reading_holds_up_nobody(rig: Rig) -> None:
     assert psutil.Process().memory_info().rss - before < 1.25 * KEPT_STEP_BYTES
     rig.trainer.kill("it hangs", hung=True)
     assert rig.end() == AgentEnded("it hangs", out_of_memory=False)
-    assert eventually(lambda: writers() == 0)
+    assert eventually(lambda: rig.writers() == 0)
     rig.start()
     rig.trainer.kill("the test ends")
     rig.end()
@@ -138,7 +142,7 @@ def test_an_agent_that_misses_too_many_orders_is_ended(rig: Rig) -> None:
     fills_the_pipe = [protocol.Pause(reason="x" * 8192)] * 16
     rig.tell([*fills_the_pipe, *[protocol.Resume()] * (KEPT_ORDERS + 1)])
     assert rig.end() == AgentEnded("it reads nothing that it is told", out_of_memory=False)
-    assert eventually(lambda: writers() == 0)
+    assert eventually(lambda: rig.writers() == 0)
 
 
 def test_what_is_told_to_an_agent_that_is_gone_is_lost_and_its_end_heard(rig: Rig) -> None:
@@ -146,7 +150,7 @@ def test_what_is_told_to_an_agent_that_is_gone_is_lost_and_its_end_heard(rig: Ri
     rig.process().kill()
     rig.tell([protocol.StepIn(packet=PACKET)] * 8)
     assert rig.end() == AgentEnded("killed by signal 9", out_of_memory=False)
-    assert eventually(lambda: writers() == 0)
+    assert eventually(lambda: rig.writers() == 0)
     rig.tell([protocol.Resume()])
 
 
@@ -160,7 +164,7 @@ def test_restarts_leave_no_thread_and_no_descriptor(rig: Rig) -> None:
         rig.end()
 
     restart(full=False)
-    assert eventually(lambda: writers() == 0)
+    assert eventually(lambda: rig.writers() == 0)
     threads, before = threading.active_count(), descriptors()
     for turn in range(12):
         restart(full=bool(turn % 3))

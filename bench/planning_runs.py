@@ -64,7 +64,13 @@ class Runners:
         self.count = max(1, count)
         """Runs at a time."""
         self._here = Session(0) if count == 0 else None
-        self._pool = ProcessPoolExecutor(count, get_context("spawn"), initializer=_open) if count else None
+        self._scratch = tempfile.TemporaryDirectory(prefix="muster-planning-")
+        """Of all processes: what one that is broken off leaves goes with it."""
+        self._pool = (
+            ProcessPoolExecutor(count, get_context("spawn"), initializer=_open, initargs=(self._scratch.name,))
+            if count
+            else None
+        )
 
     def __enter__(self) -> Runners:
         return self
@@ -75,6 +81,7 @@ class Runners:
             for process in active_children() if kind is not None else ():
                 process.terminate()
             self._pool.shutdown(wait=True, cancel_futures=True)
+        self._scratch.cleanup()
 
     def each(self, runs: Iterable[Run], until: float) -> Iterator[Carried]:
         """The runs as they finish; none is begun after `until` (`time.monotonic`)."""
@@ -96,9 +103,10 @@ class Runners:
 _session: Session | None = None
 
 
-def _open() -> None:
+def _open(scratch: str) -> None:
     """Begin a process; Ctrl-C is for the one that started it, and its end is this one's end, however it comes."""
     global _session  # noqa: PLW0603 - a process of the pool has one
+    tempfile.tempdir = scratch
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _session = Session(0)

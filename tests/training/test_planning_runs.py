@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,16 +26,15 @@ def test_runs_side_by_side_are_those_of_one_process(muster_data: Path, monkeypat
     assert found == wanted and all(len(result.rounds) == 1 for result in found.values())
 
 
-def test_who_is_interrupted_waits_for_no_run(muster_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MUSTER_DATA", str(muster_data))
-    run = Run(Method("full"), "dbpedia14", 1.0, 0, 0.001, "test", 8)
+def test_who_is_interrupted_waits_for_no_run_and_leaves_no_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt), Runners(1) as runners:
-        runners._pool.submit(time.sleep, 1e-3).result()  # type: ignore[union-attr]  # there is one
-        runners._pool.submit(_forever, run)  # type: ignore[union-attr]  # there is one
+        assert runners._pool is not None
+        assert Path(runners._pool.submit(tempfile.mkdtemp).result()).is_relative_to(tmp_path)
+        runners._pool.submit(time.sleep, 1000.0)
         raise KeyboardInterrupt
     assert time.monotonic() - began < 60.0
-
-
-def _forever(_: Run) -> None:
-    time.sleep(1000.0)
+    assert list(tmp_path.iterdir()) == []

@@ -33,8 +33,8 @@ parts as in the planners' model, with constants of its own: what is said of it h
 `full` ends after {FULL_ROUNDS} rounds: each takes three to six times another's to compute, and by then the others
 have long arrived or given up.
 
-Studies but `short` and `one-batch` were made before AdamW took one pass on a CPU (2026-11-30): their runs have other
-last bits than those of the grid beside them, and differ from these as seeds do.
+The studies `padding`, `params` and `fresh` were made before AdamW took one pass on a CPU (2026-11-30): their runs have
+other last bits than those of the grid, and differ from these as seeds do.
 """
 
 NOTES = {

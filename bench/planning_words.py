@@ -52,8 +52,8 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
 
 - `fedpipe` under strong skew: shares by samples, by steps and capped (2026-11-29); a choice of modules after 8, 20
   and 50 steps, where 20 are as good as 50 (2026-11-30); all modules instead of those with 80 % of the score, which
-  is no slower and no longer the paper's method (a study below); ranks to 16 and longer work for fast devices
-  (2026-11-29), both slower.
+  takes a tenth less time there and is no longer the paper's method (a study below); ranks to 16 and longer work for
+  fast devices (2026-11-29), both slower.
 - `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two; more
   rounds were not tried (2026-11-30).
 - Traffic of `legend`: every device fetches the whole global adapter, since its forward pass needs the blocks that

@@ -226,7 +226,7 @@ def _render(profile: str, grid: Grid, chosen: Sequence[Method]) -> None:
 
 def _others() -> list[dict[str, Any]]:
     """What other benchmarks have measured."""
-    return list(msgspec.json.decode(OTHERS.read_bytes(), type=list[dict[str, Any]]))
+    return msgspec.json.decode(OTHERS.read_bytes(), type=list[dict[str, Any]])
 
 
 def _those_there(runs: Iterable[Run]) -> list[tuple[Run, simulated.Result]]:

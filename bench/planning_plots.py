@@ -24,7 +24,6 @@ def write(grid: Grid, results: Results, folder: Path) -> None:
     for task, alpha, _ in grid.cells:
         here = [(run, result) for run, result in results if (run.task, run.alpha) == (task, alpha) and result.rounds]
         if here:
-            folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / plot_name(task, alpha), draw(here, TASKS[task].target))
 
 

@@ -17,7 +17,7 @@ from edge_daemon.core import agents, outbox, policy, presence, releasing
 from edge_daemon.core import commands as cmd
 from edge_daemon.core import events as ev
 from edge_daemon.core.presence import Result
-from edge_daemon.core.state import Agent, Capability, Finished, Journal, Phase, State, finished, identity_of, offered
+from edge_daemon.core.state import Agent, Capability, Finished, Journal, State, finished, identity_of, offered
 from edge_daemon.core.transitions import TABLE
 from edge_daemon.settings import EdgeSettings
 from shared.machines import check
@@ -72,10 +72,7 @@ def _advance_work(state: State) -> Result:
         commands += more
         work = state.work
     if work is None:
-        rests: Phase = "offering" if state.journal.outbox else "idle"
-        if state.phase != rests or state.paused:
-            state = replace(state, phase=rests, paused="")
-        return state, commands
+        return replace(state, phase="offering" if state.journal.outbox else "idle", paused=""), commands
     if state.adapter_there and state.agent.status == "ready":
         state, more = agents.train(state, work)
         return state, commands + more

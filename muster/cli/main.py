@@ -144,14 +144,14 @@ def devices(
     for_s: Annotated[float, typer.Option("--for", min=0.0, help="With --record: seconds; 0: until Ctrl-C.")] = 0.0,
 ) -> None:
     """List the devices with their load, as the coordinator sees them now; show one in full; or record them."""
-    if record is not None and not json:
+    if json and record is not None:
+        raise UserError("--json prints the devices as they are now: it does not go with --record")
+    if for_s and record is None:
+        raise UserError("--for says how long to record: it goes with --record")
+    if record is not None:
         from muster.cli import recording
 
         recording.record(where(context), record, device, for_s)
-    elif json and record is not None:
-        raise UserError("--json prints the devices as they are now: it does not go with --record")
-    elif for_s:
-        raise UserError("--for says how long to record: it goes with --record")
     else:
         from muster.cli import jobs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import sys
 import time
@@ -28,12 +29,13 @@ def record(place: Place, file: Path, device: str, for_s: float) -> None:
             jobs.known(client.devices(), device)
         recording = _Recording(client, device)
     began = time.monotonic()
+    until = began + for_s if for_s else math.inf
     with _opened(file) as stream:
         print(f"recording to {file}{f' for {for_s:g} s' if for_s else ''}; Ctrl-C ends it", file=sys.stderr)
         try:
-            while (at := time.monotonic() - began) < for_s or not for_s:
-                recording.look(place, stream, at)
-                time.sleep(max(0.0, min(LOOK_EVERY_S, began + for_s - time.monotonic())) if for_s else LOOK_EVERY_S)
+            while (now := time.monotonic()) < until:
+                recording.look(place, stream, now - began)
+                time.sleep(max(0.0, min(LOOK_EVERY_S, until - time.monotonic())))
         except KeyboardInterrupt:
             pass  # its ordinary end
         except OSError as error:

@@ -2,7 +2,7 @@
 against what planners predict. `not run` where there is none.
 
 `python bench/on_cuda.py [--device cpu]`: with `--device cpu` the same code runs without CUDA, as a rehearsal whose
-figures are marked so; memory is then counted by tensors, for there is no allocator to ask.
+figures are marked so.
 """
 
 from __future__ import annotations
@@ -15,35 +15,22 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from agent_step import BATCH, RANK, TOKENS, adapter, rows, run_agent, task
-from step_memory import Measure, allocated, apart, counted, predicted
+from predicted_memory import APART, BITS, WHAT, off, without_cuda
+from step_memory import allocated
 
-from edge_daemon.training.loop import Loop
 from muster.testbed.models import minilm_folder
-from shared.jobs import BaseSpec, Bits, JobSpec, TaskSpec
+from shared.jobs import Bits
 from shared.modeling import base_model
-from shared.modeling.data import TokenData, tokenize
+from shared.modeling.data import tokenize
 
 STEPS = 20
 DOCTOR = "`muster-edge doctor --cuda`: steps that pass, from the driver to a 4-bit product"
 ROUND = f"a round of {STEPS} steps at 4 bits (NF4) on CUDA, seconds per step"
-MEMORY_BITS: tuple[Bits, ...] = (16, 8, 4)
-MEMORY = (
-    "training step at {bits} bits on CUDA: predicted memory off `torch.cuda.max_memory_allocated`, in all or its "
-    "activations, the worse"
-)
-APART = "<= 10"
-
-
-class Size(NamedTuple):
-    """Of a batch: so large that what CUDA's libraries take for themselves counts little."""
-
-    batch: int = 32
-    tokens: int = 128
+ALLOCATOR = "`torch.cuda.max_memory_allocated`"
 
 
 def doctor(device: str) -> dict[str, Any]:
@@ -70,41 +57,21 @@ def four_bits(device: str) -> dict[str, Any]:
     return {"value": seconds / STEPS, "unit": "s", "met": None, "note": note}
 
 
-def memory(device: str, bits: Bits, measure: Measure | None = None, size: Size | None = None) -> dict[str, Any]:
-    """How far the prediction is from what `measure` finds (None: by what there is) of the agent's own loop, in per
-    cent."""
-    size, measure = size or Size(), measure or (counted if device == "cpu" else allocated)
-    job = JobSpec(name="bench", base=BaseSpec(model="minilm"), task=_full_length(size.tokens))
-    base = base_model.load(minilm_folder(), job.task, bits, device)
-    given, data = adapter(base, 0), _filled(size)
-
-    def steps(count: int) -> Loop:
-        return run_agent(base, data, given, count, batch=size.batch)[0]
-
-    with tempfile.TemporaryDirectory() as scratch:
-        expected = predicted(minilm_folder(), job, RANK, size.batch, bits, Path(scratch))
-    value, told = apart(expected, measure(base, steps))
-    note = f"{told}; MiniLM, {size.batch} x {size.tokens} tokens, rank {RANK} on every linear layer"
-    return {"value": round(value, 2), "unit": "%", "met": value <= float(APART.split()[1]), "note": note}
-
-
-def _full_length(tokens: int) -> TaskSpec:
-    return TaskSpec(kind="classification", dataset="bench", labels=task().labels, max_tokens=tokens)
-
-
-def _filled(size: Size) -> TokenData:
-    """Two batches without padding."""
-    count = 2 * size.batch
-    return TokenData(
-        kind="classification", ids=np.full(count * size.tokens, 5, dtype=np.int32),
-        starts=np.arange(count + 1, dtype=np.int64) * size.tokens, targets=np.zeros(count, dtype=np.int64), pad_id=0,
-    )  # fmt: skip
+def memory(device: str, bits: Bits) -> dict[str, Any]:
+    """What planners predict for a GPU, against its allocator; without one against a CPU that keeps what a GPU does."""
+    return off(bits, allocated, device=device, gpu=True) if device == "cuda" else without_cuda(bits, gpu=True)
 
 
 def figures() -> list[tuple[str, str, str, Callable[[str], dict[str, Any]]]]:
     """(name, words, target, what measures it on a device) of each."""
     memories = [
-        (f"cuda.memory_{bits}", MEMORY.format(bits=bits), APART, partial(memory, bits=bits)) for bits in MEMORY_BITS
+        (
+            f"cuda.memory_{bits}",
+            WHAT.format(bits=bits, where="on CUDA", allocator=ALLOCATOR),
+            APART,
+            partial(memory, bits=bits),
+        )
+        for bits in BITS
     ]
     return [("cuda.doctor", DOCTOR, "", doctor), ("cuda.round_4_bits", ROUND, "", four_bits), *memories]
 

@@ -1,18 +1,17 @@
-"""Memory of training steps by tensors: what planners predict of it, what CUDA's allocator tells, and what is counted.
-
-Counted is where no allocator tells: the storages of the model's tensors and of AdamW's moments, and what autograd saves
-for backward in one step.
-"""
+"""Memory of training steps: what planners predict of it, and what the allocators of CUDA and of the CPU tell."""
 
 from __future__ import annotations
 
 import gc
 import io
+import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from coordinator.core.planning.demand import BYTES_TRAINED, demand
 from coordinator.workers.model_worker import ModelWorker
@@ -20,10 +19,11 @@ from coordinator.workers.protocol import Prepare, Prepared
 from edge_daemon.training.loop import Loop
 from shared.frames import FrameWriter
 from shared.jobs import Bits, JobSpec
-from shared.modeling.activations import saved_bytes
 from shared.modeling.base_model import Base
 
 _MIB = 2**20
+BYTES_GRADIENT = 4
+"""Of `BYTES_TRAINED`, what is there in backward alone."""
 
 
 class Predicted(NamedTuple):
@@ -46,14 +46,14 @@ Steps = Callable[[int], Loop]
 Measure = Callable[[Base, Steps], Met]
 
 
-def predicted(folder: Path, job: JobSpec, rank: int, batch: int, bits: Bits, scratch: Path) -> Predicted:
+def predicted(folder: Path, job: JobSpec, rank: int, batch: int, bits: Bits, scratch: Path, *, gpu: bool) -> Predicted:
     """As a planner has it that knows what the coordinator's worker tells of the model, `rank` on every linear layer."""
     order = Prepare(job=job, base_path=str(folder), adapter_path=str(scratch / "first-adapter"))
     answer = ModelWorker(FrameWriter(io.BytesIO())).answer(order)
     if not isinstance(answer, Prepared):
         raise ValueError(f"{folder}: {answer}")
     need = demand(answer.facts, job, {module.name: rank for module in answer.facts.modules})
-    activations = need.micro(batch) * need.activation_bytes(bits)
+    activations = need.micro(batch) * need.activation_bytes(bits, gpu=gpu)
     return Predicted(need.weight_bytes(bits), BYTES_TRAINED * need.adapter_params, activations)
 
 
@@ -69,23 +69,30 @@ def allocated(base: Base, steps: Steps) -> Met:  # noqa: ARG001 - `counted` need
     return met
 
 
-def counted(base: Base, steps: Steps) -> Met:
-    """What the tensors of one step take, wherever they are."""
-    made: list[Loop] = []
-    saved = saved_bytes(
-        [tensor for tensor in tensors_of(base.model) if tensor is not None], lambda: made.append(steps(1))
-    )
-    moments = 2 * sum(tensor.nbytes for tensor in made[0].carried.parameters())
-    rest = held(tensors_of(base.model)) + moments
-    return Met(rest=rest, peak=rest + saved)
+def allocated_here(base: Base, steps: Steps) -> Met:
+    """The same of a CPU's allocator, by its profiler, which tells each block that is handed out or given back."""
+    whole = held(tensors_of(base.model))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        torch.empty(1)  # the first event: what was handed out before is there, too
+        loop = steps(2)  # the second has moments
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(path))
+        events = [one for one in json.loads(path.read_bytes())["traceEvents"] if one["name"] == "[memory]"]
+    # Not the sum of their "Bytes", which are of mapped files, too.
+    handed_out = [one["args"]["Total Allocated"] for one in sorted(events, key=lambda one: one["ts"])]
+    del loop  # as above
+    whole -= handed_out[0]
+    return Met(rest=whole + handed_out[-1], peak=whole + max(handed_out))
 
 
 def apart(expected: Predicted, met: Met) -> tuple[float, str]:
     """(by how many per cent prediction and measurement differ, the worse of two comparisons; both in words).
 
-    One compares all memory, the other what comes and goes within a step, which are the activations.
+    One compares all memory, the other what comes and goes within a step: activations and gradients.
     """
-    pairs = {"in all": (sum(expected), met.peak), "activations": (expected.activations, met.peak - met.rest)}
+    moving = expected.activations + expected.trained * BYTES_GRADIENT / BYTES_TRAINED
+    pairs = {"in all": (sum(expected), met.peak), "activations and gradients": (moving, met.peak - met.rest)}
     off = {name: 100 * (mine / found - 1) for name, (mine, found) in pairs.items()}
     told = ", ".join(
         f"{name} {mine / _MIB:.1f} MiB predicted, {found / _MIB:.1f} met ({off[name]:+.1f} %)"

@@ -48,6 +48,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of the largest linear layer where `modules` are no such layers; 0: they are."""
     activations: dict[str, ActivationFacts] = {}
     """As counted on the architecture, for computing in fp32 ("32") and bf16 ("16"); {}: not counted."""
+    activations_gpu: dict[str, ActivationFacts] = {}
+    """The same on a GPU, which keeps less; {}: as `activations`."""
     config: str = ""
     """`config.json` of a folder with the whole model; empty where the base is not tuned itself."""
     features: list[int] = []

@@ -44,13 +44,14 @@ PRECISIONS: tuple[Bits, ...] = (32, 16)
 
 @dataclass
 class _Held:
-    """What stays loaded: one base, its digest, its tokenised data, and what was counted of its activations."""
+    """What stays loaded: one base, its digest, its tokenised data, and what was counted of its activations (by whether
+    on a GPU)."""
 
     key: tuple[object, ...] = ()
     base: Any = None
     digest: str = ""
     store: Any = None
-    counted: dict[str, ActivationFacts] = field(default_factory=dict)
+    counted: dict[bool, dict[str, ActivationFacts]] = field(default_factory=dict)
 
 
 @dataclass
@@ -102,7 +103,7 @@ class ModelWorker:
         write_whole(Path(request.adapter_path), adapter.write(first))
         config = base.model.config
         if not self._held.counted:
-            self._held.counted = self._counted(base, job)
+            self._held.counted = {gpu: self._counted(base, job, gpu=gpu) for gpu in (False, True)}
         return ModelFacts(
             modules=modules,
             largest=max(one.out * one.inp for one in base.linears.values()) if start == "bottleneck" else 0,
@@ -112,7 +113,8 @@ class ModelWorker:
             linear_params=covered,
             other_params=others,
             blocks=1 + max(linear.block for linear in base.linears.values()),
-            activations=dict(self._held.counted),
+            activations=dict(self._held.counted[False]),
+            activations_gpu=dict(self._held.counted[True]),
             groups=_groups(base, heads=job.strategy.prune_heads) if job.strategy.name in PRUNING else [],
             config=stored_form.whole_config(base, job.task) if start in ("dense", "sides") else "",
             features=[math.prod(config.shape_after(block + 1)) for block in range(len(config.channels))]
@@ -123,13 +125,13 @@ class ModelWorker:
             intermediate=int(getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 0),
         )
 
-    def _counted(self, base: Any, job: JobSpec) -> dict[str, ActivationFacts]:
+    def _counted(self, base: Any, job: JobSpec, *, gpu: bool) -> dict[str, ActivationFacts]:
         from shared.modeling import activations
 
         counted = {}
         for bits in PRECISIONS:
             self.beat("counting activations")
-            found = activations.count(base.folder, job.task, bits)
+            found = activations.count(base.folder, job.task, bits, gpu=gpu)
             counted[str(bits)] = ActivationFacts(fixed=found.fixed, block=found.block)
         return counted
 

@@ -3,16 +3,22 @@
 One and two blocks of the model are laid out in memory that was never written (no weights are read, pages that are not
 touched take none) and run forward on a few samples of full length; what autograd saves for backward is counted, each
 storage once. Adapters of other ranks, and modules without one, change it by a few per cent.
+
+A GPU keeps less: its attention is fused with dropout too, so that no scores are kept, and of a dropout it keeps a byte
+per number, where a CPU keeps a factor of the numbers' own precision. Both are counted without one: `as_on_gpu`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from shared.adapter import Adapter
 from shared.jobs import Bits, TaskSpec
@@ -33,11 +39,21 @@ class Activations(NamedTuple):
     block: float
 
 
-def count(folder: Path, task: TaskSpec, bits: Bits) -> Activations:
+def count(folder: Path, task: TaskSpec, bits: Bits, *, gpu: bool = False) -> Activations:
     """Of the model in `folder` with LoRA on every linear layer. Raises `ModelFault` for an unknown architecture.
 
-    Below 32 bits all precisions of the base give the same: they compute in bf16.
+    Below 32 bits all precisions of the base give the same: they compute in bf16. `gpu`: as it would be on one.
     """
+    with as_on_gpu() if gpu else nullcontext():
+        return _counted(folder, task, bits)
+
+
+def as_on_gpu() -> AbstractContextManager[object]:
+    """A context in which a CPU keeps of attention and dropout what a GPU does; attention is without dropout there."""
+    return _AsOnGpu()
+
+
+def _counted(folder: Path, task: TaskSpec, bits: Bits) -> Activations:
     if task.kind == "image":
         whole = outline(folder, task, 32, 0)
         whole.model.requires_grad_(True).train()
@@ -93,3 +109,28 @@ def _batch(base: Base, samples: int) -> Batch:
     else:
         targets = torch.where(mask.bool(), 0, IGNORED)
     return Batch(ids=torch.zeros(shape, dtype=torch.long), mask=mask, targets=targets, weight=samples)
+
+
+class _AsOnGpu(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:  # fmt: skip
+        return _ON_GPU.get(func, func)(*args, **(kwargs or {}))
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:  # noqa: ARG001 - torch's parameters
+    return torch.native_dropout(input, p, training)[0] if training and p else input
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,  # noqa: ARG001 - with dropout a CPU has no fused attention
+    is_causal: bool = False, **options: Any,
+) -> torch.Tensor:  # fmt: skip
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask, 0.0, is_causal, **options)
+
+
+_ON_GPU: Mapping[Callable[..., Any], Callable[..., Any]] = {
+    functional.dropout: _dropout, functional.scaled_dot_product_attention: _attention,
+}  # fmt: skip

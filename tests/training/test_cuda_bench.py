@@ -26,24 +26,39 @@ def on_cuda(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("bench.on_cuda")
 
 
+@pytest.fixture
+def predicted_memory(on_cuda: ModuleType) -> ModuleType:  # noqa: ARG001 - its path
+    return importlib.import_module("predicted_memory")
+
+
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_the_prediction_is_near_what_a_step_of_the_agents_loop_takes(on_cuda: ModuleType, bits: Bits) -> None:
-    found = on_cuda.memory("cpu", bits, on_cuda.counted, on_cuda.Size(8, 48))
+def test_the_prediction_is_near_what_a_step_of_the_agents_loop_takes(
+    predicted_memory: ModuleType, bits: Bits, gpu: bool
+) -> None:
+    """Of the allocator: what backward takes for a moment beside the activations included."""
+    found = predicted_memory.without_cuda(bits, predicted_memory.Size(8, 96), gpu=gpu)
     assert found["met"] is True, found
     assert 0 <= found["value"] <= 10
-    assert "8 x 48 tokens" in found["note"]
+    assert "8 x 96 tokens" in found["note"]
 
 
-def test_memory_that_nobody_predicted_is_told(on_cuda: ModuleType) -> None:
-    """An allocator that needs a fifth more at the worst moment than the tensors."""
+def test_a_gpus_memory_is_not_predicted_by_a_cpus(predicted_memory: ModuleType) -> None:
+    found = predicted_memory.off(16, predicted_memory.allocated_here, predicted_memory.Size(8, 96), gpu=True)
+    assert found["met"] is False, found
+    assert found["value"] > 30
+
+
+def test_memory_that_nobody_predicted_is_told(predicted_memory: ModuleType) -> None:
+    """An allocator that needs a fifth more at the worst moment."""
 
     def wasteful(base: Any, steps: Callable[[int], Any]) -> Any:
-        met = on_cuda.counted(base, steps)
+        met = predicted_memory.allocated_here(base, steps)
         return met._replace(peak=met.peak + (met.peak - met.rest) // 5)
 
-    found = on_cuda.memory("cpu", 16, wasteful, on_cuda.Size(4, 48))
+    found = predicted_memory.off(16, wasteful, predicted_memory.Size(4, 96))
     assert found["met"] is False
-    assert found["value"] == pytest.approx(100 * (1 - 1 / 1.2), abs=3), "of the activations, not of all memory"
+    assert found["value"] > 15, "of the activations, not of all memory"
 
 
 def test_the_allocator_is_asked_with_the_moments_still_there(

@@ -81,7 +81,8 @@ def memory(spot: Spot, said: Said, batch: int) -> None:
         close_mib(said["peak_mib"], peak.bytes + context)
         equal(said["samples"], peak.micro)
         return
-    activations = need.micro(batch) * need.activations[bits] * spot.scene.fleet.scale
+    kept = need.on_gpu if spot.seat.info.gpus else need.activations
+    activations = need.micro(batch) * kept[bits] * spot.scene.fleet.scale
     close_mib(said["base_mib"], need.base[bits])
     close_mib(said["activations_mib"], activations)
     close_mib(said["loading_mib"], 32 * MIB + 8 * need.largest)

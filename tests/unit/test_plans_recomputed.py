@@ -41,6 +41,7 @@ def matrices() -> ModelFacts:
         modules=modules, dense={"head": [4, 64]}, base_digest="d" * 64, linear_params=900_000, other_params=5000,
         blocks=2, hidden=64, largest=500_000,
         activations={"32": ActivationFacts(fixed=1e5, block=3e6), "16": ActivationFacts(fixed=1e5, block=1.8e6)},
+        activations_gpu={"32": ActivationFacts(fixed=9e4, block=1.3e6), "16": ActivationFacts(fixed=9e4, block=7e5)},
     )  # fmt: skip
 
 

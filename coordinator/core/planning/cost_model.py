@@ -28,7 +28,7 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
-from coordinator.core.planning.footprint import SURE, Estimated, Footprint, Measured, activations, from_peak, scratch
+from coordinator.core.planning.footprint import SURE, Footprint, Kept, Measured, activations, footprint_of, scratch
 from coordinator.core.planning.lower_part import demand_of, own_compute
 from coordinator.core.planning.pruned import facts_at, middle
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
@@ -144,15 +144,13 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     def footprint(self, device: str, need: Demand, bits: Bits, info: DeviceInfo) -> Footprint:
         """What `memory` says, for any batch."""
         known = self.devices.get(device) or _UNKNOWN
-        per_sample = need.activation_bytes(bits) * (known.activation_scale or self.activation_scale)
+        gpu, scale = bool(info.gpus), known.activation_scale or self.activation_scale
         # Of memory that the GPU shares the context is taken since the probe: the device counts it as used.
-        context = CUDA_BYTES if info.gpus and not shares_memory(info) else 0
+        context = CUDA_BYTES if gpu and not shares_memory(info) else 0
         # What the agent holds in RAM takes nothing of a GPU's own memory.
         agent = known.agent_bytes or (0 if has_gpu_memory(info) else info.agent_bytes or _agent_bytes(need))
         agent += context
-        if known.peaks:
-            return from_peak(known.peaks, need, bits, per_sample, context, agent)
-        return Estimated(need, bits, per_sample, agent)
+        return footprint_of(known.peaks, need, bits, Kept(scale, gpu), context, agent)
 
     def batch_limit(self, device: str, bits: Bits) -> int | None:
         """The largest batch that fits, where memory ran out before; 0: none at these bits."""
@@ -402,7 +400,8 @@ def _with_memory(
     if not told:
         return found
     seen = found.activation_scale or fleet_scale, found.activation_share
-    scale, share = activations(seen, fleet_scale, need, result, moving, working)
+    gpu = capacity(info, load).gpu
+    scale, share = activations(seen, fleet_scale, need, result, moving, working, gpu=gpu)
     if (scale, share) == seen:
         scale = found.activation_scale  # who taught nothing of them follows what the fleet learns
     return replace(found, agent_bytes=max(1, agent), activation_scale=scale, activation_share=share)

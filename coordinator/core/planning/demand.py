@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from coordinator.core.facts import ModelFacts, ModuleSpec
+from coordinator.core.facts import ActivationFacts, ModelFacts, ModuleSpec
 from coordinator.core.planning.reasons import mebibytes
 from shared.errors import UserError
 from shared.jobs import BaseSpec, Bits, Codec, JobSpec, TaskKind
@@ -35,9 +35,11 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
 
     flop: float
     activations: float
-    """Over an fp32 base."""
+    """Over an fp32 base, on a CPU."""
     activations_half: float
     """Over a base of fewer bits, which computes in bf16."""
+    on_gpu: tuple[float, float]
+    """The same two on a GPU."""
     adapter_params: int
     """Trained: the factors of all modules and the dense tensors. With these the base itself is, where it is tuned."""
     frozen_params: int
@@ -53,9 +55,10 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
         """Samples whose activations are in memory at once."""
         return -(-batch // self.accumulation)
 
-    def activation_bytes(self, bits: Bits) -> float:
-        """Activations per sample at the precision that a base of `bits` computes in."""
-        return self.activations if bits == 32 else self.activations_half
+    def activation_bytes(self, bits: Bits, *, gpu: bool = False) -> float:
+        """Activations per sample at the precision that a base of `bits` computes in, on a CPU or a GPU."""
+        full, half = self.on_gpu if gpu else (self.activations, self.activations_half)
+        return full if bits == 32 else half
 
     def weight_bytes(self, bits: Bits) -> float:
         """The frozen base in memory: linear layers at `bits`, the rest in fp32 or, below 32 bits, bf16."""
@@ -95,11 +98,12 @@ def demand(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ran
     forward = facts.linear_params + logits
     backward = facts.linear_params * depth + logits
     weights = facts.linear_params + logits if whole else 0
-    activations, activations_half = _activations(facts, job, tokens, depth)
+    activations, activations_half = _activations(facts, facts.activations, job, tokens, depth)
     return Demand(
         flop=float(tokens * (2 * forward + 2 * backward + 2 * weights + 6 * factors)),
         activations=activations,
         activations_half=activations_half,
+        on_gpu=_activations(facts, facts.activations_gpu or facts.activations, job, tokens, depth),
         adapter_params=factors + dense_params(facts),
         frozen_params=global_params(facts.modules, global_rank),
         linear_params=0 if whole else facts.linear_params,
@@ -174,14 +178,16 @@ def depth_share(facts: ModelFacts, tuned: Iterable[ModuleSpec]) -> float:
     return 1.0 - lowest / facts.blocks
 
 
-def _activations(facts: ModelFacts, job: JobSpec, tokens: int, depth: float) -> tuple[float, float]:
+def _activations(
+    facts: ModelFacts, counted: Mapping[str, ActivationFacts], job: JobSpec, tokens: int, depth: float
+) -> tuple[float, float]:
     """Bytes per sample that backward needs, (in fp32, in bf16): as counted, or else by `_estimate`."""
-    counted = [facts.activations.get(bits) for bits in ("32", "16")]
-    if counted[0] is None or counted[1] is None:
+    both = [counted.get(bits) for bits in ("32", "16")]
+    if both[0] is None or both[1] is None:
         whole = _estimate(facts, job, tokens, depth)
         # bf16 halves all but the softmax and the loss.
         return whole, 0.6 * whole
-    full, half = (found.fixed + facts.blocks * depth * found.block for found in counted if found is not None)
+    full, half = (found.fixed + facts.blocks * depth * found.block for found in both if found is not None)
     return full, half
 
 

@@ -36,6 +36,17 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What of the peak came and went in a round that loaded the base: that, or activations; 0: it did not."""
 
 
+class Kept(NamedTuple):
+    """What a device keeps for backward, of the estimate for its kind: `scale` of it, as measured."""
+
+    scale: float
+    gpu: bool
+
+    def per_sample(self, need: Demand, bits: Bits) -> float:
+        """Bytes."""
+        return self.scale * need.activation_bytes(bits, gpu=self.gpu)
+
+
 class Footprint(Protocol):
     """Memory of a work on a device by its batch."""
 
@@ -105,18 +116,22 @@ class FromPeak(NamedTuple):
         return f"measured {mebibytes(self.peak)}{self.told} samples at once"
 
 
-def from_peak(
-    peaks: Mapping[str, Measured], need: Demand, bits: Bits, per_sample: float, context: int, agent: int
-) -> FromPeak:
-    """Memory by the peak at these bits, or at the nearest ones that were measured."""
+def footprint_of(
+    peaks: Mapping[str, Measured], need: Demand, bits: Bits, kept: Kept, context: int, agent: int
+) -> Footprint:
+    """Memory by the peak at these bits, or at the nearest ones that were measured; where none was, estimated.
+
+    `agent`: with the `context` of its GPU, which no measured peak contains.
+    """
+    per_sample = kept.per_sample(need, bits)
+    if not peaks:
+        return Estimated(need, bits, per_sample, agent)
     found = str(bits)
     if found not in peaks:
         found = min(peaks, key=lambda key: (abs(int(key) - bits), key))
     other, met = cast(Bits, int(found)), peaks[found]
     peak = context + met.peak
-    # Where only the head is tuned nothing is kept for a backward pass.
-    scale = per_sample / need.activation_bytes(bits) if need.activations else 0.0
-    before = met.micro * scale * need.activation_bytes(other)
+    before = met.micro * kept.per_sample(need, other)
     if met.activations and need.activations:
         before *= met.activations / need.activations
     weights = need.weight_bytes(bits)
@@ -141,8 +156,9 @@ def scratch(need: Demand, load: Load | None, info: DeviceInfo | None, agent: int
 
 
 def activations(
-    before: tuple[float, float], fleet: float, need: Demand, result: UpdateFacts, moving: float, working: int
-) -> tuple[float, float]:
+    before: tuple[float, float], fleet: float, need: Demand, result: UpdateFacts, moving: float, working: int,
+    *, gpu: bool = False,
+) -> tuple[float, float]:  # fmt: skip
     """(measured against estimated activations, how far that rests on the activations themselves), after a round.
 
     `fleet`: of the others. What came and went (`moving`) holds the activations, and the error of `working`, bytes that
@@ -154,7 +170,7 @@ def activations(
     """
     scale, held = before
     error = max(working / 2, ERROR_BYTES)
-    estimate = need.micro(result.batch) * need.activation_bytes(result.bits)
+    estimate = need.micro(result.batch) * need.activation_bytes(result.bits, gpu=gpu)
     if estimate <= 0:
         return before
     share = estimate**2 / (estimate**2 + error**2)

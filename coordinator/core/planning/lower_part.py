@@ -28,9 +28,12 @@ def lower_facts(facts: ModelFacts, block: int, *, full: bool) -> ModelFacts:
             if facts.dense_blocks.get(name, -1) < block and not name.startswith(upper or ("\0",))
         }
     # Above the blocks nothing is kept for a backward pass: that is the coordinator's.
-    activations = {bits: replace(found, fixed=0.0) for bits, found in facts.activations.items()}
+    activations, on_gpu = (
+        {bits: replace(found, fixed=0.0) for bits, found in counted.items()}
+        for counted in (facts.activations, facts.activations_gpu)
+    )
     return replace(
-        facts, modules=modules, dense=dense, activations=activations, blocks=block, groups=[],
+        facts, modules=modules, dense=dense, activations=activations, activations_gpu=on_gpu, blocks=block, groups=[],
         linear_params=round(facts.linear_params * block / max(1, facts.blocks)),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from coordinator.core.facts import ModelFacts, ModuleSpec
+from coordinator.core.facts import ActivationFacts, ModelFacts, ModuleSpec
 from shared.jobs import JobSpec
 from shared.messages import DeviceInfo, Load, UpdateFacts
 from tests.unit.second.history import Done
@@ -29,6 +29,7 @@ class Need:
 
     flop: float
     activations: dict[int, float]
+    on_gpu: dict[int, float]
     trained: int
     frozen: int
     base: dict[int, float]
@@ -59,18 +60,19 @@ def need_of(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int], global_ra
     share = 1 - min(max(one.block, 0) for one, _ in given) / facts.blocks if given else float(whole)
     factors = sum(rank * (one.out + one.inp) for one, rank in given)
     dense = sum(math.prod(shape) for shape in facts.dense.values())
-    words, linear = tokens(job), facts.linear_params
+    words, linear, tiny = tokens(job), facts.linear_params, job.task.kind == "least_squares"
     backward = 2 * linear * (share + whole) + 6 * factors
     frozen = {bits: linear * BYTES[bits] + facts.other_params * (4 if bits == 32 else 2) for bits in BYTES}
     return Need(
         flop=words * (2 * linear + backward),
-        activations=_activations(facts, words, share, tiny=job.task.kind == "least_squares"),
+        activations=_activations(facts, facts.activations, words, share, tiny=tiny),
+        on_gpu=_activations(facts, facts.activations_gpu or facts.activations, words, share, tiny=tiny),
         trained=factors + dense,
         frozen=sum(_kept(one, global_rank) for one in facts.modules),
         base=dict.fromkeys(BYTES, 0.0) if whole else frozen,
         largest=facts.largest or max(one.out * one.inp for one in facts.modules),
         parts=job.training.accumulation,
-        tiny=job.task.kind == "least_squares",
+        tiny=tiny,
         blocks=backward / (2 * linear / facts.blocks),
     )
 
@@ -80,12 +82,11 @@ def _kept(one: ModuleSpec, rank: int) -> int:
     return min(kept * (one.out + one.inp + 1), one.out * one.inp) if kept else 0
 
 
-def _activations(facts: ModelFacts, words: int, share: float, *, tiny: bool) -> dict[int, float]:
-    if facts.activations:
-        full, half = (
-            facts.activations[bits].fixed + facts.blocks * share * facts.activations[bits].block
-            for bits in ("32", "16")
-        )
+def _activations(
+    facts: ModelFacts, counted: Mapping[str, ActivationFacts], words: int, share: float, *, tiny: bool
+) -> dict[int, float]:
+    if counted:
+        full, half = (counted[bits].fixed + facts.blocks * share * counted[bits].block for bits in ("32", "16"))
     else:
         wide = facts.intermediate or 4 * facts.hidden
         full = 4.0 * words * facts.blocks * share * (8 * facts.hidden + 2 * wide + 2 * facts.heads * words)
@@ -283,18 +284,19 @@ class Fleet:
         context = 400 * MIB if info.gpus else 0
         on_gpu = any(gpu.memory_bytes for gpu in info.gpus)
         plain = info.agent_bytes or (48 if need.tiny else 256) * MIB
+        kept = need.on_gpu if info.gpus else need.activations
         agent = (known.agent or (0 if on_gpu else plain)) + context
         if not known.peaks:
             working = 0 if need.tiny else 68 * MIB
             fixed = agent + working + need.base[bits] + 16 * need.trained + 4 * need.frozen
-            return fixed + max(need.micro(batch) * need.activations[bits] * scale, 32 * MIB + 8 * need.largest)
+            return fixed + max(need.micro(batch) * kept[bits] * scale, 32 * MIB + 8 * need.largest)
         other = min(known.peaks, key=lambda one: (abs(one - bits), str(one)))
         peak = known.peaks[other]
-        then = peak.micro * need.activations[other] * scale if need.activations[32] else 0.0
+        then = peak.micro * kept[other] * scale
         if peak.activations and need.activations[32]:
             then *= peak.activations / need.activations[32]
         hidden = max(0.0, min(peak.moving, 32 * MIB + 8 * need.largest))
-        more = max(need.micro(batch) * need.activations[bits] * scale, hidden) - max(then, hidden)
+        more = max(need.micro(batch) * kept[bits] * scale, hidden) - max(then, hidden)
         more += need.base[bits] - need.base[other]
         more += 16 * (need.trained - peak.trained)
         return max(context + peak.bytes + more, min(context + peak.bytes, agent + need.base[bits]))
@@ -401,7 +403,7 @@ class Fleet:
             return
         known.agent = max(1, rest)
         before = known.scale or self.scale
-        thought = need.micro(result.batch) * need.activations[result.bits]
+        thought = need.micro(result.batch) * (need.on_gpu if info.gpus else need.activations)[result.bits]
         trust = 1 / (1 + (max(working / 2, 16 * MIB) / thought) ** 2) if thought else 0.0
         if thought <= 0 or trust < 0.1 or trust < known.trust / 2:
             return

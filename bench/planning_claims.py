@@ -243,14 +243,23 @@ STAGES = ((1, 1), (2, 2), (3, 3), (4, 6), (7, 10), (11, 40))
 
 def drift_table(results: Results) -> Iterator[str]:
     """Predicted against measured training time, as planners come to know the fleet and it changes under them."""
+    yield from _by_stage(results, lambda one: one.prediction_error)
+
+
+def waiting_table(results: Results) -> Iterator[str]:
+    """The share of rounds that devices wait, likewise."""
+    yield from _by_stage(results, lambda one: one.waiting)
+
+
+def _by_stage(results: Results, share: Callable[[simulated.RoundResult], float | None]) -> Iterator[str]:
     yield "| method | " + " | ".join(f"round {a}" if a == b else f"{a}-{b}" for a, b in STAGES) + " |"
     yield "|---" * (len(STAGES) + 1) + "|"
-    for name in sorted({run.method.name for run, _ in results}):
-        rounds = [one for run, result in results if run.method.name == name for one in result.rounds]
+    for name in sorted({label(run.method, run.variant) for run, _ in results}):
+        rounds = [one for run, result in results if label(run.method, run.variant) == name for one in result.rounds]
         cells = []
         for first, last in STAGES:
-            errors = [one.prediction_error for one in rounds if first <= one.round <= last]
-            found = [error for error in errors if error is not None]
+            shares = [share(one) for one in rounds if first <= one.round <= last]
+            found = [one for one in shares if one is not None]
             cells.append(f"{100 * fmean(found):.0f} %" if found else "-")
         yield f"| {name} | {' | '.join(cells)} |"
 
@@ -264,6 +273,15 @@ def sections(results: Results, studies: Mapping[str, Results]) -> Iterator[str]:
         yield "load and 6 % noise of a step move under the planners; seconds of a device not met before are a guess."
         yield ""
         yield from drift_table(drifting)
+        yield from ("", "## Waiting, round by round", "")
+        yield "Mean share of a round that its devices wait for the slowest, with eight local steps of which each is an"
+        yield "eighth of the round: who is late ends after a whole one. Below, the study of 80 steps."
+        yield ""
+        yield from waiting_table(drifting)
+        long = studies.get("epochs-on", [])
+        if long:
+            yield ""
+            yield from waiting_table(long)
     for study in STUDIES:
         found = studies.get(study.name, [])
         yield from (

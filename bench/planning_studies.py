@@ -42,8 +42,12 @@ VARIANTS: dict[str, Variant] = {
     "": Variant(),
     "equal": Variant(fields={"profile": "equal"}),
     "short": Variant(fields={"profile": "jetson-short"}),
+    # A local epoch as long as in the papers, computed whole: as many seconds as eight steps that are charged as ten.
+    "epoch": Variant(fields={"profile": "jetson-short"}, tables={"rounds": {"local_steps": 80}}),
     "oracle": Variant(fields={"oracle": True}),
     "onebatch": Variant(tables={"strategy": {"batch_min": BATCH, "batch_max": BATCH}}),
+    # Ranks 2 to 64, the largest as in FLoRA's own experiments with unequal ranks.
+    "wide": Variant(tables={"strategy": {"rank": 64, "global_rank": 64}}),
     "all": Variant(around=lambda: planners({"fedpipe": partial(FedPipePlanner, wanted=1.0)})),
     "once": Variant(tables={"strategy": {"rescore_every": 1000}}),
     "every3": Variant(tables={"strategy": {"rescore_every": 3}}),
@@ -117,6 +121,7 @@ _FEDPIPE, _LEGEND, _UNIFORM = Method("fedpipe"), Method("legend"), Method("unifo
 _LEGENDS_RIVALS = ("fedlora", "hetlora", "fedadapter")
 _ONE_BATCH = ((_LEGEND, ""), (_LEGEND, "onebatch"), *((Method(rival), "") for rival in _LEGENDS_RIVALS))
 _BY_DEPTH_ALONE = tuple(("legend, onebatch", rival) for rival in _LEGENDS_RIVALS)
+_TIMED = ("fedpipe", "legend", "fedlora", "hetlora", "fedadapter")
 _FEDLORA, _PADDED, _EXACT = Method("fedlora"), Method("hetlora"), Method("hetlora", "fsr")
 STUDIES = (
     Study(
@@ -131,6 +136,16 @@ STUDIES = (
                      for rival in ("fedlora", "fedadapter")),
     ),
     Study(
+        "epochs", "Rounds of 80 steps, all of them computed and charged as they are",
+        tuple((Method(name), "epoch") for name in _TIMED), 20, SEEDS, stop=True,
+        ratios=tuple((f"{mine}, epoch", f"{rival}, epoch") for mine in _TIMED[:2] for rival in _TIMED[2:]),
+        remark="As many seconds of training as in the grid's rounds. Rates are those of its short ones.",
+    ),
+    Study(
+        "epochs-on", "The same for ten rounds, whatever is reached", ((_FEDPIPE, "epoch"), (_LEGEND, "epoch")), 10,
+        SEEDS,
+    ),
+    Study(
         "one-batch", "`legend` as its paper has it, with one batch: depth alone meets the round's time",
         _ONE_BATCH, 40, SEEDS, stop=True, ratios=_BY_DEPTH_ALONE,
         remark="It ends late work all the same, which is ours, too.",
@@ -141,6 +156,10 @@ STUDIES = (
     ),
     Study(
         "padding", "Exact aggregation against zero-padding at unequal ranks", ((_PADDED, ""), (_EXACT, "")), 20, FIVE
+    ),
+    Study(
+        "padding-wide", "The same at ranks 2 to 64 of a global rank of 64", ((_PADDED, "wide"), (_EXACT, "wide")), 20,
+        FIVE,
     ),
     Study(
         "oracle", "The price of not knowing: planners that are handed the clock's true model",
@@ -165,6 +184,10 @@ STUDIES = (
     Study(
         "params", "Quality after 30 rounds against full fine-tuning, and parameters trained",
         ((_FEDPIPE, ""), (Method("full"), "")), 30, SEEDS,
+    ),
+    Study(
+        "params-long", "`fedpipe` for 120 rounds", ((_FEDPIPE, ""),), 120, SEEDS,
+        remark="Four times as many rounds take it a quarter of the time that 30 take full fine-tuning.",
     ),
     Study(
         "fresh", "`fsr` against `fresh` over 50 rounds, energy .99 and .999, largest and sampled directions",

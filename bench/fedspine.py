@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from bench import bandit, planning
 from bench.planning_grid import TASKS, TUNING_SEED, Method, Run
-from bench.planning_runs import ROOT, Runners
+from bench.planning_runs import ROOT, data_there
 from bench.planning_studies import PRUNE_STEPS, SPARSITY, pruned
 from bench.planning_tables import interval
 from coordinator.core.aggregation.registry import PRUNING
@@ -61,21 +59,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tasks", nargs="*", choices=sorted(OTHERS), default=sorted(OTHERS), help="further ones")
     parser.add_argument("--render", action="store_true", help="only write the page from the runs that are there")
     options = parser.parse_args(argv)
-    complete = True
-    if not options.render:
-        if not os.environ.get("MUSTER_DATA"):
-            print("not run: MUSTER_DATA", file=sys.stderr)
-            return 1
-        until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-        with Runners(options.workers) as runners:
-            complete = planning._run_all(tuning_runs(), until, runners)
-            asked = (options.seeds, options.variants, options.only)
-            wanted = [run for run, sparsity in final_runs() if _is_of(run, sparsity, *asked)]
-            complete = complete and planning._run_all(wanted, until, runners)
-            others = [run for task in options.tasks for run in other_runs(task)]
-            complete = complete and planning._run_all(others, until, runners)
+    if not options.render and not data_there():
+        return 1
+    complete = options.render or planning.run_all(_stages(options), options.minutes, options.workers)
     write_whole(PAGE, page().encode())
     return 0 if complete else 1
+
+
+def _stages(options: argparse.Namespace) -> Iterator[Iterable[Run]]:
+    yield tuning_runs()
+    asked = (options.seeds, options.variants, options.only)
+    yield [run for run, sparsity in final_runs() if _is_of(run, sparsity, *asked)]
+    yield [run for task in options.tasks for run in other_runs(task)]
 
 
 def _is_of(run: Run, sparsity: str, seeds: Sequence[int], variants: Sequence[str], names: Sequence[str]) -> bool:

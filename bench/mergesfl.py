@@ -28,6 +28,7 @@ import torch
 
 from bench.mergesfl_clock import World
 from bench.mergesfl_fleet import FEDAVG, Method, RoundOutcome
+from bench.planning_runs import data_there
 from coordinator.core.aggregation.registry import SPLIT
 from muster.testbed import digits, inputs, partition
 from muster.testbed.rows import read_rows, write_rows
@@ -109,9 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run_all(options: argparse.Namespace) -> bool:
     """Whether all runs that were asked for are there."""
     until = time.time() + 60 * options.minutes if options.minutes else float("inf")
-    missing = [one for one in options.tasks if one != "digits" and not os.environ.get("MUSTER_DATA")]
+    texts = [one for one in options.tasks if one != "digits"]
+    missing = texts if texts and not data_there() else []
     for task in missing:
-        print(f"{task} not run: MUSTER_DATA", file=sys.stderr)
+        print(f"{task} not run", file=sys.stderr)
     worlds = [(task, skew) for task in options.tasks if task not in missing for skew in options.skews]
     spawn = get_context("spawn")
     with (

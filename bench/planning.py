@@ -17,7 +17,6 @@ import argparse
 import functools
 import gzip
 import hashlib
-import os
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ import msgspec
 from bench import planning_plots
 from bench.planning_claims import claims, cost, sections
 from bench.planning_grid import GRIDS, TASKS, TUNED_ON, Grid, Method, Run, final_runs, methods, on, tuning_runs
-from bench.planning_runs import ROOT, VALIDATION, Runners, is_cut, simulation
+from bench.planning_runs import ROOT, VALIDATION, Runners, data_there, is_cut, simulation
 from bench.planning_studies import STUDIES
 from bench.planning_tables import page
 from muster.testbed import device_model, simulated
@@ -59,21 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [one for one in everyone if grid.whole or options.only or one.beside == options.beside]
     if options.list:
         return _list(grid, chosen, _finals(grid, chosen, options))
-    complete = True
-    if not options.render:
-        if not os.environ.get("MUSTER_DATA"):
-            print("not run: MUSTER_DATA", file=sys.stderr)
-            return 1
-        until = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-        with Runners(options.workers) as runners:
-            if options.studies is not None:
-                complete = _run_all(study_runs(_standard_rates(), options.studies), until, runners)
-            else:
-                complete = _run_all(tuning_runs(grid, chosen), until, runners)
-                finals = [] if options.tune else _finals(grid, chosen, options)
-                complete = complete and _run_all(finals, until, runners)
+    if not options.render and not data_there():
+        return 1
+    complete = options.render or run_all(_stages(grid, chosen, options), options.minutes, options.workers)
     _render(options.profile, grid, everyone)
     return 0 if complete else 1
+
+
+def _stages(grid: Grid, chosen: Sequence[Method], options: argparse.Namespace) -> Iterator[Iterable[Run]]:
+    """What is to be run, the runs that choose rates before those that have them."""
+    if options.studies is not None:
+        yield study_runs(_standard_rates(), options.studies)
+        return
+    yield tuning_runs(grid, chosen)
+    if not options.tune:
+        yield _finals(grid, chosen, options)
 
 
 def _finals(grid: Grid, chosen: Sequence[Method], options: argparse.Namespace) -> list[Run]:
@@ -171,8 +170,15 @@ def study_runs(found: Mapping[tuple[str, str], float], names: Sequence[str]) -> 
             yield from study.runs(found)
 
 
-def _run_all(runs: Iterable[Run], until: float, runners: Runners) -> bool:
-    """Carry out those that are not there; False: the time was up before all were begun."""
+def run_all(stages: Iterable[Iterable[Run]], minutes: float, workers: int) -> bool:
+    """Carry out the runs that are not there, each stage asked for once those before it are done; False: the time was up
+    before all were begun. `minutes`: none begins after so many; 0: no limit."""
+    until = time.monotonic() + 60 * minutes if minutes else float("inf")
+    with Runners(workers) as runners:
+        return all(_run_stage(runs, until, runners) for runs in stages)
+
+
+def _run_stage(runs: Iterable[Run], until: float, runners: Runners) -> bool:
     missing, done = [run for run in runs if result_of(run) is None], 0
     for done, carried in enumerate(runners.each(missing, until), 1):
         keep(carried.run, carried.result)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -42,6 +44,16 @@ GLOBAL_RANK = 16
 """Twice the devices' rank: the default, for long jobs, is half of these small matrices and doubles downloads."""
 LORA_PLUS = 8.0
 """Every method of LoRA diverges at the rates that its B and the head want where A gets them, too."""
+
+
+def data_there() -> bool:
+    """Have data sets looked for in `MUSTER_DATA`, by default where tests do; False, which is said: it is no folder."""
+    folder = Path(os.environ.get("MUSTER_DATA") or ROOT.parent / "shared" / "data")
+    if not folder.is_dir():
+        print(f"not run: MUSTER_DATA ({folder} is no folder)", file=sys.stderr)
+        return False
+    os.environ["MUSTER_DATA"] = str(folder)
+    return True
 
 
 class Carried(NamedTuple):

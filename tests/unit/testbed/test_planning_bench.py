@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -109,8 +110,8 @@ def test_a_finished_run_is_not_repeated(
     run = Run(UNIFORM, "dbpedia14", 1.0, 0, 1e-3, "test", 2)
     planning.keep(run, _result(run, 0.9))
     with planning_runs.Runners(0) as runners:
-        assert planning._run_all([run], math.inf, runners)
-        assert not planning._run_all([run, Run(UNIFORM, "dbpedia14", 1.0, 1, 1e-3, "test", 2)], -math.inf, runners)
+        assert planning._run_stage([run], math.inf, runners)
+        assert not planning._run_stage([run, Run(UNIFORM, "dbpedia14", 1.0, 1, 1e-3, "test", 2)], -math.inf, runners)
     assert "run " not in capsys.readouterr().out
 
 
@@ -222,6 +223,20 @@ def test_a_rival_that_does_not_arrive_makes_a_lower_bound_and_an_own_failure_is_
     rows = list(claims(_pairs([10.0, 10.0], [30.0, 30.0]), {}))
     assert any(row.startswith("| `fedpipe` against `fedlora`") and row.endswith("| yes |") for row in rows)
     assert any("against `full`" in row and "not run" in row for row in rows)
+
+
+def test_data_is_looked_for_where_the_tests_have_it_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning_runs, "ROOT", tmp_path / "checkout")
+    monkeypatch.setenv("MUSTER_DATA", "")
+    assert not planning_runs.data_there()
+    usual = tmp_path / "shared" / "data"
+    assert f"not run: MUSTER_DATA ({usual} is no folder)" in capsys.readouterr().err
+    usual.mkdir(parents=True)
+    assert planning_runs.data_there() and os.environ["MUSTER_DATA"] == str(usual)
+    monkeypatch.setenv("MUSTER_DATA", str(tmp_path / "elsewhere"))
+    assert not planning_runs.data_there() and planning.main(["--profile", "smoke"]) == 1
 
 
 def test_claims_of_other_benchmarks_and_of_the_time_stand_beside() -> None:

@@ -16,17 +16,19 @@ DATA = (
 )
 REPLAY = (
     "A recording of a fleet: of muster devices --record, or the telemetry.jsonl of muster emulate. What other programs "
-    "take of a device comes from it and, where it tells, the link; speed, memory, heat and absences are --profile's."
+    "take of a device comes from it and, where it tells, the link; speed and memory too with --profile recorded."
 )
 
 
 def simulate(
-    devices: Annotated[int, typer.Option(min=1, max=10_000, help="How many virtual devices.")] = 80,
+    devices: Annotated[
+        int, typer.Option(min=0, max=10_000, help="How many virtual devices; 0: 80, or all that were recorded.")
+    ] = 0,
     profile: Annotated[
         str,
         typer.Option(
             help="Kind of fleet: jetson, jetson-roomy, jetson-short, equal, pair; devices as `muster emulate` has: "
-            "emulated-mixed, emulated-light, emulated-equal, emulated-tiny."
+            "emulated-mixed, emulated-light, emulated-equal, emulated-tiny; recorded: those of --replay."
         ),
     ] = "jetson",
     data: Annotated[str, typer.Option(help=DATA)] = "docstrings",

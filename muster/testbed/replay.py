@@ -1,8 +1,9 @@
 """Telemetry recorded on a fleet, given back to virtual devices as their foreign load and bandwidth.
 
 A recording is JSONL, a reading a line (`Reading`): `muster emulate` writes one of its run, `muster devices --record` of
-a real fleet. Virtual device i takes the recorded device i, in turn by id. All else of it is the device model's: a
-recording tells no speed, nothing of GPUs, and of a device that went away its last load.
+a real fleet. Virtual device i takes the recorded device i, in turn by id. The devices themselves are those of a profile
+of the device model, or the recorded ones (`virtual_fleets.recorded`). Of a device that went away a recording tells its
+last load.
 """
 
 from __future__ import annotations
@@ -15,24 +16,33 @@ import msgspec
 from msgspec.structs import replace
 
 from coordinator.core.fleet import GONE
+from coordinator.core.planning import readings as planned
 from coordinator.core.planning.cost_model import measures_link
 from coordinator.web.views import DeviceView, JobView
 from muster.testbed.device_model import Foreign
 from shared.errors import UserError
+from shared.jobs import Bits
+from shared.messages import Load
 
 FILE = "telemetry.jsonl"
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What one device told at one time."""
+    """What one device told at one time: of its processors, or where it trains on a GPU of that."""
 
     device: str
     at: float
     """Seconds since the recording began."""
     cores: float = 0.0
+    """1 for a GPU."""
     foreign_cores: float = 0.0
     memory_limit: int = 0
     foreign_memory: int = 0
+    flops: float = 0.0
+    """FLOP per second of one of the cores, or of the GPU, in its probe; 0: not told."""
+    bits: list[Bits] = []
+    """Proven precisions of the base."""
+    gpu: bool = False
     bandwidth: float = 0.0
     """Bytes per second of its downloads; 0: not told."""
 
@@ -53,6 +63,11 @@ class Replay:
         }
         self._lasts = max(reading.at for reading in readings) + 1.0
 
+    def machine(self, device: str) -> Reading:
+        """What `device` is like, by the last that it told of it."""
+        found = self._of[device]
+        return next((one for one in reversed(found) if one.flops > 0 and one.bits), found[-1])
+
     def foreign(self, device: str, now: float) -> Foreign:
         """What other programs used on `device` at `now`."""
         reading = self._at(self._of[device], now)
@@ -70,8 +85,17 @@ class Replay:
         return found[max(0, place - 1)]
 
 
+def recorded(path: Path) -> list[str]:
+    """The ids of a recording's devices. Raises `UserError` as `read`."""
+    return sorted({reading.device for reading in _readings(path)})
+
+
 def read(path: Path, devices: Sequence[str]) -> Replay:
     """Load a recording. Raises `UserError` where it can't be read or holds nothing."""
+    return Replay(_readings(path), devices)
+
+
+def _readings(path: Path) -> list[Reading]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -84,7 +108,7 @@ def read(path: Path, devices: Sequence[str]) -> Replay:
             raise UserError(f"--replay {path}: line {number}: {error}") from error
     if not found:
         raise UserError(f"--replay {path}: no readings there")
-    return Replay(found, devices)
+    return found
 
 
 class Recorder:
@@ -104,11 +128,7 @@ class Recorder:
             number, last = (load.epoch, load.seq), self._last.get(view.device)
             if last is not None and last[0] == number:
                 continue
-            foreign = load.memory_limit - load.memory_available - load.own_memory if load.own_memory else 0
-            reading = Reading(
-                device=view.device, at=round(at, 3), cores=load.cores, foreign_cores=load.foreign_cores,
-                memory_limit=load.memory_limit, foreign_memory=max(0, foreign),
-            )  # fmt: skip
+            reading = _reading(view, load, round(at, 3))
             self._last[view.device] = number, reading
             found.append(reading)
         return found
@@ -127,6 +147,23 @@ class Recorder:
                     rate = round(part.adapter_bytes / facts.fetch_s, 1)
                     found.append(replace(last[1], at=round(at, 3), bandwidth=rate))
         return found
+
+
+def _reading(view: DeviceView, load: Load, at: float) -> Reading:
+    info, cores, foreign_cores = view.info, load.cores, load.foreign_cores
+    gpu = info is not None and bool(info.gpus)
+    if gpu:
+        cores, foreign_cores = 1.0, planned.foreign_gpu(load)
+    if info is not None and planned.has_gpu_memory(info):
+        limit, foreign = planned.gpu_memory(info, load)
+    else:
+        limit = load.memory_limit
+        foreign = load.memory_limit - load.memory_available - load.own_memory if load.own_memory else 0
+    return Reading(
+        device=view.device, at=at, cores=cores, foreign_cores=foreign_cores, memory_limit=limit,
+        foreign_memory=max(0, foreign), flops=planned.probed_flops(info),
+        bits=list(info.bits) if info is not None else [], gpu=gpu,
+    )  # fmt: skip
 
 
 def lines(readings: Iterable[Reading]) -> bytes:

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -29,7 +29,6 @@ from muster.testbed import (
     oracle,
     partition,
     profiles,
-    replay,
     report,
     simulated,
     toml,
@@ -60,7 +59,8 @@ STUCK_S = 3600.0
 class Simulation:
     """What the operator asks for; the fields are the options of the command."""
 
-    devices: int = 80
+    devices: int = 0
+    """0: 80, or all that were recorded."""
     profile: str = "jetson"
     data: str = inputs.DOCSTRINGS
     """Folder, name in `MUSTER_DATA`, or "docstrings"."""
@@ -79,7 +79,8 @@ class Simulation:
     out: Path | None = None
     """None: `runs/<job>-<time>`."""
     replay: Path | None = None
-    """Recorded telemetry in place of the device model's foreign load and bandwidth."""
+    """Recorded telemetry in place of the device model's foreign load and bandwidth; of the profile `recorded`, the
+    devices too."""
     workers: int = 2
     """Processes that compute gradients; 0: this one."""
     lm: Path | None = None
@@ -137,6 +138,7 @@ def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | 
 
     Interrupted, it writes them of the rounds so far, then raises `KeyboardInterrupt`.
     """
+    simulation = _sized(simulation)
     tables, given = _checked(simulation)
     out = simulation.out or Path("runs") / f"{tables.get('name', 'job')}-{time.strftime('%Y%m%d-%H%M%S')}"
     started = time.monotonic()
@@ -157,6 +159,7 @@ def carry_out(simulation: Simulation, *, command: str = "", tell: inputs.Tell | 
 
 def result_of(simulation: Simulation, session: Session, tell: inputs.Tell) -> simulated.Result:
     """Carry out one of many runs: its result alone; nothing is written. Raises `UserError` for bad input."""
+    simulation = _sized(simulation)
     tables, given = _checked(simulation)
     with tempfile.TemporaryDirectory(prefix="muster-simulate-") as scratch:
         ready = _prepare(simulation, tables, given, Path(scratch), tell)
@@ -214,8 +217,13 @@ def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
             "--oracle knows nothing of --replay's links; legend and split learning keep averages of their own"
         )
     if simulation.replay is not None:
-        replay.read(simulation.replay, ["one"])
+        virtual_fleets.replayed(simulation.profile, simulation.devices, simulation.replay, 0, 0)
     return tables, given
+
+
+def _sized(simulation: Simulation) -> Simulation:
+    count = virtual_fleets.size(simulation.profile, simulation.devices, simulation.replay)
+    return replace(simulation, devices=count)
 
 
 def _prepare(
@@ -229,14 +237,13 @@ def _prepare(
     if remark := inputs.remark(spec, data):
         tell(remark)
     folder = inputs.base_model(spec.base.model, given, simulation.lm, tell)
-    models = virtual_fleets.fleet(simulation.profile, simulation.devices, spec.seed)
+    steps = load_steps()
+    models, told = virtual_fleets.replayed(
+        simulation.profile, simulation.devices, simulation.replay, steps.agent_bytes, spec.seed
+    )
     names = [model.name for model in models]
     paths, counts, labels = _shares(simulation, spec, rows, names, scratch, str(data.train))
-    steps = load_steps()
-    clock = Clockwork(
-        dm.StepTable(steps), dm.MemoryTable.of(steps), _base(folder, spec),
-        replay.read(simulation.replay, names) if simulation.replay is not None else None,
-    )  # fmt: skip
+    clock = Clockwork(dm.StepTable(steps), dm.MemoryTable.of(steps), _base(folder, spec), told)
     untold = dict[str, dict[str, int]]((name, {}) for name in names)
     asked = (untold if spec.task.kind == "causal" else labels) if spec.strategy.name in SPLIT else None
     return _Ready(spec, str(folder), [VirtualDevice(model, clock) for model in models], paths, counts, asked)

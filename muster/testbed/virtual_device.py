@@ -259,7 +259,8 @@ class VirtualDevice:
         )  # fmt: skip
 
     def _foreign_bytes(self, now: float) -> int:
-        return int(self.foreign(now).memory * RESERVE * 2)
+        # Limits of classes are made for small bases: a share of such a limit would be next to nothing.
+        return int(self.foreign(now).memory * (self.limit if self.model.kind.spare else RESERVE * 2))
 
     def _step(self, work: Work, batch: int) -> dm.StepWork:
         base = self.clock.base

@@ -1,30 +1,41 @@
-"""Virtual fleets by name: those of the device model, and one for each emulated profile.
+"""Virtual fleets by name: those of the device model, one for each emulated profile, and the one of a recording.
 
 `emulated-mixed` has the devices that `muster emulate --profile mixed` makes: their names (so the same shares of the
 rows), CPU quotas, memory beyond the agent's own size, and precisions. Nothing else happens to them: they join at once
 and stay, nobody else uses them, they do not get hot, and their link is this machine's loopback. A step takes what was
 recorded from the real agent under quotas, without the saturation that the device model adds for a Jetson.
+
+`recorded` has the devices of a recording (`replay`): their names, precisions and memory; of a device that trains on a
+GPU the GPU's, which to planners here is a machine of one fast core. Their speed is that of their probe, which tells of
+products alone. They do not get hot, and stay.
 """
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from muster.testbed import device_model as dm
 from muster.testbed import profiles
+from muster.testbed.replay import Reading, Replay, read, recorded
+from shared.errors import UserError
 
 PREFIX = "emulated-"
+RECORDED = "recorded"
+DEVICES = 80
+"""Where nobody says how many."""
 LOOPBACK = 47e6
 """Bytes per second through the testbed's broker, which saves every change (measured: docs/lab-log.md, 2026-11-21)."""
 
 
 def names() -> list[str]:
     """The profiles there are."""
-    return [*sorted(dm.PROFILES), *(f"{PREFIX}{name}" for name in sorted(profiles.PROFILES))]
+    return [*sorted(dm.PROFILES), *(f"{PREFIX}{name}" for name in sorted(profiles.PROFILES)), RECORDED]
 
 
 def fleet(profile: str, count: int, seed: int) -> list[dm.Device]:
-    """`count` devices of a profile of `names()`; `seed` is that of their draws, for an emulated one of the noise alone.
+    """`count` devices of a profile of `names()` but `RECORDED`; `seed` is that of their draws, for an emulated one of
+    the noise alone.
 
     Raises `KeyError` or `UserError` for an unknown one.
     """
@@ -39,4 +50,50 @@ def _kind(shape: profiles.Shape) -> dm.Kind:
     return dm.Kind(
         f"{shape.cores:g} cores", 0.0, shape.cores, shape.cores, math.inf, 32, 0, bits=(4, 8, 16, 32),
         spare=shape.memory_bytes, link=LOOPBACK, heats=False,
+    )  # fmt: skip
+
+
+def size(profile: str, devices: int, recording: Path | None) -> int:
+    """How many devices: as many as are asked for, or where that is 0, `DEVICES` or all of the recording.
+
+    Raises `UserError` where a recording is needed that is not there, can't be read or has fewer.
+    """
+    if profile != RECORDED:
+        return devices or DEVICES
+    if recording is None:
+        raise UserError(f"--profile {RECORDED}: name the recording with --replay")
+    there = len(recorded(recording))
+    if devices > there:
+        raise UserError(f"--devices {devices}: there are {there} in {recording}")
+    return devices or there
+
+
+def replayed(
+    profile: str, count: int, recording: Path | None, agent_bytes: int, seed: int
+) -> tuple[list[dm.Device], Replay | None]:
+    """(`count` devices of a profile, what a recording tells of them). `agent_bytes`: of an agent without a base, as the
+    device model has it.
+
+    Raises `UserError` for a recording that can't be read or tells too little.
+    """
+    if profile == RECORDED and recording is not None:
+        names = recorded(recording)[:count]
+        told = read(recording, names)
+        kinds = [_recorded(name, told.machine(name), agent_bytes) for name in names]
+        return [dm.Device(name, kind, seed, restless=False) for name, kind in zip(names, kinds, strict=True)], told
+    devices = fleet(profile, count, seed)
+    return devices, read(recording, [device.name for device in devices]) if recording is not None else None
+
+
+def _recorded(device: str, told: Reading, agent_bytes: int) -> dm.Kind:
+    if not (told.flops and told.bits and told.cores and told.memory_limit):
+        raise UserError(
+            f"--profile {RECORDED}: the recording does not tell speed, memory and precisions of {device}: it was made "
+            "before its agent had proven any, or by an older release"
+        )
+    # What an agent takes of the machine's memory it does not take of a GPU's own.
+    spare = told.memory_limit if told.gpu else max(1, told.memory_limit - agent_bytes)
+    return dm.Kind(
+        "gpu" if told.gpu else f"{told.cores:g} cores", 0.0, told.flops * told.cores / dm.CORE_FLOPS, told.cores,
+        math.inf, 32, 0, bits=tuple(told.bits), spare=spare, heats=False,
     )  # fmt: skip

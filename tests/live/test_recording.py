@@ -44,14 +44,18 @@ def foreign_share(fleet: Fleet, device: str) -> float:
     return load.foreign_cores / load.cores
 
 
-def replayed(recording: Path, folder: Path) -> list[set[float]]:
+def replayed(
+    recording: Path, folder: Path, profile: str = "equal", names: tuple[str, str] = ("sim-01", "sim-02")
+) -> list[set[float]]:
     """Of two virtual devices the shares of their cores that a plan of a simulation took for foreign."""
-    asked = replace(tiny_simulation(folder, make_bert(folder / "tiny")), devices=2, profile="equal", rounds=1)
+    folder = folder / profile
+    folder.mkdir()
+    asked = replace(tiny_simulation(folder, make_bert(folder / "tiny")), devices=2, profile=profile, rounds=1)
     over = {"rounds": {"sample": 0, "min_devices": 2}}
     done = carry_out(replace(asked, replay=recording, over=over), tell=lambda _: None)
     assert done.result.state == "finished"
     report = (done.out / "report.md").read_text(encoding="utf-8")
-    told = [re.findall(rf"- {name} .*foreign ([\d.]+) of ([\d.]+)", report) for name in ("sim-01", "sim-02")]
+    told = [re.findall(rf"- {name} .*foreign ([\d.]+) of ([\d.]+)", report) for name in names]
     assert all(told), report
     return [{float(used) / float(cores) for used, cores in one} for one in told]
 
@@ -75,8 +79,9 @@ def test_the_load_of_a_fleet_is_that_of_a_virtual_one(tmp_path: Path, capsys: py
             burner.kill()
             burner.wait(10)
     assert re.search(r"^recorded \d+ loads and 0 downloads of 2 devices in ", capsys.readouterr().out, re.MULTILINE)
-    (loaded, idle) = replayed(file, tmp_path)
-    assert min(loaded) > MUCH and max(idle) < LITTLE
+    for profile, names in (("equal", ("sim-01", "sim-02")), ("recorded", ("edge-01", "edge-02"))):
+        loaded, idle = replayed(file, tmp_path, profile, names)
+        assert min(loaded) > MUCH and max(idle) < LITTLE, profile
 
 
 def test_an_emulation_leaves_a_recording_that_can_be_replayed(tmp_path: Path) -> None:

@@ -104,6 +104,25 @@ def test_recorded_load_is_replayed(asked: Simulation, tmp_path: Path) -> None:
     assert "foreign 3.00 of 6.00" in (done.out / "report.md").read_text()
 
 
+def test_the_recorded_fleet_is_simulated(asked: Simulation, tmp_path: Path) -> None:
+    """Three machines, one of them ten times as fast and with a GPU, another half taken by others."""
+    usual = {"cores": 4.0, "memory_limit": 2**31, "flops": 7e9, "bits": [4, 8, 16], "bandwidth": 1e6}
+    told = [
+        {**usual, "device": "bench-pc"},
+        {**usual, "device": "old-pc", "foreign_cores": 2.0},
+        {**usual, "device": "server", "cores": 1.0, "flops": 2.8e11, "gpu": True},
+    ]
+    path = tmp_path / "day.jsonl"
+    path.write_text("".join(json.dumps({**line, "at": 0.0}) + "\n" for line in told))
+    fleet = replace(asked, profile="recorded", devices=0, replay=path, rounds=2, out=tmp_path / "fleet", alpha=0.0)
+    done = carry_out(replace(fleet, strategy="fedlora", over={"rounds": {"sample": 0, "min_devices": 3}}), tell=_silent)
+    assert done.result.state == "finished"
+    last = {part.device: part for part in done.result.rounds[-1].devices}
+    assert set(last) == {"bench-pc", "old-pc", "server"}
+    seconds = {name: part.trained_s for name, part in last.items()}
+    assert seconds["server"] < seconds["bench-pc"] / 4 and seconds["bench-pc"] < seconds["old-pc"] / 1.3
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -111,6 +130,7 @@ def test_recorded_load_is_replayed(asked: Simulation, tmp_path: Path) -> None:
         (["--strategy", "nothing"], "strategy.name"),
         (["--data", "/nothing"], "--data /nothing"),
         (["--replay", "/nothing"], "--replay /nothing"),
+        (["--profile", "recorded"], "--replay"),
         (["--job", "/nothing.toml"], "/nothing.toml"),
     ],
 )

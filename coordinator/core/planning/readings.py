@@ -86,7 +86,7 @@ def capacity(info: DeviceInfo | None, load: Load | None, agents: int = 1) -> Cap
     """
     flops = probed_flops(info)
     if (info is not None and info.gpus) or (info is None and load is not None and load.gpus):
-        foreign = _quiet(_foreign_gpu(load), 1.0)
+        foreign = _quiet(foreign_gpu(load), 1.0)
         return Capacity(1.0, foreign, max(1.0 - foreign, 0.5), True, flops)
     cores = (load.cores if load is not None else 0.0) or (info.cores if info is not None else 0.0) or 1.0
     foreign = _quiet(min(load.foreign_cores, cores) if load is not None else 0.0, cores)
@@ -120,7 +120,7 @@ def budget(info: DeviceInfo, load: Load | None, own_bytes: int, agents: int = 1)
     if shares_memory(info):
         return _shared_budget(info, load, agents)
     if has_gpu_memory(info):
-        return _budget(*_gpu_memory(info, load), 1)
+        return _budget(*gpu_memory(info, load), 1)
     # An agent at its worst moment holds more than it was last measured with, and none of it is foreign.
     own = max(own_bytes * agents + DAEMON_BYTES, load.own_memory if load is not None else 0)
     return _budget(*_host_memory(info, load, own), agents)
@@ -134,7 +134,7 @@ def _shared_budget(info: DeviceInfo, load: Load | None, agents: int) -> Budget:
     shared = Budget(max(0, limit - reserve - taken) // agents, limit // agents, reserve // agents, taken // agents)
     if not any(_own_memory(gpu) for gpu in info.gpus):
         return shared
-    return min(shared, _budget(*_gpu_memory(info, load), 1))
+    return min(shared, _budget(*gpu_memory(info, load), 1))
 
 
 def _budget(limit: int, foreign: int, agents: int) -> Budget:
@@ -153,7 +153,7 @@ def _quiet(foreign: float, cores: float) -> float:
     return foreign if foreign >= max(QUIET_CORES, QUIET_SHARE * cores) else 0.0
 
 
-def _foreign_gpu(load: Load | None) -> float:
+def foreign_gpu(load: Load | None) -> float:
     """Share of the busiest GPU that others use: as the driver tells it apart, or all of it while our agents idle."""
     if load is None:
         return 0.0
@@ -165,7 +165,7 @@ def _foreign_gpu(load: Load | None) -> float:
     return min(1.0, max(shares, default=0.0))
 
 
-def _gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int]:
+def gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int]:
     """(limit, foreign): of the smallest listed GPU, and of the one that others fill most. One agent serves each GPU."""
     limit = min(_own_memory(gpu) for gpu in info.gpus if _own_memory(gpu))
     return limit, max((gpu.foreign_memory or 0 for gpu in load.gpus), default=0) if load is not None else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -11,7 +12,7 @@ from coordinator.web.views import DeviceView, JobView, ParticipantView, RoundVie
 from muster.testbed.device_model import Foreign
 from muster.testbed.replay import Reading, Recorder, Replay, lines, read
 from shared.errors import UserError
-from shared.messages import Load, UpdateFacts, Work
+from shared.messages import DeviceInfo, Gpu, GpuLoad, Load, UpdateFacts, Work
 
 READINGS = [
     Reading(device="b", at=0.0, cores=4.0, foreign_cores=0.0),
@@ -69,6 +70,31 @@ def test_what_is_recorded_can_be_replayed(tmp_path: Path) -> None:
     assert replay.foreign("sim-1", 1.0) == Foreign(0.25, 0.1)
     assert replay.foreign("sim-1", 4.5).share == 0.5
     assert replay.bandwidth("sim-1", 1.0) == 100_000.0
+
+
+def _info(**told: Any) -> DeviceInfo:
+    return DeviceInfo(epoch=1, cores=2.0, bits=[4, 16], flops=8e9, **told)
+
+
+def test_what_a_device_is_like_is_recorded_with_its_load() -> None:
+    (told,) = Recorder().note([replace(_view(1, 0.5), info=_info())], 0.0)
+    assert (told.flops, told.bits, told.gpu, told.cores, told.memory_limit) == (8e9, [4, 16], False, 2.0, 1000)
+    later = Reading(device="edge-01", at=5.0, cores=1.0)
+    assert Replay([told, later], ["sim-1"]).machine("sim-1") == told, "a reading before its probe is no machine"
+    assert Replay([later], ["sim-1"]).machine("sim-1") == later
+
+
+@pytest.mark.parametrize("integrated", [False, True])
+def test_of_a_device_with_a_gpu_the_gpu_is_recorded(integrated: bool) -> None:
+    gpu = Gpu(uuid="GPU-1", memory_bytes=0 if integrated else 24_000, integrated=integrated)
+    view = replace(_view(1, 0.5), info=_info(gpus=[gpu]))
+    assert view.load is not None
+    on_gpu = GpuLoad(uuid="GPU-1", utilization=0.9, foreign_utilization=0.25, foreign_memory=6_000)
+    (told,) = Recorder().note([replace(view, load=replace(view.load, gpus=[on_gpu]))], 0.0)
+    memory = (1000, 100) if integrated else (24_000, 6_000)
+    assert (told.gpu, told.cores, told.foreign_cores, told.memory_limit, told.foreign_memory) == (
+        True, 1.0, 0.25, *memory,
+    )  # fmt: skip
 
 
 def test_a_device_that_is_gone_tells_nothing() -> None:

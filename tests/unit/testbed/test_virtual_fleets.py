@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import inspect
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from msgspec.structs import replace as replace_reading
 
 from muster.cli import emulate, simulate
 from muster.testbed import device_model as dm
 from muster.testbed import profiles, virtual_fleets
+from muster.testbed.replay import Reading, lines
 from muster.testbed.simulate import load_steps
 from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
 from shared.errors import UserError
@@ -42,6 +46,50 @@ def test_the_other_profiles_are_those_of_the_device_model() -> None:
     assert set(dm.PROFILES) < set(virtual_fleets.names())
     with pytest.raises(UserError, match="unknown profile 'huge'"):
         virtual_fleets.fleet("emulated-huge", 4, 0)
+
+
+CPU = Reading(
+    device="edge-01", at=0.0, cores=4.0, memory_limit=3 * 2**30, foreign_memory=2**30, flops=1.4e10, bits=[4, 16]
+)
+CARD = Reading(device="server", at=0.0, cores=1.0, memory_limit=24 * 2**30, flops=5e12, bits=[4, 8, 16], gpu=True)
+
+
+def _recording(folder: Path, *readings: Reading) -> Path:
+    path = folder / "day.jsonl"
+    path.write_bytes(lines(readings))
+    return path
+
+
+def test_the_recorded_fleet_is_virtual(tmp_path: Path) -> None:
+    recording = _recording(tmp_path, CARD, CPU)
+    assert virtual_fleets.size("recorded", 0, recording) == 2 and virtual_fleets.size("recorded", 1, recording) == 1
+    models, told = virtual_fleets.replayed("recorded", 2, recording, STEPS.agent_bytes, 0)
+    one, card = (VirtualDevice(model, replace(CLOCK, replay=told)) for model in models)
+    assert [device.model.name for device in (one, card)] == ["edge-01", "server"]
+    machines = [device.machine() for device in (one, card)]
+    assert [machine.cores for machine in machines] == [4.0, 1.0]
+    assert machines[0].memory_bytes == 3 * 2**30, "its limit, agent and all"
+    assert machines[1].memory_bytes == STEPS.agent_bytes + 24 * 2**30, "the agent itself is in the machine's memory"
+    assert (one.bits, card.bits) == ((4, 16), (4, 8, 16))
+    assert one.kernel_kills and not card.kernel_kills
+    for device, flops in ((one, 1.4e10), (card, 5e12)):
+        assert device.flops == pytest.approx(flops, rel=1.0), "a probe is off by chance"
+    work = dm.StepWork(16, 8, 0, 8 * STEPS.factor_params)
+    one_s, card_s = (TABLE.seconds(work, SHAPE, device.model.kind.quota) for device in (one, card))
+    assert one_s == pytest.approx(TABLE.seconds(work, SHAPE, 0.8)), "4 cores at a fifth of the recording machine's"
+    assert 20 < one_s / card_s < 500, "5000 GFLOP per second against 56"
+    assert one.load(0.0).memory_limit - one.load(0.0).memory_available > 2**30, "what others held"
+    assert list(dm.happenings(one.model)) == [(0.0, "join")] and one.heat_after(0.0, 1e6) == 0.0
+
+
+def test_a_fleet_that_was_not_recorded_is_the_operators_fault(tmp_path: Path) -> None:
+    recording = _recording(tmp_path, CPU, replace_reading(CARD, flops=0.0))
+    assert virtual_fleets.size("jetson", 0, None) == virtual_fleets.DEVICES
+    for devices, given, why in ((0, None, "--replay"), (3, recording, "there are 2"), (0, tmp_path, "can't be read")):
+        with pytest.raises(UserError, match=why):
+            virtual_fleets.size("recorded", devices, given)
+    with pytest.raises(UserError, match="speed, memory and precisions of server"):
+        virtual_fleets.replayed("recorded", 2, recording, 0, 0)
 
 
 def test_nothing_happens_to_them() -> None:

@@ -94,6 +94,8 @@ class Runtime:
         self._boot_id = boot_id
         self._waiting: deque[base.Outgoing] = deque()
         self._unsaved: backlog.Backlog = ()
+        self._failed: deque[ev.AgentFailed] = deque()
+        self._performing = False
         self._begun = False
         self._ticked_at = -1e9
 
@@ -197,8 +199,15 @@ class Runtime:
             words = (self.state.phase, state.phase, type(event).__name__)
             log.info("%s -> %s on %s", *words, extra=logs.event("phase"))
         self.state = state
-        for command in commands:
-            self._perform(command)
+        outermost, self._performing = not self._performing, True
+        try:
+            for command in commands:
+                self._perform(command)
+        finally:
+            self._performing = not outermost
+        # Not before: what is still to be said of these steps would be said after what comes of a failure.
+        while outermost and self._failed:
+            self.step(self._failed.popleft())
         return True
 
     # ---- commands
@@ -256,7 +265,7 @@ class Runtime:
     def _untold(self, work: messages.Assignment, kind: Literal["adapter", "internal"], reason: str) -> None:
         """The session takes its agent to be at work that nobody told it of: it ends as the agent would end it."""
         failed = protocol.Failed(job=work.job, round=work.round, attempt=work.attempt, kind=kind, reason=reason)
-        self.step(ev.AgentFailed(now=self.ports.clock(), failed=failed))
+        self._failed.append(ev.AgentFailed(now=self.ports.clock(), failed=failed))
 
     def _fetch(self, command: cmd.Fetch) -> None:
         now, ref = self.ports.clock(), command.ref

@@ -210,6 +210,10 @@ def test_an_adapter_that_vanishes_before_the_training_is_told_at_once(tmp_path: 
         state = victim.runtime.state
         assert state.adapter_there and state.work is not None
         victim.runtime.ports.store.blobs.remove(state.work.adapter.sha)
+        fleet.run_until(lambda: victim.runtime.state.work is None, 30.0, "the end of its work")
+        fleet.run(1.0)
+        told = fleet.coordinator.runtime.state.fleet["dev-001"].state
+        assert told is not None and told.s == victim.runtime.state.word, "not what was said before it ended"
         assert fleet.finish(job, within_s=60.0).phase == "finished"
         (failed,) = [one for one in rig.of_kind(fleet, job, rec.DeviceAnswered) if one.verdict == "failed"]
         assert (failed.device, failed.reason) == ("dev-001", "adapter: the global adapter vanished from the disk")

@@ -28,6 +28,7 @@ from shared.jobs import BaseSpec, JobSpec, RoundsSpec, StrategySpec, TaskSpec
 from shared.messages import Assignment, BlobRef, DatasetFacts, DeviceInfo, DeviceState, UpdateFacts
 
 DATASET, CLASSES, ROWS, TOKENS = "texts", 20, 2000, 32
+LOCAL_STEPS = 8
 WARM_AT, NOW = 60.0, 600.0
 """Seconds: when the loads before the warm round were read, and those before the round to plan."""
 ADAPTER = BlobRef(sha="a" * 64, size=3_000_000)
@@ -61,13 +62,14 @@ def transformer(blocks: int, hidden: int, strategy: str = "uniform") -> ModelFac
 
 
 def job(strategy: StrategySpec) -> JobSpec:
-    """A classification job of many rounds over all devices."""
+    """A classification job of many rounds over all devices; the warm-up of `fedpipe` is its first one."""
     return JobSpec(
         name="warm", base=BaseSpec(model="bert"),
         task=TaskSpec(
             kind="classification", dataset=DATASET, labels=[str(i) for i in range(CLASSES)], max_tokens=TOKENS
         ),
-        rounds=RoundsSpec(count=100, local_steps=8, deadline_s=3600.0), strategy=strategy,
+        rounds=RoundsSpec(count=100, local_steps=LOCAL_STEPS, deadline_s=3600.0),
+        strategy=replace(strategy, warm_up_steps=LOCAL_STEPS),
     )  # fmt: skip
 
 

@@ -31,3 +31,6 @@ def test_every_planner_plans_the_round_after_the_warm_one(warm_fleet: ModuleType
     assert any(isinstance(record, rec.RoundCommitted) for record in committed.records)
     (planned,) = warm_fleet.tick(committed.state).records
     assert isinstance(planned, rec.RoundPlanned) and planned.round == 2 and planned.plan.participants
+    if name == "fedpipe":
+        weights = planned.plan.weights
+        assert weights is not None and 0 < len(weights.selected) < len(facts.modules), "chosen by their scores"

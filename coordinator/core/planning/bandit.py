@@ -140,10 +140,11 @@ class Pulls:
 
     def __init__(self, bandit: Bandit) -> None:
         self._regions = bandit.regions
-        self._middles = np.array([region.middle for region in bandit.regions])
+        middles = [region.middle for region in bandit.regions]
+        self._x, self._y = np.array([x for x, _ in middles]), np.array([y for _, y in middles])
         pulls = np.array([region.pulls for region in bandit.regions])
         means = np.array([region.mean for region in bandit.regions])
-        near = np.array([self._near(middle) for middle in self._middles])
+        near = np.array([self._near(middle) for middle in middles])
         self._known, self._count = near @ pulls, float(pulls.sum())
         told = self._known > 0
         self._estimates = np.divide(near @ (pulls * means), self._known, out=np.zeros_like(self._known), where=told)
@@ -188,6 +189,6 @@ class Pulls:
 
     def _near(self, at: Point) -> npt.NDArray[np.float64]:
         """K of every region to a point."""
-        aside, above = self._middles[:, 0] - at[0], self._middles[:, 1] - at[1]
+        aside, above = self._x - at[0], self._y - at[1]
         found: npt.NDArray[np.float64] = np.exp((aside * aside + above * above) / (-2 * WIDTH**2))
         return found

@@ -28,7 +28,7 @@ from coordinator.core.facts import ModelFacts
 from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.demand import BYTES_LOADED, BYTES_TRAINED, Demand, demand
 from coordinator.core.planning.fit import BAND, Fit, Pool
-from coordinator.core.planning.footprint import SURE, Footprint, Kept, Measured, activations, footprint_of, scratch
+from coordinator.core.planning.footprint import SURE, Footprint, Measured, activations, footprint_of, scratch
 from coordinator.core.planning.lower_part import demand_of, own_compute
 from coordinator.core.planning.pruned import facts_at, middle
 from coordinator.core.planning.readings import MIB, Capacity, capacity, has_gpu_memory, probed_flops, shares_memory
@@ -150,7 +150,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         # What the agent holds in RAM takes nothing of a GPU's own memory.
         agent = known.agent_bytes or (0 if has_gpu_memory(info) else info.agent_bytes or _agent_bytes(need))
         agent += context
-        return footprint_of(known.peaks, need, bits, Kept(scale, gpu), context, agent)
+        return footprint_of(known.peaks, need, bits, scale, context, agent, gpu=gpu)
 
     def batch_limit(self, device: str, bits: Bits) -> int | None:
         """The largest batch that fits, where memory ran out before; 0: none at these bits."""
@@ -400,7 +400,7 @@ def _with_memory(
     if not told:
         return found
     seen = found.activation_scale or fleet_scale, found.activation_share
-    gpu = capacity(info, load).gpu
+    gpu = bool(info.gpus) if info is not None else found.gpu
     scale, share = activations(seen, fleet_scale, need, result, moving, working, gpu=gpu)
     if (scale, share) == seen:
         scale = found.activation_scale  # who taught nothing of them follows what the fleet learns

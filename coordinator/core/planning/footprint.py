@@ -36,17 +36,6 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What of the peak came and went in a round that loaded the base: that, or activations; 0: it did not."""
 
 
-class Kept(NamedTuple):
-    """What a device keeps for backward, of the estimate for its kind: `scale` of it, as measured."""
-
-    scale: float
-    gpu: bool
-
-    def per_sample(self, need: Demand, bits: Bits) -> float:
-        """Bytes."""
-        return self.scale * need.activation_bytes(bits, gpu=self.gpu)
-
-
 class Footprint(Protocol):
     """Memory of a work on a device by its batch."""
 
@@ -117,28 +106,28 @@ class FromPeak(NamedTuple):
 
 
 def footprint_of(
-    peaks: Mapping[str, Measured], need: Demand, bits: Bits, kept: Kept, context: int, agent: int
+    peaks: Mapping[str, Measured], need: Demand, bits: Bits, scale: float, context: int, agent: int, *, gpu: bool
 ) -> Footprint:
     """Memory by the peak at these bits, or at the nearest ones that were measured; where none was, estimated.
 
-    `agent`: with the `context` of its GPU, which no measured peak contains.
+    `scale`: measured against estimated activations. `agent`: with the `context` of its GPU, which no measured peak
+    contains. `gpu`: whether it trains on one.
     """
-    per_sample = kept.per_sample(need, bits)
+    per_sample = scale * need.activation_bytes(bits, gpu=gpu)
     if not peaks:
         return Estimated(need, bits, per_sample, agent)
-    found = str(bits)
-    if found not in peaks:
+    weights = need.weight_bytes(bits)
+    met, at, old_weights, old_sample = peaks.get(str(bits)), "", weights, per_sample
+    if met is None:
         found = min(peaks, key=lambda key: (abs(int(key) - bits), key))
-    other, met = cast(Bits, int(found)), peaks[found]
-    peak = context + met.peak
-    before = met.micro * kept.per_sample(need, other)
+        met, other = peaks[found], cast(Bits, int(found))
+        at, old_weights = f" at {other} bits", need.weight_bytes(other)
+        old_sample = scale * need.activation_bytes(other, gpu=gpu)
+    peak, before = context + met.peak, met.micro * old_sample
     if met.activations and need.activations:
         before *= met.activations / need.activations
-    weights = need.weight_bytes(bits)
     # Less work can't free the base itself, however large the estimate of its activations.
     least = min(peak, agent + weights)
-    at = "" if other == bits else f" at {other} bits"
-    old_weights = weights if other == bits else need.weight_bytes(other)
     adapter = BYTES_TRAINED * (need.adapter_params - met.adapter_params)
     loading = min(max(met.moving, 0.0), loading_bytes(need))
     told = f"{at} with {met.micro}"

@@ -27,8 +27,8 @@ def simulate(
     profile: Annotated[
         str,
         typer.Option(
-            help="Kind of fleet: jetson, jetson-roomy, jetson-short, equal, pair; devices as `muster emulate` has: "
-            "emulated-mixed, emulated-light, emulated-equal, emulated-tiny; recorded: those of --replay."
+            help="Kind of fleet: jetson, jetson-roomy, jetson-short, equal, equal-roomy, pair; devices as `muster "
+            "emulate` has: emulated-mixed, emulated-light, emulated-equal, emulated-tiny; recorded: those of --replay."
         ),
     ] = "jetson",
     data: Annotated[str, typer.Option(help=DATA)] = "docstrings",

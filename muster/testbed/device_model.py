@@ -140,12 +140,14 @@ PROFILES: dict[str, tuple[Kind, ...]] = {
     "jetson-roomy": tuple(replace(kind, holds=32, room=96, whole=True, bits=(4, 8, 16, 32)) for kind in KINDS),
     "jetson-short": tuple(replace(kind, charge=1.0) for kind in KINDS),
     "equal": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 16, 40, charge=EPOCH),),
+    "equal-roomy": (Kind("nx", 1.0, 0.1, 6.0, 20.0, 32, 96, whole=True, bits=(4, 8, 16, 32), charge=EPOCH),),
     "pair": (Kind("small", 0.5, 0.1, 6.0, 20.0, 4, 4, spare=192 * MIB), Kind("large", 0.5, 0.1, 6.0, 20.0, 16, 40)),
 }
 """Name -> the classes of a fleet. `equal` has one class; `pair` two of equal speed, the smaller with memory for the
 narrow base at 4 bits and for few ranks beside it; neither has power modes or other programs. `jetson-roomy` is `jetson`
 with memory enough to tune the base itself, as no Jetson has: what full fine-tuning is granted, so that it can be
-compared at all. `jetson-short` charges each step as one: there transfers outweigh training."""
+compared at all; `equal-roomy` is `equal` likewise. `jetson-short` charges each step as one: there transfers outweigh
+training."""
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coordinator.core.facts import ActivationFacts
+from coordinator.core.planning.base import RoundReport
 from coordinator.core.planning.cost_model import CUDA_BYTES, CostModel
+from coordinator.core.planning.demand import demand
 from coordinator.core.planning.footprint import LOADING_BYTES, WORKING_BYTES, activations
+from coordinator.core.planning.lower_part import lower_demand
 from shared.jobs import Bits
-from shared.messages import Gpu
-from tests.unit.planning_cases import MIB, device, gpu_device, needed, reported, result
+from shared.messages import Gpu, Work
+from tests.unit.planning_cases import MIB, RANKS, device, gpu_device, job, minilm, needed, reported, result
 
 
 def test_memory_before_any_measurement_is_the_sum_of_its_parts() -> None:
@@ -51,6 +55,47 @@ def test_a_peak_at_other_bits_is_moved_by_the_weights() -> None:
     assert [model.memory("edge-1", need, b, 4, info)[0] for b in (4, 8, 16, 32)] == sorted(
         model.memory("edge-1", need, b, 4, info)[0] for b in (4, 8, 16, 32)
     )
+
+
+COUNTED = msgspec.structs.replace(
+    minilm(),
+    activations={"32": ActivationFacts(fixed=4e6, block=2e6), "16": ActivationFacts(fixed=4e6, block=1.6e6)},
+    activations_gpu={"32": ActivationFacts(fixed=4e6, block=9e5), "16": ActivationFacts(fixed=3e6, block=4e5)},
+)
+"""As of a causal model, much of whose activations are its logits: these don't go with the depth."""
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_peak_at_one_depth_tells_of_another(gpu: bool) -> None:
+    candidate = gpu_device("edge-1") if gpu else device("edge-1")
+    works = [Work(ranks=dict(list(RANKS.items())[first:]), batch=32, bits=16, steps=10) for first in (0, 20)]
+    whole, upper = (demand(COUNTED, job(), work.ranks) for work in works)
+    base = int(whole.weight_bytes(16)) + 4 * whole.adapter_params + 300 * MIB
+    peak = int(base + 12 * whole.adapter_params + 32 * whole.activation_bytes(16, gpu=gpu))
+    measured = msgspec.structs.replace(result(batch=32, bits=16, step_s=1.0), base_bytes=base, peak_bytes=peak)
+    report = RoundReport(
+        round=1, works={"edge-1": works[0]}, results={"edge-1": measured}, loads={"edge-1": candidate.load},
+        infos={"edge-1": candidate.info}, facts=COUNTED, job=job(),
+    )  # fmt: skip
+    size, _ = CostModel().learn(report).memory("edge-1", upper, 16, 32, candidate.info)
+    less = 32 * (whole.activation_bytes(16, gpu=gpu) - upper.activation_bytes(16, gpu=gpu))
+    less += 16 * (whole.adapter_params - upper.adapter_params)
+    assert size == pytest.approx(peak + (CUDA_BYTES if gpu else 0) - less, rel=0.05)
+    assert less > 0.1 * peak, "or this would tell nothing"
+
+
+def test_a_gpu_needs_what_was_counted_for_one() -> None:
+    whole, old = (
+        demand(COUNTED, job(), RANKS),
+        demand(msgspec.structs.replace(COUNTED, activations_gpu={}), job(), RANKS),
+    )
+    assert [whole.activation_bytes(bits) for bits in (32, 16, 4)] == [16e6, 13.6e6, 13.6e6]
+    assert [whole.activation_bytes(bits, gpu=True) for bits in (32, 16, 4)] == [9.4e6, 5.4e6, 5.4e6]
+    assert old.on_gpu == (old.activations, old.activations_half), "facts of an older log"
+    lower = lower_demand(COUNTED, job(), {}, 2)
+    assert (lower.activations, lower.on_gpu) == (0.0, (0.0, 0.0)), "nothing is tuned there"
+    lower = lower_demand(COUNTED, job(), dict(list(RANKS.items())[:8]), 2)
+    assert lower.on_gpu == (2 * 9e5, 2 * 4e5) and lower.activations == 2 * 2e6
 
 
 def test_accumulation_splits_the_activations() -> None:

@@ -385,12 +385,14 @@ def _with_memory(
     # Of a GPU the limit is its own memory, which the allocator can't exceed unseen: there the estimate decides.
     limit = load.memory_limit // agents if load is not None and not load.gpus else 0
     told = 0 < result.base_bytes <= result.peak_bytes
+    gpu = bool(info.gpus) if info is not None else found.gpu
     agent = int(result.base_bytes - need.weight_bytes(result.bits) - BYTES_LOADED * need.adapter_params)
     working = scratch(need, load, info, agent)
     moving = result.peak_bytes - result.base_bytes - (BYTES_TRAINED - BYTES_LOADED) * need.adapter_params - working
     met = Measured(
         peak=result.peak_bytes, micro=need.micro(result.batch), adapter_params=need.adapter_params, limit=limit,
-        activations=need.activations, moving=moving if told and result.load_s > 0 else 0,
+        activations=need.activations, kept=need.activation_bytes(result.bits, gpu=gpu),
+        moving=moving if told and result.load_s > 0 else 0,
     )  # fmt: skip
     before = found.peaks.get(bits)
     if before is not None and (before.micro, before.adapter_params) == (met.micro, met.adapter_params):
@@ -400,7 +402,6 @@ def _with_memory(
     if not told:
         return found
     seen = found.activation_scale or fleet_scale, found.activation_share
-    gpu = bool(info.gpus) if info is not None else found.gpu
     scale, share = activations(seen, fleet_scale, need, result, moving, working, gpu=gpu)
     if (scale, share) == seen:
         scale = found.activation_scale  # who taught nothing of them follows what the fleet learns

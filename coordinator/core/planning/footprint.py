@@ -31,7 +31,9 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     limit: int = 0
     """The limit it ran under; 0: not known."""
     activations: float = 0.0
-    """Estimated bytes per sample of that work at fp32: they follow its depth; 0: not known."""
+    """Estimated bytes per sample of that work at fp32, whatever it ran at: they follow its depth; 0: not known."""
+    kept: float = 0.0
+    """The same at its own bits, on the kind of device that it ran on."""
     moving: float = 0.0
     """What of the peak came and went in a round that loaded the base: that, or activations; 0: it did not."""
 
@@ -117,15 +119,12 @@ def footprint_of(
     if not peaks:
         return Estimated(need, bits, per_sample, agent)
     weights = need.weight_bytes(bits)
-    met, at, old_weights, old_sample = peaks.get(str(bits)), "", weights, per_sample
+    met, at, old_weights = peaks.get(str(bits)), "", weights
     if met is None:
         found = min(peaks, key=lambda key: (abs(int(key) - bits), key))
-        met, other = peaks[found], cast(Bits, int(found))
-        at, old_weights = f" at {other} bits", need.weight_bytes(other)
-        old_sample = scale * need.activation_bytes(other, gpu=gpu)
-    peak, before = context + met.peak, met.micro * old_sample
-    if met.activations and need.activations:
-        before *= met.activations / need.activations
+        met, at = peaks[found], f" at {found} bits"
+        old_weights = need.weight_bytes(cast(Bits, int(found)))
+    peak, before = context + met.peak, met.micro * scale * met.kept
     # Less work can't free the base itself, however large the estimate of its activations.
     least = min(peak, agent + weights)
     adapter = BYTES_TRAINED * (need.adapter_params - met.adapter_params)

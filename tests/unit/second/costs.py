@@ -193,6 +193,7 @@ class Peak:
     trained: int
     limit: int
     activations: float
+    kept: float
     moving: float
 
 
@@ -292,9 +293,7 @@ class Fleet:
             return fixed + max(need.micro(batch) * kept[bits] * scale, 32 * MIB + 8 * need.largest)
         other = min(known.peaks, key=lambda one: (abs(one - bits), str(one)))
         peak = known.peaks[other]
-        then = peak.micro * kept[other] * scale
-        if peak.activations and need.activations[32]:
-            then *= peak.activations / need.activations[32]
+        then = peak.micro * peak.kept * scale
         hidden = max(0.0, min(peak.moving, 32 * MIB + 8 * need.largest))
         more = max(need.micro(batch) * kept[bits] * scale, hidden) - max(then, hidden)
         more += need.base[bits] - need.base[other]
@@ -385,6 +384,7 @@ class Fleet:
         if not result.peak_bytes:
             return
         limit = load.memory_limit // agents if load is not None and not load.gpus else 0
+        kept = (need.on_gpu if info.gpus else need.activations)[result.bits]
         based = 0 < result.base_bytes <= result.peak_bytes
         rest = int(result.base_bytes - need.base[result.bits] - 4 * need.trained)
         working = 0 if rest > info.agent_bytes + 34 * MIB else 68 * MIB
@@ -392,7 +392,7 @@ class Fleet:
             working = 0
         over, hides = result.peak_bytes - result.base_bytes - 12 * need.trained - working, result.load_s > 0
         peak = Peak(
-            result.peak_bytes, need.micro(result.batch), need.trained, limit, need.activations[32],
+            result.peak_bytes, need.micro(result.batch), need.trained, limit, need.activations[32], kept,
             over if based and hides else 0,
         )  # fmt: skip
         old = known.peaks.get(result.bits)
@@ -403,7 +403,7 @@ class Fleet:
             return
         known.agent = max(1, rest)
         before = known.scale or self.scale
-        thought = need.micro(result.batch) * (need.on_gpu if info.gpus else need.activations)[result.bits]
+        thought = need.micro(result.batch) * kept
         trust = 1 / (1 + (max(working / 2, 16 * MIB) / thought) ** 2) if thought else 0.0
         if thought <= 0 or trust < 0.1 or trust < known.trust / 2:
             return

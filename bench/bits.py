@@ -35,7 +35,7 @@ from shared.modeling.base_model import Base
 from shared.modeling.data import TokenData, tokenize
 from shared.modeling.evaluation import evaluate
 
-DATA = Path(os.environ.get("MUSTER_DATA", "../shared/data"))
+DATA = Path(os.environ.get("MUSTER_DATA") or Path(__file__).parents[2] / "shared" / "data")
 TRAINED_ON, HELD_OUT = ("tinyshakespeare.txt.gz", "wikitext2_valid.txt.gz"), "wikitext2_test.txt.gz"
 STEPS = 300
 """Of training: a number, not a time, so that a busy machine makes the same model."""

@@ -36,7 +36,7 @@ from muster.testbed.simulated import first_plan
 from muster.testbed.virtual_fleets import PREFIX
 from shared.files import write_whole
 
-DATA = Path(os.environ.get("MUSTER_DATA", "../shared/data"))
+DATA = Path(os.environ.get("MUSTER_DATA") or Path(__file__).parents[2] / "shared" / "data")
 RUNS = Path(__file__).resolve().parent.parent / "runs" / "order"
 STRATEGIES = ("fedpipe", "legend", "uniform", "hetlora")
 SEEDS = {"emulated": (0,), "simulated": (0, 1, 2)}

@@ -202,7 +202,6 @@ STUDIES = (
     ),
     Study(
         "params-long", "`fedpipe` for 120 rounds", ((_FEDPIPE, ""),), 120, SEEDS,
-        remark="Four times as many rounds take it a quarter of the time that 30 take full fine-tuning.",
     ),
     Study(
         "fresh", "`fsr` against `fresh` over 50 rounds, energy .99 and .999, largest and sampled directions",

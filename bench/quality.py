@@ -24,7 +24,7 @@ from muster.testbed.emulate import Emulation, Outcome, carry_out
 from muster.testbed.exported import quality
 from muster.testbed.rows import read_rows, write_rows
 
-DATA = Path(os.environ.get("MUSTER_DATA", "../shared/data"))
+DATA = Path(os.environ.get("MUSTER_DATA") or Path(__file__).parents[2] / "shared" / "data")
 SEEDS = (0, 1, 2)
 """Of data shares, order, fresh factors and head."""
 CHUNKS = 20

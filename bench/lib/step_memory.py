@@ -57,7 +57,7 @@ def predicted(folder: Path, job: JobSpec, rank: int, batch: int, bits: Bits, scr
     return Predicted(need.weight_bytes(bits), BYTES_TRAINED * need.adapter_params, activations)
 
 
-def allocated(base: Base, steps: Steps) -> Met:  # noqa: ARG001 - `counted` needs the base
+def allocated(base: Base, steps: Steps) -> Met:  # noqa: ARG001 - `allocated_here` needs the base
     """What CUDA's allocator tells of a few steps; the first one makes the moments, and is not the worst."""
     gc.collect()
     torch.cuda.empty_cache()

@@ -47,7 +47,7 @@ def record(place: Place, file: Path, device: str, for_s: float) -> None:
     if not recording.devices:
         told = f"{device} told no" if device else "no device told its"
         raise UserError(f"--record {file}: {told} load within {seconds:.0f} s: nothing was recorded")
-    print(f"{recording} in {seconds:.0f} s; replay it with: muster simulate --replay {file}")
+    print(f"{recording} in {seconds:.0f} s; replay it with: muster simulate --profile recorded --replay {file}")
 
 
 class _Recording:

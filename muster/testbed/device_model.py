@@ -47,8 +47,8 @@ HOTTEST_LOSS = 0.3
 CONTENTION = 1.25
 """What a foreign core costs the agent against an own one: it takes cache and memory bandwidth too."""
 CORE_FLOPS, PROBE_ODDS = 7e10, 0.15
-"""What a core of the recording machine multiplies in a second, and how far a probe is off (standard deviation of its
-logarithm)."""
+"""What a core of the recording machine multiplies in a second (measured four days after its steps), and how far a probe
+is off (standard deviation of its logarithm)."""
 BURST_SLOT_S, BURST_CHANCE, BURST_MEAN_S, BURST_MOST_S = 120.0, 0.12, 90.0, 480.0
 """Foreign programs begin in a slot with this chance and last so long on average, and at most."""
 
@@ -121,6 +121,11 @@ class Kind:
     """Whether work makes it hot, and heat slow."""
     charge: float = 1.0
     """Steps whose time each step takes."""
+    real: bool = False
+    """Whether its memory is a machine's own, of which a recording tells the share that others hold; else it was made
+    for small bases, and others hold of `virtual_device.SPARE`."""
+    card: bool = False
+    """Whether its memory is a GPU's own, whose allocator says that it is full where else the kernel ends the agent."""
 
 
 EPOCH = 10.0
@@ -130,7 +135,7 @@ KINDS = (
     Kind("tx2", 0.30, 0.05, 6.0, 12.0, 4, 12, charge=EPOCH),
     Kind("nx", 0.40, 0.1, 6.0, 20.0, 8, 20, charge=EPOCH),
     Kind("agx", 0.10, 0.2, 8.0, 32.0, 16, 40, charge=EPOCH),
-    Kind("gpu", 0.20, 0.5, 16.0, 96.0, 16, 96, charge=EPOCH),
+    Kind("gpu", 0.20, 0.5, 16.0, 96.0, 16, 96, charge=EPOCH, card=True),
 )
 """Speeds 1 : 2 : 4 (: 10). TX2 and NX have 8 GB each, the AGX 32 GB: scaled to the small bases simulated here that is
 room for so many samples beside the base at the bits that one of billions of parameters would get there. The weights of
@@ -217,7 +222,8 @@ class StepTable:
         usual = self._rank * steps.factor_params * depth / steps.blocks
         share = _interpolated(self._depths, depth)
         share = self._whole * share if work.whole else share + self._per_factor * (work.factors / size - usual)
-        stretch = math.exp(_interpolated(self._quotas, -math.log(quota)))
+        # Below one core as it was recorded; above nothing was, and a step is faster by as much as the cores are.
+        stretch = math.exp(_interpolated(self._quotas, -math.log(quota))) if quota < 1.0 else 1.0 / quota
         whole = work.batch * per_sample * size * shape.tokens / steps.tokens
         return whole * max(share, 0.05) * self.bits.get(work.bits, 1.0) * stretch
 

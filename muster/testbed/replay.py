@@ -2,7 +2,7 @@
 
 A recording is JSONL, a reading a line (`Reading`): `muster emulate` writes one of its run, `muster devices --record` of
 a real fleet. Virtual device i takes the recorded device i, in turn by id. The devices themselves are those of a profile
-of the device model, or the recorded ones (`virtual_fleets.recorded`). Of a device that went away a recording tells its
+of the device model, or the recorded ones (`virtual_fleets.RECORDED`). Of a device that went away a recording tells its
 last load.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import msgspec
@@ -42,7 +43,8 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """FLOP per second of one of the cores, or of the GPU, in its probe; 0: not told."""
     bits: list[Bits] = []
     """Proven precisions of the base."""
-    gpu: bool = False
+    card: bool = False
+    """Whether the memory is a GPU's own."""
     bandwidth: float = 0.0
     """Bytes per second of its downloads; 0: not told."""
 
@@ -85,8 +87,8 @@ class Replay:
         return found[max(0, place - 1)]
 
 
-def recorded(path: Path) -> list[str]:
-    """The ids of a recording's devices. Raises `UserError` as `read`."""
+def device_ids(path: Path) -> list[str]:
+    """Of a recording, sorted. Raises `UserError` as `read`."""
     return sorted({reading.device for reading in _readings(path)})
 
 
@@ -96,6 +98,16 @@ def read(path: Path, devices: Sequence[str]) -> Replay:
 
 
 def _readings(path: Path) -> list[Reading]:
+    """Of a file that may be of days, asked for several times: read once."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"--replay {path}: can't be read: {error.strerror}") from error
+    return _read(path, (stat.st_ino, stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, _stamp: tuple[int, int, int]) -> list[Reading]:
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -150,19 +162,22 @@ class Recorder:
 
 
 def _reading(view: DeviceView, load: Load, at: float) -> Reading:
-    info, cores, foreign_cores = view.info, load.cores, load.foreign_cores
-    gpu = info is not None and bool(info.gpus)
-    if gpu:
-        cores, foreign_cores = 1.0, planned.foreign_gpu(load)
-    if info is not None and planned.has_gpu_memory(info):
+    """As planners read it: of several GPUs the least memory and the most that others take of one."""
+    info, foreign_cores = view.info, load.foreign_cores
+    cores = load.cores or (info.cores if info is not None else 0.0)
+    if info is None:
+        limit, foreign = load.memory_limit, load.memory_limit - load.memory_available - load.own_memory
+        foreign *= bool(load.own_memory)
+    elif planned.has_gpu_memory(info):
         limit, foreign = planned.gpu_memory(info, load)
     else:
-        limit = load.memory_limit
-        foreign = load.memory_limit - load.memory_available - load.own_memory if load.own_memory else 0
+        limit, foreign = planned.host_memory(info, load, load.own_memory)
+    if info is not None and info.gpus:
+        cores, foreign_cores = 1.0, planned.foreign_gpu(load)
     return Reading(
         device=view.device, at=at, cores=cores, foreign_cores=foreign_cores, memory_limit=limit,
         foreign_memory=max(0, foreign), flops=planned.probed_flops(info),
-        bits=list(info.bits) if info is not None else [], gpu=gpu,
+        bits=list(info.bits) if info is not None else [], card=info is not None and planned.has_gpu_memory(info),
     )  # fmt: skip
 
 

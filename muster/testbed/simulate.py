@@ -222,7 +222,7 @@ def _checked(simulation: Simulation) -> tuple[toml.Table, dict[str, str]]:
 
 
 def _sized(simulation: Simulation) -> Simulation:
-    count = virtual_fleets.size(simulation.profile, simulation.devices, simulation.replay)
+    count = virtual_fleets.device_count(simulation.profile, simulation.devices, simulation.replay)
     return replace(simulation, devices=count)
 
 
@@ -238,9 +238,11 @@ def _prepare(
         tell(remark)
     folder = inputs.base_model(spec.base.model, given, simulation.lm, tell)
     steps = load_steps()
-    models, told = virtual_fleets.replayed(
+    models, told, left_out = virtual_fleets.replayed(
         simulation.profile, simulation.devices, simulation.replay, steps.agent_bytes, spec.seed
     )
+    if left_out:
+        tell(f"left out, for nothing was proven there when it was recorded: {', '.join(left_out)}")
     names = [model.name for model in models]
     paths, counts, labels = _shares(simulation, spec, rows, names, scratch, str(data.train))
     clock = Clockwork(dm.StepTable(steps), dm.MemoryTable.of(steps), _base(folder, spec), told)

@@ -22,6 +22,8 @@ PROBE_S, LOAD_S = 1.0, 0.25
 RANK = 8
 """Of the adapter that the memory limits leave room for."""
 RESERVE = 66 * dm.MIB
+SPARE = 2 * RESERVE
+"""Of which other programs hold a share, where limits are made for small bases."""
 DAEMON_BYTES = 40 * dm.MIB
 
 
@@ -98,7 +100,7 @@ class VirtualDevice:
     @property
     def kernel_kills(self) -> bool:
         """Whether the kernel ends an agent that takes too much; a GPU's allocator says so instead."""
-        return self.model.kind.name != "gpu"
+        return not self.model.kind.card
 
     @property
     def slowness(self) -> float:
@@ -259,8 +261,7 @@ class VirtualDevice:
         )  # fmt: skip
 
     def _foreign_bytes(self, now: float) -> int:
-        # Limits of classes are made for small bases: a share of such a limit would be next to nothing.
-        return int(self.foreign(now).memory * (self.limit if self.model.kind.spare else RESERVE * 2))
+        return int(self.foreign(now).memory * (self.limit if self.model.kind.real else SPARE))
 
     def _step(self, work: Work, batch: int) -> dm.StepWork:
         base = self.clock.base

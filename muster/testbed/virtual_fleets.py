@@ -7,17 +7,18 @@ recorded from the real agent under quotas, without the saturation that the devic
 
 `recorded` has the devices of a recording (`replay`): their names, precisions and memory; of a device that trains on a
 GPU the GPU's, which to planners here is a machine of one fast core. Their speed is that of their probe, which tells of
-products alone. They do not get hot, and stay.
+products alone. They do not get hot, and stay. Who had proven nothing can't train and is left out.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 from muster.testbed import device_model as dm
 from muster.testbed import profiles
-from muster.testbed.replay import Reading, Replay, read, recorded
+from muster.testbed.replay import Reading, Replay, device_ids, read
 from shared.errors import UserError
 
 PREFIX = "emulated-"
@@ -53,8 +54,16 @@ def _kind(shape: profiles.Shape) -> dm.Kind:
     )  # fmt: skip
 
 
-def size(profile: str, devices: int, recording: Path | None) -> int:
-    """How many devices: as many as are asked for, or where that is 0, `DEVICES` or all of the recording.
+class Replayed(NamedTuple):
+    """A fleet with what a recording tells of it, if there is one, and who was recorded but could not train."""
+
+    devices: list[dm.Device]
+    replay: Replay | None
+    left_out: list[str]
+
+
+def device_count(profile: str, devices: int, recording: Path | None) -> int:
+    """As many as are asked for, or where that is 0, `DEVICES` or all of the recording that can train.
 
     Raises `UserError` where a recording is needed that is not there, can't be read or has fewer.
     """
@@ -62,38 +71,47 @@ def size(profile: str, devices: int, recording: Path | None) -> int:
         return devices or DEVICES
     if recording is None:
         raise UserError(f"--profile {RECORDED}: name the recording with --replay")
-    there = len(recorded(recording))
+    told, every = _read(recording)
+    there = sum(map(_can_train, map(told.machine, every)))
+    if not there:
+        raise UserError(
+            f"--profile {RECORDED}: {recording} tells of no device its speed, memory and proven precisions: it was "
+            "made before they had proven any, or by an older release"
+        )
     if devices > there:
-        raise UserError(f"--devices {devices}: there are {there} in {recording}")
+        raise UserError(f"--devices {devices}: in {recording} there are {there} that can train")
     return devices or there
 
 
-def replayed(
-    profile: str, count: int, recording: Path | None, agent_bytes: int, seed: int
-) -> tuple[list[dm.Device], Replay | None]:
-    """(`count` devices of a profile, what a recording tells of them). `agent_bytes`: of an agent without a base, as the
-    device model has it.
+def replayed(profile: str, count: int, recording: Path | None, agent_bytes: int, seed: int) -> Replayed:
+    """`count` devices of a profile under a recording's load. `agent_bytes`: of an agent without a base, as the device
+    model has it.
 
-    Raises `UserError` for a recording that can't be read or tells too little.
+    Raises `UserError` for a recording that can't be read.
     """
-    if profile == RECORDED and recording is not None:
-        names = recorded(recording)[:count]
-        told = read(recording, names)
-        kinds = [_recorded(name, told.machine(name), agent_bytes) for name in names]
-        return [dm.Device(name, kind, seed, restless=False) for name, kind in zip(names, kinds, strict=True)], told
-    devices = fleet(profile, count, seed)
-    return devices, read(recording, [device.name for device in devices]) if recording is not None else None
+    if profile != RECORDED or recording is None:
+        devices = fleet(profile, count, seed)
+        names = [device.name for device in devices]
+        return Replayed(devices, read(recording, names) if recording is not None else None, [])
+    told, every = _read(recording)
+    kinds = {name: _kind_of(told.machine(name), agent_bytes) for name in every if _can_train(told.machine(name))}
+    able = [dm.Device(name, kind, seed, restless=False) for name, kind in kinds.items()][:count]
+    return Replayed(able, told, [name for name in every if name not in kinds])
 
 
-def _recorded(device: str, told: Reading, agent_bytes: int) -> dm.Kind:
-    if not (told.flops and told.bits and told.cores and told.memory_limit):
-        raise UserError(
-            f"--profile {RECORDED}: the recording does not tell speed, memory and precisions of {device}: it was made "
-            "before its agent had proven any, or by an older release"
-        )
+def _read(recording: Path) -> tuple[Replay, list[str]]:
+    names = device_ids(recording)
+    return read(recording, names), names
+
+
+def _can_train(told: Reading) -> bool:
+    return bool(told.flops and told.bits and told.cores and told.memory_limit)
+
+
+def _kind_of(told: Reading, agent_bytes: int) -> dm.Kind:
     # What an agent takes of the machine's memory it does not take of a GPU's own.
-    spare = told.memory_limit if told.gpu else max(1, told.memory_limit - agent_bytes)
+    spare = told.memory_limit if told.card else max(1, told.memory_limit - agent_bytes)
     return dm.Kind(
-        "gpu" if told.gpu else f"{told.cores:g} cores", 0.0, told.flops * told.cores / dm.CORE_FLOPS, told.cores,
-        math.inf, 32, 0, bits=tuple(told.bits), spare=spare, heats=False,
+        "gpu" if told.card else f"{told.cores:g} cores", 0.0, told.flops * told.cores / dm.CORE_FLOPS, told.cores,
+        math.inf, 32, 0, bits=tuple(told.bits), spare=spare, heats=False, real=True, card=told.card,
     )  # fmt: skip

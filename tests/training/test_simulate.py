@@ -110,7 +110,7 @@ def test_the_recorded_fleet_is_simulated(asked: Simulation, tmp_path: Path) -> N
     told = [
         {**usual, "device": "bench-pc"},
         {**usual, "device": "old-pc", "foreign_cores": 2.0},
-        {**usual, "device": "server", "cores": 1.0, "flops": 2.8e11, "gpu": True},
+        {**usual, "device": "server", "cores": 1.0, "flops": 2.8e11, "card": True},
     ]
     path = tmp_path / "day.jsonl"
     path.write_text("".join(json.dumps({**line, "at": 0.0}) + "\n" for line in told))

@@ -81,7 +81,7 @@ def test_a_recording_of_a_fleet_can_be_replayed(tmp_path: Path, capsys: pytest.C
         server.stop()
     said = capsys.readouterr()
     assert said.out.startswith(f"recorded {desk.looks} loads and {desk.looks} downloads of 1 device in ")
-    assert said.out.endswith(f"s; replay it with: muster simulate --replay {file}\n")
+    assert said.out.endswith(f"s; replay it with: muster simulate --profile recorded --replay {file}\n")
     found = [msgspec.json.decode(line, type=Reading) for line in file.read_bytes().splitlines()]
     assert desk.looks >= 2 and {one.device for one in found} == {"edge-01"}
     # With look n came a load, then round n + 1, which tells of a link; round 1 was before the recording.

@@ -123,13 +123,13 @@ def budget(info: DeviceInfo, load: Load | None, own_bytes: int, agents: int = 1)
         return _budget(*gpu_memory(info, load), 1)
     # An agent at its worst moment holds more than it was last measured with, and none of it is foreign.
     own = max(own_bytes * agents + DAEMON_BYTES, load.own_memory if load is not None else 0)
-    return _budget(*_host_memory(info, load, own), agents)
+    return _budget(*host_memory(info, load, own), agents)
 
 
 def _shared_budget(info: DeviceInfo, load: Load | None, agents: int) -> Budget:
     """Of each agent of a device with an integrated GPU. Where it has cards beside it the tighter of both bounds all,
     for all its agents do the same work."""
-    limit, taken = _host_memory(info, load, max(0, load.own_memory - DAEMON_BYTES) if load is not None else 0)
+    limit, taken = host_memory(info, load, max(0, load.own_memory - DAEMON_BYTES) if load is not None else 0)
     reserve = unified_reserve(limit) if limit else 0
     shared = Budget(max(0, limit - reserve - taken) // agents, limit // agents, reserve // agents, taken // agents)
     if not any(_own_memory(gpu) for gpu in info.gpus):
@@ -171,7 +171,7 @@ def gpu_memory(info: DeviceInfo, load: Load | None) -> tuple[int, int]:
     return limit, max((gpu.foreign_memory or 0 for gpu in load.gpus), default=0) if load is not None else 0
 
 
-def _host_memory(info: DeviceInfo, load: Load | None, own: int) -> tuple[int, int]:
+def host_memory(info: DeviceInfo, load: Load | None, own: int) -> tuple[int, int]:
     """(limit, foreign): what is used beyond the `own` bytes. An owner's limit below the machine's bounds us, not the
     others."""
     if load is None or not load.memory_limit:

@@ -243,12 +243,14 @@ def test_claims_of_other_benchmarks_and_of_the_time_stand_beside() -> None:
     figures = [
         ("replanning.a", 0.5, True), ("replanning.b", 1.25, False), ("order.tau", 0.8, True),
         ("predicted_memory.cpu_8", 2.5, True), ("predicted_memory.cpu_4", 4.75, True),
-        ("cuda.memory_8", "not run", None),
+        ("cuda.memory_8", "not run", None), ("predicted_memory.as_gpu_8", "not run", None),
+        ("predicted_memory.as_gpu_4", 12.5, False),
     ]  # fmt: skip
     others = [{"name": name, "value": value, "met": met} for name, value, met in figures]
     rows = [row.split(" | ")[1:] for row in claims([], {}, others=others, minutes=59.6)]
     assert ["1.25 s", "<= 1 s", "**no** |"] in rows and ["0.80", ">= 0.6", "yes |"] in rows
     assert ["4.75 %", "<= 10 %", "yes |"] in rows and ["not run", "<= 10 %", " |"] in rows
+    assert ["12.50 %", "<= 10 %", "**no** |"] in rows, "what was not run hides nothing"
     assert ["60 minutes", "<= 60", "yes |"] in rows
     assert any("61 minutes" in row and "**no**" in row for row in claims([], {}, minutes=60.6))
 

@@ -7,9 +7,10 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from bench.planning_grid import TASKS
+from bench.planning_grid import TASKS, Method
 from bench.planning_studies import STUDIES, Study, label
 from bench.planning_tables import Results, interval, prediction_error, seconds_a_round, told
+from bench.planning_words import PARTS_OF_FEDPIPE
 from muster.testbed import simulated
 
 Reading = Callable[[simulated.Result, float], tuple[float, bool]]
@@ -111,9 +112,10 @@ def claims(
         roomy = ", on a fleet with memory enough for it" if rival == "full" else ""
         what = f"`fedpipe` against `{rival}`{roomy}: times faster to the target"
         yield from _by_alpha(main, what, ("fedpipe", rival), seconds, 2.0)
-    equal = ratio(studies.get("equal", []), "fedpipe, equal", "fedlora, equal", seconds)
-    yield _row("the same on a fleet of equal devices, against `fedlora`", equal, 1.0)
-    yield from _params(main, studies.get("params", []))
+    for rival in ("fedlora, equal", "fedadapter, equal", "full, equal-roomy"):
+        equal = ratio(studies.get("equal", []), "fedpipe, equal", rival, seconds)
+        yield _row(f"the same on a fleet of equal devices, against `{rival.partition(',')[0]}`", equal, 1.0)
+    yield from _params(main, studies.get("params", []), studies.get("params-long", []))
     for rival in ("fedlora", "hetlora", "fedadapter"):
         what = f"`legend` against `{rival}`: times faster to the target"
         yield from _by_alpha(main, what, ("legend", rival), seconds, 1.5)
@@ -125,7 +127,8 @@ def claims(
             mean, half = interval(shares)
             yield _line(f"share of the round that devices wait, `{name}`", f"{mean:.1f} ± {half:.1f} %", "<= 10 %",
                         mean <= 10)  # fmt: skip
-    yield from _padding(studies.get("padding", []))
+    yield from _padding(studies.get("padding", []), "unequal ranks, 2 to 8")
+    yield from _padding(studies.get("padding-wide", []), "unequal ranks, 2 to 64, each at its own best rate")
     for name, what, wanted in BY_OTHERS:
         figures = [one for one in others if str(one["name"]).startswith(name)]
         figures = [one for one in figures if not isinstance(one["value"], str)] or figures
@@ -158,8 +161,8 @@ def _line(claim: str, measured: str, wanted: str, met: bool | None) -> str:
     return f"| {claim} | {measured} | {wanted} | {'' if met is None else 'yes' if met else '**no**'} |"
 
 
-def _params(main: Results, study: Results) -> Iterator[str]:
-    """Parameters trained, and what they reach against all of them."""
+def _params(main: Results, study: Results, longer: Results) -> Iterator[str]:
+    """Parameters trained, and what they reach against all of them; `longer`: runs of `fedpipe` of more rounds."""
     shares = [fmean(part.params for one in result.rounds for part in one.devices) for run, result in main
               if run.method.name == "fedpipe"]  # fmt: skip
     whole = [part.params for run, result in main if run.method.name == "full" for one in result.rounds
@@ -168,20 +171,31 @@ def _params(main: Results, study: Results) -> Iterator[str]:
         share = 100 * fmean(shares) / fmean(whole)
         yield _line("`fedpipe`: parameters that a device trains, of full fine-tuning's", f"{share:.2f} %", "<= 20 %",
                     share <= 20)  # fmt: skip
-        gaps = differences(study, "full", "fedpipe")
-        if len(gaps) > 1:
-            mean, half = interval(gaps)
-            yield _line(f"`fedpipe` behind full fine-tuning after {study[0][0].rounds} rounds, {len(gaps)} seeds",
-                        f"{mean:.1f} ± {half:.1f} points with {share:.2f} % of the parameters",
-                        "<= 1 point with <= 5 % of the parameters", mean <= 1 and share <= 5)  # fmt: skip
+        rival = [(run, result) for run, result in study if run.method.name == "full"]
+        for mine in (study, longer):
+            own = [(run, result) for run, result in mine if run.method.name == "fedpipe"]
+            gaps = differences([*own, *rival], "full", "fedpipe")
+            if len(gaps) > 1:
+                mean, half = interval(gaps)
+                yield _line(
+                    f"`fedpipe` after {_length(own)} behind full fine-tuning after {_length(rival)}, {len(gaps)} seeds",
+                    f"{mean:.1f} ± {half:.1f} points with {share:.2f} % of the parameters",
+                    "<= 1 point with <= 5 % of the parameters", mean <= 1 and share <= 5,
+                )  # fmt: skip
 
 
-def _padding(study: Results) -> Iterator[str]:
-    pairs = differences(study, "hetlora+fsr", "hetlora")
+def _length(results: Results) -> str:
+    spent = fmean(simulated.whole_run(result.rounds) for _, result in results)
+    return f"{results[0][0].rounds} rounds ({spent:.0f} s)"
+
+
+def _padding(study: Results, ranks: str) -> Iterator[str]:
+    variant = label(Method(""), study[0][0].variant) if study else ""
+    pairs = differences(study, f"hetlora+fsr{variant}", f"hetlora{variant}")
     if len(pairs) < 2:
         return
     mean, half = interval(pairs)
-    yield _line("exact aggregation over zero-padding at unequal ranks, mean difference",
+    yield _line(f"exact aggregation over zero-padding at {ranks}, mean difference",
                 f"{mean:.1f} ± {half:.1f} points, lowest {min(pairs):.1f}",
                 "interval above 0, no seed below -0.5", mean - half > 0 and min(pairs) >= -0.5)  # fmt: skip
 
@@ -247,6 +261,32 @@ def drift_table(results: Results) -> Iterator[str]:
     yield from _by_stage(results, lambda one: one.prediction_error)
 
 
+def fedpipe_table(results: Results) -> Iterator[str]:
+    """What of `fedpipe` acted in its runs: rounds over chosen modules, and in these ranks and bits."""
+    yield "| task | Dirichlet | rounds over chosen modules, by seed | devices there with fewer parameters | bits |"
+    yield "|---|---|---|---|---|"
+    mine = [(run, result) for run, result in results if run.method.name == "fedpipe" and result.rounds]
+    for place in sorted({(run.task, run.alpha) for run, _ in mine}, key=lambda one: (one[0], -one[1])):
+        here = [result for run, result in mine if (run.task, run.alpha) == place]
+        chosen = [_over_chosen(result) for result in here]
+        parts = [part for rounds in chosen for one in rounds for part in one.devices]
+        fewer = sum(
+            part.params < max(one.params for one in round.devices)
+            for rounds in chosen for round in rounds for part in round.devices
+        )  # fmt: skip
+        bits = ", ".join(f"{bits}" for bits in sorted({part.bits for result in here for one in result.rounds
+                                                       for part in one.devices}))  # fmt: skip
+        counts = ", ".join(
+            f"{len(rounds)} of {len(result.rounds)}" for rounds, result in zip(chosen, here, strict=True)
+        )  # fmt: skip
+        yield f"| {place[0]} | {place[1]:g} | {counts} | {fewer} of {len(parts)} | {bits} |"
+
+
+def _over_chosen(result: simulated.Result) -> list[simulated.RoundResult]:
+    every = max(part.modules for one in result.rounds for part in one.devices)
+    return [one for one in result.rounds if max((part.modules for part in one.devices), default=every) < every]
+
+
 def waiting_table(results: Results) -> Iterator[str]:
     """The share of rounds that devices wait, likewise."""
     yield from _by_stage(results, lambda one: one.waiting)
@@ -268,10 +308,14 @@ def _by_stage(results: Results, share: Callable[[simulated.RoundResult], float |
 def sections(results: Results, studies: Mapping[str, Results]) -> Iterator[str]:
     """All that follows the tables of the grid."""
     drifting = [(run, result) for run, result in results if run.task == "dbpedia14"]
+    if any(run.method.name == "fedpipe" for run, _ in results):
+        yield from ("", "## What of `fedpipe` acts in these runs", "", PARTS_OF_FEDPIPE)
+        yield from fedpipe_table(results)
     if drifting:
         yield from ("", "## Predicted against measured step time under drifting load", "")
-        yield "Mean of |predicted - trained| / trained seconds over the devices of a round. Power modes, heat, foreign "
-        yield "load and 6 % noise of a step move under the planners; seconds of a device not met before are a guess."
+        yield "Mean of |predicted - trained| / trained seconds over the devices of a round. Heat, foreign load and 6 %"
+        yield "noise of a step move under the planners, and after 20 rounds, which few runs reach, power modes; seconds"
+        yield "of a device not met before are a guess."
         yield ""
         yield from drift_table(drifting)
         yield from ("", "## Waiting, round by round", "")

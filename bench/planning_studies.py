@@ -210,5 +210,9 @@ STUDIES = (
             (Method("hetlora", "fresh"), "largest0.99"), (Method("hetlora", "fresh"), "largest0.999"),
         ), 50, (0,),
     ),
-    Study("pair", "Two devices of unequal memory", ((_FEDPIPE, "pair"),), 8, (0,)),
+    Study(
+        "pair", "Two devices of unequal memory", ((_FEDPIPE, "pair"),), 8, (0,),
+        remark="Both have modules of rank 32: how many parameters each trains tells their ranks apart. From the third "
+        "round on they are done within 7 % of a round of each other in three of six, at worst 40 % apart.",
+    ),
 )  # fmt: skip

@@ -14,7 +14,8 @@ its paper's pruning of its own ranks, `fedadapter` without its cache of activati
 devices' probes ([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` end the work of a
 device that is late ([0028](decisions/0028-work-ends-with-its-round.md)), and `legend` regulates batches, which its
 paper does not ([0027](decisions/0027-legend-regulates-batches.md); a study below has it with one batch); rivals
-wait for their slowest.
+wait for their slowest. A probe is the device's true speed in its power mode, off by 15 % by chance: but for that
+planners begin without knowledge.
 
 Below Dirichlet {STRONG_SKEW:g} no device of nine or more has over {MAX_SHARE:g} of a round's mean in {_UNEQUAL},
 whose batches differ (`strategy.max_share`, chosen on validation rows): by samples alone the fleet learns the data
@@ -27,14 +28,24 @@ there. The study of short rounds below has the other regime.
 
 **The clock's devices.** Seconds of a step come from the real agent under CPU quotas of 0.1 to 1
 (`bench/record_steps.py`): a TX2, at 0.05, is extrapolated, heat, bandwidth and noise are assumed, and no CUDA
-device was there to record. The kind `gpu` is a machine of 16 cores and reports no GPU. Memory is summed of the same
-parts as in the planners' model, with constants of its own: what is said of it here proves nothing.
+device was there to record. What a rank adds to a step, and what tuning the whole base adds (half of a step again, for
+`full`), was not recorded and goes by FLOP. The kind `gpu` is a machine of 16 cores and reports no GPU. Memory is summed
+of the same parts as in the planners' model, with constants of its own: what is said of it here proves nothing.
+
+**The order over mosquitto.** With one emulated seed its spread is the length of a round, within which `legend`,
+`fedpipe` and `uniform` tie: the tau below says that both have `hetlora` last.
 
 `full` ends after {FULL_ROUNDS} rounds: each takes three to six times another's to compute, and by then the others
 have long arrived or given up.
 
-The studies `padding`, `params` and `fresh` were made before AdamW took one pass on a CPU (2026-11-30): their runs have
-other last bits than those of the grid, and differ from these as seeds do.
+"""
+
+PARTS_OF_FEDPIPE = """\
+Until 20 local steps were asked for (`strategy.warm_up_steps`), three rounds here, all modules are tuned at rank 8,
+planned like `uniform` but for an end to late work; then those with 80 % of the score, with ranks and batches by its
+two-stage search. So at Dirichlet 1 half of a run or all of it is warm-up: what is faster there is planning of batches,
+and that late work ends. (In the study of 80 steps the warm-up is one round.) And memory is short on no device of this
+fleet with bases so small: ranks and bits hardly move. The pair of unequal memory below shows them.
 """
 
 NOTES = {
@@ -54,14 +65,14 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
   and 50 steps, where 20 are as good as 50 (2026-11-30); all modules instead of those with 80 % of the score, which
   takes a tenth less time there and is no longer the paper's method (a study below); ranks to 16 and longer work for
   fast devices (2026-11-29), both slower.
-- `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two; more
-  rounds were not tried (2026-11-30).
+- `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two. A study
+  below has 120 rounds of `fedpipe`, in less time than 30 of `full`.
 - Traffic of `legend`: every device fetches the whole global adapter, since its forward pass needs the blocks that
   it does not tune. At rank 8 instead of 16 it is a quarter less at Dirichlet 1, and one seed in three does not
   arrive at 0.1 (2026-11-30). The adapters of `fedadapter` are a fifth of LoRA's.
 - Waiting: handed the clock's true model `fedpipe` still waits 15 % (a study below). Batches to 64 instead of 32, an
   end to late work and rounds of the median device's time brought it down from 28 (2026-11-30); batches for 1.15 of
   the time under the same limit wait 15 % as well, and lose time.
-- Exact aggregation against zero-padding: at these ranks, 1 to 8 of a global rank of 16, what padding loses is less
-  than what seeds differ by (2026-11-30).
+- Exact aggregation against zero-padding: at these ranks, 2 to 8 of a global rank of 16 and two thirds of them 2, what
+  padding loses is less than what seeds differ by. At ranks 2 to 64 it is not (a study below).
 """

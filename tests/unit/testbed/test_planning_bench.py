@@ -255,6 +255,33 @@ def test_claims_of_other_benchmarks_and_of_the_time_stand_beside() -> None:
     assert any("61 minutes" in row and "**no**" in row for row in claims([], {}, minutes=60.6))
 
 
+def _ended(method: Method, quality: float, seed: int, rounds: int = 2, variant: str = "") -> tuple[Run, Result]:
+    run = Run(method, "dbpedia14", 1.0, seed, 1e-2, "test", rounds, variant=variant)
+    return run, _result(run, quality / 0.75)  # whose last rounds have half of it, and all
+
+
+def test_exact_aggregation_is_compared_at_each_width_of_ranks() -> None:
+    exact = Method("hetlora", "fsr")
+    narrow = [_ended(one, q, seed) for seed in (0, 1) for one, q in ((HETLORA, 0.5), (exact, 0.49))]
+    wide = [_ended(one, q, seed, variant="wide") for seed in (0, 1) for one, q in ((HETLORA, 0.5), (exact, 0.55))]
+    rows = [row for row in claims([], {"padding": narrow, "padding-wide": wide}) if "zero-padding" in row]
+    assert [re.findall(r"-?[\d.]+ ± [\d.]+ points", row) for row in rows] == [
+        ["-1.0 ± 0.0 points"],
+        ["5.0 ± 0.0 points"],
+    ]
+    assert rows[0].endswith("| **no** |") and rows[1].endswith("| yes |")
+
+
+def test_full_fine_tuning_is_compared_with_as_many_rounds_and_with_more() -> None:
+    fedpipe, full = Method("fedpipe"), Method("full")
+    equal = [_ended(one, q, seed) for seed in (0, 1) for one, q in ((fedpipe, 0.8), (full, 0.84))]
+    longer = [_ended(fedpipe, 0.835, seed, rounds=8) for seed in (0, 1)]
+    main = [_ended(one, 0.8, 0) for one in (fedpipe, full)]
+    rows = [row for row in claims(main, {"params": equal, "params-long": longer}) if "behind full" in row]
+    assert [re.findall(r"[\d.]+ ± [\d.]+ points", row) for row in rows] == [["4.0 ± 0.0 points"], ["0.5 ± 0.0 points"]]
+    assert "after 2 rounds" in rows[0] and "after 8 rounds" in rows[1]
+
+
 def test_a_study_compares_its_variants() -> None:
     study = Study("s", "?", ((UNIFORM, ""), (UNIFORM, "short")), 2, (0, 1), ratios=(("uniform, short", "uniform"),))
     found = [

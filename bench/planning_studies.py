@@ -177,8 +177,8 @@ STUDIES = (
         "padding-wide", "The same at ranks 2 to 64 of a global rank of 64", ((_PADDED, "wide"), (_EXACT, "wide")), 20,
         (*FIVE, 5, 6, 7, 8, 9), rates=((_PADDED.name, 0.01), (_EXACT.name, 0.005)),
         remark="At the grid's rate of 0.02 the exact mean diverges and the padded one nearly so: for each the best of "
-        "0.002, 0.005, 0.01 (six rounds on validation rows: accuracy 0.21, 0.57, 0.70 padded, 0.56, 0.72, 0.64 exact). The interval of the "
-        "first five seeds had 0 in it (1.5 ± 1.9 points); five more were run.",
+        "0.002, 0.005, 0.01 (six rounds on validation rows: accuracy 0.21, 0.57, 0.70 padded, 0.56, 0.72, 0.64 exact). "
+        "The interval of the first five seeds had 0 in it (1.5 ± 1.9 points); five more were run.",
     ),
     Study(
         "oracle", "The price of not knowing: planners that are handed the clock's true model",
@@ -213,8 +213,8 @@ STUDIES = (
             *((_EXACT, f"{way}{energy}") for way in ("largest", "sampled") for energy in (0.99, 0.999)),
             (_FRESH, "largest0.99"), (_FRESH, "largest0.999"),
         ), 50, (0,),
-        remark="Under the grid's cap of 16 on the global rank, which all but `fsr` at .99 reach within four rounds. The "
-        "four runs with the cap are older than AdamW's one pass on a CPU, and differ from newer ones as seeds do.",
+        remark="Under the grid's cap of 16 on the global rank, which all but `fsr` at .99 reach within four rounds. "
+        "These runs are older than AdamW's one pass on a CPU, and differ from newer ones as seeds do.",
     ),
     Study(
         "fresh-whole", "The same without a cap: `fresh` keeps all that the energy asks for",

@@ -72,7 +72,9 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
   arrive at 0.1 (2026-11-30). The adapters of `fedadapter` are a fifth of LoRA's.
 - Waiting: handed the clock's true model `fedpipe` still waits 15 % (a study below). Batches to 64 instead of 32, an
   end to late work and rounds of the median device's time brought it down from 28 (2026-11-30); batches for 1.15 of
-  the time under the same limit wait 15 % as well, and lose time.
+  the time under the same limit wait 15 % as well, and lose time. With rounds of 80 steps it is 8 to 15 % from the
+  third round on; there an end to training that the link's leftovers can't put off takes a point or two more
+  (2026-11-30, one seed, not taken).
 - Exact aggregation against zero-padding: at these ranks, 2 to 8 of a global rank of 16 and two thirds of them 2, what
   padding loses is less than what seeds differ by. At ranks 2 to 64 it is not (a study below).
 """

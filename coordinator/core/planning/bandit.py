@@ -54,9 +54,11 @@ class Region(msgspec.Struct, frozen=True, array_like=True):
         """Of the rectangle."""
         return self.x + self.wide / 2, self.y + self.high / 2
 
-    def holds(self, at: Point) -> bool:
-        """Whether the point lies in it. An upper edge belongs to the next region, the square's own to the last."""
-        return self.x <= at[0] < _edge(self.x + self.wide) and self.y <= at[1] < _edge(self.y + self.high)
+    @property
+    def edges(self) -> tuple[float, float, float, float]:
+        """Least and largest x, least and largest y. An upper edge belongs to the next region, the square's own to the
+        last."""
+        return self.x, _edge(self.x + self.wide), self.y, _edge(self.y + self.high)
 
     def meets(self, span: tuple[float, float]) -> bool:
         """Whether the span of x, from the least to the largest, lies in it in part."""
@@ -121,15 +123,25 @@ class Bandit(msgspec.Struct, frozen=True, kw_only=True):
         cells: list[list[Region]] = [[] for _ in range(START * START)]
         for one in self.regions:
             cells[_cell(one.middle)].append(msgspec.structs.replace(one, pulls=KEEP * one.pulls))
+        edges = [[region.edges for region in regions] for regions in cells]
         for at, reward in seen:
-            regions = cells[_cell(at)]
+            (x, y), cell = at, _cell(at)
+            regions, bounds = cells[cell], edges[cell]
             # Regions that were stored before their halves ended exactly may leave gaps of a bit between them.
-            place = next((i for i, region in enumerate(regions) if region.holds(at)), len(regions) - 1)
+            place = len(regions) - 1
+            for i, (left, right, low, high) in enumerate(bounds):
+                if left <= x < right and low <= y < high:
+                    place = i
+                    break
             old = regions[place]
             pulls = old.pulls + 1
             new = msgspec.structs.replace(old, pulls=pulls, mean=(old.mean * old.pulls + reward) / pulls)
             refined = pulls >= ENOUGH and max(new.wide, new.high) > FINEST
-            regions[place : place + 1] = new.halves() if refined else [new]
+            if refined:
+                regions[place : place + 1] = halves = new.halves()
+                bounds[place : place + 1] = [half.edges for half in halves]
+            else:
+                regions[place] = new
         return Bandit(regions=tuple(one for regions in cells for one in regions))
 
 

@@ -19,7 +19,11 @@ PATTERN = re.compile(
 
 def word(name: str, value: int, reading: str, bound: str, *notes: str, verb: Verb = "meets") -> str:
     """The reason why `name` is `value`: what was read, the bound it met, and what else the reader should know."""
-    return "; ".join([f"{name} {value}: {reading} {verb} {bound}", *(note for note in notes if note)])
+    told = f"{name} {value}: {reading} {verb} {bound}"
+    for note in notes:  # a few for each of tens of thousands of works
+        if note:
+            told += f"; {note}"
+    return told
 
 
 def seconds(value: float) -> str:

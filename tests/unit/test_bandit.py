@@ -157,7 +157,7 @@ def test_the_best_region_is_taken_and_what_was_given_out_counts_for_the_bonus_al
         choice = pulls.choose((rng.random(), rng.random(), rng.random()), anything)
         assert choice is not None
         scores = _scores(bandit, given_out)
-        (here,) = (place for place, region in enumerate(bandit.regions) if region.holds(choice.at))
+        (here,) = (place for place, region in enumerate(bandit.regions) if holds(region, choice.at))
         assert (choice.estimate, choice.bonus) == pytest.approx(scores[here])
         assert choice.estimate + choice.bonus == pytest.approx(max(estimate + bonus for estimate, bonus in scores))
         given_out.append(choice.at)

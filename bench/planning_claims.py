@@ -323,10 +323,6 @@ def sections(results: Results, studies: Mapping[str, Results]) -> Iterator[str]:
         yield "is late ends up to a whole step later."
         yield ""
         yield from waiting_table(drifting)
-        long = studies.get("epochs-on", [])
-        if long:
-            yield from ("", "With 80 steps a round (the study below):", "")
-            yield from waiting_table(long)
     for study in STUDIES:
         found = studies.get(study.name, [])
         yield from (

@@ -65,16 +65,19 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
   and 50 steps, where 20 are as good as 50 (2026-11-30); all modules instead of those with 80 % of the score, which
   takes a tenth less time there and is no longer the paper's method (a study below); ranks to 16 and longer work for
   fast devices (2026-11-29), both slower.
-- `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two. A study
-  below has 120 rounds of `fedpipe`, in less time than 30 of `full`.
+- `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two. After 120
+  rounds of `fedpipe`, a quarter of the time of 30 of `full`, it is no nearer (a study below, one seed). Rates were
+  chosen for six rounds; a rate that falls was not tried.
+- Equal devices, against `fedadapter`: its rounds take 18 s where those of `fedpipe` take 29, with a seventh of the
+  traffic; among unequal devices its slowest hold it up. Measured first on 2026-11-30; nothing was tried.
 - Traffic of `legend`: every device fetches the whole global adapter, since its forward pass needs the blocks that
   it does not tune. At rank 8 instead of 16 it is a quarter less at Dirichlet 1, and one seed in three does not
   arrive at 0.1 (2026-11-30). The adapters of `fedadapter` are a fifth of LoRA's.
 - Waiting: handed the clock's true model `fedpipe` still waits 15 % (a study below). Batches to 64 instead of 32, an
   end to late work and rounds of the median device's time brought it down from 28 (2026-11-30); batches for 1.15 of
-  the time under the same limit wait 15 % as well, and lose time. With rounds of 80 steps it is 8 to 15 % from the
-  third round on; there an end to training that the link's leftovers can't put off takes a point or two more
-  (2026-11-30, one seed, not taken).
+  the time under the same limit wait 15 % as well, and lose time. With rounds of 80 steps it is 9 to 15 % in
+  the third to fifth, and 8 to 13 % where training can't use what the link left over (2026-11-30, validation rows,
+  one seed, not taken).
 - Exact aggregation against zero-padding: at these ranks, 2 to 8 of a global rank of 16 and two thirds of them 2, what
   padding loses is less than what seeds differ by. At ranks 2 to 64 it is not (a study below).
 """

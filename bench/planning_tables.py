@@ -117,11 +117,8 @@ def _table(
         yield "The floor arrives in every seed: here the target is within what a head alone can learn."
     untuned = {result.baseline.loss for _, result in results if result.baseline is not None}
     if target < 0 and untuned:
-        told = ", ".join(f"{loss:.4f}" for loss in sorted(untuned))
-        yield from (
-            "",
-            f"A causal model has no head that could be trained alone; the base as it is has a loss of {told}.",
-        )
+        losses = ", ".join(f"{loss:.4f}" for loss in sorted(untuned))
+        yield from ("", f"A causal model has no head to train alone; the base as it is has a loss of {losses}.")
     compared = [(run, result) for run, result in results if run.method.strategy != FLOOR]
     bests = [simulated.best_quality(result.rounds) for _, result in compared]
     reached = [best for best in bests if best is not None]

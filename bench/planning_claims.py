@@ -190,8 +190,8 @@ def _length(results: Results) -> str:
 
 
 def _padding(study: Results, ranks: str) -> Iterator[str]:
-    variant = label(Method(""), study[0][0].variant) if study else ""
-    pairs = differences(study, f"hetlora+fsr{variant}", f"hetlora{variant}")
+    variant = study[0][0].variant if study else ""
+    pairs = differences(study, label(Method("hetlora", "fsr"), variant), label(Method("hetlora"), variant))
     if len(pairs) < 2:
         return
     mean, half = interval(pairs)

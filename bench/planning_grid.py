@@ -52,6 +52,10 @@ class Method:
         """Whether it is the floor, or tells gains of aggregation from gains of planning: no strategy of its own."""
         return self.strategy == FLOOR or bool(self.aggregator)
 
+    def rounds(self, most: int) -> int:
+        """Of a run to a target: `most`, but for `full`."""
+        return min(most, FULL_ROUNDS) if self.strategy == "full" else most
+
     @property
     def rates(self) -> tuple[float, ...]:
         """The learning rates to choose from."""
@@ -176,7 +180,7 @@ def final_runs(grid: Grid, chosen: Sequence[Method], rates: dict[tuple[str, str]
         for task, alpha, seeds in grid.cells:
             for method in on(grid, chosen, task) if place < len(seeds) else ():
                 if (method.name, task) in rates:
-                    rounds = min(grid.rounds, FULL_ROUNDS) if method.strategy == "full" else grid.rounds
+                    rounds = method.rounds(grid.rounds)
                     yield Run(method, task, alpha, seeds[place], rates[method.name, task], "test", rounds, grid.stop)
 
 

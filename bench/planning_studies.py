@@ -114,8 +114,7 @@ class Study:
             for method, variant in self.pairs:
                 lr = dict(self.rates).get(method.name) or _rate(method, rates)
                 if lr is not None:
-                    # As in the grid: each of its rounds takes three to six times another's to compute.
-                    rounds = min(self.rounds, FULL_ROUNDS) if self.stop and method.strategy == "full" else self.rounds
+                    rounds = method.rounds(self.rounds) if self.stop else self.rounds
                     yield Run(method, "dbpedia14", self.alpha, seed, lr, "test", rounds, self.stop, variant)
 
 

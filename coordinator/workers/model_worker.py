@@ -44,14 +44,14 @@ PRECISIONS: tuple[Bits, ...] = (32, 16)
 
 @dataclass
 class _Held:
-    """What stays loaded: one base, its digest, its tokenised data, and what was counted of its activations (by whether
-    on a GPU)."""
+    """What stays loaded: one base, its digest, its tokenised data, and what was counted of its activations."""
 
     key: tuple[object, ...] = ()
     base: Any = None
     digest: str = ""
     store: Any = None
-    counted: dict[bool, dict[str, ActivationFacts]] = field(default_factory=dict)
+    counted: dict[str, ActivationFacts] = field(default_factory=dict)
+    counted_gpu: dict[str, ActivationFacts] = field(default_factory=dict)
 
 
 @dataclass
@@ -103,7 +103,7 @@ class ModelWorker:
         write_whole(Path(request.adapter_path), adapter.write(first))
         config = base.model.config
         if not self._held.counted:
-            self._held.counted = {gpu: self._counted(base, job, gpu=gpu) for gpu in (False, True)}
+            self._held.counted, self._held.counted_gpu = (self._counted(base, job, gpu=gpu) for gpu in (False, True))
         return ModelFacts(
             modules=modules,
             largest=max(one.out * one.inp for one in base.linears.values()) if start == "bottleneck" else 0,
@@ -113,8 +113,8 @@ class ModelWorker:
             linear_params=covered,
             other_params=others,
             blocks=1 + max(linear.block for linear in base.linears.values()),
-            activations=dict(self._held.counted[False]),
-            activations_gpu=dict(self._held.counted[True]),
+            activations=dict(self._held.counted),
+            activations_gpu=dict(self._held.counted_gpu),
             groups=_groups(base, heads=job.strategy.prune_heads) if job.strategy.name in PRUNING else [],
             config=stored_form.whole_config(base, job.task) if start in ("dense", "sides") else "",
             features=[math.prod(config.shape_after(block + 1)) for block in range(len(config.channels))]

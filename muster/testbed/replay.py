@@ -166,8 +166,8 @@ def _reading(view: DeviceView, load: Load, at: float) -> Reading:
     info, foreign_cores = view.info, load.foreign_cores
     cores = load.cores or (info.cores if info is not None else 0.0)
     if info is None:
-        limit, foreign = load.memory_limit, load.memory_limit - load.memory_available - load.own_memory
-        foreign *= bool(load.own_memory)
+        limit = load.memory_limit
+        foreign = limit - load.memory_available - load.own_memory if load.own_memory else 0
     elif planned.has_gpu_memory(info):
         limit, foreign = planned.gpu_memory(info, load)
     else:

@@ -20,8 +20,9 @@ from coordinator.core.aggregation.product_sum import workspace_bytes
 from coordinator.core.facts import ModuleSpec
 from shared import adapter as adapter_files
 from shared.adapter import Adapter, Factors
+from shared.jobs import Codec
 from shared.starts import START_NOTE, has_factors
-from shared.tensors import Array
+from shared.tensors import Array, rounded
 
 FOLD_BYTES = 64 * 1024 * 1024
 """Budget of what is open at once; a single module or tensor may exceed it."""
@@ -81,12 +82,13 @@ def fold_round(
     round: int,
     max_share: float = 1.0,
     server_lr: float = 1.0,
+    codec: Codec = "fp32",
     memory_bytes: int = FOLD_BYTES,
 ) -> FoldResult:
     """The global adapter after `round`, from `previous` and the updates the aggregator admitted, in any order.
 
     `modules`: all that can be tuned; `residual`: of the last fold; `max_share`: cap of one device's share;
-    `server_lr`: how far the dense tensors move (the aggregator knows its own).
+    `server_lr`: how far the dense tensors move, and `codec`: what they are rounded to (the aggregator knows its own).
     Raises `ValueError` where a device is counted twice or nobody reported, `DecodeError` for a file that rotted.
     """
     ordered = sorted(updates)
@@ -108,7 +110,22 @@ def fold_round(
             walk.add(weights[update.device], adapter_files.read_file(update.path))
         folded.update(walk.finish_modules())
         dense.update(walk.finish_dense())
-    return _result(aggregator, previous, folded, dense, weights, round)
+    dense, taken = _published(dense, {} if residual is None else residual.dense, codec)
+    return _result(aggregator, previous, folded, dense, taken, weights, round)
+
+
+def _published(
+    dense: Mapping[str, Array], carried: Mapping[str, Array], codec: Codec
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """(the dense tensors as devices get them, what rounding took of each); `carried`: what it took a round ago."""
+    if codec == "fp32":
+        return dict(dense), {}
+    exact = {
+        name: tensor + carried[name] if name in carried and carried[name].shape == tensor.shape else tensor
+        for name, tensor in dense.items()
+    }
+    sent = {name: rounded(tensor, codec) for name, tensor in exact.items()}
+    return sent, {name: exact[name] - tensor for name, tensor in sent.items()}
 
 
 class _Walk:
@@ -172,6 +189,7 @@ def _result(
     previous: Adapter,
     folded: dict[str, Folded],
     dense: dict[str, Array],
+    taken: dict[str, Array],
     weights: dict[str, float],
     round: int,
 ) -> FoldResult:
@@ -185,7 +203,8 @@ def _result(
         dense=dense,
         notes={START_NOTE: aggregator.start},
     )
-    residual = replace(adapter, factors=carried, dense={}, notes={ROLE_NOTE: "residual"}) if carried else None
+    left = bool(carried or taken)
+    residual = replace(adapter, factors=carried, dense=taken, notes={ROLE_NOTE: "residual"}) if left else None
     modules = {
         name: ModuleStats(
             rank=0 if fold.factors is None else fold.factors.rank,

@@ -98,12 +98,13 @@ def fold_job(job: Job, blobs: BlobFolder) -> Made:
         round=job.round.number,
         max_share=job.spec.strategy.max_share,
         server_lr=job.spec.strategy.server_lr,
+        codec=job.spec.strategy.global_codec,
     )
     adapter = result.adapter
     if job.facts.groups:
         kept, scores = _units_left(job, reported, result.weights, blobs)
         adapter = replace(adapter, kept=kept, scores=scores)
-    made = blobs.put(adapter_files.write(adapter))
+    made = blobs.put(adapter_files.write(adapter, job.spec.strategy.global_codec))
     cuts = [work.split.block for work in job.round.plan.participants.values() if work.split is not None]
     return Made(
         adapter=made,

@@ -81,6 +81,11 @@ def decode(tensor: WireTensor) -> Array:
     return np.frombuffer(tensor.data, dtype="<f4").reshape(tensor.shape)
 
 
+def rounded(array: Array, codec: Codec) -> Array:
+    """`array` as it is after travelling in the precision of `codec`."""
+    return decode(encode(array, codec))
+
+
 def _empty(shape: list[int]) -> Array:
     try:
         return np.empty(shape, dtype="<f4")

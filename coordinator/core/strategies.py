@@ -29,6 +29,8 @@ def faults(strategy: StrategySpec) -> list[str]:
         found.append(f"strategy.server_lr: {aggregator} has none, only {', '.join(sorted(aggregators.MOVES_FURTHER))}")
     if strategy.max_share != 1.0 and aggregator == "hetlora":
         found.append("strategy.max_share: hetlora weighs by norm, not by sample counts, and caps no share")
+    if strategy.global_codec != "fp32" and aggregator in aggregators.PUBLISHED_WHOLE:
+        found.append(f"strategy.global_codec: {strategy.global_codec}, but {aggregator} needs fp32")
     if strategy.directions != "largest" and aggregator not in aggregators.TRAINS_DIRECTIONS:
         known = ", ".join(sorted(aggregators.TRAINS_DIRECTIONS))
         found.append(f"strategy.directions: devices of {aggregator} train none, only those of {known}")

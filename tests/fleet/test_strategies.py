@@ -102,6 +102,23 @@ def test_rounds_teach_the_fleet(tmp_path: Path, name: str) -> None:
     assert losses[-1] < losses[0] < untrained
 
 
+@pytest.mark.parametrize("name", sorted({*LORA} - {"ffa"}))
+def test_a_rounded_global_adapter_teaches_as_well(tmp_path: Path, name: str) -> None:
+    held_out = tmp_path / "held-out.jsonl"
+    spec, found = spec_of(name, held_out, count=6), {}
+    for codec in ("fp32", "int8"):
+        with MemoryFleet(tmp_path / codec, unequal_members()) as fleet:
+            job = fleet.submit(replace(spec, strategy=replace(spec.strategy, global_codec=codec)))
+            assert fleet.finish(job).phase == "finished"
+            rig.check(fleet, job)
+            assert rig.of_kind(fleet, job, rec.UpdateRefused) == []
+            losses = [record.metrics.loss for record in rig.of_kind(fleet, job, rec.RoundCommitted)]
+            found[codec] = losses, len(fleet.adapter(job))
+    (plain, whole), (losses, small) = found["fp32"], found["int8"]
+    assert small < whole and losses != plain
+    assert losses[-1] < losses[0] and losses[-1] < 1.1 * plain[-1]
+
+
 @pytest.mark.parametrize("name", LORA)
 def test_every_planner_runs_with_fsr(tmp_path: Path, name: str) -> None:
     with MemoryFleet(tmp_path, unequal_members()) as fleet:

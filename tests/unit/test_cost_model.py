@@ -57,6 +57,8 @@ def test_traffic_counts_the_whole_global_adapter_down_and_the_trained_factors_up
     assert "global rank 10" in why
     assert traffic(facts, {"a": 4}, 50, "fp32")[0] == 4 * (5000 + 30)  # the whole matrix is smaller than its factors
     assert traffic(facts, {"a": 4}, 10, "int8")[1] == 4 * 150 + 30 + 4 * (4 + 100 + 3)
+    assert traffic(facts, {"a": 4}, 10, "fp32", global_codec="bf16")[:2] == (2 * (10 * 151 + 30), 4 * (4 * 150 + 30))
+    assert traffic(facts, {"a": 4}, 10, "fp32", global_codec="int8")[0] == 10 * 151 + 30 + 4 * (10 + 100 + 3)
 
 
 def test_targets_name_the_last_part_of_a_module() -> None:

@@ -53,6 +53,9 @@ def learned(planner: Planner, spec: JobSpec, fleet: tuple[Candidate, ...], secon
 def test_every_strategy_has_its_planner_and_the_aggregator_of_its_paper(name: str, aggregator: str) -> None:
     strategy = StrategySpec(name=name)
     assert strategies.faults(strategy) == []
+    rounded = strategies.faults(replace(strategy, global_codec="int8"))
+    whole = aggregators.name_of(strategy) in ("dense", "ffa", "split")
+    assert [fault.partition(":")[0] for fault in rounded] == (["strategy.global_codec"] if whole else [])
     assert (registry.create(strategy).name, aggregators.create(strategy).name) == (name, aggregator)
     for exact in ("fsr", "fresh", "ffa"):
         given = StrategySpec(name=name, aggregator=exact)

@@ -8,7 +8,9 @@ local models over the devices that reported, p_i their share of the samples, is 
 
 A device that did not tune the module counts as zero change. G' plus the residual of the last round is exact (float64
 products of float32 factors). Recompression keeps the fewest directions that hold `energy` of the squared singular
-values, at most `global_rank`, and carries the next `global_rank` directions into the next round as residual.
+values, at most `global_rank`, and carries the next `global_rank` directions into the next round as residual. Where the
+global adapter is published in less than float32 (`codec`), what rounding takes of the kept directions is part of the
+rest, of which the first `global_rank` directions are carried: error feedback, so that roundings do not add up.
 
 A device of smaller rank trains the first directions of the published adapter: those of the largest singular values or,
 with `sampled`, of a draw without replacement in proportion to them. The draw orders the directions before they are
@@ -35,8 +37,10 @@ from coordinator.core.aggregation.base import Expectation, Folded, Part, Wide, n
 from coordinator.core.aggregation.product_sum import NOISE, ProductSum
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Adapter, Factors
+from shared.jobs import Codec
 from shared.norms import column_weights, product_norm
 from shared.starts import Start
+from shared.tensors import rounded
 
 _UNTRAINED = 1e-12
 """A direction of which less than this share remains was trained by every device, up to rounding of the shares."""
@@ -44,16 +48,20 @@ _UNTRAINED = 1e-12
 
 class FoldStackRecompress:
     """The aggregator `fsr`. `energy`: share of the squared singular values kept; `global_rank`: cap per module;
-    `server_lr`: how far the global adapter moves, 1: to the mean; `sampled`: the order of directions is drawn."""
+    `server_lr`: how far the global adapter moves, 1: to the mean; `sampled`: the order of directions is drawn; `codec`:
+    the precision that the global adapter is published in."""
 
     name = "fsr"
     start: Start = "directions"
 
-    def __init__(self, energy: float, global_rank: int, server_lr: float = 1.0, *, sampled: bool = False) -> None:
+    def __init__(
+        self, energy: float, global_rank: int, server_lr: float = 1.0, *, sampled: bool = False, codec: Codec = "fp32"
+    ) -> None:
         self.energy = energy
         self.global_rank = global_rank
         self.server_lr = server_lr
         self.sampled = sampled
+        self.codec: Codec = codec
 
     def admit(self, update: Adapter, expected: Expectation) -> str | None:
         """Why `update` must be refused, or None."""
@@ -66,7 +74,7 @@ class FoldStackRecompress:
     @property
     def recompression(self) -> Recompression:
         """The settings of a fold."""
-        return Recompression(self.energy, self.global_rank, self.server_lr, self.sampled)
+        return Recompression(self.energy, self.global_rank, self.server_lr, self.sampled, self.codec)
 
 
 class Recompression(NamedTuple):
@@ -76,6 +84,7 @@ class Recompression(NamedTuple):
     cap: int
     server_lr: float = 1.0
     sampled: bool = False
+    codec: Codec = "fp32"
 
 
 class StackFold:
@@ -135,12 +144,32 @@ class StackFold:
             # Only those kept: what is carried over stays behind them.
             order = np.append(order, np.arange(kept, len(sigma)))
             u, sigma, vt = u[:, order], sigma[order], vt[order]
+        if self._settings.codec != "fp32":
+            return self._rounded(u, sigma, vt, kept)
         return Folded(
             factors=_triplets(u, sigma, vt, 0, kept),
             residual=_triplets(u, sigma, vt, kept, carried),
             lost_energy=float(tails[kept]) / total,
             forgotten_energy=float(tails[carried]) / total,
             norm=float(np.sqrt(total - tails[kept])),
+        )
+
+    def _rounded(self, u: Wide, sigma: Wide, vt: Wide, kept: int) -> Folded:
+        """The first `kept` directions as they are published; the rest is what the exact sum has beyond these."""
+        b, a = (rounded(narrow(part), self._settings.codec) for part in (u[:, :kept], vt[:kept]))
+        published = Factors(b=b, a=a, sigma=narrow(sigma[:kept]))
+        beyond = ProductSum(len(u), vt.shape[1])
+        beyond.add(narrow(u), narrow(vt), sigma)
+        beyond.add(b, a, -column_weights(published))
+        left_u, left, left_vt = beyond.svd()
+        carried = min(int(np.count_nonzero(left > NOISE * sigma.max())), self._settings.cap)
+        total = float(sigma @ sigma)
+        return Folded(
+            factors=published,
+            residual=_triplets(left_u, left, left_vt, 0, carried),
+            lost_energy=float(left @ left) / total,
+            forgotten_energy=float(left[carried:] @ left[carried:]) / total,
+            norm=product_norm(published),
         )
 
 

@@ -21,6 +21,7 @@ from coordinator.core.aggregation.base import Part
 from coordinator.core.aggregation.fsr import FoldStackRecompress, Recompression, StackFold
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
+from shared.jobs import Codec
 
 
 class Legend(FoldStackRecompress):
@@ -29,9 +30,10 @@ class Legend(FoldStackRecompress):
     name = "legend"
 
     def __init__(
-        self, energy: float, global_rank: int, max_share: float = 1.0, server_lr: float = 1.0, *, sampled: bool = False
-    ) -> None:
-        super().__init__(energy, global_rank, server_lr, sampled=sampled)
+        self, energy: float, global_rank: int, max_share: float = 1.0, server_lr: float = 1.0, *,
+        sampled: bool = False, codec: Codec = "fp32",
+    ) -> None:  # fmt: skip
+        super().__init__(energy, global_rank, server_lr, sampled=sampled, codec=codec)
         self.max_share = max_share
 
     def begin(self, module: ModuleSpec, current: Factors | None, residual: Factors | None) -> HoldersFold:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypedDict
 
 from coordinator.core.aggregation.base import Aggregator
 from coordinator.core.aggregation.bottleneck import Bottleneck
@@ -19,25 +20,19 @@ from coordinator.core.aggregation.hetlora import HetLora
 from coordinator.core.aggregation.legend import Legend
 from coordinator.core.aggregation.split import Split, SplitDense, SplitSides
 from shared.errors import UserError
-from shared.jobs import StrategySpec
+from shared.jobs import Codec, StrategySpec
 
 _FACTORIES: dict[str, Callable[[StrategySpec], Aggregator]] = {
-    "fsr": lambda spec: FoldStackRecompress(
-        spec.energy, spec.global_rank, spec.server_lr, sampled=spec.directions == "sampled"
-    ),
-    "fresh": lambda spec: Fresh(spec.energy, spec.global_rank, spec.server_lr),
+    "fsr": lambda spec: FoldStackRecompress(spec.energy, spec.global_rank, spec.server_lr, **_published(spec)),
+    "fresh": lambda spec: Fresh(spec.energy, spec.global_rank, spec.server_lr, codec=spec.global_codec),
     "fedit": lambda spec: FedIt(spec.rank),
     "hetlora": lambda spec: HetLora(spec.rank),
     "flexlora": lambda spec: FlexLora(spec.rank),
     "flora": lambda _spec: Flora(),
     "ffa": lambda spec: Ffa(spec.rank),
     "fedex": lambda spec: FedEx(spec.rank),
-    "legend": lambda spec: Legend(
-        spec.energy, spec.global_rank, spec.max_share, spec.server_lr, sampled=spec.directions == "sampled"
-    ),
-    "fedspine": lambda spec: FedSpine(
-        spec.energy, spec.global_rank, spec.server_lr, sampled=spec.directions == "sampled"
-    ),
+    "legend": lambda spec: Legend(spec.energy, spec.global_rank, spec.max_share, spec.server_lr, **_published(spec)),
+    "fedspine": lambda spec: FedSpine(spec.energy, spec.global_rank, spec.server_lr, **_published(spec)),
     "split": lambda spec: _split(spec),
     "dense": lambda _spec: Dense(),
     "bottleneck": lambda spec: Bottleneck(spec.global_rank),
@@ -73,6 +68,20 @@ MOVES_FURTHER = frozenset({"fsr", "fresh", "legend", "fedspine"})
 """Aggregators that know `strategy.server_lr`."""
 TRAINS_DIRECTIONS = frozenset({"fsr", "legend", "fedspine"})
 """Aggregators whose devices train directions of the global adapter, so that `strategy.directions` means something."""
+PUBLISHED_WHOLE = frozenset({"dense", "ffa", "split"})
+"""Aggregators whose global adapter goes down in fp32 alone: `dense` would round the whole model in every round, the A
+of `ffa` is the job's own, and what goes down in split learning are gradients of features."""
+
+
+class _Published(TypedDict):
+    """How the global adapter of `fsr` and its kind is published."""
+
+    sampled: bool
+    codec: Codec
+
+
+def _published(spec: StrategySpec) -> _Published:
+    return {"sampled": spec.directions == "sampled", "codec": spec.global_codec}
 
 
 def _split(spec: StrategySpec) -> Aggregator:

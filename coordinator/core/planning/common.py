@@ -52,7 +52,9 @@ def moved(view: FleetView, job: JobSpec, ranks: Mapping[str, int], bound: int, a
     start = aggregation.create(job.strategy).start
     sends_a = start != "frozen_a" or view.round == 1
     stacked = 1 if averages_factors(start) else agents
-    down, up, _ = traffic(view.facts, ranks, bound, job.training.codec, stacked, sends_a=sends_a)
+    down, up, _ = traffic(
+        view.facts, ranks, bound, job.training.codec, stacked, sends_a=sends_a, global_codec=job.strategy.global_codec
+    )
     return Moved(view.adapter_bytes or down, up)
 
 

@@ -145,28 +145,36 @@ def global_params(modules: Iterable[ModuleSpec], rank: int) -> int:
 
 def traffic(
     facts: ModelFacts, ranks: Mapping[str, int], global_rank: int, codec: Codec, stacked: int = 1,
-    *, sends_a: bool = True,
+    *, sends_a: bool = True, global_codec: Codec = "fp32",
 ) -> tuple[int, int, str]:  # fmt: skip
     """(download, upload, explanation) of one device and round, in bytes.
 
-    Down: the global adapter of at most `global_rank`, once, in fp32. Up: the trained factors, of `stacked` agents side
-    by side, and the dense tensors at `codec`. `sends_a`: False where B alone is sent.
+    Down: the global adapter of at most `global_rank`, once, at `global_codec`. Up: the trained factors, of `stacked`
+    agents side by side, and the dense tensors at `codec`. `sends_a`: False where B alone is sent.
     """
-    dense = dense_params(facts)
+    dense, dense_rows = dense_params(facts), sum(shape[0] for shape in facts.dense.values())
     rows = int(sends_a)
     tuned = [(module, rank * stacked) for module in facts.modules if (rank := ranks.get(module.name, 0)) > 0]
-    down = 4 * (global_params([module for module, _ in tuned], global_rank) + dense)
-    width = BYTES_CODEC[codec]
-    up = width * (sum(rank * (module.out + rows * module.inp) for module, rank in tuned) + dense)
-    if codec == "int8":
-        up += 4 * (
-            sum(rows * rank + module.out for module, rank in tuned) + sum(shape[0] for shape in facts.dense.values())
-        )
+    down = _encoded(
+        global_params([module for module, _ in tuned], global_rank) + dense,
+        sum(min(global_rank, module.out, module.inp) + module.out for module, _ in tuned) + dense_rows,
+        global_codec,
+    )
+    up = _encoded(
+        sum(rank * (module.out + rows * module.inp) for module, rank in tuned) + dense,
+        sum(rows * rank + module.out for module, rank in tuned) + dense_rows,
+        codec,
+    )
     why = (
         f"download {mebibytes(down)} (global rank {global_rank}), upload {mebibytes(up)} "
-        f"({len(tuned)} modules and {dense} dense parameters at {width} B)"
+        f"({len(tuned)} modules and {dense} dense parameters at {BYTES_CODEC[codec]} B)"
     )
     return down, up, why
+
+
+def _encoded(numbers: int, rows: int, codec: Codec) -> int:
+    """Bytes of so many numbers in so many rows."""
+    return BYTES_CODEC[codec] * numbers + (4 * rows if codec == "int8" else 0)
 
 
 def depth_share(facts: ModelFacts, tuned: Iterable[ModuleSpec]) -> float:

@@ -140,7 +140,7 @@ def common_seconds(shape: Shape, facts: ModelFacts, job: JobSpec, model: CostMod
     overhead, per_flop = (statistics.median(values) for values in zip(*(speeds or [model.cpu]), strict=True))
     training = job.rounds.local_steps * (overhead + demand(facts, job, ranks).flop * job_batch(job) * per_flop)
     links = [known.link for known in model.devices.values() if known.link]
-    down, up, _ = traffic(facts, ranks, shape.width, job.training.codec)
+    down, up, _ = traffic(facts, ranks, shape.width, job.training.codec, global_codec=job.strategy.global_codec)
     return float(training + ((down + up) / statistics.median(links) if links else 0.0))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,26 @@ def test_a_round_without_samples_changes_nothing(tmp_path: Path) -> None:
     result = run(FoldStackRecompress(0.5, 64), round, round.write(tmp_path))
     assert result.adapter.factors == round.before.factors
     assert result.adapter.dense == round.before.dense
+
+
+def test_small_moves_of_rounded_tensors_arrive(tmp_path: Path) -> None:
+    """Each is less than half of what int8 can tell: without what rounding took they would all be lost."""
+    round = make_round(7, [{"m0": 2}], MODULES)
+    name, start = next(iter(round.before.dense.items()))
+    step = np.float32(np.abs(start).max() / 127 / 10)
+    before, residual = round.before, None
+    for _ in range(50):
+        moved = replace(round.updates["edge-000"], dense={**before.dense, name: before.dense[name] + step})
+        path = tmp_path / "update"
+        path.write_bytes(adapters.write(moved))
+        result = fold_round(
+            FoldStackRecompress(1.0, 64, codec="int8"), MODULES, before, residual, [Reported("edge-000", 3, path)],
+            round=5, codec="int8",
+        )  # fmt: skip
+        before, residual = result.adapter, result.residual
+        assert adapters.read(adapters.write(before, "int8")).dense[name] == pytest.approx(before.dense[name], rel=1e-5)
+    np.testing.assert_allclose(before.dense[name], start + 50 * step, atol=1.5 * np.abs(start).max() / 127)
+    assert np.mean(before.dense[name] - start) == pytest.approx(50 * step, rel=0.1)
 
 
 def test_an_update_counts_once(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from coordinator.core.aggregation.fsr import FoldStackRecompress, drawn_order
 from coordinator.core.aggregation.product_sum import ProductSum, workspace_bytes
 from coordinator.core.facts import ModuleSpec
 from shared.adapter import Factors
-from shared.jobs import StrategySpec
+from shared.jobs import Codec, StrategySpec
+from shared.tensors import rounded
 from tests.unit.aggregation.rounds import ALPHA_RATIO, Round, make_round, random, rounds, triplets
 
 EXACT = FoldStackRecompress(energy=1.0, global_rank=4096)
@@ -121,6 +122,42 @@ def test_what_a_round_cuts_off_the_next_round_adds_again() -> None:
     zero = Part(1.0, Factors(b=np.zeros((20, 2), np.float32), a=np.zeros((2, 14), np.float32)))
     second = fold_module(FoldStackRecompress(1.0, 4), MODULE, first.factors, first.residual, [zero])
     assert error(dense(second.factors, MODULE), one.mean_of_local_models("m")) < 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(round=rounds(), codec=st.sampled_from(["bf16", "int8"]), cap=st.sampled_from([3, 64]))
+def test_what_rounding_takes_is_carried_over(round: Round, codec: Codec, cap: int) -> None:
+    module = round.modules[0]
+    if not parts_of(round, module.name):
+        return
+    wanted = round.mean_of_local_models(module.name)
+    result = fold(FoldStackRecompress(1.0, cap, codec=codec), round, module)
+    sent = result.factors
+    assert sent is not None and sent.sigma is not None
+    whole = fold(FoldStackRecompress(1.0, cap), round, module).factors
+    assert whole is not None and sent.rank == whole.rank
+    for side in (sent.b, sent.a):
+        np.testing.assert_allclose(side, rounded(side, codec), rtol=1e-6)
+    kept, carried, total = dense(sent, module), dense(result.residual, module), float(np.sum(wanted**2))
+    assert np.sum((wanted - kept) ** 2) / total == pytest.approx(result.lost_energy, rel=1e-3, abs=1e-6)
+    assert np.sum((wanted - kept - carried) ** 2) / total == pytest.approx(result.forgotten_energy, rel=1e-3, abs=1e-6)
+    assert result.norm == pytest.approx(np.linalg.norm(kept), rel=1e-5)
+    if cap == 64:
+        assert error(kept + carried, wanted) < 1e-6
+
+
+def test_roundings_do_not_add_up() -> None:
+    aggregator = FoldStackRecompress(energy=1.0, global_rank=14, codec="int8")
+    one = make_round(1, [{"m": 4}], [MODULE])
+    wanted, state = one.mean_of_local_models("m"), fold(aggregator, one, MODULE)
+    zero = Part(1.0, Factors(b=np.zeros((20, 2), np.float32), a=np.zeros((2, 14), np.float32)))
+    means = dense(state.factors, MODULE)
+    for _ in range(20):
+        state = fold_module(aggregator, MODULE, state.factors, state.residual, [zero])
+        assert error(dense(state.factors, MODULE) + dense(state.residual, MODULE), wanted) < 1e-5
+        means += dense(state.factors, MODULE)
+    assert 1e-3 < error(dense(state.factors, MODULE), wanted) < 0.02
+    assert error(means / 21, wanted) < 0.005, "what one rounding takes the next gives back"
 
 
 def test_a_lone_device_that_trained_every_direction_gives_its_own_model() -> None:

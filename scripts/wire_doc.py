@@ -12,7 +12,18 @@ import sys
 from pathlib import Path
 from typing import get_args
 
-from shared import adapter, blob_folder, blob_sender, codec, fields, jobs, messages, release_messages, topics
+from shared import (
+    adapter,
+    blob_folder,
+    blob_sender,
+    codec,
+    fields,
+    jobs,
+    messages,
+    pruning_order,
+    release_messages,
+    topics,
+)
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "wire-format.md"
@@ -37,7 +48,7 @@ def topic_table() -> str:
 def message_tables() -> str:
     """Fields of every struct on the wire, in the order of their declaration."""
     parts = []
-    for module in (messages, release_messages, jobs):
+    for module in (messages, pruning_order, release_messages, jobs):
         tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
         wanted = {"BaseSpec", "TaskSpec", "TrainingSpec"} if module is jobs else None
         for node in tree.body:

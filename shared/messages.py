@@ -14,6 +14,7 @@ from msgspec import Meta
 from shared.codec import SCHEMA
 from shared.fields import MAX_BLOB_BYTES, MAX_CHUNK_BYTES, Amount, Finite, JobName, Natural, Sha, Share, Text, untell
 from shared.jobs import BaseSpec, Bits, SplitSpec, TaskSpec, TrainingSpec
+from shared.pruning_order import Pruning, UnitBits
 
 Lifecycle = Literal["init", "ready", "training", "draining", "disconnected", "lost"]
 
@@ -184,27 +185,6 @@ class Load(Message, frozen=True, kw_only=True):
 # ---- work --------------------------------------------------------------------------------------------------------
 
 
-UnitBits = Annotated[dict[Text, Annotated[bytes, Meta(max_length=4096)]], Meta(max_length=1024)]
-"""Group of heads or channels -> bits of the units that stay; `shared.units.too_many` says of which bases they fit."""
-
-
-class Pruning(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a device prunes its model in one round, bit by bit, with tuning in between."""
-
-    ratio: Annotated[float, Meta(ge=0.0, lt=1.0)]
-    """Share of each group's units that is gone at the end of the round."""
-    kept: UnitBits = {}
-    """Units that were there at the end of its last round; {}: all."""
-    begin: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
-    """Share of each group's units that is gone at its beginning: the rest goes by the global adapter's fleet scores."""
-    every: Annotated[int, Meta(ge=1)] = 20
-    """Optimizer steps for each pruning, at least one pruning a round."""
-    criterion: Literal["lora", "magnitude"] = "lora"
-    """What goes first: units of the least importance by LoRA gradients, or of the smallest weights."""
-    heads: bool = True
-    """Whether attention heads go, too; else FFN channels alone."""
-
-
 class Work(msgspec.Struct, frozen=True, kw_only=True):
     """What the plan asks of one device in one round."""
 
@@ -218,6 +198,8 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """Agents of the device that train; each does all of the above on its own share of the rows."""
     train_for_s: Amount = 0.0
     """Seconds by the device's monotonic clock from receipt; 0: no limit."""
+    extra_steps: Annotated[int, Meta(ge=0)] = 0
+    """Steps beyond `steps` that the device goes on for while `train_for_s` is not over."""
     score: bool = False
     """Whether the device tells `UpdateFacts.importance`."""
     prune: Pruning | None = None
@@ -226,6 +208,11 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
     """The device runs the lower blocks alone (`shared.steps`), as many as the plan chose; None: the whole model."""
     reasons: dict[str, str] = {}
     """Name of a number above, or "depth" (blocks tuned) -> the reading, the bound it met, the number it produced."""
+
+    @property
+    def most_steps(self) -> int:
+        """Steps after which the device ends in any case."""
+        return self.steps + self.extra_steps
 
 
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True):

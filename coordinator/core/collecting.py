@@ -86,7 +86,7 @@ def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
     if part.outcome == "refused" and part.reason.startswith(UPDATE_REFUSED):
         return "refused", part.reason.removeprefix(UPDATE_REFUSED)
     work, facts = round.plan.participants[device], manifest.facts
-    reason = _impossible(work, facts, regulation.most(round.plan.regulation, device, work.batch))
+    reason = impossible(work, facts, regulation.most(round.plan.regulation, device, work.batch))
     if reason:
         return "refused", reason
     most = _largest_update(job, work)
@@ -95,13 +95,13 @@ def _verdict(state: State, device: str, manifest: Manifest) -> tuple[str, str]:
     return "pull", ""
 
 
-def _impossible(work: Work, facts: UpdateFacts, batch: int) -> str:
+def impossible(work: Work, facts: UpdateFacts, batch: int) -> str:
     """What of `facts` nobody who did `work`, in batches of `batch` at most, can have to tell; "": nothing."""
     if facts.agents > work.agents:
         return f"{facts.agents} agents claimed, the work is for {work.agents}"
-    samples = work.steps * batch * facts.agents
+    samples = work.most_steps * batch * facts.agents
     for claimed, most, what in (
-        (facts.steps, work.steps, "steps"), (facts.batch, batch, "samples in a batch"),
+        (facts.steps, work.most_steps, "steps"), (facts.batch, batch, "samples in a batch"),
         (facts.samples, samples, "samples"),
     ):  # fmt: skip
         if not 0 < claimed <= most:

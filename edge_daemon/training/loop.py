@@ -88,7 +88,7 @@ class Loop:
         cpu_start = time.process_time()
         try:
             with half.fast_products(self.base.device):
-                while self.position.step < self.assignment.work.steps:
+                while self.position.step < self.assignment.work.most_steps:
                     self._advance()
                     self.position.paused_s = paused_before + self.control.paused_s - waited_before
                     self.position.cpu_s = cpu_before + time.process_time() - cpu_start
@@ -98,7 +98,8 @@ class Loop:
         except Stopped as stop:
             if stop.discard:
                 raise
-            return stop.ended
+            all_done = stop.ended == "time" and self.position.step >= self.assignment.work.steps
+            return "complete" if all_done else stop.ended
         except PipeClosed:
             self.save()
             raise
@@ -241,7 +242,7 @@ class Loop:
         position = self.position
         return Progressed(
             step=position.step,
-            steps=self.assignment.work.steps,
+            steps=max(self.assignment.work.steps, position.step),
             samples=position.samples,
             loss=position.losses[-1] if position.losses else 0.0,
             samples_per_s=position.samples / position.train_s if position.train_s > 0 else 0.0,

@@ -25,10 +25,11 @@ import torch
 
 from shared import units
 from shared.adapter import Adapter
-from shared.messages import Assignment, Pruning
+from shared.messages import Assignment
 from shared.modeling import lora, pruning
 from shared.modeling.base_model import Base
 from shared.modeling.lora import Carried
+from shared.pruning_order import Pruning
 from shared.units import Group
 
 SMOOTHING = 0.9

@@ -210,7 +210,7 @@ class MemoryTrainer(ClockedProcess):
         elif task.training.finished:
             self._finish(task, "complete")
         elif 0 < task.order.train_for_s <= self._clock() - task.begun and task.training.step_done:
-            self._finish(task, "time")
+            self._finish(task, task.training.ended_by_time)
         elif not self._faulty(task):
             self._advance(task)
 
@@ -225,7 +225,7 @@ class MemoryTrainer(ClockedProcess):
             self._say(
                 protocol.Progressed(
                     step=task.training.step_done,
-                    steps=task.order.assignment.work.steps,
+                    steps=max(task.order.assignment.work.steps, task.training.step_done),
                     samples=task.training.drawn,
                     loss=loss,
                     samples_per_s=task.training.batch / max(task.steps[-1], 1e-9),

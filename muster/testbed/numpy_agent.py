@@ -218,7 +218,7 @@ class Agent:
         every = training.assignment.training.checkpoint_every
         while not training.finished:
             if clock.over and (training.step_done or clock.limit_s <= protocol.NO_TIME_S):
-                return "time"
+                return training.ended_by_time
             self._hooks.before(training.step_done, saved.parent)
             begun = time.monotonic()
             paused = clock.paused_s
@@ -271,7 +271,7 @@ class Agent:
         self._writer.write(
             protocol.Progressed(
                 step=training.step_done,
-                steps=training.assignment.work.steps,
+                steps=max(training.assignment.work.steps, training.step_done),
                 samples=training.drawn,
                 loss=loss,
                 samples_per_s=training.batch * len(clock.steps) / max(sum(clock.steps), 1e-9),

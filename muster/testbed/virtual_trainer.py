@@ -7,6 +7,7 @@ device delivers does not depend on when, or in which process, the gradients were
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -194,7 +195,7 @@ class VirtualTrainer(ClockedProcess):
         """Let the gradients of work that is about to come be computed already, where nothing can change them."""
         work = order.assignment.work
         if not order.train_for_s and self._device.would_fit(work, _batch(order), self._clock()):
-            self._workers.begin(self._order(order, order.batch_limit, work.steps))
+            self._workers.begin(self._order(order, order.batch_limit, work.most_steps))
 
     def _order(self, train: protocol.Train, limit: int, steps: int) -> Order:
         # Most is named by the device's own folders, which a process that computes ahead of the clock must not touch.
@@ -210,16 +211,27 @@ class VirtualTrainer(ClockedProcess):
 
     def _expected(self, task: _Task) -> int:
         """Steps that will be done if nobody interferes."""
-        wanted, limit = task.order.assignment.work.steps, task.order.train_for_s
+        wanted, limit = task.order.assignment.work.most_steps, task.order.train_for_s
         if not limit:
             return wanted
         now, heat = task.begun + task.load_s, self._device.heat_at(task.begun)
-        done = len(task.steps)
-        while done < wanted and (now - task.begun < limit or not done):
-            took = self._device.step_s(task.order.assignment, task.batch, done, now, heat)
+        done, counts = len(task.steps), True
+        while counts and done < wanted and (now - task.begun < limit or not done):
+            took, counts = self._step(task, done, now, heat)
             now, heat = now + took, self._device.heat_after(heat, took)
-            done += 1
+            done += counts
         return done
+
+    def _step(self, task: _Task, done: int, now: float, heat: float) -> tuple[float, bool]:
+        """(seconds of the next step, whether it counts). One that is charged as several (`Kind.charge`) ends, as they
+        would, where the time is over, and counts where most of them were done; the first does in any case."""
+        took = self._device.step_s(task.order.assignment, task.batch, done, now, heat)
+        limit, charge = task.order.train_for_s, int(self._device.model.kind.charge)
+        left = limit - (now - task.begun)
+        if not limit or not done or took <= left:
+            return took, True
+        charged = min(charge, max(1, math.ceil(left / took * charge)))
+        return took * charged / charge, 2 * charged >= charge
 
     def _beat(self) -> None:
         if self._task is not None:
@@ -242,10 +254,11 @@ class VirtualTrainer(ClockedProcess):
         spent = self._clock() - task.begun
         if task.stop == "discard":
             self._drop(task, "told to discard")
-        elif task.stop == "drain" or 0 < order.train_for_s <= spent and done:
-            ended: Literal["drain", "time"] = "drain" if task.stop else "time"
-            self._finish(task, ended) if done else self._drop(task, "stopped before the first step")
-        elif done >= order.assignment.work.steps:
+        elif task.stop == "drain":
+            self._finish(task, "drain") if done else self._drop(task, "stopped before the first step")
+        elif 0 < order.train_for_s <= spent and done:
+            self._finish(task, "time" if done < order.assignment.work.steps else "complete")
+        elif done >= order.assignment.work.most_steps:
             self._finish(task, "complete")
         elif task.paused_at is not None:
             task.paused_at, task.resting = self._clock(), True
@@ -253,8 +266,8 @@ class VirtualTrainer(ClockedProcess):
         else:
             self._device.work(self._clock())
             heat = self._device.heat_at(self._clock())
-            took = self._device.step_s(order.assignment, task.batch, done, self._clock(), heat)
-            self._later(took, lambda: self._ended(task, took))
+            took, counts = self._step(task, done, self._clock(), heat)
+            self._later(took, lambda: self._ended(task, took) if counts else self._between(task))
 
     def _ended(self, task: _Task, took: float) -> None:
         """A step has ended."""
@@ -269,7 +282,7 @@ class VirtualTrainer(ClockedProcess):
             self._say(
                 protocol.Progressed(
                     # The gradients may not be there yet: the loss is told with the update.
-                    step=done, steps=assignment.work.steps, samples=done * task.batch, loss=0.0,
+                    step=done, steps=max(assignment.work.steps, done), samples=done * task.batch, loss=0.0,
                     samples_per_s=task.batch / took,
                 )
             )  # fmt: skip

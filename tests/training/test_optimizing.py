@@ -14,10 +14,10 @@ from torch import nn
 
 from shared.allocator import give_back
 from shared.jobs import TrainingSpec
-from shared.messages import Pruning
 from shared.modeling.faults import OutOfMemory, is_out_of_memory
 from shared.modeling.lora import Carried
 from shared.modeling.optimizing import advance, begin_moments, optimizer_of, restore, state_of
+from shared.pruning_order import Pruning
 from tests.training.test_loop import Rig, same
 from tests.training.test_pruner import Work
 from tests.training.tiny_models import COLOURS

@@ -20,11 +20,11 @@ from edge_daemon.training.pruner import Pruner, gradient_scores, magnitude_score
 from shared import adapter, units
 from shared.errors import DecodeError
 from shared.jobs import Bits, TaskSpec
-from shared.messages import Pruning
 from shared.modeling import base_model, lora, pruning
 from shared.modeling.checkpoint import load_checkpoint
 from shared.modeling.data import tokenize
 from shared.norms import change_norm
+from shared.pruning_order import Pruning
 from tests.training.tiny_models import COLOURS, STORIES, Pipes, assignment, global_adapter
 
 

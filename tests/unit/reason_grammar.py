@@ -164,6 +164,7 @@ NOTES: dict[str, str] = {
     "depth by deadline": rf"{n('depth')} would take {s('took')} of {s('late')}, {n('share')}% of the deadline",
     "depth by time": rf"{n('depth')} would take {s('took')}",
     "partial work": r"partial work counts",
+    "more": rf"up to {n('extra')} more while there is time",
     "lost": r"an update after the deadline is lost",
     "undone": rf"{n('undone')} of the job's {n('asked')} left undone",
     "transfer": rf"transfer {s('transfer')} "
@@ -200,7 +201,7 @@ NOTES_OF: dict[str, set[str]] = {
     "bits/ran": {"bits by memory", "bits ran out", "old: bits", "bits proven", "bits asked"},
     "depth": {"all blocks", "depth by memory", "depth by deadline", "depth by time", "old: depth", "old: least depth"},
     "steps/deadline": {"lost", "transfer", "only the head"},
-    "steps/time": {"partial work", "undone", "transfer", "only the head"},
+    "steps/time": {"partial work", "more", "undone", "transfer", "only the head"},
     "agents/cores": set(),
     "agents/gpus": set(),
     "weights/first": {"all tuned", "all scored"},

@@ -328,6 +328,13 @@ def partial_work(spot: Spot, said: Said) -> None:
     assert spot.reason.verb == "exceeds" and spot.work.train_for_s > 0
 
 
+def more(spot: Spot, said: Said) -> None:
+    """A quarter of the steps."""
+    assert spot.work.train_for_s > 0 and spot.round.name in ("fedpipe", "legend")
+    equal(said["extra"], spot.work.extra_steps)
+    assert 4 * (spot.work.extra_steps - 1) < spot.work.steps <= 4 * spot.work.extra_steps
+
+
 def lost(spot: Spot, said: Said) -> None:
     assert spot.reason.verb == "exceeds" and not spot.work.train_for_s
 
@@ -404,7 +411,7 @@ NOTES: dict[str, Callable[[Spot, Said], None]] = {
     "old: least depth": old_least_depth, "bits ran out": bits_ran_out, "bits by memory": bits_by_memory,
     "bits proven": bits_proven, "bits asked": bits_asked, "all blocks": all_blocks,
     "depth by memory": depth_by_memory, "depth by deadline": depth_by_deadline, "depth by time": depth_by_time,
-    "partial work": partial_work, "lost": lost, "undone": undone, "transfer": transferred,
+    "partial work": partial_work, "more": more, "lost": lost, "undone": undone, "transfer": transferred,
     "only the head": only_the_head, "all tuned": all_tuned, "all scored": all_scored, "most": most,
 }  # fmt: skip
 """Kind of a note -> its check."""

@@ -21,7 +21,8 @@ from shared import units
 from shared.adapter import Adapter
 from shared.errors import UserError
 from shared.jobs import JobSpec, RoundsSpec, StrategySpec
-from shared.messages import Pruning, UpdateFacts, Work
+from shared.messages import UpdateFacts, Work
+from shared.pruning_order import Pruning
 from shared.units import Group, Slice
 from tests.unit.planning_cases import device, job, minilm, result, view
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
+from coordinator.core import collecting, releases
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
 from coordinator.core import records as rec
-from coordinator.core import releases
-from shared.messages import DeviceInfo, UpdateFacts
+from shared.messages import DeviceInfo, UpdateFacts, Work
 from shared.release_messages import ReleaseId, ReleaseState
 from tests.unit.machine_rig import A, B, Rig, facts, of, records, spec
 
@@ -42,6 +43,14 @@ def test_what_nobody_can_have_done_is_refused(claimed: dict[str, Any], reason: s
     commands = rig.deliver("dev-a", A, facts=facts(**claimed))
     assert [(one.verdict, one.reason) for one in of(commands, cmd.Settle)] == [("refused", reason)]
     assert not of(commands, cmd.Pull)
+
+
+def test_extra_steps_can_have_been_done_and_no_more() -> None:
+    work = Work(ranks={}, batch=4, bits=32, steps=4, extra_steps=1)
+    done = facts(steps=5, batch=4, samples=20)
+    assert collecting.impossible(work, done, 4) == ""
+    assert "6 steps claimed, the work allows 1 to 5" in collecting.impossible(work, replace(done, steps=6), 4)
+    assert "21 samples claimed" in collecting.impossible(work, replace(done, samples=21), 4)
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "legend", "fedpipe", "fedspine", "fedadapter", "hetlora"])

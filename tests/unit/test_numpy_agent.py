@@ -247,6 +247,14 @@ def test_pause_resume_stop_and_discard(tmp_path: Path) -> None:
         partial = pipes.last()
         assert isinstance(partial, protocol.Trained)
         assert partial.facts.ended == "time"
+        for limit_s, most in ((0.5, 4002), (60.0, 5)):
+            asked = assignment(steps=2)
+            more = msgspec.structs.replace(asked.work, extra_steps=most - 2)
+            asked = msgspec.structs.replace(asked, work=more)
+            pipes.writer.write(order(tmp_path, asked, train_for_s=limit_s))
+            whole = pipes.last()
+            assert isinstance(whole, protocol.Trained) and whole.facts.ended == "complete"
+            assert (whole.facts.steps == most) == (most == 5) and whole.facts.steps > 2
 
 
 def test_echo_returns_the_initial_factors_at_once(tmp_path: Path) -> None:

@@ -140,6 +140,7 @@ def agree(story: Story, found: list[dict[str, Asked]]) -> None:
             assert (own.ranks, own.batch, own.bits) == (work.ranks, work.batch, work.bits), (where, device)
             assert (own.steps, own.agents, own.score) == (work.steps, work.agents, work.score), (where, device)
             assert own.limit == pytest.approx(work.train_for_s, rel=1e-6), (where, device)
+            assert own.extra == work.extra_steps, (where, device)
             assert own.seconds == pytest.approx(plan.predicted_s[device], rel=1e-6), (where, device)
 
 

@@ -28,7 +28,8 @@ from shared.blob_folder import BlobFolder
 from shared.codec import MAX_MESSAGE_BYTES
 from shared.errors import DecodeError
 from shared.jobs import StrategySpec
-from shared.messages import Assign, Assignment, BlobRef, DeviceInfo, Manifest, Pruning, UpdateFacts, Work
+from shared.messages import Assign, Assignment, BlobRef, DeviceInfo, Manifest, UpdateFacts, Work
+from shared.pruning_order import Pruning
 from shared.starts import START_NOTE
 from shared.units import Group, Slice
 from tests.unit.machine_rig import facts as facts_of

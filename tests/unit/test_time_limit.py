@@ -9,7 +9,16 @@ from msgspec.structs import replace
 
 from coordinator.core.planning import registry
 from coordinator.core.planning.base import Plan, Planner, RoundReport
-from coordinator.core.planning.common import ASSUMED_LINK, LINK_LATE, Limits, Moved, global_rank, moved, steps_within
+from coordinator.core.planning.common import (
+    ASSUMED_LINK,
+    LINK_LATE,
+    Limits,
+    Moved,
+    global_rank,
+    moved,
+    steps_reason,
+    steps_within,
+)
 from coordinator.core.planning.cost_model import CostModel
 from shared.jobs import JobSpec
 from shared.messages import UpdateFacts, Work
@@ -68,7 +77,7 @@ def test_work_ends_with_its_round_and_a_device_has_the_time_to_load_where_it_did
     )
 
 
-def test_a_slow_link_leaves_time_to_train() -> None:
+def test_all_deliver_at_one_time_but_for_links_that_leave_no_time_to_train() -> None:
     adapter = 4_000_000
     seen = {
         name: replace(result(batch=8, step_s=1.0), fetch_s=adapter / link)
@@ -76,10 +85,32 @@ def test_a_slow_link_leaves_time_to_train() -> None:
     }
     model = CostModel().learn(replace(report(seen, job()), adapter_bytes=adapter))
     limits = Limits(job(), model)
-    for name, transfer_s in (("slow", 20.0), ("usual", 4.0), ("fast", 1.0), ("new", 4.0)):
-        for up in (0, 8_000_000):  # which comes after it
-            found = limits.of(name, 32, 10.0, 10, Moved(adapter, up))
-            assert found == pytest.approx(9.5 + LINK_LATE * transfer_s), (name, up)
+    for up in (0, 8_000_000):
+        moves = Moved(adapter, up)
+        usual_s = moves.both / 1e6
+        for name, link in (("usual", 1e6), ("fast", 4e6), ("new", 1e6)):
+            found = limits.of(name, 32, 10.0, 10, moves, usual_s)
+            assert found + up / link == pytest.approx(9.5 + usual_s), (name, up)
+        # Its target is shorter by what its link takes too long; half of that is left where the download takes twice as
+        # long as it should, and all where it doesn't.
+        found = limits.of("slow", 32, 10.0, 10, moves, usual_s)
+        assert found == pytest.approx(4.75 + LINK_LATE * 20.0) and found >= 9.5 + 20.0
+
+
+def test_a_device_may_go_on_for_a_quarter_of_its_steps_where_something_ends_it() -> None:
+    model = CostModel().learn(report({"a": result(batch=8, step_s=1.0)}, job()))
+    assert [Limits(job(), model).extra(steps) for steps in (1, 4, 8, 10)] == [1, 1, 2, 3]
+    assert Limits(job(), CostModel()).extra(8) == 0, "nothing ends it"
+
+
+def test_extra_steps_are_expected_where_there_is_time_for_them() -> None:
+    def expected(limit: float, begins_s: float) -> float:
+        seconds, why = steps_reason(job(), 8, 1.0, "", limit=limit, extra=2, begins_s=begins_s)
+        assert ("up to 2 more while there is time" in why) and (" meets " in why) == (limit > 7.0)
+        return seconds
+
+    assert [expected(limit, 0.0) for limit in (5.0, 7.5, 8.0, 8.5, 9.5, 99.0)] == [5.0, 8.0, 8.0, 9.0, 10.0, 10.0]
+    assert [expected(limit, 3.0) for limit in (10.5, 11.5, 12.5)] == [8.0, 9.0, 10.0]
 
 
 def test_what_goes_as_planned_and_meets_the_deadline_is_never_cut() -> None:
@@ -121,7 +152,8 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
         work = plan.participants["a"]
         size = moved(now, asked, work.ranks, global_rank(now, asked, max(work.ranks.values())), 1).down
         down_s = size / ASSUMED_LINK
-        assert work.train_for_s == pytest.approx(train_s * (1 - 0.5 / work.steps) + LINK_LATE * down_s, rel=0.01)
+        ends_s = train_s * (1 - 0.5 / work.steps)
+        assert work.train_for_s == pytest.approx(max(ends_s + down_s, ends_s / 2 + LINK_LATE * down_s), rel=0.01)
         late = plan.participants["new"].train_for_s - plan.participants["a"].train_for_s
         assert late == pytest.approx(2.0), "it has to load the base first"
 

@@ -78,8 +78,13 @@ class Links:
         return f"link not yet measured{told}"
 
 
+EXTRA = 0.25
+"""Of the steps, how many more a device may do that is faster than was thought."""
+
+
 class Limits:
-    """How long the works of a plan may take, so that nobody waits long for a device that is slower than was thought."""
+    """How long the works of a plan may take, so that all deliver at one time: nobody waits long for a device that is
+    slower than was thought, and one that is faster goes on meanwhile."""
 
     def __init__(self, job: JobSpec, model: CostModel) -> None:
         self._rounds, self._devices, self.links = job.rounds, model.devices, Links(model)
@@ -89,30 +94,54 @@ class Limits:
         """Seconds that `size` bytes should take (`Links`), at `ASSUMED_LINK` as long as none was measured."""
         return self.links.transfer(device, size)[0] or size / ASSUMED_LINK
 
-    def of(self, device: str, bits: Bits, train_s: float, steps: int, moves: Moved) -> float:
+    def begins_s(self, device: str, bits: Bits, moves: Moved) -> float:
+        """Seconds from receipt after which its first step should begin."""
+        return self.transfer_s(device, moves.down) + self._loads_s(device, bits)
+
+    def _loads_s(self, device: str, bits: Bits) -> float:
+        known = self._devices.get(device)
+        return 0.0 if known is not None and str(bits) in known.fits else self._load_s
+
+    def extra(self, steps: int) -> int:
+        """As `Work.extra_steps`: none where nothing ends them."""
+        return math.ceil(EXTRA * steps) if self._measured else 0
+
+    def of(
+        self, device: str, bits: Bits, train_s: float, steps: int, moves: Moved, usual_s: float = 0.0
+    ) -> float:  # fmt: skip
         """Seconds from receipt after which the device begins no further step and delivers what it has done; 0: no
         limit. Partial work counts.
 
-        The job's own, or `train_s`, which there is for its `steps`, and `LINK_LATE` times what the download of `moves`
-        should take. A step that has begun is finished: half of one is taken off, so that on the mean work ends at that
-        time. The job's alone before speeds were measured; a device that did not train over such a base yet has the time
-        to load it. `DEADLINE_SHARE` of the deadline is enough for the upload as well (of which half the deadline is the
-        most that is kept free), so that what is delivered then still counts.
+        The job's own, or `train_s`, which there is for its `steps`, and what the download of `moves` should take; where
+        that and the upload take less than `usual_s`, which the target leaves for all to move theirs, the rest as well.
+        A step that has begun is finished: half of one is taken off, so that on the mean work ends at that time. A
+        download of `LINK_LATE` times what it should take leaves half the time to train. The job's alone before speeds
+        were measured; a device that did not train over such a base yet has the time to load it. `DEADLINE_SHARE` of the
+        deadline is enough for the upload as well (of which half the deadline is the most that is kept free), so that
+        what is delivered then still counts.
         """
-        rounds, known = self._rounds, self._devices.get(device)
+        rounds = self._rounds
         if not self._measured:
             return rounds.train_for_s
-        loads_s = 0.0 if known is not None and str(bits) in known.fits else self._load_s
+        loads_s = self._loads_s(device, bits)
         down_s, up_s = self.transfer_s(device, moves.down), self.transfer_s(device, moves.up)
         ends_s = train_s * (1 - 1 / (2 * max(1, steps)))
         in_time = DEADLINE_SHARE * rounds.deadline_s - min(up_s, rounds.deadline_s / 2)
-        return min(ends_s + LINK_LATE * down_s + loads_s, in_time, rounds.train_for_s or math.inf)
+        late_s = max(ends_s + max(down_s, usual_s - up_s), ends_s / 2 + LINK_LATE * down_s)
+        return min(late_s + loads_s, in_time, rounds.train_for_s or math.inf)
 
 
-def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float) -> tuple[float, str]:
-    """(seconds of training expected, reason of the number of steps). `limit`: as in `Work.train_for_s`, after which no
-    step begins; the download has its part of it, which is not taken off here."""
+def steps_reason(
+    job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float, extra: int = 0, begins_s: float = 0.0
+) -> tuple[float, str]:  # fmt: skip
+    """(seconds of training expected, reason of the number of steps).
+
+    `limit`: as in `Work.train_for_s`, after which no step begins; the download has its part of it, which is not taken
+    off here. `extra`: steps that the device goes on for until then; `begins_s`: when the first of all steps should
+    begin.
+    """
     done, expected = steps_within(limit, steps, step_s), steps * step_s
+    more = min(extra, max(0, math.ceil((limit - begins_s) / step_s) - steps)) if extra and step_s > 0 else 0
     reading = f"{steps} asked x {seconds(step_s)} = {seconds(expected)}"
     if limit:
         reading += f", the last from {seconds((steps - 1) * step_s)} on"
@@ -120,8 +149,9 @@ def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, *, limi
     else:
         met, bound = expected <= job.rounds.deadline_s, f"{seconds(job.rounds.deadline_s)} deadline"
         note = "an update after the deadline is lost"
-    notes = ("" if met else note, transfer)
-    return done * step_s, word("steps", steps, reading, bound, *notes, verb="meets" if met else "exceeds")
+    further = f"up to {extra} more while there is time" if extra else ""
+    notes = ("" if met else note, further, transfer)
+    return (done + more) * step_s, word("steps", steps, reading, bound, *notes, verb="meets" if met else "exceeds")
 
 
 def steps_within(limit: float, steps: int, step_s: float) -> int:

@@ -40,6 +40,8 @@ class Link(NamedTuple):
     """What they leave of the round target."""
     moves: Moved
     """Over it, with the ranks that `links_of` was given."""
+    usual: float
+    """Seconds that the transfers of the median device take."""
 
 
 def drafts_of(
@@ -126,7 +128,7 @@ def links_of(
         moves.append(known[key])
     usual = statistics.median(took for took, _ in found)
     return [
-        Link(took, reading, Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps), own)
+        Link(took, reading, Target(max(target.seconds - max(0.0, took - usual), 0.0), target.steps), own, usual)
         for (took, reading), own in zip(found, moves, strict=True)
     ]
 

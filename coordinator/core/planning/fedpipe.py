@@ -268,8 +268,12 @@ class _Desk:
         asked = self._job.rounds.local_steps
         if choice.steps < asked:
             transfer = f"{asked - choice.steps} of the job's {asked} left undone; {transfer}"
-        limit = self._limits.of(place.device, draft.bits, link.left.seconds, choice.steps, link.moves)
-        predicted, steps_why = steps_reason(self._job, choice.steps, step_s, transfer, limit=limit)
+        limits = self._limits
+        limit = limits.of(place.device, draft.bits, link.left.seconds, choice.steps, link.moves, link.usual)
+        extra, begins_s = limits.extra(choice.steps), limits.begins_s(place.device, draft.bits, link.moves)
+        predicted, steps_why = steps_reason(
+            self._job, choice.steps, step_s, transfer, limit=limit, extra=extra, begins_s=begins_s
+        )
         reasons = {
             "weights": self._weights_why, "rank": self._rank_reason(draft, link, one, choice, tuned),
             "batch": batch_why, "bits": draft.bits_reason, "steps": steps_why,
@@ -278,7 +282,7 @@ class _Desk:
             reasons["agents"] = agents_reason(place)
         work = Work(
             ranks=tuned.ranks, batch=batch, bits=draft.bits, steps=choice.steps, agents=place.agents,
-            train_for_s=limit, reasons=reasons,
+            train_for_s=limit, extra_steps=extra, reasons=reasons,
         )  # fmt: skip
         return work, predicted
 

@@ -51,7 +51,8 @@ from coordinator.core.planning.sizing import Seat, choose_bits, seat
 from coordinator.core.planning.uniform import Seated, plan_of
 from shared.errors import UserError
 from shared.jobs import Bits, JobSpec
-from shared.messages import Pruning, UpdateFacts, Work
+from shared.messages import UpdateFacts, Work
+from shared.pruning_order import Pruning
 
 GAIN, PROGRESS, NORM, LATENESS = 0.5, 0.3, 0.2, 2.0
 SEEN, QUANTILE = 100, 0.9

@@ -141,6 +141,15 @@ class _Sized(NamedTuple):
     reason: str
 
 
+class _End(NamedTuple):
+    """Seconds after which a work begins no further step, the steps beyond those asked for until then, and when the
+    first should begin."""
+
+    limit: float
+    extra: int
+    begins_s: float
+
+
 class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
     """See the module. Its state is the cost model and the capacity of each device."""
 
@@ -174,7 +183,9 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             device = draft.place.device
             train_s = max(0.0, target_s - told.transfer_s(draft))
             limit = limits.of(device, draft.bits, train_s, job.rounds.local_steps, told.moves)
-            predicted[device], works[device] = _work(draft, told, sized, ladder, choice, job, limit)
+            begins_s = limits.begins_s(device, draft.bits, told.moves)
+            end = _End(limit, limits.extra(job.rounds.local_steps), begins_s)
+            predicted[device], works[device] = _work(draft, told, sized, ladder, choice, job, end)
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
             participants=works, deadline_s=job.rounds.deadline_s,
@@ -321,13 +332,13 @@ def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[Move
 
 
 def _work(
-    draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec, limit: float
+    draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec, end: _End
 ) -> tuple[float, Work]:
-    """(seconds of training expected, the work) of one device. `limit`: seconds it may take."""
+    """(seconds of training expected, the work) of one device."""
     took = draft.link or f"{mebibytes(told.moves.both)} at {1e-6 / draft.byte_s:.2f} MB/s"
     predicted, why_steps = steps_reason(
         job, job.rounds.local_steps, sized.step_s, f"transfer {seconds(told.transfer_s(draft))} ({took})",
-        limit=limit,
+        limit=end.limit, extra=end.extra, begins_s=end.begins_s,
     )  # fmt: skip
     reasons = {
         "rank": ladder.words[told.depth - 1], "depth": _depth_reason(draft, told, ladder, choice, job),
@@ -337,7 +348,7 @@ def _work(
         reasons["agents"] = agents_reason(draft.place)
     work = Work(
         ranks=ladder.ranks[told.depth - 1], batch=sized.batch, bits=draft.bits, steps=job.rounds.local_steps,
-        agents=draft.place.agents, train_for_s=limit, reasons=reasons,
+        agents=draft.place.agents, train_for_s=end.limit, extra_steps=end.extra, reasons=reasons,
     )  # fmt: skip
     return predicted, work
 

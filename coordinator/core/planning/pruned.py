@@ -12,7 +12,8 @@ from coordinator.core.facts import ModelFacts
 from shared import units
 from shared.adapter import Adapter
 from shared.errors import DecodeError
-from shared.messages import DeviceInfo, Pruning, UpdateFacts, Work
+from shared.messages import DeviceInfo, UpdateFacts, Work
+from shared.pruning_order import Pruning
 from shared.units import Group
 
 SMOOTHING = 0.7

@@ -122,18 +122,21 @@ def plan_of(
     works: dict[str, Work] = {}
     predicted: dict[str, float] = {}
     for (draft, ranked, rank_reason), link in zip(seated, links, strict=True):
-        device, limit = draft.place.device, job.rounds.train_for_s
+        device, limit, extra, begins_s = draft.place.device, job.rounds.train_for_s, 0, 0.0
         if limits is not None:
-            limit = limits.of(device, draft.bits, link.left.seconds, steps, link.moves)
+            limit = limits.of(device, draft.bits, link.left.seconds, steps, link.moves, link.usual)
+            extra, begins_s = limits.extra(steps), limits.begins_s(device, draft.bits, link.moves)
         batch, step_s, why = _batch(draft, ranked, sizes, model, None if one_batch else link.left)
         transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
-        predicted[device], steps_why = steps_reason(job, steps, step_s, transfer, limit=limit)
+        predicted[device], steps_why = steps_reason(
+            job, steps, step_s, transfer, limit=limit, extra=extra, begins_s=begins_s
+        )
         reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
         if draft.place.info.agents > 1:
             reasons["agents"] = agents_reason(draft.place)
         works[device] = Work(
             ranks=ranked.ranks, batch=batch, bits=draft.bits, steps=steps, agents=draft.place.agents,
-            train_for_s=limit, reasons=reasons,
+            train_for_s=limit, extra_steps=extra, reasons=reasons,
         )  # fmt: skip
     return Plan(
         participants=works, deadline_s=job.rounds.deadline_s, predicted_s=predicted, left_out=left_out,

@@ -14,15 +14,18 @@ from tests.unit.second.seats import (
     Asked,
     Scene,
     Seat,
+    beyond,
     capped,
     careful,
     drafted,
+    first_step,
     lefts,
     limit_of,
     moved,
     sizes_of,
     uniform,
     until,
+    usual_transfer,
 )
 
 RANKS = (2, 4, 8, 16, 32)
@@ -161,9 +164,11 @@ def _tuning(scene: Scene, chosen: list[ModuleSpec], scores: dict[str, float]) ->
         fixed, sample = scene.fleet.pace(
             seat.device, need_of(scene.facts, scene.job, ranks, task.bound), seat.bits, seat.free
         )
-        limit = until(scene, seat, left, steps, moved(scene, seat, task.most, task.bound))
-        took = capped(limit, steps, fixed + sample * batch)
-        found[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
+        moves, extra = moved(scene, seat, task.most, task.bound), beyond(scene, steps)
+        usual = usual_transfer(scene, taking, [task.most] * len(taking), task.bound)
+        limit = until(scene, seat, left, steps, moves, usual)
+        took = capped(limit, steps, fixed + sample * batch, extra, first_step(scene, seat, moves))
+        found[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit, extra=extra)
     return found
 
 

@@ -13,7 +13,9 @@ from tests.unit.second.seats import (
     Asked,
     Scene,
     Seat,
+    beyond,
     capped,
+    first_step,
     fits,
     held,
     seats,
@@ -62,9 +64,10 @@ def plan(scene: Scene) -> dict[str, Asked]:
         need = chosen.needs[depth - 1]
         batch = sized(scene, place, need, left(chosen, place, depth))
         limit = until(scene, place.seat, left(chosen, place, depth), steps, place.moved[depth - 1])
+        extra, begins = beyond(scene, steps), first_step(scene, place.seat, place.moved[depth - 1])
         asked[place.seat.device] = Asked(
             chosen.ladder[depth - 1], batch, place.seat.bits, steps, place.seat.agents,
-            capped(limit, steps, step_s(place, need, batch)), limit=limit,
+            capped(limit, steps, step_s(place, need, batch), extra, begins), limit=limit, extra=extra,
         )  # fmt: skip
     return asked
 

@@ -48,6 +48,8 @@ class Asked:
     score: bool = False
     limit: float = 0.0
     """Seconds from receipt."""
+    extra: int = 0
+    """Steps while they are not over."""
 
 
 @dataclass(frozen=True)
@@ -253,11 +255,14 @@ def uniform(scene: Scene, rank: int, *, ends: bool = False) -> dict[str, Asked]:
         sizes = held(scene, seat, need, sizes_of(scene.job))
         batch = max([size for size in sizes if steps * (fixed + sample * size) <= left] or sizes[:1])
         batch = careful(seat, batch, sizes)
-        limit = scene.job.rounds.train_for_s
+        limit, extra, begins = scene.job.rounds.train_for_s, 0, 0.0
         if ends:
-            limit = until(scene, seat, left, steps, moved(scene, seat, ranks, bound))
-        took = capped(limit, steps, fixed + sample * batch)
-        asked[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit)
+            moves = moved(scene, seat, ranks, bound)
+            usual = usual_transfer(scene, taking, [ranks] * everyone, bound)
+            limit = until(scene, seat, left, steps, moves, usual)
+            extra, begins = beyond(scene, steps), first_step(scene, seat, moves)
+        took = capped(limit, steps, fixed + sample * batch, extra, begins)
+        asked[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit, extra=extra)
     return asked
 
 
@@ -266,29 +271,58 @@ def careful(seat: Seat, batch: int, sizes: list[int]) -> int:
     return max([size for size in sizes if size <= batch // 2] or sizes[:1]) if seat.careful else batch
 
 
-def capped(limit: float, steps: int, step_s: float) -> float:
-    """The training time that is expected: steps one by one, as long as they begin in time."""
+def capped(limit: float, steps: int, step_s: float, extra: int = 0, begins: float = 0.0) -> float:
+    """The training time that is expected: steps one by one, as long as they begin in time; `extra` ones where what is
+    before the first leaves time for them."""
     took = step_s
     while steps > 1 and (not limit or took < limit * (1 - 1e-12)):
         took, steps = took + step_s, steps - 1
+    if steps == 1:
+        while extra and begins + took < limit - 1e-9 * step_s:
+            took, extra = took + step_s, extra - 1
     return took
 
 
-def until(scene: Scene, seat: Seat, train_s: float, steps: int, moves: tuple[int, int]) -> float:
-    """When the work of a method that has a round time begins no further step: half a step before it should have
-    trained, later by twice what its download should take, and by the time to load where none was spent yet.
+def beyond(scene: Scene, steps: int) -> int:
+    """A quarter more, where anything was measured."""
+    return -(-steps // 4) if scene.fleet.measured else 0
+
+
+def loading(scene: Scene, seat: Seat) -> float:
+    """The longest that loading took anyone; 0 for who has loaded such a base."""
+    own = scene.fleet.known.get(seat.device)
+    return scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
+
+
+def first_step(scene: Scene, seat: Seat, moves: tuple[int, int]) -> float:
+    """Seconds before it: to download and to load."""
+    return moves_s(scene, seat, moves[0]) + loading(scene, seat)
+
+
+def usual_transfer(
+    scene: Scene, taking: list[Seat], ranks: Sequence[Mapping[str, int]], bound: int
+) -> float:  # fmt: skip
+    """The median device's transfers."""
+    return statistics.median(transfer(scene, seat, own, bound) for seat, own in zip(taking, ranks, strict=True))
+
+
+def until(
+    scene: Scene, seat: Seat, train_s: float, steps: int, moves: tuple[int, int], usual: float = 0.0
+) -> float:  # fmt: skip
+    """When the work of a method that has a round time begins no further step, so that all deliver together: half a step
+    before it should have trained, later by what its download should take or the `usual` transfers leave beside its
+    upload, and by the time to load where none was spent yet. A download twice as long leaves half the training.
 
     The job's own limit where that is shorter, or nothing was measured.
     """
     limit = scene.job.rounds.train_for_s
     if not scene.fleet.measured:
         return limit
-    own = scene.fleet.known.get(seat.device)
-    loading = scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
     down, up = (moves_s(scene, seat, size) for size in moves)
     deadline = scene.job.rounds.deadline_s
     ends = train_s - train_s / steps / 2
-    return min(ends + 2 * down + loading, 0.9 * deadline - min(up, deadline / 2), limit or math.inf)
+    latest = max(ends + down, ends + usual - up, ends / 2 + 2 * down)
+    return min(latest + loading(scene, seat), 0.9 * deadline - min(up, deadline / 2), limit or math.inf)
 
 
 def moves_s(scene: Scene, seat: Seat, size: int) -> float:

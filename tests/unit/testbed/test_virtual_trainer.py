@@ -88,8 +88,8 @@ class Rig:
         if message is not None and not isinstance(message, protocol.Beat):
             self.said.append((self.network.now, message))
 
-    def train(self, *, batch: int = 8, steps: int = 6, **order: Any) -> None:
-        work = Work(ranks=dict.fromkeys(LINEARS, 8), batch=batch, bits=16, steps=steps)
+    def train(self, *, batch: int = 8, steps: int = 6, extra: int = 0, **order: Any) -> None:
+        work = Work(ranks=dict.fromkeys(LINEARS, 8), batch=batch, bits=16, steps=steps, extra_steps=extra)
         assignment = Assignment(
             job="job-1", round=1, attempt=1, work=work, base=BaseSpec(model="m"), base_digest="d", rounds=3, seed=0,
             task=TaskSpec(kind="classification", dataset="d", labels=["a", "b"], max_tokens=32),
@@ -139,6 +139,40 @@ def test_when_the_time_is_up_what_is_done_counts(rig: Rig) -> None:
     facts = rig.last(protocol.Trained).facts
     assert facts.ended == "time" and 3 <= facts.steps <= 4
     assert rig.workers.begun[-1] == rig.workers.given[-1].steps == facts.steps, "it was foreseen"
+
+
+def test_while_there_is_time_it_goes_on(rig: Rig) -> None:
+    rig.train()
+    rig.run(100.0)
+    whole = rig.last(protocol.Trained).facts.train_s
+    for share, least, most in ((1.01, 6, 6), (1.25, 7, 8), (9.0, 8, 8)):
+        rig.train(extra=2, train_for_s=share * whole)
+        rig.run(100.0)
+        facts = rig.last(protocol.Trained).facts
+        assert facts.ended == "complete" and least <= facts.steps <= most
+        assert facts.samples == 8 * facts.steps
+        assert rig.workers.begun[-1] == rig.workers.given[-1].steps == facts.steps, "it was foreseen"
+
+
+def test_a_step_that_is_charged_as_ten_ends_with_its_time(rig: Rig) -> None:
+    rig.train()
+    rig.run(100.0)
+    step_s = rig.last(protocol.Trained).facts.step_s
+    steps = set()
+    for tenths in range(21, 60, 2):
+        begun = rig.network.now
+        rig.train(train_for_s=tenths / 10 * step_s)
+        rig.run(100.0)
+        facts, took = rig.last(protocol.Trained).facts, rig.said[-1][0] - begun
+        assert tenths / 10 * step_s <= took <= (tenths + 1.5) / 10 * step_s, "one of the ten is finished"
+        assert abs(facts.steps - tenths / 10) < 1.0
+        steps.add(facts.steps)
+    assert steps == {2, 3, 4, 5, 6}
+    begun = rig.network.now
+    rig.train(train_for_s=0.01)
+    rig.run(100.0)
+    assert rig.last(protocol.Trained).facts.steps == 1
+    assert rig.said[-1][0] - begun > 0.5 * step_s, "the first is done in any case, all of it"
 
 
 def test_a_pause_stops_the_clock_between_two_steps(rig: Rig) -> None:

@@ -72,10 +72,11 @@ class RoundsSpec(Spec, frozen=True, kw_only=True):
     deadline_s: Rate = 900.0
     """Seconds from planning to closing at the latest."""
     train_for_s: NonNegative = 0.0
-    """Seconds a device may train in a round; 0: the steps decide alone. `fedpipe` and `legend` set a shorter limit by
-    the time that they plan for the round."""
+    """Seconds a device may train in a round; 0: the steps decide alone. `fedpipe` and `legend` set a shorter limit, so
+    that all devices of a round deliver at one time."""
     local_steps: Positive = 10
-    """Optimizer steps per device and round."""
+    """Optimizer steps per device and round; with `fedpipe` and `legend` up to a quarter more where a device is faster
+    than was thought, and fewer where it is slower."""
     sample: Natural = 0
     """So many of the ready devices are drawn for a round; 0: all take part."""
     target: NonNegative = 0.0

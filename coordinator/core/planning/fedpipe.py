@@ -21,8 +21,8 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
   the median device's time with that rank on all of W*, as in `uniform`. Depth counts as for all of W*: an upper bound.
 * where nothing fits the target, the least batch and ranks are asked all the same; where telemetry is old, half the
   batch.
-* devices train no longer than was planned (`common.Limits`): who is slower than thought, or was given what
-  nobody can do in time, delivers what it has done. So the target has no allowance.
+* all devices of a round end together (`common.Limits`): who is slower than thought, or was given what nobody can do
+  in time, delivers what it has done; who is faster goes on meanwhile. So the target has no allowance.
 
 Aggregation is `fsr`: exact for unequal ranks and unequal sets of matrices.
 """

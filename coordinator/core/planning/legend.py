@@ -17,7 +17,7 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 * LCD is over rounds of the job's batch: bits are the largest that hold it at depth 1, and a smaller batch is taken only
   where memory or data forbid it. Where telemetry is old, a device gets half the depth.
 * depth alone can't make devices equal that differ tenfold: with the depths chosen, the median device's round is the
-  target of all, each takes the batch that meets it, and works no longer (`common.Limits`).
+  target of all, each takes the batch that meets it, and all end together (`common.Limits`).
   That is ours, no part of the paper; a job with `batch_min` = `batch_max` has one batch. A device whose telemetry is
   old gets no more than the job's batch.
 

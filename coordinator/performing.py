@@ -24,7 +24,7 @@ from shared import bases, logs, topics
 from shared.blob_folder import NoRoom
 from shared.errors import MusterError, RemoteError
 from shared.fields import MAX_TEXT
-from shared.messages import BaseSource, BlobRef, Command, Done
+from shared.messages import BaseSource, BlobRef, Done
 
 if TYPE_CHECKING:
     from coordinator.runtime import Runtime
@@ -46,8 +46,8 @@ class Performer:
                 runtime.send(topics.ASSIGN, command.assign, device=command.device)
             case cmd.PublishRound():
                 runtime.send(topics.ROUND, command.info)
-            case cmd.AskRebirth():
-                runtime.send(topics.COMMAND, Command(kind="rebirth", reason=command.reason), device=command.device)
+            case cmd.AskRebirth() | cmd.AskDelivery():
+                runtime.send(topics.COMMAND, command.message, device=command.device)
             case cmd.Settle():
                 reason = command.reason[:MAX_TEXT]  # or the device could not read it
                 done = Done(sha=command.sha, verdict=command.verdict, reason=reason)  # type: ignore[arg-type]  # from the machine

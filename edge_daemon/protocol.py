@@ -153,9 +153,11 @@ class Resume(PipeMessage, frozen=True, kw_only=True):
 
 
 class Stop(PipeMessage, frozen=True, kw_only=True):
-    """Finish the work under way with what is done (partial work counts). `discard`: forget it instead."""
+    """Finish the work under way with what is done (partial work counts). `discard`: forget it instead; `after_step`:
+    its time is over, and a step is done all the same where none was yet."""
 
     discard: bool = False
+    after_step: bool = False
 
 
 class StepIn(PipeMessage, frozen=True, kw_only=True):

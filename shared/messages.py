@@ -381,10 +381,13 @@ BlobMessage = Manifest | Want | Done | Missing
 
 
 class Command(Message, frozen=True, kw_only=True):
-    """On `down/cmd`: ask a device for something at once."""
+    """On `down/cmd`: ask a device for something at once. `deliver`: what it has done of this work, a step at least."""
 
-    kind: Literal["rebirth"]
+    kind: Literal["rebirth", "deliver"]
     reason: Text = ""
+    job: Text = ""
+    round: Natural = 0
+    attempt: Natural = 0
 
 
 class RoundInfo(Message, frozen=True, kw_only=True):

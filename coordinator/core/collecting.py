@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from coordinator.core import commands as cmd
@@ -217,6 +218,21 @@ def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
         elif device in state.accepted:
             found[device] = "accepted"
     return found
+
+
+def hurry(turn: Turn, job: Job, found: Mapping[str, Status], now: float) -> None:
+    """Once as many have delivered as are still at work, have these deliver what they have done, in a round of which
+    nothing was known that could end works by their time."""
+    round, waits = job.round, turn.state.waits
+    done = sum(status == "done" for status in found.values())
+    working = [device for device, status in found.items() if status in ("assigned", "accepted")]
+    if round is None or not round.plan.together or not 0 < len(working) <= done:
+        return
+    asked = turn.state.hurried
+    due = [device for device in working if device not in asked or now - asked[device] >= waits.remind_s]
+    reason = f"{done} of {len(found)} devices have delivered"
+    turn.update(hurried={**asked, **dict.fromkeys(due, now)})
+    turn.do(*(cmd.AskDelivery(device, job.id, round.number, round.attempt, reason) for device in due))
 
 
 def idle(state: State, job: Job, device: str, status: Status) -> bool:

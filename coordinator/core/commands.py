@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from coordinator.core.job import Job
 from coordinator.core.releases import Release
-from shared import release_messages
+from shared import messages, release_messages
 from shared.messages import Assign, BlobRef, RoundInfo, UpdateFacts
 
 
@@ -31,6 +31,29 @@ class AskRebirth:
 
     device: str
     reason: str
+
+    @property
+    def message(self) -> messages.Command:
+        """What it is told."""
+        return messages.Command(kind="rebirth", reason=self.reason)
+
+
+@dataclass(frozen=True)
+class AskDelivery:
+    """Ask a device for what it has done of its work."""
+
+    device: str
+    job: str
+    round: int
+    attempt: int
+    reason: str
+
+    @property
+    def message(self) -> messages.Command:
+        """What it is told."""
+        return messages.Command(
+            kind="deliver", reason=self.reason, job=self.job, round=self.round, attempt=self.attempt
+        )
 
 
 @dataclass(frozen=True)
@@ -144,6 +167,7 @@ Command = (
     PublishAssign
     | PublishRound
     | AskRebirth
+    | AskDelivery
     | Pull
     | StopPull
     | Settle

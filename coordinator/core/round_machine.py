@@ -77,7 +77,7 @@ def step(state: State, event: ev.AnyEvent) -> Step:
                 continue  # it never held the fleet: another job may
             # What was not admitted in time does not count any more.
             turn.do(*(cmd.StopPull(device, one.sha) for device, one in turn.state.announced.items()))
-            turn.update(since=event.now, accepted=frozenset(), announced={}, checking={}, reminded={})
+            turn.update(since=event.now, accepted=frozenset(), announced={}, checking={}, reminded={}, hurried={})
             turn.update(top_told=frozenset(), top_asked_at=None)
             turn.do(*entry(turn.state, job))
     return turn.step()
@@ -264,6 +264,7 @@ def _close_if_due(turn: Turn, job: Job, event: ev.Tick) -> None:
         verdict, reason = splitting.with_top(turn, round, found, (verdict, reason), event.now, deadline_at)
     if verdict == "wait":
         _remind(turn, job, found, event.now)
+        collecting.hurry(turn, job, found, event.now)
         return
     quiet = {device: event.now for device, status in found.items() if status == "silent"}
     turn.update(silenced={**turn.state.silenced, **quiet})

@@ -64,6 +64,8 @@ class State:
     """When it was asked to finish."""
     reminded: dict[str, float] = field(default_factory=dict)
     """Participant -> when its assignment was published again."""
+    hurried: dict[str, float] = field(default_factory=dict)
+    """Participant -> when it was asked to deliver what it has done."""
     silenced: dict[str, float] = field(default_factory=dict)
     """Device -> when a round closed without a sign of life from it."""
     told: frozenset[str] = frozenset()

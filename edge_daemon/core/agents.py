@@ -13,7 +13,7 @@ from edge_daemon.core import outbox, policy, releasing
 from edge_daemon.core.presence import Result
 from edge_daemon.core.state import Agent, Capability, Identity, Offer, State, identity_of
 from shared.backoff import delay
-from shared.messages import Assignment, Progress
+from shared.messages import Assignment, Command, Progress
 
 BEAT_S = 5.0
 MACHINE_WAIT_S = 5.0
@@ -142,6 +142,15 @@ def rest(state: State) -> Result:
             cmd.Note("info", "training goes on"),
         ]
     return replace(state, paused=reason), []
+
+
+def deliver(state: State, command: Command) -> Result:
+    """End the work under way with what it has done, if it is this one and in training; else the coordinator asks again
+    or has it already."""
+    wanted = Identity(command.job, command.round, command.attempt)
+    if state.phase not in ("training", "paused") or state.agent.status != "busy" or state.agent.identity != wanted:
+        return state, []
+    return state, [cmd.Tell(protocol.Stop(after_step=True)), cmd.Note("info", f"{wanted} ends: {command.reason}")]
 
 
 def discard(state: State, why: str) -> Result:

@@ -277,7 +277,9 @@ def _take(state: State, wanted: Assignment | None) -> Result:
     return state, commands
 
 
-def _command_received(state: State, _event: ev.CommandReceived) -> Result:
+def _command_received(state: State, event: ev.CommandReceived) -> Result:
+    if event.command.kind == "deliver":
+        return agents.deliver(state, event.command)
     return replace(state, word="", info_sent=None, load_sent=None, announcing={}, release_sent=None), []
 
 

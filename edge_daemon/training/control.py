@@ -135,6 +135,8 @@ class Control:
                 self._steps.append(message.packet)
             case Pause():
                 self._pause(message)
+            case Stop(after_step=True):
+                self.deadline = self.now()
             case Stop():
                 raise Stopped("drain", discard=message.discard)
             case None:

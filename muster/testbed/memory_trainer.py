@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import msgspec
+
 from edge_daemon import protocol
 from edge_daemon.adapters.trainer import AgentEnded, AgentSpoke
 from edge_daemon.training import merging
@@ -123,6 +125,11 @@ class MemoryTrainer(ClockedProcess):
                 self._pause(self._task)
             case protocol.Resume() if self._task is not None:
                 self._resume(self._task)
+            case protocol.Stop(after_step=True) if self._task is not None:
+                spent = max(self._clock() - self._task.begun, 2 * protocol.NO_TIME_S)
+                self._task.order = msgspec.structs.replace(self._task.order, train_for_s=spent)
+                if self._task.paused_at is not None:
+                    self._later(0.0, self._step)
             case protocol.Stop() if self._task is not None:
                 self._task.stop = "discard" if message.discard else "drain"
                 if self._task.paused_at is not None:
@@ -205,12 +212,12 @@ class MemoryTrainer(ClockedProcess):
             self._fail(task.order, "stopped", "told to discard")
         elif task.stop == "drain":
             self._finish(task, "drain")
+        elif 0 < task.order.train_for_s <= self._clock() - task.begun and task.training.step_done:
+            self._finish(task, task.training.ended_by_time)
         elif task.paused_at is not None:
             return
         elif task.training.finished:
             self._finish(task, "complete")
-        elif 0 < task.order.train_for_s <= self._clock() - task.begun and task.training.step_done:
-            self._finish(task, task.training.ended_by_time)
         elif not self._faulty(task):
             self._advance(task)
 

@@ -249,6 +249,9 @@ class Agent:
                         return True
                 case protocol.Stop(discard=True):
                     raise Discarded
+                case protocol.Stop(after_step=True):
+                    clock.limit_s = time.monotonic() - clock.started
+                    return False
                 case protocol.Stop():
                     return True
 

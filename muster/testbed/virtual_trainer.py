@@ -41,6 +41,8 @@ class _Task:
     paused_s: float = 0.0
     resting: bool = False
     """A pause has begun: the step that was under way has ended."""
+    under_way: tuple[float, float] | None = None
+    """When the step under way began, and its seconds; None: there is none, or it was told to end before them."""
     stop: Literal["", "drain", "discard"] = ""
 
 
@@ -96,12 +98,29 @@ class VirtualTrainer(ClockedProcess):
                 task.paused_at = self._clock()
             case protocol.Resume() if task is not None and task.paused_at is not None:
                 self._resume(task)
+            case protocol.Stop(after_step=True) if task is not None:
+                self._end_now(task)
             case protocol.Stop() if task is not None:
                 task.stop = "discard" if message.discard else "drain"
                 if task.resting:
                     self._later(0.0, lambda: self._between(task))
             case _:
                 pass
+
+    def _end_now(self, task: _Task) -> None:
+        """Have its time be over: at once, or with what is charged of the step under way (`_within`)."""
+        spent = max(self._clock() - task.begun, 2 * protocol.NO_TIME_S)
+        if 0 < task.order.train_for_s <= spent:
+            return
+        task.order = msgspec.structs.replace(task.order, train_for_s=spent)
+        if task.resting and task.steps:
+            self._later(0.0, lambda: self._between(task))
+        elif task.under_way is not None and task.steps:
+            begun, took = task.under_way
+            task.under_way = None
+            goes_on, counts = self._charged(took, self._clock() - begun)
+            left = begun + goes_on - self._clock()
+            self._later(max(0.0, left), lambda: self._ended(task, took) if counts else self._between(task))
 
     # ---- the agent
 
@@ -217,19 +236,22 @@ class VirtualTrainer(ClockedProcess):
         now, heat = task.begun + task.load_s, self._device.heat_at(task.begun)
         done, counts = len(task.steps), True
         while counts and done < wanted and (now - task.begun < limit or not done):
-            took, counts = self._step(task, done, now, heat)
-            now, heat = now + took, self._device.heat_after(heat, took)
+            took = self._device.step_s(task.order.assignment, task.batch, done, now, heat)
+            goes_on, counts = self._within(task, done, now, took)
+            now, heat = now + goes_on, self._device.heat_after(heat, goes_on)
             done += counts
         return done
 
-    def _step(self, task: _Task, done: int, now: float, heat: float) -> tuple[float, bool]:
-        """(seconds of the next step, whether it counts). One that is charged as several (`Kind.charge`) ends, as they
-        would, where the time is over, and counts where most of them were done; the first does in any case."""
-        took = self._device.step_s(task.order.assignment, task.batch, done, now, heat)
-        limit, charge = task.order.train_for_s, int(self._device.model.kind.charge)
+    def _within(self, task: _Task, done: int, now: float, took: float) -> tuple[float, bool]:
+        """(seconds that the next step goes on for, whether it counts) of `took`. One that is charged as several
+        (`Kind.charge`) ends, as they would, where the time is over, and counts where half of them were done; the first
+        in any case."""
+        limit = task.order.train_for_s
         left = limit - (now - task.begun)
-        if not limit or not done or took <= left:
-            return took, True
+        return (took, True) if not limit or not done or took <= left else self._charged(took, left)
+
+    def _charged(self, took: float, left: float) -> tuple[float, bool]:
+        charge = int(self._device.model.kind.charge)
         charged = min(charge, max(1, math.ceil(left / took * charge)))
         return took * charged / charge, 2 * charged >= charge
 
@@ -266,8 +288,21 @@ class VirtualTrainer(ClockedProcess):
         else:
             self._device.work(self._clock())
             heat = self._device.heat_at(self._clock())
-            took, counts = self._step(task, done, self._clock(), heat)
-            self._later(took, lambda: self._ended(task, took) if counts else self._between(task))
+            took = self._device.step_s(order.assignment, task.batch, done, self._clock(), heat)
+            goes_on, counts = self._within(task, done, self._clock(), took)
+            step = task.under_way = (self._clock(), took)
+            self._later(goes_on, lambda: self._over(task, step, counts=counts))
+
+    def _over(self, task: _Task, step: tuple[float, float], *, counts: bool) -> None:
+        """A step has gone on for as long as it was to, unless it was told to end before; it tells the seconds of a
+        whole one."""
+        if task.under_way is not step:
+            return
+        task.under_way = None
+        if counts:
+            self._ended(task, step[1])
+        else:
+            self._between(task)
 
     def _ended(self, task: _Task, took: float) -> None:
         """A step has ended."""

@@ -41,6 +41,23 @@ def test_a_slow_device_counts_by_its_samples(tmp_path: Path) -> None:
         assert np.abs(expected).max() > 1e-3
 
 
+def test_a_first_round_ends_with_its_half(tmp_path: Path) -> None:
+    """No speed is known yet, and one device is a hundred times slower than it looks."""
+    spec = rig.spec(4, count=2, local_steps=20)
+    spec = msgspec.structs.replace(spec, strategy=msgspec.structs.replace(spec.strategy, name="legend"))
+    with MemoryFleet(tmp_path, rig.members(4)) as fleet:
+        fast = fleet.daemons["dev-000"].member.behaviour.step_s
+        fleet.daemons["dev-003"].member.behaviour.step_s = 100 * fast
+        job = fleet.submit(spec)
+        assert fleet.finish(job).phase == "finished"
+        rig.check(fleet, job)
+        admitted = {(r.round, r.device): r.facts for r in rig.of_kind(fleet, job, rec.UpdateAdmitted)}
+        for number in (1, 2):
+            slow, others = admitted[number, "dev-003"], [admitted[number, f"dev-00{n}"] for n in range(3)]
+            assert slow.ended == "time" and 1 <= slow.steps <= 2
+            assert all(one.steps >= (20 if number == 1 else 19) for one in others), "the second has a time for each"
+
+
 def _factors(fleet: MemoryFleet, sha: str) -> Factors:
     path = fleet.coordinator.blobs.path(sha)
     assert path is not None

@@ -303,6 +303,17 @@ def test_what_a_checkpoint_holds_is_delivered_by_an_agent_that_has_no_time(site:
     assert trained.facts.samples == 4 * trained.facts.steps
 
 
+def test_told_that_its_time_is_over_it_ends_after_a_step(agent: Agent, site: Site) -> None:
+    agent.say(site.train("early", steps=100_000))
+    agent.say(Stop(after_step=True))
+    assert (facts := agent.hear(Trained).facts).ended == "time" and facts.steps == 1
+    agent.say(site.train("late", steps=100_000))
+    seen = agent.hear(Progressed, lambda told: told.step >= 3)
+    agent.say(Stop(after_step=True))
+    assert (facts := agent.hear(Trained).facts).ended == "time" and seen.step <= facts.steps < 100_000
+    assert agent.ask(site.train("next"), Trained).facts.steps == 6, "it held for that work alone"
+
+
 def test_discarded_work_leaves_no_update(agent: Agent, site: Site) -> None:
     agent.say(site.train("d", steps=100_000))
     agent.hear(Progressed)

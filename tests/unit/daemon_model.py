@@ -91,6 +91,8 @@ class Daemon:
 
     def _told(self, message: protocol.PipeMessage) -> None:
         assert self.agent == "busy", f"an idle agent is told {message}"
+        if isinstance(message, protocol.Stop) and message.after_step:
+            return  # where it rests before a first step it goes on resting
         assert isinstance(message, protocol.Stop) or self.resting == isinstance(message, protocol.Resume)
         self.resting = isinstance(message, protocol.Pause)
 

@@ -247,6 +247,11 @@ def test_pause_resume_stop_and_discard(tmp_path: Path) -> None:
         partial = pipes.last()
         assert isinstance(partial, protocol.Trained)
         assert partial.facts.ended == "time"
+        pipes.writer.write(order(tmp_path, assignment(steps=4000)))
+        pipes.writer.write(protocol.Stop(after_step=True))
+        ended = pipes.last()
+        assert isinstance(ended, protocol.Trained)
+        assert ended.facts.ended == "time" and 1 <= ended.facts.steps < 10
         for limit_s, most in ((0.5, 4002), (60.0, 5)):
             asked = assignment(steps=2)
             more = msgspec.structs.replace(asked.work, extra_steps=most - 2)

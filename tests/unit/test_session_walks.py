@@ -20,6 +20,10 @@ WORKS = [
 CALM, BUSY = load(), load(foreign_cores=4.0)
 
 
+def _deliver(work: Assignment) -> Command:
+    return Command(kind="deliver", job=work.job, round=work.round, attempt=work.attempt)
+
+
 def _turn(daemon: Daemon, draw: random.Random, leaving: float) -> None:
     """One event that the world allows now."""
     one, now, state = draw.choice(WORKS), daemon.now, daemon.state
@@ -37,6 +41,7 @@ def _turn(daemon: Daemon, draw: random.Random, leaving: float) -> None:
         (1, lambda: daemon.feed(ev.WantUnfit(now=now, sha=update_sha(identity_of(one)), reason="why"))),
         (1, lambda: daemon.feed(ev.OwnStateSeen(now=now, state=DeviceState(s="lost", epoch=daemon.epoch)))),
         (1, lambda: daemon.feed(ev.CommandReceived(now=now, command=Command(kind="rebirth")))),
+        (1, lambda: daemon.feed(ev.CommandReceived(now=now, command=_deliver(one)))),
         (1, lambda: daemon.coordinator(online=draw.random() < 0.7, term=term)),
         (1, daemon.restart),
         (leaving, lambda: daemon.feed(ev.Drain(now=now))),
@@ -88,8 +93,9 @@ def test_any_events_in_any_order(seed: int) -> None:
 
 def test_the_walks_reach_every_phase() -> None:
     draw, seen = random.Random(1), set[str]()
-    daemon = Daemon(SETTINGS, "points")
-    for _ in range(3000):
+    for turn in range(4000):
+        if turn % 400 == 0:  # in the end all works are over
+            daemon = Daemon(SETTINGS, "points")
         _turn(daemon, draw, leaving=1.0)
         seen.add(daemon.state.phase)
         if daemon.state.phase == "stopped":

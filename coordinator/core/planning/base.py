@@ -62,6 +62,9 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Where the planner chooses among the modules."""
     regulation: Regulation | None = None
     """By what the batches of split learning follow this round's links; None: they stay."""
+    together: bool = False
+    """Whether the works are to end together where no time is known yet that could end them: once half of the devices
+    delivered, the others deliver what they have done."""
 
 
 class RoundReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -94,6 +94,11 @@ class Limits:
         """Seconds that `size` bytes should take (`Links`), at `ASSUMED_LINK` as long as none was measured."""
         return self.links.transfer(device, size)[0] or size / ASSUMED_LINK
 
+    @property
+    def together(self) -> bool:
+        """As `Plan.together`: what ends works before their time can be told."""
+        return not self._measured
+
     def begins_s(self, device: str, bits: Bits, moves: Moved) -> float:
         """Seconds from receipt after which its first step should begin."""
         return self.transfer_s(device, moves.down) + self._loads_s(device, bits)

@@ -128,6 +128,7 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
             predicted_s={draft.place.device: took for draft, (_, took) in zip(drafts, written, strict=True)},
             left_out=search.left_out,
             weights=Weights(scores=self.scores, selected=[module.name for module in chosen], scored=self.scored),
+            together=Limits(job, self.model).together,
         )
 
 

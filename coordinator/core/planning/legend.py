@@ -191,7 +191,7 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             participants=works, deadline_s=job.rounds.deadline_s,
             reason=f"{_reason(choice, ladder)}; all that at batch {job_batch(job)}; batches for {seconds(target_s)}; "
             f"{taking}",
-            predicted_s=predicted, left_out=left_out,
+            predicted_s=predicted, left_out=left_out, together=limits.together,
         )  # fmt: skip
 
     def _choose(self, drafts: list[_Draft], ladder: Ladder, times: Floats, job: JobSpec) -> tuple[lcd.Choice, lcd.Ints]:

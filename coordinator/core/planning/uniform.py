@@ -140,6 +140,7 @@ def plan_of(
         )  # fmt: skip
     return Plan(
         participants=works, deadline_s=job.rounds.deadline_s, predicted_s=predicted, left_out=left_out,
+        together=limits is not None and limits.together,
         reason=f"{reason}; {len(works)} of {plural(len(view.candidates), 'candidate')} take part",
     )  # fmt: skip
 

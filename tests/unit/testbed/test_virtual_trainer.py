@@ -175,6 +175,31 @@ def test_a_step_that_is_charged_as_ten_ends_with_its_time(rig: Rig) -> None:
     assert rig.said[-1][0] - begun > 0.5 * step_s, "the first is done in any case, all of it"
 
 
+def test_told_that_its_time_is_over_it_ends_within_the_step(rig: Rig) -> None:
+    rig.train()
+    rig.run(100.0)
+    step_s = rig.last(protocol.Trained).facts.step_s
+    for tenths in range(21, 46, 2):
+        begun = rig.network.now
+        rig.train()
+        rig.run(tenths / 10 * step_s)
+        rig.trainer.tell(protocol.Stop(after_step=True))
+        rig.trainer.tell(protocol.Stop(after_step=True))
+        rig.run(100.0)
+        facts, took = rig.last(protocol.Trained).facts, rig.said[-1][0] - begun
+        assert facts.ended == "time" and abs(facts.steps - tenths / 10) < 1.0
+        assert tenths / 10 * step_s <= took <= (tenths + 1.5) / 10 * step_s
+        assert facts.step_s == pytest.approx(step_s, rel=0.3), "of whole steps"
+    rig.train()
+    rig.trainer.tell(protocol.Stop(after_step=True))
+    rig.run(100.0)
+    assert rig.last(protocol.Trained).facts.steps == 1
+    said = len(rig.said)
+    rig.trainer.tell(protocol.Stop(after_step=True))
+    rig.run(100.0)
+    assert len(rig.said) == said, "there is nothing to end"
+
+
 def test_a_pause_stops_the_clock_between_two_steps(rig: Rig) -> None:
     rig.train()
     rig.run(0.01)

@@ -159,7 +159,7 @@ STUDIES = (
     Study(
         "one-batch", "`legend` as its paper has it, with one batch: depth alone meets the round's time",
         _ONE_BATCH, 40, SEEDS, stop=True, ratios=_BY_DEPTH_ALONE,
-        remark="It ends late work all the same, which is ours, too.",
+        remark="All devices of a round end together all the same, which is ours, too.",
     ),
     Study(
         "one-batch-skewed", "The same at Dirichlet 0.1",

@@ -11,10 +11,11 @@ method moves it: with 32, the fleet's GPUs are done in half of a round, which co
 on validation rows), Adam with LoRA+ (factors A learn at an eighth of the rate), 256 rows evaluated a round. Rivals
 have one batch, as in their papers ([decision 0020](decisions/0020-rivals-have-one-batch.md)); `hetlora` is without
 its paper's pruning of its own ranks, `fedadapter` without its cache of activations. Every planner knows the
-devices' probes ([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` end the work of a
-device that is late ([0028](decisions/0028-work-ends-with-its-round.md)), and `legend` regulates batches, which its
-paper does not ([0027](decisions/0027-legend-regulates-batches.md); a study below has it with one batch); rivals
-wait for their slowest. A probe is the device's true speed in its power mode, off by 15 % by chance: but for that
+devices' probes ([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` have all devices of a
+round end together ([0030](decisions/0030-devices-of-a-round-end-together.md)): who is late ends, who is early goes on
+for up to a quarter of its steps. And `legend` regulates batches, which its paper does not
+([0027](decisions/0027-legend-regulates-batches.md); a study below has it with one batch). Rivals wait for their
+slowest. A probe is the device's true speed in its power mode, off by 15 % by chance: but for that
 planners begin without knowledge.
 
 Below Dirichlet {STRONG_SKEW:g} no device of nine or more has over {MAX_SHARE:g} of a round's mean in {_UNEQUAL},
@@ -24,7 +25,8 @@ of `legend` over a layer's holders comes near that of `fsr` there.
 
 **A step is charged as ten.** In the papers a round is a local epoch, of a hundred steps and more. Here eight are
 computed, so that the grid fits a day, and the clock charges each as ten: training then outweighs transfers, as
-there. The study of short rounds below has the other regime.
+there. Work whose time is over ends between two of the ten, and a computed step counts where half of them were done. The
+study of short rounds below has the other regime.
 
 **The clock's devices.** Seconds of a step come from the real agent under CPU quotas of 0.1 to 1
 (`bench/record_steps.py`): a TX2, at 0.05, is extrapolated, heat, bandwidth and noise are assumed, and no CUDA
@@ -42,9 +44,9 @@ have long arrived or given up.
 
 PARTS_OF_FEDPIPE = """\
 Until 20 local steps were asked for (`strategy.warm_up_steps`), three rounds here, all modules are tuned at rank 8,
-planned like `uniform` but for an end to late work; then those with 80 % of the score, with ranks and batches by its
+planned like `uniform` but for their common end; then those with 80 % of the score, with ranks and batches by its
 two-stage search. So at Dirichlet 1 half of a run or all of it is warm-up: what is faster there is planning of batches,
-and that late work ends. (In the study of 80 steps the warm-up is one round.) And memory is short on no device of this
+and that all end together. (In the study of 80 steps the warm-up is one round.) And memory is short on no device of this
 fleet with bases so small: ranks and bits hardly move. The pair of unequal memory below shows them.
 """
 

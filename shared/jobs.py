@@ -144,8 +144,9 @@ class StrategySpec(Spec, frozen=True, kw_only=True):
     global_rank: Annotated[int, Meta(ge=1, le=4096)] = 64
     """Hard cap of the rank of the global adapter, per module; of `fedadapter`: of the width."""
     global_codec: Codec = "fp32"
-    """Precision of the global adapter, which devices fetch in each round and which is evaluated and exported. With the
-    exact aggregators what rounding takes is carried over into the next round."""
+    """Precision of the global adapter, which devices fetch in each round and which is evaluated and exported. With
+    `fsr`, `legend`, `fedspine` and `fresh` what rounding takes is carried over into the next round; of the factors of
+    `fedit`, `hetlora` and `flexlora` it is lost, and small moves with it."""
     max_share: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """Largest share of a round's mean that one device may have: its sample count is its own claim, and where owners'
     data differ, fast devices with large batches outweigh the others: there take little more than 1 / devices of a

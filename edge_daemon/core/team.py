@@ -232,7 +232,8 @@ def _merged(team: Team, merged: Merged) -> Trained:
 def combine(parts: Sequence[UpdateFacts], limits: Sequence[int] = ()) -> UpdateFacts:
     """The facts of a merged update, its norm left out: samples summed, losses and importance weighted by them, the
     rest as of the slowest agent, memory as of the largest. `limits`: batches that fit agents whose part is missing."""
-    slowest = max(parts, key=lambda facts: facts.train_s)
+    # Not by the time of all steps: where they end together a faster agent has done more of them.
+    slowest = max(parts, key=lambda facts: facts.train_s / facts.steps if facts.steps else facts.step_s)
     samples = sum(facts.samples for facts in parts)
     limits = [*limits, *(facts.batch_limit for facts in parts if facts.batch_limit)]
     return msgspec.structs.replace(

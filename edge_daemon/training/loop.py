@@ -206,8 +206,9 @@ class Loop:
         return mean
 
     def _rate(self) -> float:
-        work = self.assignment
-        return rate_of(work.training, work.round, work.rounds, work.work.steps, self._place())
+        work, steps = self.assignment, self.assignment.work.steps
+        # Extra steps have the rate of the last: after it the next round's begin, or nothing.
+        return rate_of(work.training, work.round, work.rounds, steps, min(self._place(), steps - 1))
 
     def _place(self) -> int:
         """Steps of the round that are done."""

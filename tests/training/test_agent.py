@@ -270,10 +270,7 @@ def test_the_time_limit_gives_partial_work(agent: Agent, site: Site) -> None:
 
 def test_while_there_is_time_it_goes_on(agent: Agent, site: Site) -> None:
     for name, extra, limit_s in (("more", 100_000, 2.0), ("few", 2, 600.0)):
-        request = site.train(name, steps=2, train_for_s=limit_s)
-        work = msgspec.structs.replace(request.assignment.work, extra_steps=extra)
-        given = msgspec.structs.replace(request, assignment=msgspec.structs.replace(request.assignment, work=work))
-        facts = agent.ask(given, Trained).facts
+        facts = agent.ask(site.train(name, steps=2, extra_steps=extra, train_for_s=limit_s), Trained).facts
         assert facts.ended == "complete" and facts.samples == 4 * facts.steps
         assert facts.steps == 4 if name == "few" else 2 < facts.steps < 100_000
 

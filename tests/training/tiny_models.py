@@ -163,11 +163,12 @@ def empty_adapter(base: Base, digest: str = "d") -> Adapter:
 def assignment(
     base: Base, *, ranks: dict[str, int] | None = None, batch: int = 4, steps: int = 6, bits: Bits = 32,
     training: TrainingSpec | None = None, task: TaskSpec = COLOURS, round: int = 1, digest: str = "d",
-    content: bytes = b"", score: bool = False,
+    content: bytes = b"", score: bool = False, extra_steps: int = 0,
 ) -> Assignment:  # fmt: skip
     chosen = dict.fromkeys(base.linears, 2) if ranks is None else ranks
     return Assignment(
-        job="test", round=round, attempt=1, work=Work(ranks=chosen, batch=batch, bits=bits, steps=steps, score=score),
+        job="test", round=round, attempt=1,
+        work=Work(ranks=chosen, batch=batch, bits=bits, steps=steps, extra_steps=extra_steps, score=score),
         base=BaseSpec(model="tiny"), base_digest=digest, task=task,
         training=training or TrainingSpec(lr=1e-2, checkpoint_every=2), rounds=3, seed=7,
         adapter=BlobRef(sha=hashlib.sha256(content).hexdigest(), size=len(content)),

@@ -54,7 +54,7 @@ def test_every_strategy_has_its_planner_and_the_aggregator_of_its_paper(name: st
     strategy = StrategySpec(name=name)
     assert strategies.faults(strategy) == []
     rounded = strategies.faults(replace(strategy, global_codec="int8"))
-    whole = aggregators.name_of(strategy) in ("dense", "ffa", "split")
+    whole = aggregators.name_of(strategy) in ("fedex", "ffa", "flora")
     assert [fault.partition(":")[0] for fault in rounded] == (["strategy.global_codec"] if whole else [])
     assert (registry.create(strategy).name, aggregators.create(strategy).name) == (name, aggregator)
     for exact in ("fsr", "fresh", "ffa"):

@@ -116,6 +116,13 @@ def test_the_first_merges_what_all_trained() -> None:
     assert (whole.train_s, whole.steps, whole.peak_bytes, whole.cores_used, whole.ended) == (9.0, 7, 5, 1.5, "time")
 
 
+def test_the_slowest_is_whose_steps_take_longest_not_who_did_most_of_them() -> None:
+    fast, slow = facts(steps=10, train_s=10.0, step_s=1.0), facts(steps=8, train_s=9.6, step_s=1.2)
+    for parts in ([fast, slow], [slow, fast]):
+        whole = crew.combine(parts)
+        assert (whole.steps, whole.train_s, whole.step_s) == (8, 9.6, 1.2)
+
+
 def test_importance_is_the_mean_over_the_agents_that_scored() -> None:
     parts = [
         facts(samples=30, importance={"q": 0.8, "v": 0.2}), facts(samples=10, importance={"q": 0.4, "o": 0.6}),

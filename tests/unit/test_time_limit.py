@@ -1,4 +1,4 @@
-"""How long the work of a round may take on a device (`common.Limits`)."""
+"""How long the work of a round may take on a device (`common.Ends`)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from coordinator.core.planning.base import Plan, Planner, RoundReport
 from coordinator.core.planning.common import (
     ASSUMED_LINK,
     LINK_LATE,
-    Limits,
+    End,
+    Ends,
     Moved,
     global_rank,
     moved,
@@ -50,12 +51,12 @@ def planned_and_learned(asked: JobSpec, seen: dict[str, UpdateFacts], down: int 
 
 
 def test_nothing_is_limited_before_speeds_were_measured() -> None:
-    assert Limits(job(), CostModel()).of("a", 32, 10.0, 10, NONE) == 0.0
+    assert Ends(job(), CostModel()).of("a", 32, 10.0, 10, NONE) == End(0.0)
     full = replace(report({"a": result(batch=8, step_s=1.0)}, job()), results={}, batch_limits={"a": 4})
     of_batch = CostModel().learn(full)
-    assert Limits(job(), of_batch).of("a", 32, 10.0, 10, NONE) == 0.0, "of it the largest batch alone is known"
+    assert Ends(job(), of_batch).of("a", 32, 10.0, 10, NONE) == End(0.0), "of it the largest batch alone is known"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert Limits(bounded, CostModel()).of("a", 32, 10.0, 10, NONE) == 7.0
+    assert Ends(bounded, CostModel()).of("a", 32, 10.0, 10, NONE) == End(7.0)
 
 
 def test_work_ends_with_its_round_and_a_device_has_the_time_to_load_where_it_did_not_yet() -> None:
@@ -64,15 +65,15 @@ def test_work_ends_with_its_round_and_a_device_has_the_time_to_load_where_it_did
     model = CostModel().learn(report(seen, job()))
     model = model.learn(report({"a": result(batch=8, step_s=1.0)}, job(), 2))
     assert model.load_s == 30.0
-    limits = Limits(job(), model)
-    assert limits.of("a", 32, 10.0, 10, NONE) == pytest.approx(9.5)
-    assert limits.of("a", 32, 10.0, 1, NONE) == pytest.approx(5.0), "one step is done in any case"
-    assert limits.of("c", 32, 10.0, 10, NONE) == pytest.approx(9.5 + 30.0)
-    assert limits.of("a", 4, 10.0, 10, NONE) == pytest.approx(9.5 + 30.0), "another base to load"
+    ends = Ends(job(), model)
+    assert ends.of("a", 32, 10.0, 10, NONE).limit == pytest.approx(9.5)
+    assert ends.of("a", 32, 10.0, 1, NONE).limit == pytest.approx(5.0), "one step is done in any case"
+    assert ends.of("c", 32, 10.0, 10, NONE).limit == pytest.approx(9.5 + 30.0)
+    assert ends.of("a", 4, 10.0, 10, NONE).limit == pytest.approx(9.5 + 30.0), "another base to load"
     bounded = replace(job(), rounds=replace(job().rounds, train_for_s=7.0))
-    assert Limits(bounded, model).of("c", 32, 10.0, 10, NONE) == 7.0
+    assert Ends(bounded, model).of("c", 32, 10.0, 10, NONE).limit == 7.0
     near = replace(job(), rounds=replace(job().rounds, deadline_s=30.0))
-    assert Limits(near, model).of("c", 32, 10.0, 10, NONE) == pytest.approx(27.0), (
+    assert Ends(near, model).of("c", 32, 10.0, 10, NONE).limit == pytest.approx(27.0), (
         "what comes after the deadline is lost"
     )
 
@@ -84,28 +85,29 @@ def test_all_deliver_at_one_time_but_for_links_that_leave_no_time_to_train() -> 
         for name, link in (("slow", 2e5), ("usual", 1e6), ("fast", 4e6))
     }
     model = CostModel().learn(replace(report(seen, job()), adapter_bytes=adapter))
-    limits = Limits(job(), model)
+    ends = Ends(job(), model)
     for up in (0, 8_000_000):
         moves = Moved(adapter, up)
         usual_s = moves.both / 1e6
         for name, link in (("usual", 1e6), ("fast", 4e6), ("new", 1e6)):
-            found = limits.of(name, 32, 10.0, 10, moves, usual_s)
+            found = ends.of(name, 32, 10.0, 10, moves, usual_s).limit
             assert found + up / link == pytest.approx(9.5 + usual_s), (name, up)
         # Its target is shorter by what its link takes too long; half of that is left where the download takes twice as
         # long as it should, and all where it doesn't.
-        found = limits.of("slow", 32, 10.0, 10, moves, usual_s)
+        found = ends.of("slow", 32, 10.0, 10, moves, usual_s).limit
         assert found == pytest.approx(4.75 + LINK_LATE * 20.0) and found >= 9.5 + 20.0
+        assert ends.of("slow", 32, 10.0, 10, moves, usual_s).extra == 0, "as planned it ends with the others"
 
 
 def test_a_device_may_go_on_for_a_quarter_of_its_steps_where_something_ends_it() -> None:
     model = CostModel().learn(report({"a": result(batch=8, step_s=1.0)}, job()))
-    assert [Limits(job(), model).extra(steps) for steps in (1, 4, 8, 10)] == [1, 1, 2, 3]
-    assert Limits(job(), CostModel()).extra(8) == 0, "nothing ends it"
+    assert [Ends(job(), model).of("a", 32, 10.0, steps, NONE).extra for steps in (1, 4, 8, 10)] == [1, 1, 2, 3]
+    assert Ends(job(), CostModel()).of("a", 32, 10.0, 8, NONE).extra == 0, "nothing ends it"
 
 
 def test_extra_steps_are_expected_where_there_is_time_for_them() -> None:
     def expected(limit: float, begins_s: float) -> float:
-        seconds, why = steps_reason(job(), 8, 1.0, "", limit=limit, extra=2, begins_s=begins_s)
+        seconds, why = steps_reason(job(), 8, 1.0, "", End(limit, 2, begins_s))
         assert ("up to 2 more while there is time" in why) and (" meets " in why) == (limit > 7.0)
         return seconds
 
@@ -122,14 +124,14 @@ def test_what_goes_as_planned_and_meets_the_deadline_is_never_cut() -> None:
     model = CostModel().learn(replace(report(seen, job()), adapter_bytes=down))
     for deadline_s in (20.0, 30.0, 100.0):
         near = replace(job(), rounds=replace(job().rounds, deadline_s=deadline_s))
-        limits = Limits(near, model)
+        ends = Ends(near, model)
         for name, link in (("slow", 5e5), ("usual", 1e6), ("fast", 4e6)):
             train_s = 0.9 * deadline_s - (down + up) / link
-            limit = limits.of(name, 32, train_s, 8, Moved(down, up))
+            limit = ends.of(name, 32, train_s, 8, Moved(down, up)).limit
             assert limit >= down / link + train_s * 7 / 8 - 1e-9, f"the last step begins: {name}, {deadline_s}"
             assert limit + up / link <= deadline_s, "what is delivered then still counts"
-    soon = Limits(replace(job(), rounds=replace(job().rounds, deadline_s=20.0)), model)
-    assert soon.of("slow", 32, 50.0, 8, Moved(0, 10 * down)) == pytest.approx(8.0), "0 would be no limit"
+    soon = Ends(replace(job(), rounds=replace(job().rounds, deadline_s=20.0)), model)
+    assert soon.of("slow", 32, 50.0, 8, Moved(0, 10 * down)).limit == pytest.approx(8.0), "0 would be no limit"
 
 
 @pytest.mark.parametrize(
@@ -166,8 +168,10 @@ def test_a_device_that_goes_as_planned_does_all_its_steps(name: str, link: float
     told = replace(result(batch=8, step_s=1.0), fetch_s=down / link if link else 0.0)
     _, planner = planned_and_learned(asked, dict.fromkeys(here, told), down)
     plan = planner.plan(replace(view(*map(device, here), round=2), adapter_bytes=down), asked)
-    for one, work in plan.participants.items():
-        step_s = plan.predicted_s[one] / work.steps
+    for work in plan.participants.values():
+        asked_for = re.search(r"asked x ([\d.]+) s", work.reasons["steps"])
+        assert asked_for is not None
+        step_s = float(asked_for[1])
         fetched_s = down / (link or ASSUMED_LINK)
         assert fetched_s + (work.steps - 1) * step_s < work.train_for_s
         assert " meets " in work.reasons["steps"]

@@ -9,8 +9,8 @@ local models over the devices that reported, p_i their share of the samples, is 
 A device that did not tune the module counts as zero change. G' plus the residual of the last round is exact (float64
 products of float32 factors). Recompression keeps the fewest directions that hold `energy` of the squared singular
 values, at most `global_rank`, and carries the next `global_rank` directions into the next round as residual. Where the
-global adapter is published in less than float32 (`codec`), what rounding takes of the kept directions is part of the
-rest, of which the first `global_rank` directions are carried: error feedback, so that roundings do not add up.
+global adapter is published in less than float32 (`codec`), what rounding takes of the kept directions, up to twice as
+many directions of their own, is carried as well: error feedback, so that roundings do not add up.
 
 A device of smaller rank trains the first directions of the published adapter: those of the largest singular values or,
 with `sampled`, of a draw without replacement in proportion to them. The draw orders the directions before they are
@@ -145,7 +145,7 @@ class StackFold:
             order = np.append(order, np.arange(kept, len(sigma)))
             u, sigma, vt = u[:, order], sigma[order], vt[order]
         if self._settings.codec != "fp32":
-            return self._rounded(u, sigma, vt, kept)
+            return self._rounded(u[:, :real], sigma[:real], vt[:real], kept)
         return Folded(
             factors=_triplets(u, sigma, vt, 0, kept),
             residual=_triplets(u, sigma, vt, kept, carried),
@@ -155,14 +155,14 @@ class StackFold:
         )
 
     def _rounded(self, u: Wide, sigma: Wide, vt: Wide, kept: int) -> Folded:
-        """The first `kept` directions as they are published; the rest is what the exact sum has beyond these."""
+        """The first `kept` directions as they are published; the rest is what the sum has beyond these."""
         b, a = (rounded(narrow(part), self._settings.codec) for part in (u[:, :kept], vt[:kept]))
         published = Factors(b=b, a=a, sigma=narrow(sigma[:kept]))
         beyond = ProductSum(len(u), vt.shape[1])
         beyond.add(narrow(u), narrow(vt), sigma)
         beyond.add(b, a, -column_weights(published))
         left_u, left, left_vt = beyond.svd()
-        carried = min(int(np.count_nonzero(left > NOISE * sigma.max())), self._settings.cap)
+        carried = min(int(np.count_nonzero(left > NOISE * sigma.max())), self._settings.cap + 2 * kept)
         total = float(sigma @ sigma)
         return Folded(
             factors=published,

@@ -68,9 +68,9 @@ MOVES_FURTHER = frozenset({"fsr", "fresh", "legend", "fedspine"})
 """Aggregators that know `strategy.server_lr`."""
 TRAINS_DIRECTIONS = frozenset({"fsr", "legend", "fedspine"})
 """Aggregators whose devices train directions of the global adapter, so that `strategy.directions` means something."""
-PUBLISHED_WHOLE = frozenset({"dense", "ffa", "split"})
-"""Aggregators whose global adapter goes down in fp32 alone: `dense` would round the whole model in every round, the A
-of `ffa` is the job's own, and what goes down in split learning are gradients of features."""
+PUBLISHED_WHOLE = frozenset({"dense", "fedex", "ffa", "flora", "split"})
+"""Aggregators whose global adapter goes down in fp32 alone: `dense` would round the whole model in every round, `fedex`
+and `flora` all that was learned so far, the A of `ffa` is the job's own, and split learning sends features."""
 
 
 class _Published(TypedDict):

@@ -82,9 +82,18 @@ EXTRA = 0.25
 """Of the steps, how many more a device may do that is faster than was thought."""
 
 
-class Limits:
-    """How long the works of a plan may take, so that all deliver at one time: nobody waits long for a device that is
-    slower than was thought, and one that is faster goes on meanwhile."""
+class End(NamedTuple):
+    """When a work ends. `limit`: seconds from receipt after which no step begins (`Work.train_for_s`; 0: none);
+    `extra`: as `Work.extra_steps`; `begins_s`: when the first step should begin."""
+
+    limit: float
+    extra: int = 0
+    begins_s: float = 0.0
+
+
+class Ends:
+    """When the works of a plan end, so that all deliver at one time: nobody waits long for a device that is slower than
+    was thought, and one that is faster goes on meanwhile."""
 
     def __init__(self, job: JobSpec, model: CostModel) -> None:
         self._rounds, self._devices, self.links = job.rounds, model.devices, Links(model)
@@ -99,54 +108,38 @@ class Limits:
         """As `Plan.together`: what ends works before their time can be told."""
         return not self._measured
 
-    def begins_s(self, device: str, bits: Bits, moves: Moved) -> float:
-        """Seconds from receipt after which its first step should begin."""
-        return self.transfer_s(device, moves.down) + self._loads_s(device, bits)
-
-    def _loads_s(self, device: str, bits: Bits) -> float:
-        known = self._devices.get(device)
-        return 0.0 if known is not None and str(bits) in known.fits else self._load_s
-
-    def extra(self, steps: int) -> int:
-        """As `Work.extra_steps`: none where nothing ends them."""
-        return math.ceil(EXTRA * steps) if self._measured else 0
-
     def of(
         self, device: str, bits: Bits, train_s: float, steps: int, moves: Moved, usual_s: float = 0.0
-    ) -> float:  # fmt: skip
-        """Seconds from receipt after which the device begins no further step and delivers what it has done; 0: no
-        limit. Partial work counts.
+    ) -> End:  # fmt: skip
+        """The end of a work of `steps`, for which there are `train_s`; partial work counts.
 
-        The job's own, or `train_s`, which there is for its `steps`, and what the download of `moves` should take; where
-        that and the upload take less than `usual_s`, which the target leaves for all to move theirs, the rest as well.
-        A step that has begun is finished: half of one is taken off, so that on the mean work ends at that time. A
-        download of `LINK_LATE` times what it should take leaves half the time to train. The job's alone before speeds
-        were measured; a device that did not train over such a base yet has the time to load it. `DEADLINE_SHARE` of the
-        deadline is enough for the upload as well (of which half the deadline is the most that is kept free), so that
-        what is delivered then still counts.
+        The download of `moves` has the time that it should take; where that and the upload take less than `usual_s`,
+        which the target leaves for all to move theirs, there is the rest as well. A step that has begun is finished:
+        half of one is taken off, so that on the mean work ends at that time. A download of `LINK_LATE` times what it
+        should take leaves half the time to train; where that is later than all others end, there are no extra steps.
+        The job's own limit holds, too: alone before speeds were measured, without extra steps. A device that did not
+        train over such a base yet has the time to load it. `DEADLINE_SHARE` of the deadline is enough for the upload as
+        well (of which half the deadline is the most that is kept free), so that what is delivered then still counts.
         """
         rounds = self._rounds
         if not self._measured:
-            return rounds.train_for_s
-        loads_s = self._loads_s(device, bits)
+            return End(rounds.train_for_s)
+        known = self._devices.get(device)
+        loads_s = 0.0 if known is not None and str(bits) in known.fits else self._load_s
         down_s, up_s = self.transfer_s(device, moves.down), self.transfer_s(device, moves.up)
         ends_s = train_s * (1 - 1 / (2 * max(1, steps)))
         in_time = DEADLINE_SHARE * rounds.deadline_s - min(up_s, rounds.deadline_s / 2)
-        late_s = max(ends_s + max(down_s, usual_s - up_s), ends_s / 2 + LINK_LATE * down_s)
-        return min(late_s + loads_s, in_time, rounds.train_for_s or math.inf)
+        with_all, late = ends_s + max(down_s, usual_s - up_s), ends_s / 2 + LINK_LATE * down_s
+        limit = min(max(with_all, late) + loads_s, in_time, rounds.train_for_s or math.inf)
+        return End(limit, 0 if late > with_all else math.ceil(EXTRA * steps), down_s + loads_s)
 
 
-def steps_reason(
-    job: JobSpec, steps: int, step_s: float, transfer: str, *, limit: float, extra: int = 0, begins_s: float = 0.0
-) -> tuple[float, str]:  # fmt: skip
-    """(seconds of training expected, reason of the number of steps).
-
-    `limit`: as in `Work.train_for_s`, after which no step begins; the download has its part of it, which is not taken
-    off here. `extra`: steps that the device goes on for until then; `begins_s`: when the first of all steps should
-    begin.
-    """
+def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, end: End) -> tuple[float, str]:
+    """(seconds of training expected, reason of the number of steps). The limit's part for the download is taken off for
+    the extra steps alone."""
+    limit, extra = end.limit, end.extra
     done, expected = steps_within(limit, steps, step_s), steps * step_s
-    more = min(extra, max(0, math.ceil((limit - begins_s) / step_s) - steps)) if extra and step_s > 0 else 0
+    more = min(extra, max(0, math.ceil((limit - end.begins_s) / step_s) - steps)) if extra and step_s > 0 else 0
     reading = f"{steps} asked x {seconds(step_s)} = {seconds(expected)}"
     if limit:
         reading += f", the last from {seconds((steps - 1) * step_s)} on"

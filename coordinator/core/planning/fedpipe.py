@@ -21,7 +21,7 @@ the frozen model by memory; aggregate adapters of unequal rank. It tunes four ki
   the median device's time with that rank on all of W*, as in `uniform`. Depth counts as for all of W*: an upper bound.
 * where nothing fits the target, the least batch and ranks are asked all the same; where telemetry is old, half the
   batch.
-* all devices of a round end together (`common.Limits`): who is slower than thought, or was given what nobody can do
+* all devices of a round end together (`common.Ends`): who is slower than thought, or was given what nobody can do
   in time, delivers what it has done; who is faster goes on meanwhile. So the target has no allowance.
 
 Aggregation is `fsr`: exact for unequal ranks and unequal sets of matrices.
@@ -40,7 +40,7 @@ from coordinator.core.aggregation.base import shares
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.planning import knapsack
 from coordinator.core.planning.base import FleetView, Plan, RoundReport, Weights
-from coordinator.core.planning.common import Limits, global_rank, steps_reason
+from coordinator.core.planning.common import Ends, global_rank, steps_reason
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import Demand, demand, dense_params, tokens_of, tuned_modules
 from coordinator.core.planning.drafts import Draft, Link, drafts_of, links_of, round_target
@@ -128,7 +128,7 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
             predicted_s={draft.place.device: took for draft, (_, took) in zip(drafts, written, strict=True)},
             left_out=search.left_out,
             weights=Weights(scores=self.scores, selected=[module.name for module in chosen], scored=self.scored),
-            together=Limits(job, self.model).together,
+            together=Ends(job, self.model).together,
         )
 
 
@@ -248,7 +248,7 @@ class _Desk:
         self._facts: ModelFacts = view.facts
         self._job, self._chosen, self._levels, self._task = job, chosen, search.levels, search.task
         self._bound, self._model, self._weights_why = search.bound, model, weights_why
-        self._limits = Limits(job, model)
+        self._ends = Ends(job, model)
         self._most = math.fsum(item.values[-1] for item in search.task.items)
         self._tuned: dict[tuple[int, ...], _Tuned] = {}
 
@@ -269,12 +269,8 @@ class _Desk:
         asked = self._job.rounds.local_steps
         if choice.steps < asked:
             transfer = f"{asked - choice.steps} of the job's {asked} left undone; {transfer}"
-        limits = self._limits
-        limit = limits.of(place.device, draft.bits, link.left.seconds, choice.steps, link.moves, link.usual)
-        extra, begins_s = limits.extra(choice.steps), limits.begins_s(place.device, draft.bits, link.moves)
-        predicted, steps_why = steps_reason(
-            self._job, choice.steps, step_s, transfer, limit=limit, extra=extra, begins_s=begins_s
-        )
+        end = self._ends.of(place.device, draft.bits, link.left.seconds, choice.steps, link.moves, link.usual)
+        predicted, steps_why = steps_reason(self._job, choice.steps, step_s, transfer, end)
         reasons = {
             "weights": self._weights_why, "rank": self._rank_reason(draft, link, one, choice, tuned),
             "batch": batch_why, "bits": draft.bits_reason, "steps": steps_why,
@@ -283,7 +279,7 @@ class _Desk:
             reasons["agents"] = agents_reason(place)
         work = Work(
             ranks=tuned.ranks, batch=batch, bits=draft.bits, steps=choice.steps, agents=place.agents,
-            train_for_s=limit, extra_steps=extra, reasons=reasons,
+            train_for_s=end.limit, extra_steps=end.extra, reasons=reasons,
         )  # fmt: skip
         return work, predicted
 

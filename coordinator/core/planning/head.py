@@ -10,7 +10,7 @@ import msgspec
 from msgspec.structs import replace
 
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
-from coordinator.core.planning.common import steps_reason
+from coordinator.core.planning.common import End, steps_reason
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand, dense_params
 from coordinator.core.planning.readings import capacity
@@ -52,7 +52,7 @@ class HeadPlanner(msgspec.Struct, frozen=True, kw_only=True):
             step_s, _ = self.model.step(device, need, work.bits, work.batch, free)
             rank = word("rank", 0, "0 modules tuned, only the head", f"{trained} parameters of the head")
             predicted[device], steps = steps_reason(
-                job, job.rounds.local_steps, step_s, "only the head is trained", limit=job.rounds.train_for_s
+                job, job.rounds.local_steps, step_s, "only the head is trained", End(job.rounds.train_for_s)
             )  # fmt: skip
             works[device] = replace(work, ranks={}, reasons={**work.reasons, "rank": rank, "steps": steps})
         reason = f"only the head is trained, {seconds(max(predicted.values()))} at most expected; {plan.reason}"

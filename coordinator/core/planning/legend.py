@@ -17,7 +17,7 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 * LCD is over rounds of the job's batch: bits are the largest that hold it at depth 1, and a smaller batch is taken only
   where memory or data forbid it. Where telemetry is old, a device gets half the depth.
 * depth alone can't make devices equal that differ tenfold: with the depths chosen, the median device's round is the
-  target of all, each takes the batch that meets it, and all end together (`common.Limits`).
+  target of all, each takes the batch that meets it, and all end together (`common.Ends`).
   That is ours, no part of the paper; a job with `batch_min` = `batch_max` has one batch. A device whose telemetry is
   old gets no more than the job's batch.
 
@@ -38,7 +38,8 @@ from coordinator.core.planning.base import FleetView, Plan, RoundReport
 from coordinator.core.planning.block_times import NEVER, BlockTimes, usual_forward
 from coordinator.core.planning.common import (
     DEADLINE_SHARE,
-    Limits,
+    End,
+    Ends,
     Links,
     Moved,
     global_rank,
@@ -141,15 +142,6 @@ class _Sized(NamedTuple):
     reason: str
 
 
-class _End(NamedTuple):
-    """Seconds after which a work begins no further step, the steps beyond those asked for until then, and when the
-    first should begin."""
-
-    limit: float
-    extra: int
-    begins_s: float
-
-
 class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
     """See the module. Its state is the cost model and the capacity of each device."""
 
@@ -164,8 +156,8 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def plan(self, view: FleetView, job: JobSpec) -> Plan:
         """The next round. Raises `UserError` where no candidate can take part, with the reason per device."""
-        ladder, limits = _ladder(view, job), Limits(job, self.model)
-        drafts, left_out = self._drafts(view, job, ladder, limits.links)
+        ladder, ends = _ladder(view, job), Ends(job, self.model)
+        drafts, left_out = self._drafts(view, job, ladder, ends.links)
         if not drafts:
             raise UserError(nobody(job, left_out))
         counts = {draft.place.agents for draft in drafts}
@@ -182,16 +174,14 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
             sized = self._sized(draft, told, target_s, ladder, job)
             device = draft.place.device
             train_s = max(0.0, target_s - told.transfer_s(draft))
-            limit = limits.of(device, draft.bits, train_s, job.rounds.local_steps, told.moves)
-            begins_s = limits.begins_s(device, draft.bits, told.moves)
-            end = _End(limit, limits.extra(job.rounds.local_steps), begins_s)
+            end = ends.of(device, draft.bits, train_s, job.rounds.local_steps, told.moves)
             predicted[device], works[device] = _work(draft, told, sized, ladder, choice, job, end)
         taking = f"{len(works)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
             participants=works, deadline_s=job.rounds.deadline_s,
             reason=f"{_reason(choice, ladder)}; all that at batch {job_batch(job)}; batches for {seconds(target_s)}; "
             f"{taking}",
-            predicted_s=predicted, left_out=left_out, together=limits.together,
+            predicted_s=predicted, left_out=left_out, together=ends.together,
         )  # fmt: skip
 
     def _choose(self, drafts: list[_Draft], ladder: Ladder, times: Floats, job: JobSpec) -> tuple[lcd.Choice, lcd.Ints]:
@@ -332,13 +322,13 @@ def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[Move
 
 
 def _work(
-    draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec, end: _End
+    draft: _Draft, told: _Told, sized: _Sized, ladder: Ladder, choice: lcd.Choice, job: JobSpec, end: End
 ) -> tuple[float, Work]:
     """(seconds of training expected, the work) of one device."""
     took = draft.link or f"{mebibytes(told.moves.both)} at {1e-6 / draft.byte_s:.2f} MB/s"
     predicted, why_steps = steps_reason(
         job, job.rounds.local_steps, sized.step_s, f"transfer {seconds(told.transfer_s(draft))} ({took})",
-        limit=end.limit, extra=end.extra, begins_s=end.begins_s,
+        end,
     )  # fmt: skip
     reasons = {
         "rank": ladder.words[told.depth - 1], "depth": _depth_reason(draft, told, ladder, choice, job),

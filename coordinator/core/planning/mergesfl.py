@@ -38,7 +38,7 @@ from coordinator.core.aggregation.registry import merges
 from coordinator.core.draw import Draw, drawn
 from coordinator.core.planning import split_control as control
 from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundReport
-from coordinator.core.planning.common import global_rank, moved, nobody, steps_reason
+from coordinator.core.planning.common import End, global_rank, moved, nobody, steps_reason
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import Demand, tuned_modules
 from coordinator.core.planning.drafts import job_batch
@@ -261,7 +261,7 @@ class MergeSflPlanner(msgspec.Struct, frozen=True, kw_only=True):
             step_s = made.step_s if merges(self.name) else own_s
             transfer = f"transfer {seconds(took)} ({reading})"
             predicted[device], steps = steps_reason(
-                job, rounds.local_steps, step_s, transfer, limit=rounds.train_for_s
+                job, rounds.local_steps, step_s, transfer, End(rounds.train_for_s)
             )  # fmt: skip
             reasons = {
                 "rank": _rank_reason(cut, view, job), "batch": self._batch_reason(drafts, made, row, job),

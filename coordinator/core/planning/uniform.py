@@ -20,7 +20,7 @@ from msgspec.structs import replace
 
 from coordinator.core.planning import ranks as by_rank
 from coordinator.core.planning.base import FleetView, Plan, RoundReport
-from coordinator.core.planning.common import Limits, global_rank, steps_reason
+from coordinator.core.planning.common import End, Ends, global_rank, steps_reason
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand, tuned_modules
 from coordinator.core.planning.drafts import Draft, batches_to_the_jobs, drafts_of, job_batch, links_of, round_target
@@ -110,37 +110,34 @@ def plan_of(
     """The plan for participants whose ranks are chosen: batch by speed and live load, and what all of it takes.
 
     `bound`: of the global adapter's rank. `one_batch`: the job's for all, where memory holds it. `ends`: whether work
-    ends with its round (`common.Limits`).
+    ends with its round (`common.Ends`).
     """
     drafts = [one.draft for one in seated]
     target, reason = round_target(drafts, [one.ranked.need for one in seated], job, model, ends=ends)
     if one_batch:
         reason = f"batch {job_batch(job)} for every device that holds it"
     links = links_of(view, job, drafts, [one.ranked.ranks for one in seated], bound, target, model)
-    limits, steps = Limits(job, model) if ends else None, job.rounds.local_steps
+    together, steps = Ends(job, model) if ends else None, job.rounds.local_steps
     sizes = batches_to_the_jobs(job) if one_batch else batch_sizes(job.strategy, job.training.accumulation)
     works: dict[str, Work] = {}
     predicted: dict[str, float] = {}
     for (draft, ranked, rank_reason), link in zip(seated, links, strict=True):
-        device, limit, extra, begins_s = draft.place.device, job.rounds.train_for_s, 0, 0.0
-        if limits is not None:
-            limit = limits.of(device, draft.bits, link.left.seconds, steps, link.moves, link.usual)
-            extra, begins_s = limits.extra(steps), limits.begins_s(device, draft.bits, link.moves)
+        device, end = draft.place.device, End(job.rounds.train_for_s)
+        if together is not None:
+            end = together.of(device, draft.bits, link.left.seconds, steps, link.moves, link.usual)
         batch, step_s, why = _batch(draft, ranked, sizes, model, None if one_batch else link.left)
         transfer = f"transfer {seconds(link.seconds)} ({link.reading})"
-        predicted[device], steps_why = steps_reason(
-            job, steps, step_s, transfer, limit=limit, extra=extra, begins_s=begins_s
-        )
+        predicted[device], steps_why = steps_reason(job, steps, step_s, transfer, end)
         reasons = {"rank": rank_reason, "batch": why, "bits": draft.bits_reason, "steps": steps_why}
         if draft.place.info.agents > 1:
             reasons["agents"] = agents_reason(draft.place)
         works[device] = Work(
             ranks=ranked.ranks, batch=batch, bits=draft.bits, steps=steps, agents=draft.place.agents,
-            train_for_s=limit, extra_steps=extra, reasons=reasons,
+            train_for_s=end.limit, extra_steps=end.extra, reasons=reasons,
         )  # fmt: skip
     return Plan(
         participants=works, deadline_s=job.rounds.deadline_s, predicted_s=predicted, left_out=left_out,
-        together=limits is not None and limits.together,
+        together=together is not None and together.together,
         reason=f"{reason}; {len(works)} of {plural(len(view.candidates), 'candidate')} take part",
     )  # fmt: skip
 

@@ -14,7 +14,6 @@ from tests.unit.second.seats import (
     Asked,
     Scene,
     Seat,
-    beyond,
     capped,
     careful,
     drafted,
@@ -164,9 +163,9 @@ def _tuning(scene: Scene, chosen: list[ModuleSpec], scores: dict[str, float]) ->
         fixed, sample = scene.fleet.pace(
             seat.device, need_of(scene.facts, scene.job, ranks, task.bound), seat.bits, seat.free
         )
-        moves, extra = moved(scene, seat, task.most, task.bound), beyond(scene, steps)
+        moves = moved(scene, seat, task.most, task.bound)
         usual = usual_transfer(scene, taking, [task.most] * len(taking), task.bound)
-        limit = until(scene, seat, left, steps, moves, usual)
+        limit, extra = until(scene, seat, left, steps, moves, usual)
         took = capped(limit, steps, fixed + sample * batch, extra, first_step(scene, seat, moves))
         found[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit, extra=extra)
     return found

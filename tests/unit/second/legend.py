@@ -13,7 +13,6 @@ from tests.unit.second.seats import (
     Asked,
     Scene,
     Seat,
-    beyond,
     capped,
     first_step,
     fits,
@@ -63,8 +62,8 @@ def plan(scene: Scene) -> dict[str, Asked]:
     for place, depth in zip(chosen.places, chosen.best.depths, strict=True):
         need = chosen.needs[depth - 1]
         batch = sized(scene, place, need, left(chosen, place, depth))
-        limit = until(scene, place.seat, left(chosen, place, depth), steps, place.moved[depth - 1])
-        extra, begins = beyond(scene, steps), first_step(scene, place.seat, place.moved[depth - 1])
+        limit, extra = until(scene, place.seat, left(chosen, place, depth), steps, place.moved[depth - 1])
+        begins = first_step(scene, place.seat, place.moved[depth - 1])
         asked[place.seat.device] = Asked(
             chosen.ladder[depth - 1], batch, place.seat.bits, steps, place.seat.agents,
             capped(limit, steps, step_s(place, need, batch), extra, begins), limit=limit, extra=extra,

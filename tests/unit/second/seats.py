@@ -259,8 +259,8 @@ def uniform(scene: Scene, rank: int, *, ends: bool = False) -> dict[str, Asked]:
         if ends:
             moves = moved(scene, seat, ranks, bound)
             usual = usual_transfer(scene, taking, [ranks] * everyone, bound)
-            limit = until(scene, seat, left, steps, moves, usual)
-            extra, begins = beyond(scene, steps), first_step(scene, seat, moves)
+            limit, extra = until(scene, seat, left, steps, moves, usual)
+            begins = first_step(scene, seat, moves)
         took = capped(limit, steps, fixed + sample * batch, extra, begins)
         asked[seat.device] = Asked(ranks, batch, seat.bits, steps, seat.agents, took, limit=limit, extra=extra)
     return asked
@@ -283,11 +283,6 @@ def capped(limit: float, steps: int, step_s: float, extra: int = 0, begins: floa
     return took
 
 
-def beyond(scene: Scene, steps: int) -> int:
-    """A quarter more, where anything was measured."""
-    return -(-steps // 4) if scene.fleet.measured else 0
-
-
 def loading(scene: Scene, seat: Seat) -> float:
     """The longest that loading took anyone; 0 for who has loaded such a base."""
     own = scene.fleet.known.get(seat.device)
@@ -308,21 +303,24 @@ def usual_transfer(
 
 def until(
     scene: Scene, seat: Seat, train_s: float, steps: int, moves: tuple[int, int], usual: float = 0.0
-) -> float:  # fmt: skip
+) -> tuple[float, int]:  # fmt: skip
     """When the work of a method that has a round time begins no further step, so that all deliver together: half a step
     before it should have trained, later by what its download should take or the `usual` transfers leave beside its
-    upload, and by the time to load where none was spent yet. A download twice as long leaves half the training.
+    upload, and by the time to load where none was spent yet. A download twice as long leaves half the training. And a
+    quarter more steps, but where that download is later than the end.
 
     The job's own limit where that is shorter, or nothing was measured.
     """
     limit = scene.job.rounds.train_for_s
     if not scene.fleet.measured:
-        return limit
+        return limit, 0
     down, up = (moves_s(scene, seat, size) for size in moves)
     deadline = scene.job.rounds.deadline_s
     ends = train_s - train_s / steps / 2
-    latest = max(ends + down, ends + usual - up, ends / 2 + 2 * down)
-    return min(latest + loading(scene, seat), 0.9 * deadline - min(up, deadline / 2), limit or math.inf)
+    shared, slow = max(ends + down, ends + usual - up), ends / 2 + 2 * down
+    latest = max(shared, slow) + loading(scene, seat)
+    extra = -(-steps // 4) if slow <= shared else 0
+    return min(latest, 0.9 * deadline - min(up, deadline / 2), limit or math.inf), extra
 
 
 def moves_s(scene: Scene, seat: Seat, size: int) -> float:

@@ -223,7 +223,7 @@ class Agent:
             work = self._split_loop()(*given, *parts, packet=request.packet, fetch_s=request.fetch_s)
         # Not before: work whose time is over has to be loaded to deliver what its checkpoint holds.
         self._control.deadline = started + request.train_for_s if request.train_for_s > 0 else None
-        self._control.heeds_time = request.train_for_s <= NO_TIME_S
+        self._control.heeds_time = 0 < request.train_for_s <= NO_TIME_S
         try:
             ended = work.run()
         except OutOfMemory as error:

@@ -152,7 +152,9 @@ def _cells(part: ParticipantView) -> list[str]:
         return [*plan, str(work.steps), predicted, "-", "-", "-", *sizes, status]
     if facts.batch != work.batch:
         plan[2] = f"{work.batch} -> {facts.batch}"
-    steps = str(work.steps) if facts.steps == work.steps else f"{work.steps} -> {facts.steps}"
+    steps = str(work.steps) if facts.steps == work.steps else f"{facts.steps} of {work.steps}"
+    if facts.steps > work.steps:
+        steps = f"{work.steps} + {facts.steps - work.steps}"
     loss = f"{facts.loss_first:.3f} -> {facts.loss_last:.3f}"
     return [
         *plan,

@@ -180,7 +180,7 @@ class Spot:
 
     def step_s(self, need: Need, batch: int) -> float:
         if self.round.name == "legend":
-            return legend.step_s(self.place, need, batch)
+            return legend.step_s(self.scene, self.place, need, batch)
         fixed, sample = self.scene.fleet.pace(self.device, need, self.work.bits, self.seat.free)
         return fixed + sample * batch
 

@@ -203,14 +203,21 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
 
     def _sized(self, draft: _Draft, told: _Told, target_s: float, ladder: Ladder, job: JobSpec) -> _Sized:
         """The batch of a device at its depth."""
-        step_s = draft.forward + float(ladder.backward[told.depth - 1]) * draft.block
         left = Target(max(0.0, target_s - told.transfer_s(draft)), job.rounds.local_steps)
-        pace = Pace(0.0, step_s / draft.batch, draft.source)
+        pace = self._pace(draft, told.depth, ladder)
         sizes, named = batch_sizes(job.strategy, job.training.accumulation), LARGEST
         if draft.place.caution:  # half the depth is the price of that; half the batch need not come to it
             sizes, named = batches_to_the_jobs(job), "the batch of the job, not to be passed by old readings"
         place, need = draft.place._replace(caution=""), ladder.needs[told.depth - 1]
         return _Sized(*choose_batch(place, need, draft.bits, self.model, sizes, left, pace, named))
+
+    def _pace(self, draft: _Draft, depth: int, ladder: Ladder) -> Pace:
+        """Of a step at this depth. Averages are of whole steps; what of one does not grow with its batch is as the cost
+        model has it, or large batches would look slower than they are."""
+        step_s = draft.forward + float(ladder.backward[depth - 1]) * draft.block
+        known = self.model.pace(draft.place.device, ladder.needs[depth - 1], draft.bits, draft.place.free)
+        fixed_s = step_s * known.fixed_s / known.step_s(draft.batch)
+        return Pace(fixed_s, (step_s - fixed_s) / draft.batch, draft.source)
 
     def _drafts(
         self, view: FleetView, job: JobSpec, ladder: Ladder, links: Links

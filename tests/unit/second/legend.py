@@ -66,14 +66,18 @@ def plan(scene: Scene) -> dict[str, Asked]:
         begins = first_step(scene, place.seat, place.moved[depth - 1])
         asked[place.seat.device] = Asked(
             chosen.ladder[depth - 1], batch, place.seat.bits, steps, place.seat.agents,
-            capped(limit, steps, step_s(place, need, batch), extra, begins), limit=limit, extra=extra,
+            capped(limit, steps, step_s(scene, place, need, batch), extra, begins), limit=limit, extra=extra,
         )  # fmt: skip
     return asked
 
 
-def step_s(place: Place, need: Need, batch: int) -> float:
-    """Seconds of a step over so many samples."""
-    return (place.forward + need.blocks * place.block) * batch / place.batch
+def step_s(scene: Scene, place: Place, need: Need, batch: int) -> float:
+    """Seconds of a step over so many samples: of one over those that depths are chosen at, the cost model's fixed part
+    stays as it is, and the rest grows."""
+    usual = place.forward + need.blocks * place.block
+    fixed, sample = scene.fleet.pace(place.seat.device, need, place.seat.bits, place.seat.free)
+    grows = sample * place.batch / (fixed + sample * place.batch)
+    return usual * (1 - grows + grows * batch / place.batch)
 
 
 def left(chosen: Choice, place: Place, depth: int) -> float:
@@ -90,7 +94,9 @@ def offered(scene: Scene, seat: Seat) -> list[int]:
 def sized(scene: Scene, place: Place, need: Need, left_s: float) -> int:
     """The largest batch that is done in time; not beyond the job's where the reading is old."""
     sizes = held(scene, place.seat, need, offered(scene, place.seat))
-    return max([n for n in sizes if scene.job.rounds.local_steps * step_s(place, need, n) <= left_s] or sizes[:1])
+    return max(
+        [n for n in sizes if scene.job.rounds.local_steps * step_s(scene, place, need, n) <= left_s] or sizes[:1]
+    )
 
 
 def choose(scene: Scene) -> Choice:

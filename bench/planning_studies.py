@@ -201,8 +201,8 @@ STUDIES = (
     ),
     Study(
         "params-long", "`fedpipe` for 120 rounds", ((_FEDPIPE, ""),), 120, (0,),
-        remark="Beside the row above: it comes no nearer to full fine-tuning. The run is older than the common end of a "
-        "round (0030).",
+        remark="Beside the row above: it comes no nearer to full fine-tuning. The run is older than the common end of "
+        "a round (0030).",
     ),
     Study(
         "fresh", "`fsr` against `fresh` over 50 rounds, energy .99 and .999, largest and sampled directions",

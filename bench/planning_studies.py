@@ -182,7 +182,7 @@ STUDIES = (
     ),
     Study(
         "rescore", "Importance scored once against every T rounds, Dirichlet 0.1",
-        ((_FEDPIPE, ""), (_FEDPIPE, "once"), (_FEDPIPE, "every3")), 40, SEEDS, stop=True,
+        ((_FEDPIPE, ""), (_FEDPIPE, "once"), (_FEDPIPE, "every3")), 40, (0, 1), stop=True,
         alpha=0.1,  # at 1 most runs end before a second scoring
     ),
     Study(

@@ -64,22 +64,24 @@ TRIED = """
 On validation rows, or as studies below; the [lab log](lab-log.md) has the entries by their dates.
 
 - `fedpipe` under strong skew: shares by samples, by steps and capped (2026-11-29); a choice of modules after 8, 20
-  and 50 steps, where 20 are as good as 50 (2026-11-30); all modules instead of those with 80 % of the score, which
-  takes a tenth less time there and is no longer the paper's method (a study below); ranks to 16 and longer work for
-  fast devices (2026-11-29), both slower.
+  and 50 steps, where 20 are as good as 50 (2026-11-30); all modules instead of those with 80 % of the score, which is
+  no longer the paper's method (a study below); ranks to 16 and longer work for fast devices (2026-11-29), both slower;
+  re-scoring every 3 rounds (2026-11-30 and a study below). Rounds that end together (0030) are a tenth shorter and
+  wait half as long; on validation rows that took a quarter off the time, on these there are a tenth more rounds.
 - `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two. After 120
   rounds of `fedpipe`, a quarter of the time of 30 of `full`, it is no nearer (a study below, one seed). Rates were
   chosen for six rounds; a rate that falls was not tried.
-- Equal devices, against `fedadapter`: its rounds take 18 s where those of `fedpipe` take 29, with a seventh of the
-  traffic; among unequal devices its slowest hold it up. Measured first on 2026-11-30; nothing was tried.
+- Equal devices, against `fedadapter`: its rounds take 18 s where those of `fedpipe` take 26 (29 before 0030), with a
+  seventh of the traffic; among unequal devices its slowest hold it up. Tried on validation rows (2026-11-30): rounds of
+  three quarters and of half the time, adapters rounded to bf16 and int8 (`strategy.global_codec`): from a fifth less to
+  a seventh more time. Rivals could have the rounding as well, so the grid is without.
 - Traffic of `legend`: every device fetches the whole global adapter, since its forward pass needs the blocks that
   it does not tune. At rank 8 instead of 16 it is a quarter less at Dirichlet 1, and one seed in three does not
   arrive at 0.1 (2026-11-30). The adapters of `fedadapter` are a fifth of LoRA's.
-- Waiting: handed the clock's true model `fedpipe` still waits 15 % (a study below). Batches to 64 instead of 32, an
-  end to late work and rounds of the median device's time brought it down from 28 (2026-11-30); batches for 1.15 of
-  the time under the same limit wait 15 % as well, and lose time. With rounds of 80 steps it is 9 to 15 % in
-  the third to fifth, and 8 to 13 % where training can't use what the link left over (2026-11-30, validation rows,
-  one seed, not taken).
+- Waiting of `legend`: with rounds that end together (0030) it is half of what it was, as that of `fedpipe`; what is
+  left are GPUs of owners with few rows, and devices met for the first time.
 - Exact aggregation against zero-padding: at these ranks, 2 to 8 of a global rank of 16 and two thirds of them 2, what
   padding loses is less than what seeds differ by. At ranks 2 to 64 it is not (a study below).
+- The profile's minutes: its 32 runs of `fedpipe` and `legend` were made anew while tests ran on the same two cores.
+  Alone it took 56 minutes (2026-11-30), with longer runs of both.
 """

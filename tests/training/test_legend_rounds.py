@@ -80,7 +80,8 @@ class Rounds:
         assignment = Assignment(
             # Nobody's time is over here, so nobody goes on for what is left of it.
             job="depths", round=round, attempt=1, work=replace(plan.participants[name], extra_steps=0),
-            base=self.job.base, base_digest=self.facts.base_digest, task=self.job.task, training=self.job.training, rounds=2,
+            base=self.job.base,
+            base_digest=self.facts.base_digest, task=self.job.task, training=self.job.training, rounds=2,
             seed=self.job.seed, adapter=BlobRef(sha=hashlib.sha256(content).hexdigest(), size=len(content)),
         )  # fmt: skip
         update = self.folder / f"{name}-{round}.update"

@@ -101,7 +101,8 @@ class Ends:
 
     def transfer_s(self, device: str, size: int) -> float:
         """Seconds that `size` bytes should take (`Links`), at `ASSUMED_LINK` as long as none was measured."""
-        return self.links.transfer(device, size)[0] or size / ASSUMED_LINK
+        known = self._devices.get(device)
+        return size / ((known.link if known is not None else 0.0) or self.links.usual or ASSUMED_LINK)
 
     @property
     def together(self) -> bool:

@@ -319,8 +319,7 @@ def sections(results: Results, studies: Mapping[str, Results]) -> Iterator[str]:
         yield ""
         yield from drift_table(drifting)
         yield from ("", "## Waiting, round by round", "")
-        yield "Mean share of a round that its devices wait for the slowest. A step is an eighth of the round: whoever"
-        yield "is late ends up to a whole step later."
+        yield "Mean share of a round that its devices wait for the slowest."
         yield ""
         yield from waiting_table(drifting)
     for study in STUDIES:

@@ -214,6 +214,10 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
         """Steps after which the device ends in any case."""
         return self.steps + self.extra_steps
 
+    def ended(self, done: int) -> Literal["complete", "time"]:
+        """How it ends where its time is over after so many steps."""
+        return "complete" if done >= self.steps else "time"
+
 
 class BlobRef(msgspec.Struct, frozen=True, kw_only=True):
     """A content by its digest."""

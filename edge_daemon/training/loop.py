@@ -98,8 +98,7 @@ class Loop:
         except Stopped as stop:
             if stop.discard:
                 raise
-            all_done = stop.ended == "time" and self.position.step >= self.assignment.work.steps
-            return "complete" if all_done else stop.ended
+            return self.assignment.work.ended(self.position.step) if stop.ended == "time" else stop.ended
         except PipeClosed:
             self.save()
             raise

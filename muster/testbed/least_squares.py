@@ -183,11 +183,6 @@ class Training:
         """Whether all steps of the assignment are done, extra ones as well."""
         return self.step_done >= self.assignment.work.most_steps
 
-    @property
-    def ended_by_time(self) -> Ended:
-        """How work ends whose time is over."""
-        return "complete" if self.step_done >= self.assignment.work.steps else "time"
-
     def step(self) -> float:
         """One step of gradient descent; returns the loss of its batch before the step."""
         x, y = self._next_batch()

@@ -213,7 +213,7 @@ class MemoryTrainer(ClockedProcess):
         elif task.stop == "drain":
             self._finish(task, "drain")
         elif 0 < task.order.train_for_s <= self._clock() - task.begun and task.training.step_done:
-            self._finish(task, task.training.ended_by_time)
+            self._finish(task, task.order.assignment.work.ended(task.training.step_done))
         elif task.paused_at is not None:
             return
         elif task.training.finished:

@@ -218,7 +218,7 @@ class Agent:
         every = training.assignment.training.checkpoint_every
         while not training.finished:
             if clock.over and (training.step_done or clock.limit_s <= protocol.NO_TIME_S):
-                return training.ended_by_time
+                return training.assignment.work.ended(training.step_done)
             self._hooks.before(training.step_done, saved.parent)
             begun = time.monotonic()
             paused = clock.paused_s

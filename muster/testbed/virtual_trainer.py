@@ -279,7 +279,7 @@ class VirtualTrainer(ClockedProcess):
         elif task.stop == "drain":
             self._finish(task, "drain") if done else self._drop(task, "stopped before the first step")
         elif 0 < order.train_for_s <= spent and done:
-            self._finish(task, "time" if done < order.assignment.work.steps else "complete")
+            self._finish(task, order.assignment.work.ended(done))
         elif done >= order.assignment.work.most_steps:
             self._finish(task, "complete")
         elif task.paused_at is not None:

@@ -314,11 +314,13 @@ def test_rates_go_on_over_the_rounds(bert: Path, colours: Path, tmp_path: Path) 
     assert rig.loop._rate() == pytest.approx(1 - 8 / 12)
 
 
-def test_extra_steps_have_the_rate_of_the_last(bert: Path, colours: Path, tmp_path: Path) -> None:
+def test_extra_steps_have_the_rate_of_the_last(
+    bert: Path, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     training = TrainingSpec(lr=1.0, schedule="linear")
     rig = Rig(bert, colours, tmp_path, round=3, steps=4, extra_steps=3, training=training)
     rates: list[float] = []
-    rig.loop.control.progress = lambda _make: rates.append(rig.loop._rate())  # type: ignore[method-assign]  # told after each step
+    monkeypatch.setattr(rig.loop.control, "progress", lambda _make: rates.append(rig.loop._rate()))
     assert rig.loop.run() == "complete" and rig.loop.position.step == 7
     assert rates == pytest.approx([1 - (8 + step) / 12 for step in (1, 2, 3, 3, 3, 3, 3)])
 

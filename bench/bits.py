@@ -116,7 +116,7 @@ def trained() -> Path:
     """The folder of the model, made where it is not there yet."""
     out = cache_folder() / f"gpt2-held-out-{STEPS}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    size = SmallGpt2(seconds=math.inf, most_steps=STEPS)
+    size = SmallGpt2(steps=STEPS)
     return make_small_gpt2(
         out, [DATA / "lm" / name for name in TRAINED_ON], size, tell=lambda line: print(line, file=sys.stderr)
     )

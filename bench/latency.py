@@ -130,7 +130,7 @@ def measure(minilm: Path, turns: int, scratch: Path) -> Iterator[dict[str, Any]]
     """Every size of batch for both models."""
     text = scratch / "text.txt"
     text.write_text("".join(f"{n} {n * n} {n * n * n}\n" for n in range(1000)), encoding="utf-8")
-    gpt2 = make_small_gpt2(scratch / "gpt2", [text], SmallGpt2(most_steps=1))
+    gpt2 = make_small_gpt2(scratch / "gpt2", [text], SmallGpt2(steps=1))
     for name, words, folder, task in (("minilm", "MiniLM", minilm, MINILM), ("gpt2", "small GPT-2", gpt2, GPT2)):
         three = models(folder, task, scratch / f"{name}-made")
         for batch, tokens, times in CASES:

@@ -6,6 +6,7 @@ The job file may leave out what the emulation knows: `base.model` (minilm), `tas
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import msgspec
 
 from coordinator.core import strategies
 from muster.testbed import corpus, partition, toml
-from muster.testbed.models import cut_bert, make_small_gpt2, minilm_folder
+from muster.testbed.models import SmallGpt2, cut_bert, make_small_gpt2, minilm_folder, read_text
 from muster.testbed.rows import Row, read_rows
 from shared.errors import SettingsError, UserError
 from shared.jobs import JobSpec, RoundsSpec, TaskSpec
@@ -255,12 +256,14 @@ def _minilm3(name: str, channels: int) -> Path:
 
 
 def _small_gpt2(folder: Path | None, tell: Tell) -> Path:
-    out = cache_folder() / SMALL_GPT2
-    if (out / "model.safetensors").is_file():
-        return out
-    texts = _texts(folder)
+    """Kept by what it is made of: one made otherwise, or of other texts, is another."""
+    texts, size = _texts(folder), SmallGpt2()
+    made_of = hashlib.sha256(repr(size).encode())
+    for text in texts:
+        made_of.update(read_text(text).encode())
+    out = cache_folder() / f"{SMALL_GPT2}-{made_of.hexdigest()[:8]}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    return make_small_gpt2(out, texts, tell=tell)
+    return make_small_gpt2(out, texts, size, tell=tell)
 
 
 def check_job(tables: toml.Table, source: str, devices: int) -> None:

@@ -6,10 +6,12 @@ import gzip
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
+import torch
 
 from coordinator.core.facts import Metrics
 from coordinator.web.views import JobView, ParticipantView, RoundView
@@ -88,14 +90,38 @@ def test_the_standard_error_of_an_accuracy() -> None:
     assert central.standard_error(Metrics(loss=1, rows=100, perplexity=3.0)) == 0.0
 
 
+def words_of(rng: random.Random) -> str:
+    words = ["river", "engine", "violet", "market", "signal", "winter"]
+    return "\n".join(" ".join(rng.choices(words, k=9)) + " ." for _ in range(400))
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("threads")
+def test_a_small_gpt2_is_the_same_on_a_busy_machine_and_on_one_with_more_cores(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(words_of(random.Random(1)))
+    size = models.SmallGpt2(vocabulary=300, layers=1, width=192, heads=2, context=128, steps=3)
+    made = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        out = models.make_small_gpt2(tmp_path / f"gpt2-{count}", [tmp_path / "text.txt"], size)
+        made.append((out / "model.safetensors").read_bytes())
+        assert torch.get_num_threads() == count
+    assert made[0] == made[1]
+
+
 def test_a_small_gpt2_is_an_ordinary_folder_that_learned_its_text(tmp_path: Path) -> None:
     import transformers
 
     rng = random.Random(0)
-    words = ["river", "engine", "violet", "market", "signal", "winter"]
-    text = "\n".join(" ".join(rng.choices(words, k=9)) + " ." for _ in range(400))
+    text = words_of(rng)
     (tmp_path / "text.txt.gz").write_bytes(gzip.compress(text.encode()))
-    size = models.SmallGpt2(vocabulary=300, layers=1, width=32, heads=2, context=16, most_steps=150, seconds=60.0)
+    size = models.SmallGpt2(vocabulary=300, layers=1, width=32, heads=2, context=16, steps=150)
     told: list[str] = []
     out = models.make_small_gpt2(tmp_path / "gpt2", [tmp_path / "text.txt.gz"], size, tell=told.append)
     tokenizer = transformers.AutoTokenizer.from_pretrained(str(out))

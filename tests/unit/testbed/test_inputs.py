@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from muster.testbed import inputs
+from muster.testbed.models import SmallGpt2
 from muster.testbed.rows import write_rows
 from shared.errors import SettingsError, UserError
 from shared.jobs import TaskSpec
@@ -111,6 +113,23 @@ def test_base_models_are_found_by_name_or_folder(tmp_path: Path, monkeypatch: py
         inputs.check_base("gpt2-small", {}, None)
     with pytest.raises(UserError, match=r"trained on plain texts .* has none"):
         inputs.check_base("gpt2-small", {}, model)
+
+
+def test_a_small_gpt2_of_other_texts_is_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUSTER_CACHE", str(tmp_path / "cache"))
+    made: list[Path] = []
+
+    def make(out: Path, texts: Sequence[Path], size: SmallGpt2, *, tell: Callable[[str], None]) -> Path:
+        made.append(out)
+        return out
+
+    monkeypatch.setattr(inputs, "make_small_gpt2", make)
+    for name, text in (("a", "one"), ("b", "two"), ("c", "one")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(text)
+        assert inputs.base_model("gpt2-small", {}, tmp_path / name, say) == made[-1]
+    assert made[0] == made[2] != made[1]
+    assert {path.parent for path in made} == {tmp_path / "cache"}
 
 
 def test_models_are_given_as_name_and_folder(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def claims(
     for rival in ("fedlora, equal", "fedadapter, equal", "full, equal-roomy"):
         equal = ratio(studies.get("equal", []), "fedpipe, equal", rival, seconds)
         yield _row(f"the same on a fleet of equal devices, against `{rival.partition(',')[0]}`", equal, 1.0)
-    yield from _params(main, studies.get("params", []), studies.get("params-long", []))
+    yield from _params(main, studies.get("params", []), studies.get("params-falling", []))
     for rival in ("fedlora", "hetlora", "fedadapter"):
         what = f"`legend` against `{rival}`: times faster to the target"
         yield from _by_alpha(main, what, ("legend", rival), seconds, 1.5)
@@ -161,8 +161,8 @@ def _line(claim: str, measured: str, wanted: str, met: bool | None) -> str:
     return f"| {claim} | {measured} | {wanted} | {'' if met is None else 'yes' if met else '**no**'} |"
 
 
-def _params(main: Results, study: Results, longer: Results) -> Iterator[str]:
-    """Parameters trained, and what they reach against all of them; `longer`: runs of `fedpipe` of more rounds."""
+def _params(main: Results, constant: Results, falling: Results) -> Iterator[str]:
+    """Parameters trained, and what they reach against all of them, at rates that are `constant` and `falling`."""
     shares = [fmean(part.params for one in result.rounds for part in one.devices) for run, result in main
               if run.method.name == "fedpipe"]  # fmt: skip
     whole = [part.params for run, result in main if run.method.name == "full" for one in result.rounds
@@ -171,14 +171,16 @@ def _params(main: Results, study: Results, longer: Results) -> Iterator[str]:
         share = 100 * fmean(shares) / fmean(whole)
         yield _line("`fedpipe`: parameters that a device trains, of full fine-tuning's", f"{share:.2f} %", "<= 20 %",
                     share <= 20)  # fmt: skip
-        rival = [(run, result) for run, result in study if run.method.name == "full"]
-        for mine in (study, longer):
-            own = [(run, result) for run, result in mine if run.method.name == "fedpipe"]
-            gaps = differences([*own, *rival], "full", "fedpipe")
+        for study, variant, words in ((constant, "", ""), (falling, "falling", ", both at falling rates")):
+            own, rival = (
+                [(run, result) for run, result in study if run.method.name == name] for name in ("fedpipe", "full")
+            )
+            gaps = differences(study, label(Method("full"), variant), label(Method("fedpipe"), variant))
             if len(gaps) > 1:
                 mean, half = interval(gaps)
                 yield _line(
-                    f"`fedpipe` after {_length(own)} behind full fine-tuning after {_length(rival)}, {len(gaps)} seeds",
+                    f"`fedpipe` after {_length(own)} behind full fine-tuning after {_length(rival)}, {len(gaps)} "
+                    f"seeds{words}",
                     f"{mean:.1f} ± {half:.1f} points with {share:.2f} % of the parameters",
                     "<= 1 point with <= 5 % of the parameters", mean <= 1 and share <= 5,
                 )  # fmt: skip

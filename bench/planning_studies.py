@@ -51,6 +51,7 @@ VARIANTS: dict[str, Variant] = {
     "onebatch": Variant(tables={"strategy": {"batch_min": BATCH, "batch_max": BATCH}}),
     # Ranks 2 to 64, the largest as in FLoRA's own experiments with unequal ranks.
     "wide": Variant(tables={"strategy": {"rank": 64, "global_rank": 64}}),
+    "falling": Variant(tables={"training": {"schedule": "cosine"}}),
     "all": Variant(around=lambda: planners({"fedpipe": partial(FedPipePlanner, wanted=1.0)})),
     "once": Variant(tables={"strategy": {"rescore_every": 1000}}),
     "every3": Variant(tables={"strategy": {"rescore_every": 3}}),
@@ -199,6 +200,12 @@ STUDIES = (
     Study(
         "params", "Quality after 30 rounds against full fine-tuning, and parameters trained",
         ((_FEDPIPE, ""), (Method("full"), "")), 30, SEEDS,
+    ),
+    Study(
+        "params-falling", "The same with rates that fall to nothing over the rounds, as a cosine",
+        ((_FEDPIPE, "falling"), (Method("full"), "falling")), 30, SEEDS,
+        remark="For both (`training.schedule`): the grid's rates are constant, since most of its runs end before a "
+        "schedule would.",
     ),
     Study(
         "params-long", "`fedpipe` for 120 rounds", ((_FEDPIPE, ""),), 120, (0,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -272,14 +273,19 @@ def test_exact_aggregation_is_compared_at_each_width_of_ranks() -> None:
     assert rows[0].endswith("| **no** |") and rows[1].endswith("| yes |")
 
 
-def test_full_fine_tuning_is_compared_with_as_many_rounds_and_with_more() -> None:
+def test_full_fine_tuning_is_compared_at_constant_rates_and_where_both_fall() -> None:
     fedpipe, full = Method("fedpipe"), Method("full")
     equal = [_ended(one, q, seed) for seed in (0, 1) for one, q in ((fedpipe, 0.8), (full, 0.84))]
-    longer = [_ended(fedpipe, 0.835, seed, rounds=8) for seed in (0, 1)]
+    falling = [
+        (replace(run, variant="falling"), result)
+        for seed in (0, 1)
+        for run, result in (_ended(fedpipe, 0.835, seed, rounds=8), _ended(full, 0.84, seed, rounds=8))
+    ]
     main = [_ended(one, 0.8, 0) for one in (fedpipe, full)]
-    rows = [row for row in claims(main, {"params": equal, "params-long": longer}) if "behind full" in row]
+    rows = [row for row in claims(main, {"params": equal, "params-falling": falling}) if "behind full" in row]
     assert [re.findall(r"[\d.]+ ± [\d.]+ points", row) for row in rows] == [["4.0 ± 0.0 points"], ["0.5 ± 0.0 points"]]
-    assert "after 2 rounds" in rows[0] and "after 8 rounds" in rows[1]
+    assert "after 2 rounds" in rows[0] and "falling" not in rows[0]
+    assert "after 8 rounds" in rows[1] and "both at falling rates" in rows[1]
 
 
 def test_a_study_compares_its_variants() -> None:

@@ -34,6 +34,8 @@ from bench.planning_runs import ROOT, VALIDATION, Runners, data_there, is_cut, s
 from bench.planning_studies import STUDIES
 from bench.planning_tables import page
 from muster.testbed import device_model, simulated
+from muster.testbed.inputs import SMALL_GPT2
+from muster.testbed.models import SmallGpt2
 from muster.testbed.simulate import STEPS as STEPS_FILE
 from shared.files import write_whole
 
@@ -139,7 +141,7 @@ def path_of(run: Run) -> Path:
     asked = simulation(run, Path())
     fixed = (
         TASKS[run.task], asked.devices, asked.profile, asked.oracle, asked.over, VALIDATION, device_model.VERSION,
-        _steps_digest(), *(["cut"] if is_cut(run) else []),
+        _steps_digest(), *(["cut"] if is_cut(run) else []), *([SmallGpt2()] if TASKS[run.task].model == SMALL_GPT2 else []),
     )  # fmt: skip
     digest = hashlib.sha256(msgspec.json.encode(fixed, order="deterministic")).hexdigest()[:8]
     return RUNS / f"{run.name}-{digest}.json.gz"

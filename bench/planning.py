@@ -141,7 +141,8 @@ def path_of(run: Run) -> Path:
     asked = simulation(run, Path())
     fixed = (
         TASKS[run.task], asked.devices, asked.profile, asked.oracle, asked.over, VALIDATION, device_model.VERSION,
-        _steps_digest(), *(["cut"] if is_cut(run) else []), *([SmallGpt2()] if TASKS[run.task].model == SMALL_GPT2 else []),
+        _steps_digest(), *(["cut"] if is_cut(run) else []),
+        *([SmallGpt2()] if TASKS[run.task].model == SMALL_GPT2 else []),
     )  # fmt: skip
     digest = hashlib.sha256(msgspec.json.encode(fixed, order="deterministic")).hexdigest()[:8]
     return RUNS / f"{run.name}-{digest}.json.gz"

@@ -210,7 +210,7 @@ def _other(task: str) -> list[str]:
         return [*lines, "Not run."]
     lines += [f"The rate of the first task ({RATE:g}) for all, not tuned for this one.", ""]
     if TASKS[task].kind == "causal":
-        lines += ["The base is a small GPT-2 that is trained for 150 s of wall time: beside other work a poor one.", ""]
+        lines += ["The base is a small GPT-2 that is trained here for 300 steps: a poor one.", ""]
     what = "accuracy" if targets[0] > 0 else "minus the loss"
     to = " | ".join(f"s to {target:g}" for target in targets)
     lines += [f"| method | {to} | {what}, last 3 rounds | s a round |", "|---|" + "---|" * len(targets) + "---|---|"]

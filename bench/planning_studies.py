@@ -154,9 +154,7 @@ STUDIES = (
         "epochs", "Rounds of 80 steps, all of them computed and charged as they are",
         tuple((Method(name), "epoch") for name in _TIMED), 20, SEEDS, stop=True,
         ratios=tuple((f"{mine}, epoch", f"{rival}, epoch") for mine in _TIMED[:2] for rival in _TIMED[2:]),
-        remark="As many seconds of training as in the grid's rounds. Rates are those of its short ones. These runs are "
-        "older than the common end of a round (0030), of which `legend` got another rate.",
-        rates=((_LEGEND.name, 0.02),),
+        remark="As many seconds of training as in the grid's rounds. Rates are those of its short ones.",
     ),
     Study(
         "one-batch", "`legend` as its paper has it, with one batch: depth alone meets the round's time",
@@ -209,8 +207,7 @@ STUDIES = (
     ),
     Study(
         "params-long", "`fedpipe` for 120 rounds", ((_FEDPIPE, ""),), 120, (0,),
-        remark="Beside the row above: it comes no nearer to full fine-tuning. The run is older than the common end of "
-        "a round (0030).",
+        remark="Beside `params` above: at a constant rate it comes no nearer to full fine-tuning.",
     ),
     Study(
         "fresh", "`fsr` against `fresh` over 50 rounds, energy .99 and .999, largest and sampled directions",

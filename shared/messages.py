@@ -214,6 +214,10 @@ class Work(msgspec.Struct, frozen=True, kw_only=True):
         """Steps after which the device ends in any case."""
         return self.steps + self.extra_steps
 
+    def told_steps(self, done: int) -> int:
+        """Of how many steps progress is told: those asked for, or the extra ones as well once they are done."""
+        return max(self.steps, done)
+
     def ended(self, done: int) -> Literal["complete", "time"]:
         """How it ends where its time is over after so many steps."""
         return "complete" if done >= self.steps else "time"

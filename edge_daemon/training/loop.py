@@ -242,7 +242,7 @@ class Loop:
         position = self.position
         return Progressed(
             step=position.step,
-            steps=max(self.assignment.work.steps, position.step),
+            steps=self.assignment.work.told_steps(position.step),
             samples=position.samples,
             loss=position.losses[-1] if position.losses else 0.0,
             samples_per_s=position.samples / position.train_s if position.train_s > 0 else 0.0,

@@ -232,7 +232,7 @@ class MemoryTrainer(ClockedProcess):
             self._say(
                 protocol.Progressed(
                     step=task.training.step_done,
-                    steps=max(task.order.assignment.work.steps, task.training.step_done),
+                    steps=task.order.assignment.work.told_steps(task.training.step_done),
                     samples=task.training.drawn,
                     loss=loss,
                     samples_per_s=task.training.batch / max(task.steps[-1], 1e-9),

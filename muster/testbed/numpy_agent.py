@@ -274,7 +274,7 @@ class Agent:
         self._writer.write(
             protocol.Progressed(
                 step=training.step_done,
-                steps=max(training.assignment.work.steps, training.step_done),
+                steps=training.assignment.work.told_steps(training.step_done),
                 samples=training.drawn,
                 loss=loss,
                 samples_per_s=training.batch * len(clock.steps) / max(sum(clock.steps), 1e-9),

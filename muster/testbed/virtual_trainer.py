@@ -317,7 +317,7 @@ class VirtualTrainer(ClockedProcess):
             self._say(
                 protocol.Progressed(
                     # The gradients may not be there yet: the loss is told with the update.
-                    step=done, steps=max(assignment.work.steps, done), samples=done * task.batch, loss=0.0,
+                    step=done, steps=assignment.work.told_steps(done), samples=done * task.batch, loss=0.0,
                     samples_per_s=task.batch / took,
                 )
             )  # fmt: skip

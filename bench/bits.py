@@ -27,7 +27,7 @@ import torch
 from formats import Rounded, fp4, int8, normal_float
 
 from muster.testbed.inputs import cache_folder
-from muster.testbed.models import SmallGpt2, make_small_gpt2, read_text
+from muster.testbed.models import SmallGpt2, made_of, make_small_gpt2, read_text
 from muster.testbed.rows import read_rows, write_rows
 from shared.jobs import Bits, TaskSpec
 from shared.modeling import base_model
@@ -114,12 +114,10 @@ def main() -> int:
 
 def trained() -> Path:
     """The folder of the model, made where it is not there yet."""
-    out = cache_folder() / f"gpt2-held-out-{STEPS}"
+    texts, size = [DATA / "lm" / name for name in TRAINED_ON], SmallGpt2(steps=STEPS)
+    out = cache_folder() / f"gpt2-held-out-{made_of(texts, size)}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    size = SmallGpt2(steps=STEPS)
-    return make_small_gpt2(
-        out, [DATA / "lm" / name for name in TRAINED_ON], size, tell=lambda line: print(line, file=sys.stderr)
-    )
+    return make_small_gpt2(out, texts, size, tell=lambda line: print(line, file=sys.stderr))
 
 
 def windows(tokenizer: Any) -> list[TokenData]:

@@ -137,7 +137,7 @@ def result_of(run: Run) -> simulated.Result | None:
 
 def path_of(run: Run) -> Path:
     """The file of a run: its name, and a digest of all other settings that determine it; of the code only the versions
-    that are named."""
+    that are named. What the small GPT-2 is made of is, but not its texts, which a page without data could not read."""
     asked = simulation(run, Path())
     fixed = (
         TASKS[run.task], asked.devices, asked.profile, asked.oracle, asked.over, VALIDATION, device_model.VERSION,

@@ -202,8 +202,8 @@ STUDIES = (
     Study(
         "params-falling", "The same with rates that fall to nothing over the rounds, as a cosine",
         ((_FEDPIPE, "falling"), (Method("full"), "falling")), 30, SEEDS,
-        remark="For both (`training.schedule`): the grid's rates are constant, since most of its runs end before a "
-        "schedule would.",
+        remark="`training.schedule`, for both from the grid's rates, which were tuned as constant ones: most of the "
+        "grid's runs end before a schedule would.",
     ),
     Study(
         "params-long", "`fedpipe` for 120 rounds", ((_FEDPIPE, ""),), 120, (0,),

@@ -6,7 +6,6 @@ The job file may leave out what the emulation knows: `base.model` (minilm), `tas
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import msgspec
 
 from coordinator.core import strategies
 from muster.testbed import corpus, partition, toml
-from muster.testbed.models import SmallGpt2, cut_bert, make_small_gpt2, minilm_folder, read_text
+from muster.testbed.models import SmallGpt2, cut_bert, made_of, make_small_gpt2, minilm_folder
 from muster.testbed.rows import Row, read_rows
 from shared.errors import SettingsError, UserError
 from shared.jobs import JobSpec, RoundsSpec, TaskSpec
@@ -256,12 +255,9 @@ def _minilm3(name: str, channels: int) -> Path:
 
 
 def _small_gpt2(folder: Path | None, tell: Tell) -> Path:
-    """Kept by what it is made of: one made otherwise, or of other texts, is another."""
+    """Kept by its size and steps and by its texts: of others it is another."""
     texts, size = _texts(folder), SmallGpt2()
-    made_of = hashlib.sha256(repr(size).encode())
-    for text in texts:
-        made_of.update(read_text(text).encode())
-    out = cache_folder() / f"{SMALL_GPT2}-{made_of.hexdigest()[:8]}"
+    out = cache_folder() / f"{SMALL_GPT2}-{made_of(texts, size)}"
     out.parent.mkdir(parents=True, exist_ok=True)
     return make_small_gpt2(out, texts, size, tell=tell)
 

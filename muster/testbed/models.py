@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gzip
+import hashlib
 import importlib.util
 import json
 import math
@@ -122,6 +123,16 @@ class SmallGpt2:
     seed: int = 0
 
 
+def made_of(texts: Sequence[Path], size: SmallGpt2) -> str:
+    """Eight digits of a digest of `texts` and `size`, to name a folder of `make_small_gpt2` by.
+
+    Not of the code that trains: whoever changes that changes a number of `SmallGpt2`. Raises `UserError` for missing
+    texts.
+    """
+    parts = [repr(size).encode(), *(read_text(path).encode() for path in texts)]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()[:8]
+
+
 def make_small_gpt2(
     out: Path, texts: Sequence[Path], size: SmallGpt2 | None = None, *, tell: Callable[[str], None] | None = None
 ) -> Path:
@@ -132,6 +143,8 @@ def make_small_gpt2(
     size, tell = size or SmallGpt2(), tell or (lambda _: None)
     if (out / "model.safetensors").is_file():
         return out
+    if size.steps < 1:
+        raise UserError(f"a base model needs 1 step of training or more, not {size.steps}")
     corpus = "\n".join(read_text(path) for path in texts)
     if len(corpus) < 10_000:
         raise UserError("a base model needs more text than 10,000 characters")
@@ -181,7 +194,7 @@ def _tokenizer(corpus: str, size: SmallGpt2) -> Any:
 
 @contextlib.contextmanager
 def _one_thread() -> Iterator[None]:
-    """Sums depend on how many threads share them: with one, the model does not depend on the cores that are there."""
+    """Sums depend on how many threads share them: with one, the model does not depend on how many cores there are."""
     import torch
 
     before = torch.get_num_threads()
@@ -231,7 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m muster.testbed.models", description=main.__doc__)
     parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument("texts", type=Path, nargs="+", help="plain texts (.txt, .gz)")
-    parser.add_argument("--steps", type=int, default=SmallGpt2.steps, help="how long to train (%(default)s)")
+    parser.add_argument("--steps", type=int, default=SmallGpt2.steps, help="steps of training (%(default)s)")
     arguments = parser.parse_args(argv)
     try:
         make_small_gpt2(

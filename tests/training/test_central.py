@@ -103,7 +103,7 @@ def threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("threads")
-def test_a_small_gpt2_is_the_same_on_a_busy_machine_and_on_one_with_more_cores(tmp_path: Path) -> None:
+def test_a_small_gpt2_is_the_same_whatever_number_of_threads_there_is(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(words_of(random.Random(1)))
     size = models.SmallGpt2(vocabulary=300, layers=1, width=192, heads=2, context=128, steps=3)
     made = []
@@ -138,6 +138,8 @@ def test_a_small_gpt2_is_an_ordinary_folder_that_learned_its_text(tmp_path: Path
 
 def test_texts_that_are_missing_or_too_short_leave_nothing(tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("short")
+    with pytest.raises(UserError, match="1 step of training or more, not 0"):
+        models.make_small_gpt2(tmp_path / "gpt2", [tmp_path / "short.txt"], models.SmallGpt2(steps=0))
     for texts, reason in (([tmp_path / "none.txt"], "none.txt"), ([tmp_path / "short.txt"], "more text")):
         with pytest.raises(UserError, match=reason):
             models.make_small_gpt2(tmp_path / "gpt2", texts)

@@ -53,6 +53,11 @@ def test_extra_steps_can_have_been_done_and_no_more() -> None:
     assert "21 samples claimed" in collecting.impossible(work, replace(done, samples=21), 4)
 
 
+def test_progress_is_told_of_the_steps_that_were_asked_for_until_there_are_more() -> None:
+    work = Work(ranks={}, batch=4, bits=32, steps=4, extra_steps=2)
+    assert [work.told_steps(done) for done in (0, 3, 4, 5, 6)] == [4, 4, 4, 5, 6]
+
+
 @pytest.mark.parametrize("strategy", ["uniform", "legend", "fedpipe", "fedspine", "fedadapter", "hetlora"])
 @pytest.mark.parametrize(
     "told",

@@ -129,6 +129,8 @@ def test_a_small_gpt2_of_other_texts_is_another(tmp_path: Path, monkeypatch: pyt
         (tmp_path / name / "text.txt").write_text(text)
         assert inputs.base_model("gpt2-small", {}, tmp_path / name, say) == made[-1]
     assert made[0] == made[2] != made[1]
+    monkeypatch.setattr(inputs, "SmallGpt2", lambda: SmallGpt2(steps=7))
+    assert inputs.base_model("gpt2-small", {}, tmp_path / "a", say) not in made[:3]
     assert {path.parent for path in made} == {tmp_path / "cache"}
 
 

@@ -18,6 +18,7 @@ from bench.planning_studies import Study
 from bench.planning_tables import interval, page
 from coordinator.core.aggregation import registry as aggregators
 from coordinator.core.planning import registry
+from muster.testbed.models import SmallGpt2
 from muster.testbed.simulated import Outcome, Result, RoundResult
 
 GRID = Grid(cells=(("dbpedia14", 1.0, (0, 1)), ("e2e", 1.0, (0,))), few=frozenset({"e2e"}), rounds=4, tuning=2)
@@ -286,6 +287,14 @@ def test_full_fine_tuning_is_compared_at_constant_rates_and_where_both_fall() ->
     assert [re.findall(r"[\d.]+ ± [\d.]+ points", row) for row in rows] == [["4.0 ± 0.0 points"], ["0.5 ± 0.0 points"]]
     assert "after 2 rounds" in rows[0] and "falling" not in rows[0]
     assert "after 8 rounds" in rows[1] and "both at falling rates" in rows[1]
+
+
+def test_a_run_on_the_small_gpt2_is_another_where_that_was_made_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_e2e, of_other = (Run(UNIFORM, task, 1.0, 0, 0.01, "test", 2) for task in ("e2e", "dbpedia14"))
+    before = [planning.path_of(run) for run in (of_e2e, of_other)]
+    monkeypatch.setattr(planning, "SmallGpt2", lambda: SmallGpt2(steps=7))
+    after = [planning.path_of(run) for run in (of_e2e, of_other)]
+    assert after[0] != before[0] and after[1] == before[1]
 
 
 def test_a_study_compares_its_variants() -> None:

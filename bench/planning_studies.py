@@ -206,10 +206,6 @@ STUDIES = (
         "grid's runs end before a schedule would.",
     ),
     Study(
-        "params-long", "`fedpipe` for 120 rounds", ((_FEDPIPE, ""),), 120, (0,),
-        remark="Beside `params` above: at a constant rate it comes no nearer to full fine-tuning.",
-    ),
-    Study(
         "fresh", "`fsr` against `fresh` over 50 rounds, energy .99 and .999, largest and sampled directions",
         (
             *((_EXACT, f"{way}{energy}") for way in ("largest", "sampled") for energy in (0.99, 0.999)),

@@ -70,8 +70,8 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
   a tenth shorter and wait half as long; on validation rows that took a quarter off the time, on these there are a
   tenth more rounds.
 - `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two. After 120
-  rounds of `fedpipe`, a quarter of the time of 30 of `full`, it was no nearer (2026-11-30, one seed): rates are
-  constant, chosen for six rounds, and the last rounds are noise. With rates that fall it is a study below.
+  rounds of `fedpipe`, a quarter of the time of 30 of `full`, it was no nearer (2026-11-30, one seed). With
+  rates that fall (a study below) both end higher, and as far from each other.
 - Equal devices, against `fedadapter`: its rounds take 18 s where those of `fedpipe` take 26 (29 before 0030), with a
   seventh of the traffic; among unequal devices its slowest hold it up. Tried on validation rows (2026-11-30): rounds of
   three quarters and of half the time, adapters rounded to bf16 and int8 (`strategy.global_codec`): from a fifth less to

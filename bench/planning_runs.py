@@ -77,8 +77,8 @@ class Runners:
         """Runs at a time."""
         self._here = Session(0) if count == 0 else None
         if count:
-            # An evaluation has two threads; where they wait for each other without sleeping, they take another run's
-            # core. It is read where torch is loaded, which is before an initializer of a process is called.
+            # An evaluation has two threads; where others want the cores, too, they must not wait for each other without
+            # sleeping. It is read where torch is loaded, which is before an initializer of a process is called.
             os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         self._scratch = tempfile.TemporaryDirectory(prefix="muster-planning-")
         """Of all processes: what one that is broken off leaves goes with it."""

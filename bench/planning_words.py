@@ -83,6 +83,6 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
   left are GPUs of owners with few rows, and devices met for the first time.
 - Exact aggregation against zero-padding: at these ranks, 2 to 8 of a global rank of 16 and two thirds of them 2, what
   padding loses is less than what seeds differ by. At ranks 2 to 64 it is not (a study below).
-- The profile's minutes: its 22 new runs of `fedpipe` and `legend` were made while tests ran on the same two cores.
-  Alone it took 56 minutes (2026-11-30), with longer runs of both.
+- The profile's minutes are sums over runs of several days, each alone with one other. They are work, not waiting: the
+  machine of the newest 42 takes a tenth to a quarter longer for a run than that on which it took 56 (2026-11-30).
 """

@@ -34,8 +34,8 @@ device was there to record. What a rank adds to a step, and what tuning the whol
 `full`), was not recorded and goes by FLOP. The kind `gpu` is a machine of 16 cores and reports no GPU. Memory is summed
 of the same parts as in the planners' model, with constants of its own: what is said of it here proves nothing.
 
-**The order over mosquitto** was measured before decision 0030. With one emulated seed its spread is the length of a
-round, within which `legend`, `fedpipe` and `uniform` tie: the tau below says that both have `hetlora` last.
+**The order over mosquitto**: with one emulated seed its spread is the length of a round, within which `fedpipe` and
+`legend` tie. Both orders have these two before `uniform` or beside it, and `hetlora` last.
 
 `full` ends after {FULL_ROUNDS} rounds: each takes three to six times another's to compute, and by then the others
 have long arrived or given up.

@@ -78,7 +78,8 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
   a seventh more time. Rivals could have the rounding as well, so the grid is without.
 - Traffic of `legend`: every device fetches the whole global adapter, since its forward pass needs the blocks that
   it does not tune. At rank 8 instead of 16 it is a quarter less at Dirichlet 1, and one seed in three does not
-  arrive at 0.1 (2026-11-30). The adapters of `fedadapter` are a fifth of LoRA's.
+  arrive at 0.1; bounded by each layer's own rank it is the same, since energy keeps fewer (2026-11-30). The adapters of
+  `fedadapter` are a fifth of LoRA's.
 - Waiting of `legend`: with rounds that end together (0030) it is half of what it was, as that of `fedpipe`; what is
   left are GPUs of owners with few rows, and devices met for the first time.
 - Exact aggregation against zero-padding: at these ranks, 2 to 8 of a global rank of 16 and two thirds of them 2, what

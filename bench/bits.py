@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from formats import Rounded, fp4, int8, normal_float
 
-from muster.testbed.inputs import cache_folder
-from muster.testbed.models import SmallGpt2, made_of, make_small_gpt2, read_text
+from muster.testbed.inputs import kept_gpt2
+from muster.testbed.models import SmallGpt2, read_text
 from muster.testbed.rows import read_rows, write_rows
 from shared.jobs import Bits, TaskSpec
 from shared.modeling import base_model
@@ -37,19 +37,17 @@ from shared.modeling.evaluation import evaluate
 
 DATA = Path(os.environ.get("MUSTER_DATA") or Path(__file__).parents[2] / "shared" / "data")
 TRAINED_ON, HELD_OUT = ("tinyshakespeare.txt.gz", "wikitext2_valid.txt.gz"), "wikitext2_test.txt.gz"
-STEPS = 300
-"""Of training: a number, not a time, so that a busy machine makes the same model."""
 TOKENS, WINDOWS, E2E_EVERY = 128, 512, 8
 CHUNKS = 16
 """Parts of a text whose losses give the standard error of a difference."""
 TASK = TaskSpec(kind="causal", dataset="lm", max_tokens=TOKENS)
 CAVEAT = (
     "The base is a small GPT-2 ({layers} blocks of width {width}, {millions:.2f} million linear weights), trained here "
-    f"for {STEPS} steps, one seed. A base that knows so little has little to lose: the formats differ by little, which "
-    f"is no measure of what a large pre-trained model loses. {WINDOWS} windows of {TOKENS} tokens of WikiText-2's "
-    f"test text; ±: standard errors over {CHUNKS} chunks. Below fp32 activations are bf16. bf16, NF8 and NF4 are the "
-    "agent's own layers; of the other formats the dequantized weights are read, and bytes are those of packed codes "
-    "and scales."
+    f"for {SmallGpt2.steps} steps, one seed. A base that knows so little has little to lose: the formats differ by "
+    f"little, which is no measure of what a large pre-trained model loses. {WINDOWS} windows of {TOKENS} tokens of "
+    f"WikiText-2's test text; ±: standard errors over {CHUNKS} chunks. Below fp32 activations are bf16. bf16, NF8 and "
+    "NF4 are the agent's own layers; of the other formats the dequantized weights are read, and bytes are those of "
+    "packed codes and scales."
 )
 """What a reader must know of all figures alike."""
 
@@ -114,10 +112,8 @@ def main() -> int:
 
 def trained() -> Path:
     """The folder of the model, made where it is not there yet."""
-    texts, size = [DATA / "lm" / name for name in TRAINED_ON], SmallGpt2(steps=STEPS)
-    out = cache_folder() / f"gpt2-held-out-{made_of(texts, size)}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return make_small_gpt2(out, texts, size, tell=lambda line: print(line, file=sys.stderr))
+    texts = [DATA / "lm" / name for name in TRAINED_ON]
+    return kept_gpt2("gpt2-held-out", texts, lambda line: print(line, file=sys.stderr))
 
 
 def windows(tokenizer: Any) -> list[TokenData]:

@@ -25,6 +25,7 @@ from bench.planning_studies import PRUNE_STEPS, SPARSITY, pruned
 from bench.planning_tables import interval
 from coordinator.core.aggregation.registry import PRUNING
 from muster.testbed import simulated
+from muster.testbed.models import SmallGpt2
 from shared.files import write_whole
 
 PAGE = ROOT / "docs" / "results-fedspine.md"
@@ -210,7 +211,7 @@ def _other(task: str) -> list[str]:
         return [*lines, "Not run."]
     lines += [f"The rate of the first task ({RATE:g}) for all, not tuned for this one.", ""]
     if TASKS[task].kind == "causal":
-        lines += ["The base is a small GPT-2 that is trained here for 300 steps: a poor one.", ""]
+        lines += [f"The base is a small GPT-2 that is trained here for {SmallGpt2.steps} steps: a poor one.", ""]
     what = "accuracy" if targets[0] > 0 else "minus the loss"
     to = " | ".join(f"s to {target:g}" for target in targets)
     lines += [f"| method | {to} | {what}, last 3 rounds | s a round |", "|---|" + "---|" * len(targets) + "---|---|"]

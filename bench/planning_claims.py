@@ -171,12 +171,12 @@ def _params(main: Results, constant: Results, falling: Results) -> Iterator[str]
         share = 100 * fmean(shares) / fmean(whole)
         yield _line("`fedpipe`: parameters that a device trains, of full fine-tuning's", f"{share:.2f} %", "<= 20 %",
                     share <= 20)  # fmt: skip
-        for study, variant, words in ((constant, "", ""), (falling, "falling", ", both at falling rates")):
-            own, rival = (
-                [(run, result) for run, result in study if run.method.name == name] for name in ("fedpipe", "full")
-            )
-            gaps = differences(study, label(Method("full"), variant), label(Method("fedpipe"), variant))
+        for study, words in ((constant, ""), (falling, ", both at falling rates")):
+            gaps = _ahead(study, Method("full"), Method("fedpipe"))
             if len(gaps) > 1:
+                own, rival = (
+                    [(run, result) for run, result in study if run.method.name == name] for name in ("fedpipe", "full")
+                )
                 mean, half = interval(gaps)
                 yield _line(
                     f"`fedpipe` after {_length(own)} behind full fine-tuning after {_length(rival)}, {len(gaps)} "
@@ -192,14 +192,19 @@ def _length(results: Results) -> str:
 
 
 def _padding(study: Results, ranks: str) -> Iterator[str]:
-    variant = study[0][0].variant if study else ""
-    pairs = differences(study, label(Method("hetlora", "fsr"), variant), label(Method("hetlora"), variant))
+    pairs = _ahead(study, Method("hetlora", "fsr"), Method("hetlora"))
     if len(pairs) < 2:
         return
     mean, half = interval(pairs)
     yield _line(f"exact aggregation over zero-padding at {ranks}, mean difference",
                 f"{mean:.1f} ± {half:.1f} points, lowest {min(pairs):.1f}",
                 "interval above 0, no seed below -0.5", mean - half > 0 and min(pairs) >= -0.5)  # fmt: skip
+
+
+def _ahead(study: Results, method: Method, rival: Method) -> list[float]:
+    """As `differences`, where all runs of a study are of one variant."""
+    variant = study[0][0].variant if study else ""
+    return differences(study, label(method, variant), label(rival, variant))
 
 
 def differences(results: Results, method: str, rival: str) -> list[float]:

@@ -122,7 +122,7 @@ def base_model(name: str, given: Mapping[str, str], texts: Path | None, tell: Te
     if name in (MINILM3, MINILM3_NARROW):
         return _minilm3(name, NARROW if name == MINILM3_NARROW else 0)
     if name == SMALL_GPT2:
-        return _small_gpt2(texts, tell)
+        return kept_gpt2(SMALL_GPT2, _texts(texts), tell)
     raise UserError(
         f"unknown base model {name!r}: give --model {name}=FOLDER, or use {MINILM}, {MINILM3}, {MINILM3_NARROW} or "
         f"{SMALL_GPT2}"
@@ -249,17 +249,13 @@ def _texts(folder: Path | None) -> list[Path]:
 
 def _minilm3(name: str, channels: int) -> Path:
     """MiniLM cut to its last three blocks: small enough for many rounds, and its pooler knows what they give."""
-    out = cache_folder() / name
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return cut_bert(minilm_folder(), out, 3, last=True, channels=channels)
+    return cut_bert(minilm_folder(), cache_folder() / name, 3, last=True, channels=channels)
 
 
-def _small_gpt2(folder: Path | None, tell: Tell) -> Path:
-    """Kept by its size and steps and by its texts: of others it is another."""
-    texts, size = _texts(folder), SmallGpt2()
-    out = cache_folder() / f"{SMALL_GPT2}-{made_of(texts, size)}"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return make_small_gpt2(out, texts, size, tell=tell)
+def kept_gpt2(name: str, texts: Sequence[Path], tell: Tell) -> Path:
+    """The small GPT-2 of `texts` in the cache, under `name` and what it is made of: of other texts it is another."""
+    size = SmallGpt2()
+    return make_small_gpt2(cache_folder() / f"{name}-{made_of(texts, size)}", texts, size, tell=tell)
 
 
 def check_job(tables: toml.Table, source: str, devices: int) -> None:

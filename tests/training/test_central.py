@@ -6,7 +6,6 @@ import gzip
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -90,21 +89,14 @@ def test_the_standard_error_of_an_accuracy() -> None:
     assert central.standard_error(Metrics(loss=1, rows=100, perplexity=3.0)) == 0.0
 
 
-def words_of(rng: random.Random) -> str:
-    words = ["river", "engine", "violet", "market", "signal", "winter"]
+def words_of(seed: int) -> str:
+    rng, words = random.Random(seed), ["river", "engine", "violet", "market", "signal", "winter"]
     return "\n".join(" ".join(rng.choices(words, k=9)) + " ." for _ in range(400))
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")
 def test_a_small_gpt2_is_the_same_whatever_number_of_threads_there_is(tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text(words_of(random.Random(1)))
+    (tmp_path / "text.txt").write_text(words_of(1))
     size = models.SmallGpt2(vocabulary=300, layers=1, width=192, heads=2, context=128, steps=3)
     made = []
     for count in (1, 2):
@@ -118,9 +110,7 @@ def test_a_small_gpt2_is_the_same_whatever_number_of_threads_there_is(tmp_path: 
 def test_a_small_gpt2_is_an_ordinary_folder_that_learned_its_text(tmp_path: Path) -> None:
     import transformers
 
-    rng = random.Random(0)
-    text = words_of(rng)
-    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(words_of(0).encode()))
     size = models.SmallGpt2(vocabulary=300, layers=1, width=32, heads=2, context=16, steps=150)
     told: list[str] = []
     out = models.make_small_gpt2(tmp_path / "gpt2", [tmp_path / "text.txt.gz"], size, tell=told.append)

@@ -271,8 +271,9 @@ def steps(spot: Spot, said: Said) -> None:
     close_s(said["took_s"], count * step_s)
     close_s(said["bound_s"], bound)
     if spot.work.train_for_s:
-        close_s(said["last_s"], (count - 1) * step_s)
-        assert (spot.reason.verb == "meets") == ((count - 1) * step_s < bound)
+        close_s(said["first_s"], spot.begins_s)
+        close_s(said["last_s"], spot.begins_s + (count - 1) * step_s)
+        assert (spot.reason.verb == "meets") == (spot.begins_s + (count - 1) * step_s < bound)
     else:
         assert (spot.reason.verb == "meets") == (count * step_s <= bound)
 

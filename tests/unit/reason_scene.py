@@ -13,7 +13,7 @@ from shared.messages import Work
 from tests.unit.reason_grammar import Reason
 from tests.unit.second import fedpipe, legend
 from tests.unit.second.costs import MIB, Need, need_of, tuned
-from tests.unit.second.seats import Scene, Seat, lefts, seats
+from tests.unit.second.seats import Scene, Seat, first_step, lefts, moved, seats
 
 Said = Mapping[str, str]
 
@@ -183,6 +183,18 @@ class Spot:
             return legend.step_s(self.scene, self.place, need, batch)
         fixed, sample = self.scene.fleet.pace(self.device, need, self.work.bits, self.seat.free)
         return fixed + sample * batch
+
+    @property
+    def begins_s(self) -> float:
+        """When the first step should begin, of methods whose work ends with its round."""
+        scene, of = self.scene, self.round
+        if not scene.fleet.measured or of.name not in ("fedpipe", "legend"):
+            return 0.0
+        if of.name == "legend":
+            depth = len({one.block for one in scene.facts.modules if one.name in self.work.ranks})
+            return first_step(scene, self.seat, self.place.moved[depth - 1])
+        ranks, bound = (of.ranks(self.device), of.bound) if of.over_all else (of.task.most, of.task.bound)
+        return first_step(scene, self.seat, moved(scene, self.seat, ranks, bound))
 
     def size(self, need: Need, bits: int, batch: int) -> float:
         return self.scene.fleet.memory(self.device, self.seat.info, need, bits, batch)

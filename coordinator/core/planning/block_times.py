@@ -1,15 +1,15 @@
 """What a device takes for a forward pass and for a block of back-propagation, learned from whole steps (for `legend`).
 
-A device measures steps, not their parts. Let y be the core-seconds per sample of a round and b the blocks its gradient
-went through, by FLOP; then y = c (phi + b), c the device's time of a block and phi the blocks that a forward pass takes
-as long as. c is each device's own, a ratio of moving averages (rho = 0.8); phi belongs to the model and the kind of
-machine, so all devices of a kind tell it together, by the depths they were seen at. As depths settle they tell nothing
-new: then phi stays as it was. All of it, rho included, is our reading of LEGEND's estimate of a device's capacity.
+A device measures steps, not their parts. Let y be the core-seconds per sample of a round, of steps with the job's batch
+(what of a step does not grow with its batch weighs more in a small one: the cost model tells the two apart), and b the
+blocks its gradient went through, by FLOP; then y = c (phi + b), c the device's time of a block and phi the blocks that
+a forward pass takes as long as. c is each device's own, a ratio of moving averages (rho = 0.8); phi belongs to the
+model and the kind of machine, so all devices of a kind tell it together, by the depths they were seen at. As depths
+settle they tell nothing new: then phi stays as it was. All of it, rho included, is our reading of LEGEND's estimate of
+a device's capacity.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import msgspec
 import numpy as np
@@ -24,9 +24,11 @@ from coordinator.core.planning.cost_model import (
     measures_link,
     used_cores,
 )
-from coordinator.core.planning.demand import block_flop, demand
+from coordinator.core.planning.demand import Demand, block_flop, demand
+from coordinator.core.planning.drafts import job_batch
+from coordinator.core.planning.readings import capacity
 from shared.jobs import JobSpec
-from shared.messages import UpdateFacts
+from shared.messages import Load, UpdateFacts, Work
 
 KEEP = 0.8
 """rho: the weight of the past against one new round; ours."""
@@ -39,7 +41,7 @@ DOUBT = 0.002
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """What a device's rounds taught, as moving averages over its rounds.
 
-    y: core-seconds per sample at 32 bits; b: blocks that the gradient went through, by FLOP.
+    y: core-seconds per sample at 32 bits and the job's batch; b: blocks that the gradient went through, by FLOP.
     """
 
     time: float = 0.0
@@ -79,14 +81,16 @@ class BlockTimes(msgspec.Struct, frozen=True, kw_only=True):
         """With one more round; `model` knows it already. Only where the report names the job and the base."""
         if report.facts is None or report.job is None:
             return self
-        devices, blocks = dict(self.devices), dict[int, float]()
+        devices, needs, plain = dict(self.devices), dict[int, Demand](), demand(report.facts, report.job, {})
+        batch, block = job_batch(report.job), block_flop(report.facts, report.job)
         for device, result in sorted(report.results.items()):
-            work = report.works[device]
+            work, found = report.works[device], devices.get(device, NEVER)
             # Most works of a plan share a mapping.
-            if (key := id(work.ranks)) not in blocks:
-                blocks[key] = _blocks(report.facts, report.job, work.ranks)
-            cores = used_cores(model.devices.get(device), result, report.loads.get(device), work.agents)
-            found = _with_times(devices.get(device, NEVER), result, cores, blocks[key])
+            need = needs.get(id(work.ranks)) or needs.setdefault(
+                id(work.ranks), demand(report.facts, report.job, work.ranks)
+            )
+            if (sample_s := _sample_s(device, result, report.loads.get(device), work, need, batch, model)) > 0:
+                found = _with_time(found, sample_s, (need.flop - plain.flop) / block)
             devices[device] = _with_link(found, report.adapter_bytes, result.fetch_s)
         kinds: dict[bool, list[Seen]] = {False: [], True: []}
         for device, seen in sorted(devices.items()):
@@ -122,16 +126,22 @@ def _phi(found: list[Seen], before: float) -> float:
     return float(tried[np.argmax(explained - DOUBT * np.log(tried / before) ** 2)])
 
 
-def _blocks(facts: ModelFacts, job: JobSpec, ranks: Mapping[str, int]) -> float:
-    """Blocks that the gradient goes through with `ranks`, by FLOP: one without adapters counts 1."""
-    return (demand(facts, job, ranks).flop - demand(facts, job, {}).flop) / block_flop(facts, job)
+def _sample_s(
+    device: str, result: UpdateFacts, load: Load | None, work: Work, need: Demand, batch: int, model: CostModel
+) -> float:  # fmt: skip
+    """Core-seconds per sample of a step with `batch` samples, by the step that the device did; 0: nothing tells."""
+    cores = used_cores(model.devices.get(device), result, load, work.agents)
+    if cores is None or result.step_s <= 0 or result.steps < 1 or result.batch < 1:
+        return 0.0
+    pace = model.pace(device, need, result.bits, capacity(None, load, work.agents), cores)
+    grown = pace.step_s(batch) / pace.step_s(result.batch)
+    return mean_step_s(result) * grown * cores / batch / BITS_TIME[result.bits]
 
 
-def _with_times(found: Seen, result: UpdateFacts, cores: float | None, blocks: float) -> Seen:
-    """With the round's time, in core-seconds per sample."""
-    if cores is None or result.step_s <= 0 or result.steps < 1 or result.batch < 1 or blocks <= 0:
+def _with_time(found: Seen, sample_s: float, blocks: float) -> Seen:
+    """With a round's time, and the blocks that its gradient went through."""
+    if blocks <= 0:
         return found
-    sample_s = mean_step_s(result) * cores / result.batch / BITS_TIME[result.bits]
     known = found.rounds > 0
     return replace(
         found,

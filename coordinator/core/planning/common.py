@@ -116,10 +116,11 @@ class Ends:
 
         The download of `moves` has the time that it should take; where that and the upload take less than `usual_s`,
         which the target leaves for all to move theirs, there is the rest as well. A step that has begun is finished:
-        half of one is taken off, so that on the mean work ends at that time. A download of `LINK_LATE` times what it
-        should take leaves half the time to train; where that is later than all others end, there are no extra steps.
-        The job's own limit holds, too: alone before speeds were measured, without extra steps. A device that did not
-        train over such a base yet has the time to load it. `DEADLINE_SHARE` of the deadline is enough for the upload as
+        half of one is taken off, so that on the mean work ends at that time. A device that did not train over such a
+        base yet loads it within that: it trains less, and nobody waits for it. A download of `LINK_LATE` times what it
+        should take, and loading, leave half the time to train; where that is later than all others end, there are no
+        extra steps. The job's own limit holds, too: alone before speeds were measured, without extra steps.
+        `DEADLINE_SHARE` of the deadline is enough for the upload as
         well (of which half the deadline is the most that is kept free), so that what is delivered then still counts.
         """
         rounds = self._rounds
@@ -130,32 +131,30 @@ class Ends:
         down_s, up_s = self.transfer_s(device, moves.down), self.transfer_s(device, moves.up)
         ends_s = train_s * (1 - 1 / (2 * max(1, steps)))
         in_time = DEADLINE_SHARE * rounds.deadline_s - min(up_s, rounds.deadline_s / 2)
-        with_all, late = ends_s + max(down_s, usual_s - up_s), ends_s / 2 + LINK_LATE * down_s
-        limit = min(max(with_all, late) + loads_s, in_time, rounds.train_for_s or math.inf)
+        with_all, late = ends_s + max(down_s, usual_s - up_s), ends_s / 2 + LINK_LATE * down_s + loads_s
+        limit = min(max(with_all, late), in_time, rounds.train_for_s or math.inf)
         return End(limit, 0 if late > with_all else math.ceil(EXTRA * steps), down_s + loads_s)
 
 
 def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, end: End) -> tuple[float, str]:
-    """(seconds of training expected, reason of the number of steps). The limit's part for the download is taken off for
-    the extra steps alone."""
-    limit, extra = end.limit, end.extra
-    done, expected = steps_within(limit, steps, step_s), steps * step_s
-    more = min(extra, max(0, math.ceil((limit - end.begins_s) / step_s) - steps)) if extra and step_s > 0 else 0
+    """(seconds of training expected, reason of the number of steps)."""
+    limit, extra, begins_s = end
+    done, expected = steps_within(limit, steps + extra, step_s, begins_s), steps * step_s
     reading = f"{steps} asked x {seconds(step_s)} = {seconds(expected)}"
     if limit:
-        reading += f", the last from {seconds((steps - 1) * step_s)} on"
-        met, bound, note = done == steps, f"{seconds(limit)} training time", "partial work counts"
+        reading += f" from {seconds(begins_s)} on, the last from {seconds(begins_s + (steps - 1) * step_s)}"
+        met, bound, note = done >= steps, f"{seconds(limit)} training time", "partial work counts"
     else:
         met, bound = expected <= job.rounds.deadline_s, f"{seconds(job.rounds.deadline_s)} deadline"
         note = "an update after the deadline is lost"
     further = f"up to {extra} more while there is time" if extra else ""
     notes = ("" if met else note, further, transfer)
-    return (done + more) * step_s, word("steps", steps, reading, bound, *notes, verb="meets" if met else "exceeds")
+    return done * step_s, word("steps", steps, reading, bound, *notes, verb="meets" if met else "exceeds")
 
 
-def steps_within(limit: float, steps: int, step_s: float) -> int:
-    """How many of `steps` begin before `limit` seconds, one in any case; 0: no limit."""
-    return min(steps, max(1, math.ceil(limit / step_s))) if limit and step_s > 0 else steps
+def steps_within(limit: float, steps: int, step_s: float, begins_s: float = 0.0) -> int:
+    """How many of `steps`, the first at `begins_s`, begin before `limit` seconds, one in any case; 0: no limit."""
+    return min(steps, max(1, math.ceil((limit - begins_s) / step_s))) if limit and step_s > 0 else steps
 
 
 def nobody(job: JobSpec, left_out: Mapping[str, str]) -> str:

@@ -91,6 +91,8 @@ class Ladder(NamedTuple):
     words: list[str]
     usual: float
     """Blocks of back-propagation without adapters that a forward pass takes, as long as no device told."""
+    batch: int
+    """The job's, which averages are of."""
 
     @property
     def blocks(self) -> int:
@@ -276,11 +278,12 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         link = "" if seen.byte_s else links.unmeasured()
         byte_s = seen.byte_s or (1 / links.usual if links.usual else 0.0)
         forward_blocks = self.times.forward(ladder.usual, gpu=place.free.gpu)
+        pace = self.model.pace(place.device, ladder.needs[-1], bits, place.free)
         if seen.rounds:
-            scale = batch * BITS_TIME[bits] / usable(place.free, self.model.devices.get(place.device))
+            grown = ladder.batch * pace.step_s(batch) / pace.step_s(ladder.batch)
+            scale = grown * BITS_TIME[bits] / usable(place.free, self.model.devices.get(place.device))
             forward, block = seen.split(forward_blocks)
             return scale * forward, scale * block, byte_s, f"averaged over {plural(seen.rounds, 'round')}", link
-        pace = self.model.pace(place.device, ladder.needs[-1], bits, place.free)
         block = pace.step_s(batch) / (forward_blocks + float(ladder.backward[-1]))
         return forward_blocks * block, block, byte_s, f"{pace.source}, 0 rounds of its own", link
 
@@ -312,7 +315,7 @@ def _ladder(view: FleetView, job: JobSpec) -> Ladder:
     return Ladder(
         by_block=by_block, ranks=ranks, needs=needs, words=words, usual=usual_forward(facts, job),
         spans=[max(1, facts.blocks) * depth_share(facts, (m for m in modules if m.name in chosen)) for chosen in ranks],
-        backward=np.array([(need.flop - plain) / block for need in needs]),
+        backward=np.array([(need.flop - plain) / block for need in needs]), batch=job_batch(job),
     )  # fmt: skip
 
 

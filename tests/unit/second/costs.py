@@ -46,6 +46,12 @@ def tokens(job: JobSpec) -> int:
     return 1 if job.task.kind == "least_squares" else job.task.max_tokens
 
 
+def usual_batch(job: JobSpec) -> int:
+    """The job's batch, within its bounds."""
+    least = job.strategy.batch_min
+    return min(max(job.strategy.batch, least), max(least, job.strategy.batch_max))
+
+
 def tuned(facts: ModelFacts, job: JobSpec) -> list[ModuleSpec]:
     wanted = job.base.targets
     found = [one for one in facts.modules if not wanted or one.name.split(".")[-1] in wanted]
@@ -215,7 +221,7 @@ class Known:
     own: int = 0
     link: float = 0.0
     steps: list[tuple[float, float]] = field(default_factory=list)
-    """(core-seconds per sample, blocks) of each round."""
+    """(core-seconds per sample at the job's batch, blocks) of each round."""
     byte_s: list[float] = field(default_factory=list)
 
     def best(self) -> tuple[int, Speed]:
@@ -425,9 +431,14 @@ class Fleet:
         """For `legend`: what of a step is the forward pass."""
         for device, result in done.results.items():
             work, known = done.works[device], self.known[device]
-            cores = self._cores(known, result, done.loads.get(device), work.agents)
-            took = result.train_s / result.steps * cores / result.batch / SLOWER[result.bits]
-            known.steps.append((took, need_of(self.facts, self.job, work.ranks).blocks))
+            load, need = done.loads.get(device), need_of(self.facts, self.job, work.ranks)
+            cores = self._cores(known, result, load, work.agents)
+            # What a step of the job's batch takes as much longer as the cost model has it.
+            usual = usual_batch(self.job)
+            overhead, per_flop = known.speeds[result.bits].overhead, known.speeds[result.bits].per_flop
+            fixed, sample = overhead / min(1.0, cores), need.flop * per_flop / cores
+            step_s = result.train_s / result.steps * (fixed + sample * usual) / (fixed + sample * result.batch)
+            known.steps.append((step_s * cores / usual / SLOWER[result.bits], need.blocks))
         for gpu in (False, True):
             seen = [one.steps for one in self.known.values() if one.gpu == gpu and len(one.steps) > 1]
             if seen:

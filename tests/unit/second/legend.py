@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from tests.unit.lcd_reference import Found, brute_force
-from tests.unit.second.costs import SLOWER, Need, averaged, need_of, traffic, tuned
+from tests.unit.second.costs import SLOWER, Need, averaged, need_of, traffic, tuned, usual_batch
 from tests.unit.second.seats import (
     Asked,
     Scene,
@@ -173,7 +173,10 @@ def _capacity(scene: Scene, seat: Seat, deepest: Need, batch: int) -> tuple[floa
         block = (fixed + sample * batch) / (phi + deepest.blocks)
     else:
         block = averaged(y for y, _ in known.steps) / (phi + averaged(b for _, b in known.steps))
-        block *= batch * SLOWER[seat.bits] / scene.fleet.usable(seat.device, seat.free)
+        fixed, sample = scene.fleet.pace(seat.device, deepest, seat.bits, seat.free)
+        usual = usual_batch(scene.job)
+        block *= usual * SLOWER[seat.bits] / scene.fleet.usable(seat.device, seat.free)
+        block *= (fixed + sample * batch) / (fixed + sample * usual)
     return phi * block, block, byte_s
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from coordinator.core.facts import ModelFacts
 from shared.jobs import JobSpec
 from shared.messages import DeviceInfo, Load
-from tests.unit.second.costs import MIB, Fleet, Free, Need, free_of, need_of, traffic, tuned
+from tests.unit.second.costs import MIB, Fleet, Free, Need, free_of, need_of, traffic, tuned, usual_batch
 from tests.unit.second.history import Planned
 
 
@@ -171,8 +171,7 @@ def drafted(scene: Scene, need: Need) -> list[Seat]:
 
 def median_s(scene: Scene, taking: list[Seat], needs: Sequence[Need]) -> float:
     """The median device's time for all steps at the job's batch, undisturbed."""
-    steps, strategy = scene.job.rounds.local_steps, scene.job.strategy
-    batch = min(max(strategy.batch, strategy.batch_min), max(strategy.batch_min, strategy.batch_max))
+    steps, batch = scene.job.rounds.local_steps, usual_batch(scene.job)
     times = []
     for seat, need in zip(taking, needs, strict=True):
         alone = replace(seat.free, foreign=0.0, left=seat.free.cores)
@@ -272,14 +271,10 @@ def careful(seat: Seat, batch: int, sizes: list[int]) -> int:
 
 
 def capped(limit: float, steps: int, step_s: float, extra: int = 0, begins: float = 0.0) -> float:
-    """The training time that is expected: steps one by one, as long as they begin in time; `extra` ones where what is
-    before the first leaves time for them."""
-    took = step_s
-    while steps > 1 and (not limit or took < limit * (1 - 1e-12)):
-        took, steps = took + step_s, steps - 1
-    if steps == 1:
-        while extra and begins + took < limit - 1e-9 * step_s:
-            took, extra = took + step_s, extra - 1
+    """The training time that is expected: steps one by one, and `extra` ones, as long as they begin in time."""
+    took, left = step_s, steps + extra - 1
+    while left and (not limit or begins + took < limit - 1e-9 * step_s):
+        took, left = took + step_s, left - 1
     return took
 
 
@@ -290,8 +285,8 @@ def loading(scene: Scene, seat: Seat) -> float:
 
 
 def first_step(scene: Scene, seat: Seat, moves: tuple[int, int]) -> float:
-    """Seconds before it: to download and to load."""
-    return moves_s(scene, seat, moves[0]) + loading(scene, seat)
+    """Seconds before it, as long as there is an end: to download and to load."""
+    return 0.0 if not scene.fleet.measured else moves_s(scene, seat, moves[0]) + loading(scene, seat)
 
 
 def usual_transfer(
@@ -306,8 +301,8 @@ def until(
 ) -> tuple[float, int]:  # fmt: skip
     """When the work of a method that has a round time begins no further step, so that all deliver together: half a step
     before it should have trained, later by what its download should take or the `usual` transfers leave beside its
-    upload, and by the time to load where none was spent yet. A download twice as long leaves half the training. And a
-    quarter more steps, but where that download is later than the end.
+    upload. A download twice as long, and loading where none was done yet, leave half the training. And a quarter more
+    steps, but where that is later than the end.
 
     The job's own limit where that is shorter, or nothing was measured.
     """
@@ -317,8 +312,8 @@ def until(
     down, up = (moves_s(scene, seat, size) for size in moves)
     deadline = scene.job.rounds.deadline_s
     ends = train_s - train_s / steps / 2
-    shared, slow = max(ends + down, ends + usual - up), ends / 2 + 2 * down
-    latest = max(shared, slow) + loading(scene, seat)
+    shared, slow = max(ends + down, ends + usual - up), ends / 2 + 2 * down + loading(scene, seat)
+    latest = max(shared, slow)
     extra = -(-steps // 4) if slow <= shared else 0
     return min(latest, 0.9 * deadline - min(up, deadline / 2), limit or math.inf), extra
 

@@ -11,6 +11,8 @@ a device's capacity.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import numpy as np
 from msgspec.structs import replace
@@ -133,7 +135,9 @@ def _sample_s(
     cores = used_cores(model.devices.get(device), result, load, work.agents)
     if cores is None or result.step_s <= 0 or result.steps < 1 or result.batch < 1:
         return 0.0
-    pace = model.pace(device, need, result.bits, capacity(None, load, work.agents), cores)
+    # However much of the device it usually gets.
+    used = capacity(None, load, work.agents)._replace(cores=math.inf, free=cores)
+    pace = model.pace(device, need, result.bits, used)
     grown = pace.step_s(batch) / pace.step_s(result.batch)
     return mean_step_s(result) * grown * cores / batch / BITS_TIME[result.bits]
 

@@ -114,11 +114,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         """Whether any speed was."""
         return any(known.fits for known in self.devices.values())
 
-    def pace(self, device: str, need: Demand, bits: Bits, free: Capacity, used: float = 0.0) -> Pace:
-        """Step time of `device` over a base of `bits` with `free` to use; `used`: what of it was used, if known."""
+    def pace(self, device: str, need: Demand, bits: Bits, free: Capacity) -> Pace:
+        """Step time of `device` over a base of `bits` with `free` to use."""
         known = self.devices.get(device)
         overhead, per_flop, source = self._speed(known, bits, free)
-        used = used or usable(free, known)
+        used = usable(free, known)
         return Pace(overhead / min(used, 1.0), need.flop * per_flop / used, source)
 
     def step(self, device: str, need: Demand, bits: Bits, batch: int, free: Capacity) -> tuple[float, str]:

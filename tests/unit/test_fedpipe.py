@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from coordinator.core.planning import rank_choice, registry
+from coordinator.core.planning import fedpipe, knapsack, rank_choice, registry
 from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundReport
 from coordinator.core.planning.demand import demand
 from coordinator.core.planning.fedpipe import gain
@@ -241,6 +241,22 @@ def test_scores_of_modules_that_are_not_tuned_any_more_do_not_count() -> None:
     plan = planner.plan(fleet(device("a")), spec())
     assert plan.weights is not None and plan.weights.selected == ["k"]
     assert scored(1, {"gone": 1.0}).plan(fleet(device("a")), spec()).participants["a"].score
+
+
+def test_where_the_solver_finds_no_optimum_the_plan_is_the_greedys_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device with room for the least ranks or for all needs no solver; of the one in between it finds nothing."""
+    planner = scored(1, {module.name: (1 + place) / 300 for place, module in enumerate(minilm().modules)})
+    now = view(device("least", memory=399, bits=(4,)), device("some", memory=400, bits=(4,)), device("all"), round=2)
+    exact = planner.plan(now, spec())
+    assert "ranks exactly by J; " in exact.reason
+    monkeypatch.setattr(knapsack, "_solve", lambda items, capacity: None)
+    plan = planner.plan(now, spec())
+    assert "ranks exactly by J (the solver found no optimum for 1 device: greedily there); " in plan.reason
+    monkeypatch.setattr(fedpipe, "EXACT_DEVICES", 0)
+    greedy = planner.plan(now, spec())
+    assert {name: work.ranks for name, work in plan.participants.items()} == {
+        name: work.ranks for name, work in greedy.participants.items()
+    }
 
 
 def test_fleets_beyond_the_exact_ones_get_nearly_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

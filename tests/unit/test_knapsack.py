@@ -73,6 +73,7 @@ def test_exact_is_the_best_of_all(seed: int) -> None:
     total = weight(items, [len(item.weights) - 1 for item in items])
     for capacity in {0, 1, total // 7, total // 3, total - 1, total, rng.randint(0, total)}:
         levels, wanted = exact(items, max(capacity, 0)), best(items, max(capacity, 0))
+        assert levels is not None
         assert weight(items, levels) <= capacity
         assert value(items, levels) == pytest.approx(wanted, abs=1e-9)
         (quick,) = greedy(items, [max(capacity, 0)])
@@ -85,7 +86,9 @@ def test_exact_on_a_model_of_real_size() -> None:
     items = lora(random.Random(5), 24)
     total = weight(items, [5] * 24)
     for share in (0.05, 0.3, 0.6):
-        assert value(items, exact(items, int(share * total))) == pytest.approx(by_table(items, int(share * total)))
+        levels = exact(items, int(share * total))
+        assert levels is not None
+        assert value(items, levels) == pytest.approx(by_table(items, int(share * total)))
 
 
 def test_the_greedy_is_near_the_optimum() -> None:

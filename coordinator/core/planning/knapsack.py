@@ -85,13 +85,13 @@ def bound(items: Sequence[Item], capacities: Sequence[int] | Levels) -> Numbers:
     return most
 
 
-def exact(items: Sequence[Item], capacity: int) -> tuple[int, ...]:
-    """The best level of each item; never worse than `greedy`, whatever the solver says."""
-    start = greedy(items, [capacity])[0]
+def exact(items: Sequence[Item], capacity: int) -> tuple[int, ...] | None:
+    """The best level of each item, never worse than `greedy` by what the solver rounds; None: it found no optimum."""
     found = _solve(items, capacity)
-    if found is None or weight(items, found) > capacity or value(items, found) < value(items, start):
-        return tuple(int(level) for level in start)
-    return found
+    if found is None or weight(items, found) > capacity:
+        return None
+    start = greedy(items, [capacity])[0]
+    return found if value(items, found) >= value(items, start) else tuple(int(level) for level in start)
 
 
 def _or_single(items: Sequence[Item], capacities: Levels, levels: Levels) -> Levels:

@@ -75,7 +75,7 @@ class Site(NamedTuple):
 class Choice(NamedTuple):
     """What one device does. `room`: parameters it could hold and train in time; below 0: not even none.
 
-    `objective`: J, 0 where nothing fits and the least is asked all the same.
+    `objective`: J, 0 where nothing fits and the least is asked all the same. `proven`: nothing else is worth more.
     """
 
     batch: int
@@ -87,6 +87,7 @@ class Choice(NamedTuple):
     by_memory: bool
     above: str
     """Why not the next larger batch."""
+    proven: bool
 
 
 def steps_at(under: float, steps: int) -> int:
@@ -159,7 +160,7 @@ def memory_room(draft: Draft, task: Task, batch: int, model: CostModel, footprin
 
 
 def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
-    """The best choice of each device."""
+    """The best choice of each device; by the greedy where the solver finds no optimum, or `exactly` is not asked."""
     options = Options(sites, task)
     solved = _solve(options, task, exactly)
     flat = solved.values.reshape(len(sites), -1)
@@ -167,7 +168,7 @@ def choose(sites: Sequence[Site], task: Task, exactly: bool) -> list[Choice]:
     # Options are ordered by what is taken of equal ones.
     first = np.argmax(flat >= best[:, None] * (1 - _TIE), axis=1)
     return [
-        _choice(index, options, solved, place) if worth > 0 else _least(index, options, task)
+        _choice(index, options, solved, place) if worth > 0 else _least(index, options, task, solved.proven[index])
         for index, (worth, place) in enumerate(zip(best.tolist(), first.tolist(), strict=True))
     ]
 
@@ -218,12 +219,13 @@ def _time_rooms(sites: Sequence[Site], batches: Levels, task: Task) -> Numbers:
 
 class _Solved(NamedTuple):
     """`values`: J of each option; `levels`: of each capacity. `known`: J of each option that need not be its best, and
-    `how` it is known."""
+    `how` it is known. `proven`: for each device whether its best is."""
 
     values: Numbers
     known: Numbers
     how: str
     levels: list[tuple[int, ...]]
+    proven: list[bool]
 
 
 def _solve(options: Options, task: Task, exactly: bool) -> _Solved:
@@ -232,35 +234,42 @@ def _solve(options: Options, task: Task, exactly: bool) -> _Solved:
     worth = knapsack.values(task.items, levels)
     share = 1 - np.array(UNDER_TRAINING)
     fits = options.places >= 0
-    known, how = worth, "by the greedy"
+    known, how, proven = worth, "by the greedy", [False] * len(options.places)
     if exactly:
         most = knapsack.bound(task.items, options.capacities)
-        solved = np.zeros(len(worth), dtype=bool)
-        for places, fit in zip(options.places, fits, strict=True):
-            _solve_exactly(places, fit, share, task.items, options.capacities, most, levels, worth, solved)
+        solved, failed = np.zeros((2, len(worth)), dtype=bool)
+        proven = [
+            _solve_exactly(places, fit, share, task.items, options.capacities, most, levels, worth, solved, failed)
+            for places, fit in zip(options.places, fits, strict=True)
+        ]
         # What was not solved is known by its bound alone; where the greedy finds no room there is none.
         known, how = np.where(solved | (worth <= 0), worth, most), "at most"
     values, told = (np.where(fits, share * found[options.places], -1.0) for found in (worth, known))
-    return _Solved(values, told, how, [tuple(row) for row in levels.tolist()])
+    return _Solved(values, told, how, [tuple(row) for row in levels.tolist()], proven)
 
 
 def _solve_exactly(
     places: Levels, fit: Flags, share: Numbers, items: Sequence[Item], capacities: Levels, most: Numbers,
-    levels: Levels, worth: Numbers, solved: Flags,
-) -> None:  # fmt: skip
-    """Solve, in place, each capacity of one device that may hold its best choice by its bound, the likeliest first."""
+    levels: Levels, worth: Numbers, solved: Flags, failed: Flags,
+) -> bool:  # fmt: skip
+    """Solve, in place, each capacity of one device that may hold its best choice by its bound, the likeliest first;
+    whether its best is known then."""
+    proven = True
     bounds = np.where(fit, share * most[places], -1.0)
     for flat in np.argsort(-bounds, axis=None, kind="stable"):
         spot = np.unravel_index(flat, bounds.shape)
         place = places[spot]
         best = np.max(np.where(fit, share * worth[places], -1.0))
         if bounds[spot] < best * (1 - _TIE) or bounds[spot] <= 0:
-            return
+            break
         if solved[place] or worth[place] >= most[place] * (1 - _TIE):
             continue
-        levels[place] = knapsack.exact(items, int(capacities[place]))
-        worth[place] = knapsack.value(items, levels[place])
-        solved[place] = True
+        found = None if failed[place] else knapsack.exact(items, int(capacities[place]))
+        if found is None:
+            failed[place], proven = True, False
+        else:
+            levels[place], worth[place], solved[place] = found, knapsack.value(items, found), True
+    return proven
 
 
 def _choice(index: int, options: Options, solved: _Solved, flat: int) -> Choice:
@@ -282,10 +291,11 @@ def _choice(index: int, options: Options, solved: _Solved, flat: int) -> Choice:
         room=int(min(float(options.rooms[index, row, under]), 2.0**53)),
         by_memory=bool(options.by_memory[index, row, under]),
         above=above,
+        proven=solved.proven[index],
     )
 
 
-def _least(index: int, options: Options, task: Task) -> Choice:
+def _least(index: int, options: Options, task: Task, proven: bool) -> Choice:
     """What is asked of a device that has no room for any rank: the smallest of everything."""
     one, under = options.sites[index], len(UNDER_TRAINING) - 1
     last = len(one.batches) - 1
@@ -298,4 +308,5 @@ def _least(index: int, options: Options, task: Task) -> Choice:
         room=int(max(float(options.rooms[index, last, under]), 0.0)),
         by_memory=bool(options.by_memory[index, last, under]),
         above="",
+        proven=proven,
     )

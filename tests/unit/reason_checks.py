@@ -244,6 +244,7 @@ def depth(spot: Spot, said: Said) -> None:
     k = spot.reason.value
     assert k == len({one.block for one in spot.scene.facts.modules if one.name in spot.work.ranks})
     close_s(said["round_s"], place.times[k - 1])
+    steps *= place.grown[k - 1]
     close_s(said["forward_s"], steps * place.forward)
     close_s(said["back_s"], steps * chosen.needs[k - 1].blocks * place.block)
     close_s(said["transfer_s"], sum(place.moved[k - 1]) * place.byte_s)
@@ -271,7 +272,7 @@ def steps(spot: Spot, said: Said) -> None:
     close_s(said["took_s"], count * step_s)
     close_s(said["bound_s"], bound)
     if spot.work.train_for_s:
-        close_s(said["first_s"], spot.begins_s)
+        close_s(said.get("first_s", "0"), spot.begins_s)
         close_s(said["last_s"], spot.begins_s + (count - 1) * step_s)
         assert (spot.reason.verb == "meets") == (spot.begins_s + (count - 1) * step_s < bound)
     else:

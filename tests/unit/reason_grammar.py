@@ -99,7 +99,7 @@ FORMS: dict[str, tuple[str, str, str]] = {
     ),
     "steps/deadline": (rf"{n('asked')} asked x {s('step')} = {s('took')}", "meets|exceeds", rf"{s('bound')} deadline"),
     "steps/time": (
-        rf"{n('asked')} asked x {s('step')} = {s('took')} from {s('first')} on, the last from {s('last')}",
+        rf"{n('asked')} asked x {s('step')} = {s('took')}(?: from {s('first')} on)?, the last from {s('last')}",
         "meets|exceeds",
         rf"{s('bound')} training time",
     ),

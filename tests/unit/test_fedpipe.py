@@ -251,7 +251,7 @@ def test_where_the_solver_finds_no_optimum_the_plan_is_the_greedys_and_says_so(m
     assert "ranks exactly by J; " in exact.reason
     monkeypatch.setattr(knapsack, "_solve", lambda items, capacity: None)
     plan = planner.plan(now, spec())
-    assert "ranks exactly by J (the solver found no optimum for 1 device: greedily there); " in plan.reason
+    assert "ranks exactly by J (the solver found no optimum for 1 device: not proven there); " in plan.reason
     monkeypatch.setattr(fedpipe, "EXACT_DEVICES", 0)
     greedy = planner.plan(now, spec())
     assert {name: work.ranks for name, work in plan.participants.items()} == {

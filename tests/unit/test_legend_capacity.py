@@ -9,12 +9,14 @@ import pytest
 from msgspec.structs import replace
 
 from coordinator.core import strategies
-from coordinator.core.planning import registry
+from coordinator.core.planning import legend, registry
 from coordinator.core.planning.base import Candidate, RoundReport
 from coordinator.core.planning.block_times import FORWARD
+from coordinator.core.planning.common import Links
 from coordinator.core.planning.demand import demand
 from coordinator.core.planning.digest import plan_digest
 from coordinator.core.planning.legend import LegendPlanner
+from coordinator.core.planning.sizing import seat
 from shared.codec import pack, unpack
 from shared.errors import UserError
 from shared.jobs import StrategySpec
@@ -71,6 +73,23 @@ def test_small_batches_make_a_device_look_no_slower_than_it_is() -> None:
         planner = _after(planner, one, 6, 1.0 + 0.25 * batch, 1.0, batch)
     assert planner.times.devices["a"].time == pytest.approx(5.0 * 0.5 / 16, rel=0.1)
     assert planned(one, planner=planner).predicted_s["a"] == pytest.approx(10 * 5.0, rel=0.1)
+
+
+@pytest.mark.parametrize("depth", [1, 3, 6])
+def test_a_device_that_holds_small_batches_only_is_planned_by_its_own_steps(depth: int) -> None:
+    """At any depth: 1 s and so much for each sample and block, seen at a batch of 2 and at the job's, planned at 2."""
+    planner, few = LegendPlanner(), device("a", cores=0.5, rows=2)
+    blocks = _after(planner, few, depth, 1.0, 1.0).times.devices["a"].blocks
+    for batch in (16, 2, 2, 2, 2, 2, 2, 2, 2, 2):
+        planner = _after(planner, few, depth, 1.0 + 0.02 * (6 * FORWARD + blocks) * batch, 1.0, batch)
+    scene = view(few, round=2)
+    ladder = legend._ladder(scene, job())
+    place = seat(scene.candidates[0], job(), scene.fresh_s, planner.model)
+    assert not isinstance(place, str)
+    draft = planner._draft(place, ladder, job(), (2,), Links(planner.model))
+    assert not isinstance(draft, str) and draft.batch == 2
+    true_s = 1.0 + 0.02 * (6 * FORWARD + blocks) * 2
+    assert planner._pace(draft, depth, ladder).step_s(2) == pytest.approx(true_s, rel=0.1)
 
 
 @pytest.mark.parametrize("forward_s", [0.2, 1.0, 3.0])

@@ -158,8 +158,28 @@ def test_methods_with_a_round_time_of_their_own_end_work_that_is_late(name: str,
         ends_s = train_s * (1 - 0.5 / work.steps)
         assert work.train_for_s == pytest.approx(max(ends_s + down_s, ends_s / 2 + LINK_LATE * down_s), rel=0.01)
         assert plan.participants["new"].train_for_s == pytest.approx(
-            max(ends_s + down_s, ends_s / 2 + LINK_LATE * down_s + 2.0), rel=0.01
-        ), "it has to load the base first"
+            max(ends_s + down_s, ends_s / 2 + LINK_LATE * down_s), rel=0.01
+        ), "it has to load the base first, and ends with the others"
+
+
+def test_a_work_of_one_step_that_begins_too_late_is_said_to_be() -> None:
+    told = [steps_reason(job(), 1, 10.0, "", End(7.0, 0, begins_s)) for begins_s in (0.0, 6.0, 7.0, 30.0)]
+    assert [seconds for seconds, _ in told] == [10.0] * 4, "it is done in any case"
+    assert [" meets " in why for _, why in told] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("name", ["fedpipe", "legend"])
+def test_nobody_waits_for_a_device_that_loads_its_base(name: str) -> None:
+    """Equal devices on equal links; 3 s to load, of a round of ten steps of 1 s."""
+    asked, here, down = asked_of(name), ("a", "b", "c"), 1_000_000
+    told = replace(result(batch=8, step_s=1.0, load_s=3.0), fetch_s=1.0)
+    _, planner = planned_and_learned(asked, dict.fromkeys(here, told), down)
+    plan = planner.plan(replace(view(*map(device, (*here, "new")), round=2), adapter_bytes=down), asked)
+    limits = {one: work.train_for_s for one, work in plan.participants.items()}
+    assert limits["new"] == pytest.approx(limits["a"], rel=0.02)
+    assert plan.predicted_s["new"] < plan.predicted_s["a"]
+    assert " from 4 s on, the last from " in plan.participants["new"].reasons["steps"]
+    assert " from 1 s on, the last from " in plan.participants["a"].reasons["steps"]
 
 
 @pytest.mark.parametrize("link", [0.0, 5e5, 4e6])

@@ -1,12 +1,12 @@
 """What a device takes for a forward pass and for a block of back-propagation, learned from whole steps (for `legend`).
 
 A device measures steps, not their parts. Let y be the core-seconds per sample of a round, of steps with the job's batch
-(what of a step does not grow with its batch weighs more in a small one: the cost model tells the two apart), and b the
-blocks its gradient went through, by FLOP; then y = c (phi + b), c the device's time of a block and phi the blocks that
-a forward pass takes as long as. c is each device's own, a ratio of moving averages (rho = 0.8); phi belongs to the
-model and the kind of machine, so all devices of a kind tell it together, by the depths they were seen at. As depths
-settle they tell nothing new: then phi stays as it was. All of it, rho included, is our reading of LEGEND's estimate of
-a device's capacity.
+(what of a step does not grow with its batch weighs more in a small one: the cost model tells the two apart, once the
+device was seen at two batches or told its probe), and b the blocks its gradient went through, by FLOP; then
+y = c (phi + b), c the device's time of a block and phi the blocks that a forward pass takes as long as. c is each
+device's own, a ratio of moving averages (rho = 0.8); phi belongs to the model and the kind of machine, so all devices
+of a kind tell it together, by the depths they were seen at. As depths settle they tell nothing new: then phi stays as
+it was. All of it, rho included, is our reading of LEGEND's estimate of a device's capacity.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     """Of seconds per byte over its link; 0: not yet known."""
 
     def split(self, forward_blocks: float) -> tuple[float, float]:
-        """(core-seconds per sample of the forward pass, per block of back-propagation), where the former takes as
-        long as `forward_blocks` of the latter."""
+        """(core-seconds per sample of the forward pass, per block of back-propagation) in steps with the job's
+        batch, where the former takes as long as `forward_blocks` of the latter."""
         block = self.time / (forward_blocks + self.blocks)
         return forward_blocks * block, block
 

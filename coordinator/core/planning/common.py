@@ -20,6 +20,8 @@ LINK_LATE = 2.0
 device then has no time to train: its upload comes late all the same."""
 ASSUMED_LINK = 5e5
 """Bytes per second of links as long as none was measured: 4 Mb/s."""
+ROUNDED = 1e-9
+"""Of a step: what is later than a limit by no more than that is so by rounding."""
 DEADLINE_SHARE = 0.9
 """Of the deadline, what training may fill; the rest is for loading, and for transfers that take longer."""
 
@@ -84,7 +86,7 @@ EXTRA = 0.25
 
 class End(NamedTuple):
     """When a work ends. `limit`: seconds from receipt after which no step begins (`Work.train_for_s`; 0: none);
-    `extra`: as `Work.extra_steps`; `begins_s`: when the first step should begin."""
+    `extra`: as `Work.extra_steps`; `begins_s`: when the first step should begin (0: not reckoned)."""
 
     limit: float
     extra: int = 0
@@ -117,9 +119,10 @@ class Ends:
         The download of `moves` has the time that it should take; where that and the upload take less than `usual_s`,
         which the target leaves for all to move theirs, there is the rest as well. A step that has begun is finished:
         half of one is taken off, so that on the mean work ends at that time. A device that did not train over such a
-        base yet loads it within that: it trains less, and nobody waits for it. A download of `LINK_LATE` times what it
-        should take, and loading, leave half the time to train; where that is later than all others end, there are no
-        extra steps. The job's own limit holds, too: alone before speeds were measured, without extra steps.
+        base yet loads it within that: it trains less, and nobody waits for it. Loading leaves half the time to train,
+        and so does a download of `LINK_LATE` times what it should take; where one of these is later than all others
+        end, there are no extra steps. The job's own limit holds, too: alone before speeds were measured, without extra
+        steps.
         `DEADLINE_SHARE` of the deadline is enough for the upload as
         well (of which half the deadline is the most that is kept free), so that what is delivered then still counts.
         """
@@ -127,11 +130,12 @@ class Ends:
         if not self._measured:
             return End(rounds.train_for_s)
         known = self._devices.get(device)
-        loads_s = 0.0 if known is not None and str(bits) in known.fits else self._load_s
+        loads_s = 0.0 if known is not None and str(bits) in known.peaks else self._load_s
         down_s, up_s = self.transfer_s(device, moves.down), self.transfer_s(device, moves.up)
         ends_s = train_s * (1 - 1 / (2 * max(1, steps)))
         in_time = DEADLINE_SHARE * rounds.deadline_s - min(up_s, rounds.deadline_s / 2)
-        with_all, late = ends_s + max(down_s, usual_s - up_s), ends_s / 2 + LINK_LATE * down_s + loads_s
+        with_all = ends_s + max(down_s, usual_s - up_s)
+        late = ends_s / 2 + max(LINK_LATE * down_s, down_s + loads_s)
         limit = min(max(with_all, late), in_time, rounds.train_for_s or math.inf)
         return End(limit, 0 if late > with_all else math.ceil(EXTRA * steps), down_s + loads_s)
 
@@ -142,8 +146,9 @@ def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, end: En
     done, expected = steps_within(limit, steps + extra, step_s, begins_s), steps * step_s
     reading = f"{steps} asked x {seconds(step_s)} = {seconds(expected)}"
     if limit:
-        reading += f" from {seconds(begins_s)} on, the last from {seconds(begins_s + (steps - 1) * step_s)}"
-        met, bound, note = done >= steps, f"{seconds(limit)} training time", "partial work counts"
+        last_s = begins_s + (steps - 1) * step_s
+        reading += f"{f' from {seconds(begins_s)} on' if begins_s else ''}, the last from {seconds(last_s)}"
+        met, bound, note = last_s < limit, f"{seconds(limit)} training time", "partial work counts"
     else:
         met, bound = expected <= job.rounds.deadline_s, f"{seconds(job.rounds.deadline_s)} deadline"
         note = "an update after the deadline is lost"
@@ -154,7 +159,7 @@ def steps_reason(job: JobSpec, steps: int, step_s: float, transfer: str, end: En
 
 def steps_within(limit: float, steps: int, step_s: float, begins_s: float = 0.0) -> int:
     """How many of `steps`, the first at `begins_s`, begin before `limit` seconds, one in any case; 0: no limit."""
-    return min(steps, max(1, math.ceil((limit - begins_s) / step_s))) if limit and step_s > 0 else steps
+    return min(steps, max(1, math.ceil((limit - begins_s) / step_s - ROUNDED))) if limit and step_s > 0 else steps
 
 
 def nobody(job: JobSpec, left_out: Mapping[str, str]) -> str:

@@ -121,7 +121,7 @@ class FedPipePlanner(msgspec.Struct, frozen=True, kw_only=True):
         written = [desk.write(*row) for row in zip(drafts, links, sites, choices, strict=True)]
         means = f"ranks {'exactly' if exactly else 'greedily'} by J"
         if exactly and (unproven := sum(not one.proven for one in choices)):
-            means += f" (the solver found no optimum for {plural(unproven, 'device')}: greedily there)"
+            means += f" (the solver found no optimum for {plural(unproven, 'device')}: not proven there)"
         taking = f"{len(written)} of {plural(len(view.candidates), 'candidate')} take part"
         return Plan(
             participants={draft.place.device: work for draft, (work, _) in zip(drafts, written, strict=True)},

@@ -23,6 +23,8 @@ import numpy.typing as npt
 
 Numbers = npt.NDArray[np.float64]
 Levels = npt.NDArray[np.int64]
+_ROUNDED = 1e-6
+"""Of a value: what a solver may be off by."""
 
 
 class Item(NamedTuple):
@@ -86,12 +88,13 @@ def bound(items: Sequence[Item], capacities: Sequence[int] | Levels) -> Numbers:
 
 
 def exact(items: Sequence[Item], capacity: int) -> tuple[int, ...] | None:
-    """The best level of each item, never worse than `greedy` by what the solver rounds; None: it found no optimum."""
-    found = _solve(items, capacity)
-    if found is None or weight(items, found) > capacity:
+    """The best level of each item; that of `greedy` where the solver's is worth less by rounding. None: the solver
+    found no optimum."""
+    found, start = _solve(items, capacity), tuple(greedy(items, [capacity])[0].tolist())
+    least = value(items, start)
+    if found is None or weight(items, found) > capacity or value(items, found) < least - _ROUNDED * abs(least):
         return None
-    start = greedy(items, [capacity])[0]
-    return found if value(items, found) >= value(items, start) else tuple(int(level) for level in start)
+    return found if value(items, found) >= least else start
 
 
 def _or_single(items: Sequence[Item], capacities: Levels, levels: Levels) -> Levels:

@@ -6,8 +6,9 @@ algorithm against waiting, from an estimate of each device's capacity. **Our rea
 
 * capacity: moving averages (rho = 0.8) of a step's time and of the link. A step is measured whole; what of it is the
   forward pass and what a block of back-propagation follows from the depths the fleet was seen at (`block_times`).
-  Times are kept as core-seconds per sample (a GPU counts as one core), so that live load lowers the capacity in the
-  very next plan and spoils nothing that was learned. A device not yet met takes the cost model's step time.
+  Times are kept as core-seconds per sample of steps with the job's batch (a GPU counts as one core), so that live load
+  lowers the capacity in the very next plan and spoils nothing that was learned. A device not yet met takes the cost
+  model's step time.
 * t_i(k) = f_i + k mu_i + transfer. Back-propagation through a block counts by its FLOP, so that blocks of higher rank
   count a little more than one. The sum of ranks enters by the bytes it makes (`demand.traffic`), beside the whole
   global adapter, which every device fetches, since its start model holds the blocks it does not tune, too.
@@ -101,7 +102,8 @@ class Ladder(NamedTuple):
 
 
 class _Draft(NamedTuple):
-    """A participant before its depth is chosen; times are seconds per step, `byte_s` seconds per byte."""
+    """A participant before its depth is chosen; times are seconds per step of the job's batch, `byte_s` seconds per
+    byte."""
 
     place: Seat
     bits: Bits
@@ -117,6 +119,8 @@ class _Draft(NamedTuple):
     source: str
     link: str
     """That it was not measured; empty: it was."""
+    grown: tuple[float, ...]
+    """By depth: a step of `batch` against one of the job's."""
 
 
 class _Told(NamedTuple):
@@ -218,8 +222,8 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         model has it, or large batches would look slower than they are."""
         step_s = draft.forward + float(ladder.backward[depth - 1]) * draft.block
         known = self.model.pace(draft.place.device, ladder.needs[depth - 1], draft.bits, draft.place.free)
-        fixed_s = step_s * known.fixed_s / known.step_s(draft.batch)
-        return Pace(fixed_s, (step_s - fixed_s) / draft.batch, draft.source)
+        fixed_s = step_s * known.fixed_s / known.step_s(ladder.batch)
+        return Pace(fixed_s, (step_s - fixed_s) / ladder.batch, draft.source)
 
     def _drafts(
         self, view: FleetView, job: JobSpec, ladder: Ladder, links: Links
@@ -249,8 +253,9 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         batch = held_batches(place, ladder.needs[0], bits, self.model, sizes)[0][-1]
         most, stopped = self._deepest(place, ladder, bits, batch)
         return _Draft(
-            place, bits, bits_reason, batch, most, stopped, *self._capacity(place, ladder, bits, batch, links)
-        )
+            place, bits, bits_reason, batch, most, stopped, *self._capacity(place, ladder, bits, links),
+            self._grown(place, ladder, bits, batch),
+        )  # fmt: skip
 
     def _deepest(self, place: Seat, ladder: Ladder, bits: Bits, batch: int) -> tuple[int, str]:
         """(k_i^max by memory, what stopped the next block); depth 1 was found to fit."""
@@ -270,22 +275,28 @@ class LegendPlanner(msgspec.Struct, frozen=True, kw_only=True):
         return most, f"{most + 1} would take {mebibytes(size)} of {mebibytes(place.budget.bytes)} memory"
 
     def _capacity(
-        self, place: Seat, ladder: Ladder, bits: Bits, batch: int, links: Links
-    ) -> tuple[float, float, float, str, str]:
-        """(forward seconds a step, seconds a step and block, seconds a byte, source, that the link was not measured) at
-        what is free now."""
+        self, place: Seat, ladder: Ladder, bits: Bits, links: Links
+    ) -> tuple[float, float, float, str, str]:  # fmt: skip
+        """(forward seconds a step of the job's batch, seconds a step and block, seconds a byte, source, that the link
+        was not measured) at what is free now."""
         seen = self.times.devices.get(place.device, NEVER)
         link = "" if seen.byte_s else links.unmeasured()
         byte_s = seen.byte_s or (1 / links.usual if links.usual else 0.0)
         forward_blocks = self.times.forward(ladder.usual, gpu=place.free.gpu)
-        pace = self.model.pace(place.device, ladder.needs[-1], bits, place.free)
         if seen.rounds:
-            grown = ladder.batch * pace.step_s(batch) / pace.step_s(ladder.batch)
-            scale = grown * BITS_TIME[bits] / usable(place.free, self.model.devices.get(place.device))
+            scale = ladder.batch * BITS_TIME[bits] / usable(place.free, self.model.devices.get(place.device))
             forward, block = seen.split(forward_blocks)
             return scale * forward, scale * block, byte_s, f"averaged over {plural(seen.rounds, 'round')}", link
-        block = pace.step_s(batch) / (forward_blocks + float(ladder.backward[-1]))
+        pace = self.model.pace(place.device, ladder.needs[-1], bits, place.free)
+        block = pace.step_s(ladder.batch) / (forward_blocks + float(ladder.backward[-1]))
         return forward_blocks * block, block, byte_s, f"{pace.source}, 0 rounds of its own", link
+
+    def _grown(self, place: Seat, ladder: Ladder, bits: Bits, batch: int) -> tuple[float, ...]:
+        """By depth: a step of `batch` against one of the job's, as the cost model has it."""
+        if batch == ladder.batch:
+            return (1.0,) * ladder.blocks
+        paces = (self.model.pace(place.device, need, bits, place.free) for need in ladder.needs)
+        return tuple(pace.step_s(batch) / pace.step_s(ladder.batch) for pace in paces)
 
 
 def _ladder(view: FleetView, job: JobSpec) -> Ladder:
@@ -320,14 +331,16 @@ def _ladder(view: FleetView, job: JobSpec) -> Ladder:
 
 
 def _times(drafts: list[_Draft], ladder: Ladder, traffic: Mapping[int, list[Moved]], job: JobSpec) -> Floats:
-    """t_i(k): seconds of device i's round with k blocks, (devices x blocks), rising in k."""
+    """t_i(k): seconds of device i's round with k blocks, (devices x blocks), rising in k: where averages and the cost
+    model disagree, no deeper round is taken for shorter."""
     forward, block, byte_s = (
         np.array(values) for values in zip(*((d.forward, d.block, d.byte_s) for d in drafts), strict=True)
     )
     both = {agents: [one.both for one in moves] for agents, moves in traffic.items()}
     sizes = np.array([both[draft.place.agents] for draft in drafts], dtype=np.float64)
-    training = job.rounds.local_steps * (forward[:, None] + block[:, None] * ladder.backward[None, :])
-    times: Floats = training + byte_s[:, None] * sizes
+    grown = np.array([draft.grown for draft in drafts])
+    steps = grown * (forward[:, None] + block[:, None] * ladder.backward[None, :])
+    times: Floats = np.maximum.accumulate(job.rounds.local_steps * steps + byte_s[:, None] * sizes, axis=1)
     return times
 
 
@@ -354,7 +367,8 @@ def _work(
 
 
 def _depth_reason(draft: _Draft, told: _Told, ladder: Ladder, choice: lcd.Choice, job: JobSpec) -> str:
-    steps, depth, caution = job.rounds.local_steps, told.depth, draft.place.caution
+    depth, caution = told.depth, draft.place.caution
+    steps = job.rounds.local_steps * draft.grown[depth - 1]
     back_s = steps * draft.block * float(ladder.backward[depth - 1])
     backward = f"{seconds(back_s)} back through {ladder.spans[depth - 1]:g} of {ladder.spans[-1]:g} blocks"
     parts = f"forward {seconds(steps * draft.forward)} + {backward} + transfer {seconds(told.transfer_s(draft))}"

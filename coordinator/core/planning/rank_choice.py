@@ -75,7 +75,8 @@ class Site(NamedTuple):
 class Choice(NamedTuple):
     """What one device does. `room`: parameters it could hold and train in time; below 0: not even none.
 
-    `objective`: J, 0 where nothing fits and the least is asked all the same. `proven`: nothing else is worth more.
+    `objective`: J, 0 where nothing fits and the least is asked all the same. `proven`: nothing else is known
+    to be worth more, by an exact solution.
     """
 
     batch: int

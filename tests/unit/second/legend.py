@@ -26,13 +26,16 @@ from tests.unit.second.seats import (
 
 
 class Place(NamedTuple):
-    """One participant. Seconds of a step's forward pass, of a block backward and of a byte; the rest by depth."""
+    """One participant. Seconds of a step's forward pass, of a block backward (at the job's batch) and of a byte; the
+    rest by depth."""
 
     seat: Seat
     batch: int
     forward: float
     block: float
     byte_s: float
+    grown: list[float]
+    """A step of `batch` against one of the job's."""
     moved: list[tuple[int, int]]
     times: list[float]
     held: int
@@ -72,12 +75,17 @@ def plan(scene: Scene) -> dict[str, Asked]:
 
 
 def step_s(scene: Scene, place: Place, need: Need, batch: int) -> float:
-    """Seconds of a step over so many samples: of one over those that depths are chosen at, the cost model's fixed part
-    stays as it is, and the rest grows."""
-    usual = place.forward + need.blocks * place.block
-    fixed, sample = scene.fleet.pace(place.seat.device, need, place.seat.bits, place.seat.free)
-    grows = sample * place.batch / (fixed + sample * place.batch)
-    return usual * (1 - grows + grows * batch / place.batch)
+    """Seconds of a step over so many samples: of one over the job's batch, the cost model's fixed part stays as it is,
+    and the rest grows."""
+    usual = usual_batch(scene.job)
+    return (place.forward + need.blocks * place.block) * growth(scene, place.seat, need, usual, batch)
+
+
+def growth(scene: Scene, seat: Seat, need: Need, before: int, after: int) -> float:
+    """By the cost model."""
+    fixed, sample = scene.fleet.pace(seat.device, need, seat.bits, seat.free)
+    grows = sample * before / (fixed + sample * before)
+    return 1 - grows + grows * after / before
 
 
 def left(chosen: Choice, place: Place, depth: int) -> float:
@@ -144,14 +152,16 @@ def _place(scene: Scene, seat: Seat, ladder: list[dict[str, int]], needs: list[N
     if sat is None:
         return None
     batch = held(scene, sat, needs[0], sizes)[-1]
-    forward, block, byte_s = _capacity(scene, sat, needs[-1], batch)
+    forward, block, byte_s = _capacity(scene, sat, needs[-1])
+    grown = [growth(scene, sat, need, usual_batch(job), batch) for need in needs]
     moved = [traffic(scene.facts, job, ranks, bound, sat.agents, scene.planned.adapter) for ranks in ladder]
     times = [
-        job.rounds.local_steps * (forward + need.blocks * block) + sum(moves) * byte_s
-        for need, moves in zip(needs, moved, strict=True)
+        job.rounds.local_steps * more * (forward + need.blocks * block) + sum(moves) * byte_s
+        for more, need, moves in zip(grown, needs, moved, strict=True)
     ]
+    times = [max(times[: depth + 1]) for depth in range(len(times))]
     deepest = max([k for k, need in enumerate(needs, 1) if fits(scene, sat, need, sat.bits, batch)] or [1])
-    return Place(sat, batch, forward, block, byte_s, moved, times, deepest, _in_time(scene, times))
+    return Place(sat, batch, forward, block, byte_s, grown, moved, times, deepest, _in_time(scene, times))
 
 
 def rising(blocks: int, mean: int) -> tuple[int, ...]:
@@ -163,8 +173,9 @@ def rising(blocks: int, mean: int) -> tuple[int, ...]:
     return tuple(math.ceil(first + rise * place - Fraction(1, 2)) for place in range(blocks))
 
 
-def _capacity(scene: Scene, seat: Seat, deepest: Need, batch: int) -> tuple[float, float, float]:
-    """Seconds of a step's forward pass, of a block backward, of a byte."""
+def _capacity(scene: Scene, seat: Seat, deepest: Need) -> tuple[float, float, float]:
+    """Seconds of a step's forward pass, of a block backward, of a byte; at the job's batch."""
+    batch = usual_batch(scene.job)
     known, phi = scene.fleet.known.get(seat.device), scene.fleet.phi[seat.free.gpu]
     usual = usual_link(scene)
     byte_s = averaged(known.byte_s) if known and known.byte_s else 1 / usual if usual else 0.0
@@ -173,10 +184,7 @@ def _capacity(scene: Scene, seat: Seat, deepest: Need, batch: int) -> tuple[floa
         block = (fixed + sample * batch) / (phi + deepest.blocks)
     else:
         block = averaged(y for y, _ in known.steps) / (phi + averaged(b for _, b in known.steps))
-        fixed, sample = scene.fleet.pace(seat.device, deepest, seat.bits, seat.free)
-        usual = usual_batch(scene.job)
-        block *= usual * SLOWER[seat.bits] / scene.fleet.usable(seat.device, seat.free)
-        block *= (fixed + sample * batch) / (fixed + sample * usual)
+        block *= batch * SLOWER[seat.bits] / scene.fleet.usable(seat.device, seat.free)
     return phi * block, block, byte_s
 
 

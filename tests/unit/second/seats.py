@@ -281,7 +281,7 @@ def capped(limit: float, steps: int, step_s: float, extra: int = 0, begins: floa
 def loading(scene: Scene, seat: Seat) -> float:
     """The longest that loading took anyone; 0 for who has loaded such a base."""
     own = scene.fleet.known.get(seat.device)
-    return scene.fleet.loaded_s if own is None or seat.bits not in own.speeds else 0.0
+    return scene.fleet.loaded_s if own is None or seat.bits not in own.peaks else 0.0
 
 
 def first_step(scene: Scene, seat: Seat, moves: tuple[int, int]) -> float:
@@ -301,8 +301,8 @@ def until(
 ) -> tuple[float, int]:  # fmt: skip
     """When the work of a method that has a round time begins no further step, so that all deliver together: half a step
     before it should have trained, later by what its download should take or the `usual` transfers leave beside its
-    upload. A download twice as long, and loading where none was done yet, leave half the training. And a quarter more
-    steps, but where that is later than the end.
+    upload. A download twice as long leaves half the training, and so does loading where none was done yet. And a
+    quarter more steps, but where one of these is later than the end.
 
     The job's own limit where that is shorter, or nothing was measured.
     """
@@ -312,7 +312,7 @@ def until(
     down, up = (moves_s(scene, seat, size) for size in moves)
     deadline = scene.job.rounds.deadline_s
     ends = train_s - train_s / steps / 2
-    shared, slow = max(ends + down, ends + usual - up), ends / 2 + 2 * down + loading(scene, seat)
+    shared, slow = max(ends + down, ends + usual - up), ends / 2 + down + max(down, loading(scene, seat))
     latest = max(shared, slow)
     extra = -(-steps // 4) if slow <= shared else 0
     return min(latest, 0.9 * deadline - min(up, deadline / 2), limit or math.inf), extra

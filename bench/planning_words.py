@@ -13,7 +13,8 @@ have one batch, as in their papers ([decision 0020](decisions/0020-rivals-have-o
 its paper's pruning of its own ranks, `fedadapter` without its cache of activations. Every planner knows the
 devices' probes ([0022](decisions/0022-a-probe-tells-devices-apart.md)). `fedpipe` and `legend` have all devices of a
 round end together ([0030](decisions/0030-devices-of-a-round-end-together.md)): who is late ends, who is early goes on
-for up to a quarter of its steps. And `legend` regulates batches, which its paper does not
+for up to a quarter of its steps, who loads its base first trains less
+([0031](decisions/0031-nobody-waits-for-a-base-to-load.md)). And `legend` regulates batches, which its paper does not
 ([0027](decisions/0027-legend-regulates-batches.md); a study below has it with one batch). Rivals wait for their
 slowest. A probe is the device's true speed in its power mode, off by 15 % by chance: but for that
 planners begin without knowledge.
@@ -66,13 +67,13 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
 - `fedpipe` under strong skew: shares by samples, by steps and capped (2026-11-29); a choice of modules after 8, 20
   and 50 steps, where 20 are as good as 50 (2026-11-30); all modules instead of those with 80 % of the score, which is
   no longer the paper's method (a study below); ranks to 16 and longer work for fast devices (2026-11-29), both slower;
-  re-scoring every 3 rounds (2026-11-30, four validation seeds, and a study below). Rounds that end together (0030) are
-  a tenth shorter and wait half as long; on validation rows that took a quarter off the time, on these there are a
-  tenth more rounds.
+  re-scoring every 3 rounds (2026-11-30, four validation seeds, and a study below). Rounds that end together (0030) and
+  wait for nobody's base to load (0031) are a fifth shorter than before both, and a third as much of them is waiting; of
+  that the seeds, which differ by a half in their number of rounds, let a tenth be seen in the time.
 - `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two. After 120
   rounds of `fedpipe`, a quarter of the time of 30 of `full`, it was no nearer (2026-11-30, one seed). With
   rates that fall (a study below) both end higher, and as far from each other.
-- Equal devices, against `fedadapter`: its rounds take 18 s where those of `fedpipe` take 26 (29 before 0030), with a
+- Equal devices, against `fedadapter`: its rounds take 18 s where those of `fedpipe` take 24 (29 before 0030), with a
   seventh of the traffic; among unequal devices its slowest hold it up. Tried on validation rows (2026-11-30): rounds of
   three quarters and of half the time, adapters rounded to bf16 and int8 (`strategy.global_codec`): from a fifth less to
   a seventh more time. Rivals could have the rounding as well, so the grid is without.
@@ -80,10 +81,9 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
   it does not tune. At rank 8 instead of 16 it is a quarter less at Dirichlet 1, and one seed in three does not
   arrive at 0.1; bounded by each layer's own rank it is the same, since energy keeps fewer (2026-11-30). The adapters of
   `fedadapter` are a fifth of LoRA's.
-- Waiting of `legend`: with rounds that end together (0030) it is half of what it was, as that of `fedpipe`; what is
-  left are GPUs of owners with few rows, and devices met for the first time.
 - Exact aggregation against zero-padding: at these ranks, 2 to 8 of a global rank of 16 and two thirds of them 2, what
   padding loses is less than what seeds differ by. At ranks 2 to 64 it is not (a study below).
-- The profile's minutes are sums over runs of several days, each alone with one other. They are work, not waiting: the
-  machine of the newest 42 takes a tenth to a quarter longer for a run than that on which it took 56 (2026-11-30).
+- The profile's minutes are sums over runs of several days, each beside one other, and beside a few minutes of tests in
+  the newest 26. They are work, not waiting: the machine of the newest 60 takes a tenth to a quarter longer for a run
+  than that on which it took 56 (2026-11-30). Of a run two thirds are training, a tenth is evaluation (2026-12-01).
 """

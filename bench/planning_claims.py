@@ -115,7 +115,7 @@ def claims(
     for rival in ("fedlora, equal", "fedadapter, equal", "full, equal-roomy"):
         equal = ratio(studies.get("equal", []), "fedpipe, equal", rival, seconds)
         yield _row(f"the same on a fleet of equal devices, against `{rival.partition(',')[0]}`", equal, 1.0)
-    yield from _params(main, studies.get("params", []), studies.get("params-falling", []))
+    yield from _params(main, studies)
     for rival in ("fedlora", "hetlora", "fedadapter"):
         what = f"`legend` against `{rival}`: times faster to the target"
         yield from _by_alpha(main, what, ("legend", rival), seconds, 1.5)
@@ -161,8 +161,15 @@ def _line(claim: str, measured: str, wanted: str, met: bool | None) -> str:
     return f"| {claim} | {measured} | {wanted} | {'' if met is None else 'yes' if met else '**no**'} |"
 
 
-def _params(main: Results, constant: Results, falling: Results) -> Iterator[str]:
-    """Parameters trained, and what they reach against all of them, at rates that are `constant` and `falling`."""
+PARAMS = (
+    ("params", ""), ("params-falling", ", both at falling rates"),
+    ("params-whole", ", both at falling rates, `fedpipe` with all directions of its updates"),
+)  # fmt: skip
+"""Studies of quality against full fine-tuning, and how they are told apart."""
+
+
+def _params(main: Results, studies: Mapping[str, Results]) -> Iterator[str]:
+    """Parameters trained, and what they reach against all of them."""
     shares = [fmean(part.params for one in result.rounds for part in one.devices) for run, result in main
               if run.method.name == "fedpipe"]  # fmt: skip
     whole = [part.params for run, result in main if run.method.name == "full" for one in result.rounds
@@ -171,11 +178,13 @@ def _params(main: Results, constant: Results, falling: Results) -> Iterator[str]
         share = 100 * fmean(shares) / fmean(whole)
         yield _line("`fedpipe`: parameters that a device trains, of full fine-tuning's", f"{share:.2f} %", "<= 20 %",
                     share <= 20)  # fmt: skip
-        for study, words in ((constant, ""), (falling, ", both at falling rates")):
+        for name, words in PARAMS:
+            study = studies.get(name, [])
             gaps = _ahead(study, Method("full"), Method("fedpipe"))
             if len(gaps) > 1:
                 own, rival = (
-                    [(run, result) for run, result in study if run.method.name == name] for name in ("fedpipe", "full")
+                    [(run, result) for run, result in study if run.method.name == method]
+                    for method in ("fedpipe", "full")
                 )
                 mean, half = interval(gaps)
                 yield _line(
@@ -202,9 +211,10 @@ def _padding(study: Results, ranks: str) -> Iterator[str]:
 
 
 def _ahead(study: Results, method: Method, rival: Method) -> list[float]:
-    """As `differences`, where all runs of a study are of one variant."""
-    variant = study[0][0].variant if study else ""
-    return differences(study, label(method, variant), label(rival, variant))
+    """As `differences`, where all runs of a method are of one variant."""
+    variants = {run.method: run.variant for run, _ in study}
+    mine, theirs = (label(one, variants.get(one, "")) for one in (method, rival))
+    return differences(study, mine, theirs)
 
 
 def differences(results: Results, method: str, rival: str) -> list[float]:

@@ -52,6 +52,10 @@ VARIANTS: dict[str, Variant] = {
     # Ranks 2 to 64, the largest as in FLoRA's own experiments with unequal ranks.
     "wide": Variant(tables={"strategy": {"rank": 64, "global_rank": 64}}),
     "falling": Variant(tables={"training": {"schedule": "cosine"}}),
+    # As the papers have it, whose servers keep all of a merged update: no matrix here has more directions than the cap.
+    "falling-whole": Variant(
+        tables={"training": {"schedule": "cosine"}, "strategy": {"energy": 0.999, "global_rank": WHOLE_RANK}}
+    ),
     "all": Variant(around=lambda: planners({"fedpipe": partial(FedPipePlanner, wanted=1.0)})),
     "once": Variant(tables={"strategy": {"rescore_every": 1000}}),
     "every3": Variant(tables={"strategy": {"rescore_every": 3}}),
@@ -204,6 +208,12 @@ STUDIES = (
         ((_FEDPIPE, "falling"), (Method("full"), "falling")), 30, SEEDS,
         remark="`training.schedule`, for both from the grid's rates, which were tuned as constant ones: most of the "
         "grid's runs end before a schedule would.",
+    ),
+    Study(
+        "params-whole", "The same with all directions that the devices' updates have, to .999 of the energy",
+        ((_FEDPIPE, "falling-whole"), (Method("full"), "falling")), 30, SEEDS,
+        remark="A server that merges updates into the base's weights drops none. Here they travel as factors: a round "
+        "moves several times as many bytes.",
     ),
     Study(
         "fresh", "`fsr` against `fresh` over 50 rounds, energy .99 and .999, largest and sampled directions",

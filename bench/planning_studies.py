@@ -231,6 +231,6 @@ STUDIES = (
     Study(
         "pair", "Two devices of unequal memory", ((_FEDPIPE, "pair"),), 8, (0,),
         remark="Both have modules of rank 32: how many parameters each trains tells their ranks apart. From the third "
-        "round on they are done within 7 % of a round of each other in three of six, at worst 40 % apart.",
+        "round on they are done within 11 % of a round of each other in five of six, at worst 20 % apart.",
     ),
 )  # fmt: skip

@@ -36,7 +36,8 @@ device was there to record. What a rank adds to a step, and what tuning the whol
 of the same parts as in the planners' model, with constants of its own: what is said of it here proves nothing.
 
 **The order over mosquitto**: with one emulated seed its spread is the length of a round, within which `fedpipe` and
-`legend` tie. Both orders have these two before `uniform` or beside it, and `hetlora` last.
+`legend` tie. Both orders have these two before `uniform` or beside it, and `hetlora` last. It is of 2026-11-30, before
+0031, of which a fleet whose devices train in every round has the first round alone.
 
 `full` ends after {FULL_ROUNDS} rounds: each takes three to six times another's to compute, and by then the others
 have long arrived or given up.
@@ -72,7 +73,9 @@ On validation rows, or as studies below; the [lab log](lab-log.md) has the entri
   that the seeds, which differ by a half in their number of rounds, let a tenth be seen in the time.
 - `fedpipe` behind full fine-tuning after as many rounds: in the time of those rounds `full` does one or two. After 120
   rounds of `fedpipe`, a quarter of the time of 30 of `full`, it was no nearer (2026-11-30, one seed). With
-  rates that fall (a study below) both end higher, and as far from each other.
+  rates that fall (a study below) both end higher, and 1.8 points from each other; with all directions of the global
+  adapter (a study below), which gained 0.3 and 1.9 points on two validation seeds, 2.2 (2026-12-01). Three seeds can't
+  tell these apart.
 - Equal devices, against `fedadapter`: its rounds take 18 s where those of `fedpipe` take 24 (29 before 0030), with a
   seventh of the traffic; among unequal devices its slowest hold it up. Tried on validation rows (2026-11-30): rounds of
   three quarters and of half the time, adapters rounded to bf16 and int8 (`strategy.global_codec`): from a fifth less to

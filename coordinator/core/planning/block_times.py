@@ -135,11 +135,13 @@ def _sample_s(
     cores = used_cores(model.devices.get(device), result, load, work.agents)
     if cores is None or result.step_s <= 0 or result.steps < 1 or result.batch < 1:
         return 0.0
-    # However much of the device it usually gets.
-    used = capacity(None, load, work.agents)._replace(cores=math.inf, free=cores)
-    pace = model.pace(device, need, result.bits, used)
-    grown = pace.step_s(batch) / pace.step_s(result.batch)
-    return mean_step_s(result) * grown * cores / batch / BITS_TIME[result.bits]
+    step_s = mean_step_s(result)
+    if result.batch != batch:
+        # However much of the device it usually gets.
+        used = capacity(None, load, work.agents)._replace(cores=math.inf, free=cores)
+        pace = model.pace(device, need, result.bits, used)
+        step_s *= pace.step_s(batch) / pace.step_s(result.batch)
+    return step_s * cores / batch / BITS_TIME[result.bits]
 
 
 def _with_time(found: Seen, sample_s: float, blocks: float) -> Seen:

@@ -122,15 +122,15 @@ class Ends:
         base yet loads it within that: it trains less, and nobody waits for it. Loading leaves half the time to train,
         and so does a download of `LINK_LATE` times what it should take; where one of these is later than all others
         end, there are no extra steps. The job's own limit holds, too: alone before speeds were measured, without extra
-        steps.
-        `DEADLINE_SHARE` of the deadline is enough for the upload as
-        well (of which half the deadline is the most that is kept free), so that what is delivered then still counts.
+        steps. `DEADLINE_SHARE` of the deadline is enough for the upload as well (of which half the deadline is the most
+        that is kept free), so that what is delivered then still counts.
         """
         rounds = self._rounds
         if not self._measured:
             return End(rounds.train_for_s)
         known = self._devices.get(device)
-        loads_s = 0.0 if known is not None and str(bits) in known.peaks else self._load_s
+        loaded = known is not None and (str(bits) in known.fits or str(bits) in known.peaks)
+        loads_s = 0.0 if loaded else self._load_s
         down_s, up_s = self.transfer_s(device, moves.down), self.transfer_s(device, moves.up)
         ends_s = train_s * (1 - 1 / (2 * max(1, steps)))
         in_time = DEADLINE_SHARE * rounds.deadline_s - min(up_s, rounds.deadline_s / 2)

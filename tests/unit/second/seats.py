@@ -281,7 +281,7 @@ def capped(limit: float, steps: int, step_s: float, extra: int = 0, begins: floa
 def loading(scene: Scene, seat: Seat) -> float:
     """The longest that loading took anyone; 0 for who has loaded such a base."""
     own = scene.fleet.known.get(seat.device)
-    return scene.fleet.loaded_s if own is None or seat.bits not in own.peaks else 0.0
+    return scene.fleet.loaded_s if own is None or seat.bits not in {*own.speeds, *own.peaks} else 0.0
 
 
 def first_step(scene: Scene, seat: Seat, moves: tuple[int, int]) -> float:

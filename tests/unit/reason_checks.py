@@ -242,7 +242,7 @@ def judged(spot: Spot) -> set[int]:
 def depth(spot: Spot, said: Said) -> None:
     place, chosen, steps = spot.place, spot.round.chosen, spot.work.steps
     k = spot.reason.value
-    assert k == len({one.block for one in spot.scene.facts.modules if one.name in spot.work.ranks})
+    assert k == spot.depth
     close_s(said["round_s"], place.times[k - 1])
     steps *= place.grown[k - 1]
     close_s(said["forward_s"], steps * place.forward)
@@ -259,8 +259,7 @@ def depth(spot: Spot, said: Said) -> None:
 def steps(spot: Spot, said: Said) -> None:
     rounds, count = spot.scene.job.rounds, spot.work.steps
     if spot.round.name == "legend":
-        k = len({one.block for one in spot.scene.facts.modules if one.name in spot.work.ranks})
-        step_s = spot.step_s(spot.round.chosen.needs[k - 1], spot.work.batch)
+        step_s = spot.step_s(spot.round.chosen.needs[spot.depth - 1], spot.work.batch)
     elif spot.round.name == "head":
         step_s = spot.step_s(need_of(spot.scene.facts, spot.job, {}), spot.work.batch)
     else:

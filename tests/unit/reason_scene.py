@@ -185,14 +185,18 @@ class Spot:
         return fixed + sample * batch
 
     @property
+    def depth(self) -> int:
+        """Blocks that the work tunes."""
+        return len({one.block for one in self.scene.facts.modules if one.name in self.work.ranks})
+
+    @property
     def begins_s(self) -> float:
         """When the first step should begin, of methods whose work ends with its round."""
         scene, of = self.scene, self.round
         if not scene.fleet.measured or of.name not in ("fedpipe", "legend"):
             return 0.0
         if of.name == "legend":
-            depth = len({one.block for one in scene.facts.modules if one.name in self.work.ranks})
-            return first_step(scene, self.seat, self.place.moved[depth - 1])
+            return first_step(scene, self.seat, self.place.moved[self.depth - 1])
         ranks, bound = (of.ranks(self.device), of.bound) if of.over_all else (of.task.most, of.task.bound)
         return first_step(scene, self.seat, moved(scene, self.seat, ranks, bound))
 

@@ -157,7 +157,7 @@ def rank_width(spot: Spot, said: Said) -> None:
 
 def rank_rising(spot: Spot, said: Said) -> None:
     chosen, blocks = spot.round.chosen, sorted({one.block for one in tuned(spot.scene.facts, spot.job)})
-    depth = len({one.block for one in spot.scene.facts.modules if one.name in spot.work.ranks})
+    depth = spot.depth
     given = chosen.by_block[-depth:]
     assert [int(rank) for rank in said["ranks"].split()] == list(given)
     assert (int(said["lowest"]), int(said["highest"])) == (blocks[-depth], blocks[-1])

@@ -346,7 +346,7 @@ def undone(spot: Spot, said: Said) -> None:
 
 def transferred(spot: Spot, said: Said) -> None:
     if spot.round.name == "legend":
-        k = len({one.block for one in spot.scene.facts.modules if one.name in spot.work.ranks})
+        k = spot.depth
         byte_s, size = spot.place.byte_s, sum(spot.place.moved[k - 1])
         known = spot.scene.fleet.known.get(spot.device)
         took, rate = size * byte_s, 1 / byte_s if known and known.byte_s else 0.0

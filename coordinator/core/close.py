@@ -8,8 +8,8 @@ from typing import Literal
 
 from typing_extensions import assert_never
 
-Status = Literal["assigned", "accepted", "done", "refused", "failed", "silent"]
-"""Of a participant: asked; at work; its update is admitted; said no; could not; not heard of for too long."""
+Status = Literal["assigned", "accepted", "done", "refused", "failed", "gone", "silent"]
+"""Of a participant: asked; at work; its update is admitted; said no; could not; left; not heard of for too long."""
 Verdict = Literal["wait", "close", "repeat"]
 """Go on waiting; fold what is there; throw it away and plan the round again."""
 
@@ -18,7 +18,9 @@ def closing(statuses: Mapping[str, Status], quorum: float, now: float, deadline_
     """The verdict over a round's participants, with its reason.
 
     `quorum`: share of all participants whose updates suffice, and never less than one update. `now` and `deadline_at`:
-    seconds of one clock. A silent participant ends the wait for it, but its update counts if it comes before the close.
+    seconds of one clock. A participant that left or is silent ends the wait for it, but its update counts if it comes
+    before the close. Before a round is thrown away, those that left are given the time until they count as silent: a
+    daemon that is restarted keeps its work.
     """
     total = len(statuses)
     if total == 0:
@@ -28,6 +30,9 @@ def closing(statuses: Mapping[str, Status], quorum: float, now: float, deadline_
     waited_for = [device for device, status in statuses.items() if _is_waited_for(status)]
     tally = f"{done} of {total} updates, {need} needed ({quorum:.0%} of {total})"
     enough = done >= need
+    left = sum(status == "gone" for status in statuses.values())
+    if not waited_for and done < need <= done + left and now < deadline_at:
+        return "wait", f"{left} left and may be back: {tally}"
     if not waited_for:
         lost = _lost(statuses)
         why = f"all participants are done: {tally}" if not lost else f"nobody is waited for any more: {tally}; {lost}"
@@ -48,7 +53,7 @@ def _is_waited_for(status: Status) -> bool:
     match status:
         case "assigned" | "accepted":
             return True
-        case "done" | "refused" | "failed" | "silent":
+        case "done" | "refused" | "failed" | "gone" | "silent":
             return False
         case _:
             assert_never(status)
@@ -56,5 +61,6 @@ def _is_waited_for(status: Status) -> bool:
 
 def _lost(statuses: Mapping[str, Status]) -> str:
     """How many ended without an update, by kind."""
-    counts = {kind: sum(status == kind for status in statuses.values()) for kind in ("refused", "failed", "silent")}
+    kinds = ("refused", "failed", "gone", "silent")
+    counts = {kind: sum(status == kind for status in statuses.values()) for kind in kinds}
     return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)

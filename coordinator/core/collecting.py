@@ -8,6 +8,7 @@ from typing import Literal
 
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
+from coordinator.core import fleet
 from coordinator.core import records as rec
 from coordinator.core.close import Status
 from coordinator.core.job import UPDATE_REFUSED, Job, Round
@@ -200,7 +201,7 @@ def on_left(turn: Turn, device: str) -> None:
 
 
 def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
-    """Participant -> assigned, accepted, done, refused, failed or silent (a silent one's update is still taken)."""
+    """What is to be said of each participant (an update of one that left or is silent is still taken)."""
     round = job.round
     if round is None:
         return {}
@@ -211,10 +212,10 @@ def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
             continue
         known = state.fleet.get(device)
         heard = max(known.heard_at if known else 0.0, state.since, state.restarted_at)
-        if (now - heard > state.waits.silent_s and not state.cut_off) or (
-            known is not None and known.state is not None and not known.present
-        ):
+        if now - heard > state.waits.silent_s and not state.cut_off:
             found[device] = "silent"
+        elif known is not None and fleet.gone(known, now, state.restarted_at, state.waits.silent_s):
+            found[device] = "gone"
         elif device in state.accepted:
             found[device] = "accepted"
     return found

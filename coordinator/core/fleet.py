@@ -9,6 +9,8 @@ from shared.messages import DeviceInfo, DeviceState, Load, Progress
 
 GONE = frozenset({"lost", "disconnected", "draining"})
 """Lifecycle words under which a device gets no work."""
+WILL_S = 2.0
+"""Seconds after which a will is believed: a broker that is stopped sends those of all its clients before it is gone."""
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +23,8 @@ class Presence(msgspec.Struct, frozen=True, kw_only=True):
     load: Load | None = None
     load_at: float = 0.0
     heard_at: float = 0.0
+    lost_at: float = 0.0
+    """When its will came."""
     progress: Progress | None = None
     asked_at: float = -1e9
     """When it was last asked for a rebirth."""
@@ -55,7 +59,12 @@ def told(fleet: Fleet, device: str, message: DeviceState | DeviceInfo | Load | P
     if message.epoch < known.epoch:
         return fleet
     alive = not (isinstance(message, DeviceState) and message.s == "lost")
-    known = replace(known, epoch=message.epoch, heard_at=now if alive else known.heard_at)
+    known = replace(
+        known,
+        epoch=message.epoch,
+        heard_at=now if alive else known.heard_at,
+        lost_at=known.lost_at if alive else now,
+    )
     match message:
         case DeviceState():
             known = replace(known, state=message)
@@ -66,6 +75,17 @@ def told(fleet: Fleet, device: str, message: DeviceState | DeviceInfo | Load | P
         case Progress():
             known = replace(known, progress=message)
     return {**fleet, device: known}
+
+
+def gone(known: Presence, now: float, heard_from: float, wait_s: float) -> bool:
+    """Whether it takes no work any more, by its own word or by its will.
+
+    A will is no proof where the broker has just gone, or come back: then the devices have to connect anew, as we had
+    to at `heard_from` (monotonic seconds), and have `wait_s` to contradict it.
+    """
+    if known.state is None or known.present:
+        return False
+    return known.state.s != "lost" or now - known.lost_at >= WILL_S and now - heard_from > wait_s
 
 
 def unborn(known: Presence) -> bool:

@@ -10,8 +10,8 @@ from typing_extensions import assert_never
 
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
+from coordinator.core import fleet, releases
 from coordinator.core import release_records as rec
-from coordinator.core import releases
 from coordinator.core.fleet import Presence
 from coordinator.core.release_transitions import TABLE
 from coordinator.core.releases import SETTLED, Release
@@ -336,7 +336,8 @@ def _is_gone(state: State, device: str, now: float) -> bool:
     known = state.fleet.get(device)
     if known is None or known.state is None:
         return now - state.restarted_at >= state.waits.grace_s
-    return not known.present or now - known.heard_at > state.waits.absent_s
+    lost = fleet.gone(known, now, state.restarted_at, state.waits.silent_s)
+    return lost or now - known.heard_at > state.waits.absent_s
 
 
 def _is_over(state: State, release: Release, now: float) -> bool:

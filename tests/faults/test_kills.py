@@ -18,7 +18,7 @@ import pytest
 from coordinator.core import records as rec
 from coordinator.web.views import JobView
 from shared.errors import UserError
-from tests.faults.phases import DEVICE_PHASES, FIRST, JOB_PHASES, LEAVING, POINTS, meet
+from tests.faults.phases import DEVICE_PHASES, FIRST, JOB_PHASES, LEAVING, POINTS, meet, trains
 from tests.faults.scene import DEVICES, ROUNDS, Scene, check_counted, check_plans, check_whole, trap
 
 WHOLE = ("queued", "preparing", "baseline", "waiting", "open", "folding", "evaluating", "exporting", "finished")
@@ -186,6 +186,52 @@ def test_broker_killed_with_its_disk(tmp_path: Path, reference: str, program: st
     assert scene.wiped == ["mosquitto.db"]
     check_whole(scene, view, reference)
     assert all(scene.trainings(device) == ONCE for device in DEVICES), "trained again"
+
+
+def test_broker_restarted_while_devices_train(tmp_path: Path, reference: str) -> None:
+    """As on an update of its package. Stopped, not killed, it tells of every device that it is lost, and the
+    coordinator is back before any of them."""
+    scene = Scene(tmp_path)
+
+    def act(scene: Scene, view: JobView | None) -> None:
+        if scene.planned is not None or view is None or view.state != "open":
+            return
+        scene.planned = scene.digests()
+        daemons = [edge.pid for edge in scene.fleet.edges.values()]
+        for pid in daemons:
+            os.kill(pid, signal.SIGSTOP)
+        scene.fleet.broker.restart()
+        time.sleep(4.0)
+        for pid in daemons:
+            os.kill(pid, signal.SIGCONT)
+
+    view = scene.run(act)
+    check_whole(scene, view, reference)
+    assert all(scene.trainings(device) == ONCE for device in DEVICES), "trained again"
+
+
+def test_daemon_restarted_while_the_other_device_delivers(tmp_path: Path) -> None:
+    """As on a new release of the daemon: what it had done counts, and the round is not thrown away meanwhile."""
+    scene = Scene(tmp_path, step_s=0.1)
+
+    def act(scene: Scene, view: JobView | None) -> None:
+        if scene.planned is not None or not trains(view):
+            return
+        scene.planned = scene.digests()
+        scene.fleet.edges[FIRST].terminate()
+        scene.fleet.edges[FIRST].wait()
+        until = time.monotonic() + 30
+        while (view := scene.look()) is None or view.rounds[0].participants[1].status != "done":
+            assert time.monotonic() < until, view
+            time.sleep(0.05)
+        assert view.rounds[0].participants[0].status == "gone"
+        time.sleep(1.0)
+
+    view = scene.run(act)
+    check_counted(scene, view)
+    plans = [(r.round, r.attempt) for r in scene.records() if isinstance(r, rec.RoundPlanned)]
+    assert plans == [(number, 1) for number in range(1, ROUNDS + 1)]
+    assert scene.trainings(FIRST) == ONCE
 
 
 @pytest.mark.parametrize("what", [signal.SIGSTOP, signal.SIGKILL])

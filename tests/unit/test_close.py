@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 
 from coordinator.core.close import Status, closing, updates_needed
 
-STATUS = st.sampled_from(["assigned", "accepted", "done", "refused", "failed", "silent"])
+STATUS = st.sampled_from(["assigned", "accepted", "done", "refused", "failed", "gone", "silent"])
 
 
 def _round(text: str) -> dict[str, Status]:
-    """Statuses by first letter: a(ssigned), w(orking = accepted), d(one), r(efused), f(ailed), s(ilent)."""
+    """Statuses by first letter: a(ssigned), w(orking = accepted), d(one), r(efused), f(ailed), g(one), s(ilent)."""
     words: dict[str, Status] = {
-        "a": "assigned", "w": "accepted", "d": "done", "r": "refused", "f": "failed", "s": "silent"
+        "a": "assigned", "w": "accepted", "d": "done", "r": "refused", "f": "failed", "g": "gone", "s": "silent"
     }  # fmt: skip
     return {f"edge-{index}": words[letter] for index, letter in enumerate(text)}
 
@@ -36,6 +36,11 @@ def _round(text: str) -> dict[str, Status]:
         ("dsss", 0.5, 0.0, "repeat"),
         ("rrrr", 0.0, 0.0, "repeat"),
         ("dsrw", 0.25, 0.0, "wait"),
+        ("ddgg", 0.5, 0.0, "close"),
+        ("ddgg", 0.75, 99.9, "wait"),
+        ("ddgg", 0.75, 100.0, "repeat"),
+        ("dgrr", 0.75, 0.0, "repeat"),
+        ("ggss", 0.0, 0.0, "wait"),
     ],
 )
 def test_the_verdict_follows_from_who_is_waited_for(statuses: str, quorum: float, now: float, verdict: str) -> None:
@@ -64,6 +69,6 @@ def test_nothing_closes_without_its_quorum_and_nothing_waits_past_the_deadline(
         assert done >= max(1, quorum * len(statuses) - 1e-9)
     if verdict == "wait":
         assert now < 100.0
-        assert {"assigned", "accepted"} & set(statuses.values())
+        assert {"assigned", "accepted", "gone"} & set(statuses.values())
     if now >= 100.0:
         assert verdict != "wait"

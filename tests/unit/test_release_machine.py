@@ -161,6 +161,7 @@ def test_a_rollback_waits_for_nobody_who_is_gone(rig: ReleaseRig) -> None:
     for device in DEVICES[:3]:
         assert rig.found(name).phase == "rolling_back"
         rig.takes(device)
+    rig.wait(12.1)  # the fleet was heard for the first time a moment ago
     assert rig.found(name).reason == "withdrawn by an operator; not yet confirmed by dev-d"
     assert rig.told["dev-d"] == ("", False), "retained: it finds it when it is back"
 

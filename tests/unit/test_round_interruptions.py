@@ -131,6 +131,46 @@ def test_silence_while_the_broker_is_away_says_nothing() -> None:
     assert rig.job.phase == "folding"
 
 
+def _all_lost(rig: Rig) -> None:
+    for device in ("dev-a", "dev-b"):
+        rig.feed(ev.FromDevice, device=device, message=DeviceState(s="lost", epoch=1))
+
+
+def test_a_broker_that_is_stopped_and_sends_all_wills_ends_no_round() -> None:
+    """They come before it is gone, and again, retained, once it is back and the devices are not."""
+    rig = Rig()
+    rig.open()
+    _all_lost(rig)
+    rig.now += 0.1
+    rig.feed(ev.BrokerLost)
+    rig.now += 60
+    rig.feed(ev.Tick)
+    rig.feed(ev.BrokerFound, chunk=1000)
+    _all_lost(rig)
+    rig.now += 11.9
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "open" and rig.job.round is not None and rig.job.round.attempt == 1
+    rig.birth("dev-a", epoch=2)
+    rig.now += 0.2
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "open", "dev-b is not waited for any more, dev-a is"
+    rig.deliver("dev-a", A)
+    assert rig.job.phase == "waiting", "one of two is no quorum of all"
+
+
+def test_wills_of_before_a_start_are_doubted_as_silence_is() -> None:
+    rig = _to("open")
+    round = rig.job.round
+    rig.restart()
+    _all_lost(rig)
+    rig.now += 11.9
+    rig.feed(ev.Tick)
+    assert rig.job.round == round
+    rig.now += 0.2
+    rig.feed(ev.Tick)
+    assert rig.job.round != round
+
+
 def test_after_a_long_absence_waiting_updates_get_a_chance() -> None:
     rig = _to("open")
     rig.now += 3600

@@ -123,11 +123,24 @@ def test_silence_ends_the_wait_and_a_late_update_still_counts() -> None:
     assert records(rig, rec.RoundClosed)[0].devices == ["dev-a", "dev-b"]
 
 
-def test_the_will_ends_the_wait_at_once_and_is_no_sign_of_life() -> None:
+def test_the_will_ends_the_wait_once_it_is_believed_and_is_no_sign_of_life() -> None:
     rig = Rig()
     rig.open(spec(rounds={"quorum": 0.5}))
     rig.deliver("dev-a", A)
     rig.feed(ev.FromDevice, device="dev-b", message=DeviceState(s="lost", epoch=1))
+    rig.now += 1.9
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "open"
+    rig.now += 0.2
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "folding"
+
+
+def test_who_says_goodbye_is_not_waited_for() -> None:
+    rig = Rig()
+    rig.open(spec(rounds={"quorum": 0.5}))
+    rig.deliver("dev-a", A)
+    rig.feed(ev.FromDevice, device="dev-b", message=DeviceState(s="disconnected", epoch=1))
     assert rig.job.phase == "folding"
 
 

@@ -34,7 +34,8 @@ class WaitSettings(Section, frozen=True, kw_only=True):
     """Every wait of the coordinator, in seconds."""
 
     silent_s: Seconds = 12.0
-    """A participant that says nothing for so long is no longer waited for."""
+    """A participant that says nothing for so long is no longer waited for. A round is not repeated for one that left
+    before that, and after a reconnect no will is believed earlier."""
     absent_s: Seconds = 60.0
     """A device that said nothing for so long gets no work."""
     cautious_periods: Annotated[float, Meta(gt=0)] = 3.0

@@ -30,9 +30,9 @@ def closing(statuses: Mapping[str, Status], quorum: float, now: float, deadline_
     waited_for = [device for device, status in statuses.items() if _is_waited_for(status)]
     tally = f"{done} of {total} updates, {need} needed ({quorum:.0%} of {total})"
     enough = done >= need
-    left = sum(status == "gone" for status in statuses.values())
-    if not waited_for and done < need <= done + left and now < deadline_at:
-        return "wait", f"{left} left and may be back: {tally}"
+    away = sum(status == "gone" for status in statuses.values())
+    if not waited_for and done < need <= done + away and now < deadline_at:
+        return "wait", f"{away} left and may be back: {tally}"
     if not waited_for:
         lost = _lost(statuses)
         why = f"all participants are done: {tally}" if not lost else f"nobody is waited for any more: {tally}; {lost}"

@@ -201,20 +201,21 @@ def on_left(turn: Turn, device: str) -> None:
 
 
 def statuses(state: State, job: Job, now: float) -> dict[str, Status]:
-    """What is to be said of each participant (an update of one that left or is silent is still taken)."""
+    """The status of each participant now (an update of one that left or is silent is still taken)."""
     round = job.round
     if round is None:
         return {}
     found: dict[str, Status] = {}
+    hearing_since = state.hearing_since(now)
     for device, part in round.participants.items():
         found[device] = part.outcome
         if part.outcome != "assigned":
             continue
         known = state.fleet.get(device)
-        heard = max(known.heard_at if known else 0.0, state.since, state.restarted_at)
-        if now - heard > state.waits.silent_s and not state.cut_off:
+        heard = max(known.heard_at if known else 0.0, state.since, hearing_since)
+        if now - heard > state.waits.silent_s:
             found[device] = "silent"
-        elif known is not None and fleet.gone(known, now, state.restarted_at, state.waits.silent_s):
+        elif known is not None and fleet.gone(known, now, hearing_since, state.waits.silent_s):
             found[device] = "gone"
         elif device in state.accepted:
             found[device] = "accepted"

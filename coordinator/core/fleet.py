@@ -77,15 +77,16 @@ def told(fleet: Fleet, device: str, message: DeviceState | DeviceInfo | Load | P
     return {**fleet, device: known}
 
 
-def gone(known: Presence, now: float, heard_from: float, wait_s: float) -> bool:
-    """Whether it takes no work any more, by its own word or by its will.
+def gone(known: Presence, now: float, hearing_since: float, wait_s: float) -> bool:
+    """Whether we believe that it left, by its own word or by its will.
 
     A will is no proof where the broker has just gone, or come back: then the devices have to connect anew, as we had
-    to at `heard_from` (monotonic seconds), and have `wait_s` to contradict it.
+    to at `hearing_since` (monotonic seconds), and have `wait_s` to contradict it. Nor is either of an epoch before
+    that of the last message.
     """
-    if known.state is None or known.present:
+    if known.state is None or known.present or known.state.epoch < known.epoch:
         return False
-    return known.state.s != "lost" or now - known.lost_at >= WILL_S and now - heard_from > wait_s
+    return known.state.s != "lost" or now - known.lost_at >= WILL_S and now - hearing_since > wait_s
 
 
 def unborn(known: Presence) -> bool:

@@ -325,19 +325,23 @@ def _entered(turn: Turn, event: ev.AnyEvent) -> None:
 
 
 def _hears(state: State, now: float) -> bool:
-    """Whether the fleet is known as it is: after a start or an outage the devices tell us anew that they are there."""
-    gather = state.waits.gather_s
-    quiet = now - max(state.settled_at, state.restarted_at) >= gather
-    return not state.cut_off and (quiet or now - state.restarted_at >= state.waits.patience * gather)
+    """Whether the fleet is known as it is: after a start or an outage the devices tell us anew that they are there,
+    some after a will that is not to be believed."""
+    since, gather = state.hearing_since(now), state.waits.gather_s
+    if now - since >= state.waits.patience * gather:
+        return True
+    lost = (known for known in state.fleet.values() if known.state is not None and known.state.s == "lost")
+    quiet = now - max(state.settled_at, since) >= gather
+    return quiet and all(fleet.gone(known, now, since, state.waits.silent_s) for known in lost)
 
 
 def _is_gone(state: State, device: str, now: float) -> bool:
     """Whether nothing is to be expected of a device; it will hear what it is to have once it is back."""
-    known = state.fleet.get(device)
+    known, since = state.fleet.get(device), state.hearing_since(now)
     if known is None or known.state is None:
-        return now - state.restarted_at >= state.waits.grace_s
-    lost = fleet.gone(known, now, state.restarted_at, state.waits.silent_s)
-    return lost or now - known.heard_at > state.waits.absent_s
+        return now - since >= state.waits.grace_s
+    left = fleet.gone(known, now, since, state.waits.silent_s)
+    return left or now - max(known.heard_at, since) > state.waits.absent_s
 
 
 def _is_over(state: State, release: Release, now: float) -> bool:

@@ -94,6 +94,10 @@ class State:
         """The job that holds the fleet."""
         return next((job for job in self.jobs.values() if job.phase not in IDLE), None)
 
+    def hearing_since(self, now: float) -> float:
+        """When the devices could begin to be heard; `now` while the broker is away. No silence counts before."""
+        return now if self.cut_off else self.restarted_at
+
 
 class Step(NamedTuple):
     """What a step decided. Records go to disk before any command is performed."""

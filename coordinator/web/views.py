@@ -21,7 +21,7 @@ class ParticipantView(View, frozen=True, kw_only=True):
     work: Work
     attempt: int = 1
     status: str = "assigned"
-    """assigned, accepted, training, done, refused, failed, gone, silent, late."""
+    """assigned, accepted, training, done, refused, failed, gone (left, and may be back), silent, late."""
     reason: str = ""
     facts: UpdateFacts | None = None
     predicted_s: float = 0.0

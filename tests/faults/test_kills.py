@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from coordinator.core import records as rec
+from coordinator.core.fleet import WILL_S
 from coordinator.web.views import JobView
 from shared.errors import UserError
 from tests.faults.phases import DEVICE_PHASES, FIRST, JOB_PHASES, LEAVING, POINTS, meet, trains
@@ -200,10 +201,16 @@ def test_broker_restarted_while_devices_train(tmp_path: Path, reference: str) ->
         daemons = [edge.pid for edge in scene.fleet.edges.values()]
         for pid in daemons:
             os.kill(pid, signal.SIGSTOP)
-        scene.fleet.broker.restart()
-        time.sleep(4.0)
-        for pid in daemons:
-            os.kill(pid, signal.SIGCONT)
+        try:
+            scene.fleet.broker.restart()
+            until = time.monotonic() + 10
+            while {device.state for device in scene.fleet.client.devices()} != {"lost"}:
+                assert time.monotonic() < until, "the wills are not there"
+                time.sleep(0.05)
+            time.sleep(WILL_S + 0.5)
+        finally:
+            for pid in daemons:
+                os.kill(pid, signal.SIGCONT)
 
     view = scene.run(act)
     check_whole(scene, view, reference)

@@ -69,6 +69,8 @@ def test_nothing_closes_without_its_quorum_and_nothing_waits_past_the_deadline(
         assert done >= max(1, quorum * len(statuses) - 1e-9)
     if verdict == "wait":
         assert now < 100.0
-        assert {"assigned", "accepted", "gone"} & set(statuses.values())
+        away = sum(status == "gone" for status in statuses.values())
+        at_work = {"assigned", "accepted"} & set(statuses.values())
+        assert at_work or done < updates_needed(len(statuses), quorum) <= done + away
     if now >= 100.0:
         assert verdict != "wait"

@@ -156,14 +156,36 @@ def test_an_operator_goes_back_from_every_phase(rig: ReleaseRig) -> None:
 
 def test_a_rollback_waits_for_nobody_who_is_gone(rig: ReleaseRig) -> None:
     name = finished(rig)
+    rig.wait(60.0)  # we have heard the fleet for long: its wills are believed after two seconds
     rig.feed(ev.FromDevice, device="dev-d", message=DeviceState(s="lost", epoch=1))
     rig.feed(ev.RollbackRequested, release=name)
     for device in DEVICES[:3]:
         assert rig.found(name).phase == "rolling_back"
         rig.takes(device)
-    rig.wait(12.1)  # the fleet was heard for the first time a moment ago
+    rig.wait(1.9)
+    assert rig.found(name).phase == "rolling_back"
+    rig.wait(1.0)
     assert rig.found(name).reason == "withdrawn by an operator; not yet confirmed by dev-d"
     assert rig.told["dev-d"] == ("", False), "retained: it finds it when it is back"
+
+
+def test_a_roll_back_outlasts_a_broker_that_is_stopped(rig: ReleaseRig) -> None:
+    """It sends the wills of all devices before it is gone."""
+    name = finished(rig)
+    rig.wait(60.0)
+    rig.feed(ev.RollbackRequested, release=name)
+    for device in DEVICES:
+        rig.feed(ev.FromDevice, device=device, message=DeviceState(s="lost", epoch=1))
+    rig.feed(ev.BrokerLost)
+    rig.wait(300.0)
+    assert rig.found(name).phase == "rolling_back"
+    rig.feed(ev.BrokerFound, chunk=1000)
+    rig.wait(1.0)
+    assert rig.found(name).phase == "rolling_back"
+    for device in DEVICES:
+        rig.birth(device, epoch=2)
+        rig.takes(device)
+    assert (rig.found(name).phase, rig.found(name).reason) == ("rolled_back", "withdrawn by an operator")
 
 
 def test_who_is_cut_off_calls_nobody_silent(rig: ReleaseRig) -> None:

@@ -8,9 +8,11 @@ import pytest
 
 from coordinator.core import commands as cmd
 from coordinator.core import events as ev
+from coordinator.core.close import Status
+from coordinator.core.collecting import statuses
 from coordinator.core.transitions import TABLE
 from shared import machines
-from shared.messages import DeviceState
+from shared.messages import DeviceState, Load
 from tests.unit.machine_rig import HELD_OUT, A, B, Rig, of, spec
 
 
@@ -131,6 +133,10 @@ def test_silence_while_the_broker_is_away_says_nothing() -> None:
     assert rig.job.phase == "folding"
 
 
+def _statuses(rig: Rig) -> dict[str, Status]:
+    return statuses(rig.state, rig.job, rig.now)
+
+
 def _all_lost(rig: Rig) -> None:
     for device in ("dev-a", "dev-b"):
         rig.feed(ev.FromDevice, device=device, message=DeviceState(s="lost", epoch=1))
@@ -145,6 +151,7 @@ def test_a_broker_that_is_stopped_and_sends_all_wills_ends_no_round() -> None:
     rig.feed(ev.BrokerLost)
     rig.now += 60
     rig.feed(ev.Tick)
+    assert set(_statuses(rig).values()) == {"assigned"}, "not told to be gone while nobody can say otherwise"
     rig.feed(ev.BrokerFound, chunk=1000)
     _all_lost(rig)
     rig.now += 11.9
@@ -156,6 +163,44 @@ def test_a_broker_that_is_stopped_and_sends_all_wills_ends_no_round() -> None:
     assert rig.job.phase == "open", "dev-b is not waited for any more, dev-a is"
     rig.deliver("dev-a", A)
     assert rig.job.phase == "waiting", "one of two is no quorum of all"
+
+
+def test_a_round_waits_for_a_daemon_that_is_restarted_before_it_is_thrown_away() -> None:
+    rig = _to("open")
+    rig.feed(ev.FromDevice, device="dev-b", message=DeviceState(s="disconnected", epoch=1))
+    assert _statuses(rig) == {"dev-a": "done", "dev-b": "gone"}
+    rig.now += 11.9
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "open"
+    rig.birth("dev-b", epoch=2)
+    assert _statuses(rig)["dev-b"] == "assigned"
+    rig.deliver("dev-b", B)
+    assert rig.job.phase == "folding"
+    assert rig.job.round is not None and (rig.job.round.attempt, rig.job.round.counted) == (1, ("dev-a", "dev-b"))
+
+
+def test_a_round_waits_no_longer_than_silence_for_one_that_left() -> None:
+    rig = _to("open")
+    rig.feed(ev.FromDevice, device="dev-b", message=DeviceState(s="disconnected", epoch=1))
+    rig.now += 12.1
+    rig.feed(ev.Tick)
+    assert rig.job.phase == "waiting" and "dev-b" in rig.state.silenced
+
+
+def test_a_round_whose_quorum_is_there_waits_for_nobody_who_left() -> None:
+    rig = Rig()
+    rig.open(spec(rounds={"quorum": 0.5}))
+    rig.deliver("dev-a", A)
+    rig.feed(ev.FromDevice, device="dev-b", message=DeviceState(s="disconnected", epoch=1))
+    assert rig.job.phase == "folding"
+
+
+def test_who_is_heard_of_a_later_connection_is_not_gone() -> None:
+    """Its load may overtake its birth."""
+    rig = _to("open")
+    rig.feed(ev.FromDevice, device="dev-b", message=DeviceState(s="disconnected", epoch=1))
+    rig.feed(ev.FromDevice, device="dev-b", message=Load(epoch=2, seq=1, cores=1.0))
+    assert _statuses(rig)["dev-b"] == "assigned"
 
 
 def test_wills_of_before_a_start_are_doubted_as_silence_is() -> None:

@@ -136,14 +136,6 @@ def test_the_will_ends_the_wait_once_it_is_believed_and_is_no_sign_of_life() -> 
     assert rig.job.phase == "folding"
 
 
-def test_who_says_goodbye_is_not_waited_for() -> None:
-    rig = Rig()
-    rig.open(spec(rounds={"quorum": 0.5}))
-    rig.deliver("dev-a", A)
-    rig.feed(ev.FromDevice, device="dev-b", message=DeviceState(s="disconnected", epoch=1))
-    assert rig.job.phase == "folding"
-
-
 def test_a_stale_will_changes_nothing() -> None:
     rig = Rig()
     rig.birth("dev-a", epoch=5)

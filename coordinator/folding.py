@@ -140,7 +140,7 @@ def _units_left(
     results = {device: told for device, told in facts.items() if told is not None}
     sound = pruned.sound(job.facts.groups, job.round.plan.participants, results)
     parts = [
-        pruned.Told(weights[one.device], sound[one.device].kept, adapter_files.read_file(one.path).scores)
+        pruned.Told(weights[one.device], sound[one.device].facts.kept, adapter_files.read_file(one.path).scores)
         for one in reported
         if one.device in sound
     ]

@@ -2,17 +2,22 @@
 
 The devices are those of `muster simulate --profile jetson`: step times, memory, links and other programs come from
 `muster.testbed.device_model`, which is another model than the planners'. Importances are exponential over the modules,
-and each device tells them with a disturbance of its own. Everything is drawn by hashes of the seed.
+and each device tells them with a disturbance of its own. Of a base that is pruned, each device tells which units are
+left, by its order and by chance; two such rounds went before, since in the first one nobody's units were gone yet.
+Everything is drawn by hashes of the seed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
+import numpy as np
 from msgspec.structs import replace
 
 from coordinator.core import events as ev
+from coordinator.core.aggregation.registry import PRUNING
 from coordinator.core.commands import PublishAssign
 from coordinator.core.facts import ModelFacts, ModuleSpec
 from coordinator.core.fleet import Presence
@@ -26,6 +31,8 @@ from muster.testbed.simulate import load_steps
 from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
 from shared.jobs import BaseSpec, JobSpec, RoundsSpec, StrategySpec, TaskSpec
 from shared.messages import Assignment, BlobRef, DatasetFacts, DeviceInfo, DeviceState, UpdateFacts
+from shared.pruning_order import Pruning
+from shared.units import Group, Slice, count_left
 
 DATASET, CLASSES, ROWS, TOKENS = "texts", 20, 2000, 32
 LOCAL_STEPS = 8
@@ -52,6 +59,8 @@ def transformer(blocks: int, hidden: int, strategy: str = "uniform") -> ModelFac
         modules=modules, dense=head, base_digest="b" * 64, linear_params=sum(m.out * m.inp for m in modules),
         other_params=31_100 * hidden, blocks=blocks, hidden=hidden, heads=hidden // 32, intermediate=4 * hidden,
     )  # fmt: skip
+    if strategy in PRUNING:
+        return replace(facts, groups=_groups(blocks, hidden))
     if strategy == "full":
         whole = {f"{module.name}.weight": [module.out, module.inp] for module in modules}
         return replace(facts, dense={**head, **whole, "others": [facts.other_params]})
@@ -59,6 +68,20 @@ def transformer(blocks: int, hidden: int, strategy: str = "uniform") -> ModelFac
         places = [ModuleSpec(name=f"layer.{block}", out=hidden, inp=hidden, block=block) for block in range(blocks)]
         return replace(facts, modules=places, largest=4 * hidden * hidden)
     return facts
+
+
+def _groups(blocks: int, hidden: int) -> tuple[Group, ...]:
+    """Heads of 32 and FFN channels of each block."""
+    found: list[Group] = []
+    for block in range(blocks):
+        of_heads = [(name, "out") for name in ("query", "key", "value")] + [("attention", "in")]
+        for kind, width, count, sides in (
+            ("heads", 32, hidden // 32, of_heads),
+            ("channels", 1, 4 * hidden, [("up", "out"), ("down", "in")]),
+        ):
+            slices = tuple(Slice(module=f"layer.{block}.{name}", side=side, width=width) for name, side in sides)
+            found.append(Group(name=f"{block}.{kind}", block=block, kind=kind, count=count, slices=slices))
+    return tuple(found)
 
 
 def job(strategy: StrategySpec) -> JobSpec:
@@ -74,7 +97,7 @@ def job(strategy: StrategySpec) -> JobSpec:
 
 
 def warmed(spec: JobSpec, facts: ModelFacts, count: int, seed: int, *, tight: bool = False) -> State:
-    """`count` devices delivered round 1; the next tick commits it, the one after that plans round 2.
+    """`count` devices delivered a round; the next tick commits it, the one after that plans the next.
 
     `tight`: their memory holds the base at 4 bits and `TIGHT` samples only.
     """
@@ -86,6 +109,17 @@ def warmed(spec: JobSpec, facts: ModelFacts, count: int, seed: int, *, tight: bo
         ev.BasePrepared(job="warm-1", facts=facts, adapter=ADAPTER, now=WARM_AT, ts=WARM_AT),
         ev.Tick(now=WARM_AT, ts=WARM_AT),
     ]
+    state = _delivered(state, events, devices, facts.groups)
+    if facts.groups:
+        commit_and_plan = [ev.Tick(now=WARM_AT, ts=WARM_AT)] * 2
+        state = _delivered(state, commit_and_plan, devices, facts.groups)
+    return dataclasses.replace(state, fleet=_fleet(devices, NOW))
+
+
+def _delivered(
+    state: State, events: Sequence[ev.AnyEvent], devices: dict[str, VirtualDevice], groups: Sequence[Group]
+) -> State:
+    """After `events`, the last of which plans a round, and that round: to be committed."""
     asked: dict[str, Assignment] = {}
     for event in events:
         state, _, commands = step(state, event)
@@ -94,12 +128,11 @@ def warmed(spec: JobSpec, facts: ModelFacts, count: int, seed: int, *, tight: bo
     job = state.jobs["warm-1"]
     assert job.round is not None, state.notices
     parts = {
-        name: Participant(outcome="done", blob=ADAPTER, facts=_facts(devices[name], asked[name])) for name in asked
+        name: Participant(outcome="done", blob=ADAPTER, facts=_facts(devices[name], asked[name], groups))
+        for name in asked
     }
     closed = replace(job.round, participants=parts, counted=tuple(sorted(parts)), folded=ADAPTER)
-    return dataclasses.replace(
-        state, jobs={job.id: replace(job, phase="evaluating", round=closed)}, fleet=_fleet(devices, NOW)
-    )
+    return dataclasses.replace(state, jobs={job.id: replace(job, phase="evaluating", round=closed)})
 
 
 def tick(state: State) -> Step:
@@ -125,6 +158,7 @@ def _devices(facts: ModelFacts, count: int, seed: int, *, tight: bool) -> dict[s
         {module.name: (module.out, module.inp, module.block) for module in facts.modules},
         sum(math.prod(shape) for name, shape in facts.dense.items() if name.startswith(HEAD)),
         lora=facts.blocks * facts.hidden * sum(out + inp for _, out, inp in _LINEARS), whole=tunes_base(facts),
+        groups=facts.groups,
     )  # fmt: skip
     clock = Clockwork(dm.StepTable(steps), dm.MemoryTable.of(steps), base, round=1)
     drawn = dm.fleet("jetson", count, seed)
@@ -155,7 +189,7 @@ def _presence(device: VirtualDevice, now: float) -> Presence:
     )  # fmt: skip
 
 
-def _facts(device: VirtualDevice, asked: Assignment) -> UpdateFacts:
+def _facts(device: VirtualDevice, asked: Assignment, groups: Sequence[Group]) -> UpdateFacts:
     """What the device measured; where memory ran out, at half the batch."""
     work = asked.work
     batch = work.batch
@@ -168,7 +202,22 @@ def _facts(device: VirtualDevice, asked: Assignment) -> UpdateFacts:
         fetch_s=ADAPTER.size / device.bandwidth(WARM_AT), peak_bytes=device.peak_bytes(work, batch),
         base_bytes=device.base_bytes(work.bits), cores_used=device.cores_used(WARM_AT),
         importance=_importance(device, asked) if work.score else {},
+        change=dm.draw(device.model.seed, device.model.name, "change"),
+        kept=_kept(device, work.prune, groups) if work.prune is not None else {},
     )  # fmt: skip
+
+
+def _kept(device: VirtualDevice, order: Pruning, groups: Sequence[Group]) -> dict[str, bytes]:
+    """What pruning to the order's ratio left, by chance."""
+    chance = np.random.default_rng([device.model.seed, *device.model.name.encode()])
+    found = {}
+    for group in groups:
+        before = np.frombuffer(order.kept.get(group.name, b"\xff" * -(-group.count // 8)), np.uint8)
+        there = np.flatnonzero(np.unpackbits(before, bitorder="little")[: group.count])
+        bits = np.zeros(group.count, np.uint8)
+        bits[chance.permutation(there)[: count_left(group, order.ratio, len(there))]] = 1
+        found[group.name] = np.packbits(bits, bitorder="little").tobytes()
+    return found
 
 
 def _importance(device: VirtualDevice, asked: Assignment) -> dict[str, float]:

@@ -223,8 +223,8 @@ def test_the_fleets_scores_come_with_the_adapter_and_bring_a_late_device_to_its_
     assert late.pruner.kept == units.best(whole.known, rising, 0.25)
     late.loop.run()
     assert units.ratio_of(late.known, late.pruner.kept) == 0.5
-    everything = {group.name: list(range(group.count)) for group in late.known}
-    assert not units.astray(late.known, late.pruner.kept, everything, 0.25, 0.5)
+    left = units.bits(late.known, units.pack(late.known, late.pruner.kept))
+    assert not units.astray(late.known, left, units.bits(late.known, {}), 0.25, 0.5)
     with pytest.raises(DecodeError, match="3 scores for the units of '0.heads'"):
         Work(bert, colours, tmp_path, Pruning(ratio=0.5), steps=2, scores={"0.heads": b"abc"})
 

@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 
 from coordinator.core import records as rec
+from coordinator.core.aggregation.registry import PRUNING
+from coordinator.core.planning.pruned import ratio_of
 from coordinator.core.planning.registry import PLANNERS
 from shared.jobs import StrategySpec
 
@@ -30,7 +32,11 @@ def test_every_planner_plans_the_round_after_the_warm_one(warm_fleet: ModuleType
     committed = warm_fleet.tick(state)
     assert any(isinstance(record, rec.RoundCommitted) for record in committed.records)
     (planned,) = warm_fleet.tick(committed.state).records
-    assert isinstance(planned, rec.RoundPlanned) and planned.round == 2 and planned.plan.participants
+    assert isinstance(planned, rec.RoundPlanned) and planned.round == (3 if name in PRUNING else 2)
+    assert planned.plan.participants
+    if name in PRUNING:
+        orders = [work.prune for work in planned.plan.participants.values()]
+        assert all(order is not None and ratio_of(facts.groups, order.kept) > 0 for order in orders), "learned of each"
     if name == "fedpipe":
         weights = planned.plan.weights
         assert weights is not None and 0 < len(weights.selected) < len(facts.modules), "chosen by their scores"

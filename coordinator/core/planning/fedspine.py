@@ -44,7 +44,7 @@ from coordinator.core.planning.common import global_rank, nobody
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand
 from coordinator.core.planning.drafts import Draft, batches_to_the_jobs
-from coordinator.core.planning.pruned import begun, class_of, facts_at, ratio_of, sound
+from coordinator.core.planning.pruned import Sound, class_of, facts_at, ratio_of, sound
 from coordinator.core.planning.ranks import LEAST, Ranked, of_modules
 from coordinator.core.planning.reasons import word
 from coordinator.core.planning.sizing import Seat, choose_bits, seat
@@ -102,40 +102,37 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         for device in told:
             by_class.setdefault(class_of(report.infos[device]), []).append(device)
         if report.accepted:
-            planner = planner._pruned(report.facts, report.job.strategy.prune, told, by_class)
+            planner = planner._pruned(report.job.strategy.prune, told, by_class)
         return replace(planner, bandits=planner._rewarded(report, told, by_class))
 
-    def _pruned(
-        self, facts: ModelFacts, most: float, told: Mapping[str, UpdateFacts], by_class: Mapping[str, list[str]]
-    ) -> FedSpinePlanner:
+    def _pruned(self, most: float, told: Mapping[str, Sound], by_class: Mapping[str, list[str]]) -> FedSpinePlanner:
         """What a round that counts left of the devices, and how far they went."""
         ratios = dict(self.ratios)
         for kind, devices in by_class.items():
-            mean = statistics.fmean(ratio_of(facts.groups, told[device].kept) for device in devices)
+            mean = statistics.fmean(told[device].ratio for device in devices)
             ratios[kind] = max(ratios.get(kind, 0.0), min(mean, most))
+        last = [one.facts for one in told.values()][-SEEN:]
         return replace(
-            self, ratios=ratios, kept={**self.kept, **{device: one.kept for device, one in told.items()}},
-            gains=(*self.gains, *(_gain(one) for one in told.values()))[-SEEN:],
-            norms=(*self.norms, *(one.change for one in told.values()))[-SEEN:],
+            self, ratios=ratios, kept={**self.kept, **{device: one.facts.kept for device, one in told.items()}},
+            gains=(*self.gains, *map(_gain, last))[-SEEN:], norms=(*self.norms, *(one.change for one in last))[-SEEN:],
         )  # fmt: skip
 
     def _rewarded(
-        self, report: RoundReport, told: Mapping[str, UpdateFacts], by_class: Mapping[str, list[str]]
+        self, report: RoundReport, told: Mapping[str, Sound], by_class: Mapping[str, list[str]]
     ) -> dict[str, Bandit]:
         """All bandits a round later: those whose devices took no part forget as fast as the others."""
-        assert report.job is not None and report.facts is not None
-        groups, step = report.facts.groups, report.job.strategy.prune_step
-        median_s = statistics.median(facts.train_s for facts in told.values())
+        assert report.job is not None
+        step = report.job.strategy.prune_step
+        median_s = statistics.median(one.facts.train_s for one in told.values())
         bandits = {}
         for kind in sorted(self.bandits.keys() | by_class.keys()):
             seen = []
             for device in by_class.get(kind, ()):
-                work = report.works[device]
+                work, one = report.works[device], told[device]
                 assert work.prune is not None  # or what it told would not be sound
-                before = begun(groups, work.prune)
-                at = _point(report.job, work.prune.ratio - before, max(work.ranks.values(), default=1))
-                done = min(1.0, max(0.0, (ratio_of(groups, told[device].kept) - before) / step))
-                seen.append((at, self.reward(told[device], done, median_s) if report.accepted else 0.0))
+                at = _point(report.job, work.prune.ratio - one.begun, max(work.ranks.values(), default=1))
+                done = min(1.0, max(0.0, (one.ratio - one.begun) / step))
+                seen.append((at, self.reward(one.facts, done, median_s) if report.accepted else 0.0))
             bandits[kind] = self.bandits.get(kind, Bandit()).learn(seen)
         return bandits
 

@@ -60,26 +60,45 @@ def ratio_of(groups: Sequence[Group], packed: Mapping[str, bytes]) -> float:
 
 def fault(groups: Sequence[Group], order: Pruning, facts: UpdateFacts) -> str:
     """Why what a device tells of its units is not what its order can leave, or "": it is its own claim."""
-    if facts.kept.keys() != {group.name for group in groups}:
-        return "it does not tell which units of each group are left"
-    every = {group.name: list(range(group.count)) for group in groups}
-    try:
-        kept, within = units.unpack(groups, facts.kept), every | units.unpack(groups, order.kept)
-    except DecodeError as error:
-        return str(error)
-    return units.astray(groups, kept, within, order.begin, order.ratio)
+    found = _held_against(groups, order, facts)
+    return found if isinstance(found, str) else ""
 
 
-def sound(
-    groups: Sequence[Group], works: Mapping[str, Work], results: Mapping[str, UpdateFacts]
-) -> dict[str, UpdateFacts]:
+class Sound(NamedTuple):
+    """What a device told of a round in which it pruned."""
+
+    facts: UpdateFacts
+    begun: float
+    """The ratio at which it began, and that at which it ended."""
+    ratio: float
+
+
+def sound(groups: Sequence[Group], works: Mapping[str, Work], results: Mapping[str, UpdateFacts]) -> dict[str, Sound]:
     """Those that trained, and tell of their units what their orders can leave."""
     found = {}
     for device, facts in sorted(results.items()):
         order = works[device].prune if device in works else None
-        if order is not None and facts.samples and not fault(groups, order, facts):
-            found[device] = facts
+        if order is not None and facts.samples:
+            one = _held_against(groups, order, facts)
+            if not isinstance(one, str):
+                found[device] = one
     return found
+
+
+def _held_against(groups: Sequence[Group], order: Pruning, facts: UpdateFacts) -> Sound | str:
+    if len(facts.kept) != len(groups) or any(group.name not in facts.kept for group in groups):
+        return "it does not tell which units of each group are left"
+    try:
+        kept, within = units.bits(groups, facts.kept), units.bits(groups, order.kept)
+    except DecodeError as error:
+        return str(error)
+    astray = units.astray(groups, kept, within, order.begin, order.ratio)
+    return astray or Sound(facts, max(_gone(groups, within), order.begin), _gone(groups, kept))
+
+
+def _gone(groups: Sequence[Group], bits: units.Bits) -> float:
+    """As `ratio_of`."""
+    return max((1.0 - bits[group.name].bit_count() / group.count for group in groups), default=0.0)
 
 
 class Told(NamedTuple):

@@ -26,8 +26,6 @@ from shared.errors import DecodeError
 Side = Literal["out", "in"]
 Kept = Mapping[str, Sequence[int]]
 """Group -> the units that stay, rising; a group that is not named stays whole."""
-Bits = Mapping[str, int]
-"""The same as one number for each group, a bit for each unit, the lowest for the first."""
 FloatArray = npt.NDArray[np.float64]
 Scores = Mapping[str, FloatArray]
 """Group -> what each of its units matters, by its number in the whole model."""
@@ -142,22 +140,6 @@ def count_left(group: Group, ratio: float, there: int) -> int:
     return max(1, min(group.count - math.floor(ratio * group.count + 1e-9), there))
 
 
-def astray(known: Sequence[Group], kept: Bits, within: Bits, begin: float, ratio: float) -> str:
-    """Why `kept` is not what pruning from `within`, at `begin`, to `ratio` can leave, or "". All name every group."""
-    asked: dict[tuple[int, int], tuple[int, int]] = {}
-    for group in known:
-        there, left = within[group.name], kept[group.name]
-        if left | there != there:
-            return f"{group.name}: it kept units that were gone before"
-        sizes = group.count, there.bit_count()
-        if sizes not in asked:  # most groups are alike
-            asked[sizes] = count_left(group, ratio, sizes[1]), count_left(group, begin, sizes[1])
-        (least, most), count = asked[sizes], left.bit_count()
-        if not least <= count <= most:
-            return f"{group.name}: {count} units are left, {least} to {most} were asked for"
-    return ""
-
-
 def ratio_of(known: Sequence[Group], kept: Kept) -> float:
     """The ratio that `kept` was pruned to: the largest share that is gone of a group, for small groups lag behind."""
     return max((1.0 - len(kept.get(group.name, range(group.count))) / group.count for group in known), default=0.0)
@@ -189,31 +171,6 @@ def unpack(known: Iterable[Group], packed: Mapping[str, bytes]) -> dict[str, lis
     if reason:
         raise DecodeError(reason)
     return kept
-
-
-def bits(known: Iterable[Group], packed: Mapping[str, bytes]) -> dict[str, int]:
-    """What `pack` made, as the bits of one number for each group, all of them where one is not named.
-
-    Raises `DecodeError` as `unpack` does. Counting and comparing takes a hundredth of the time that lists of units
-    take, and a coordinator holds every update of a round against its order.
-    """
-    found, named = {}, 0
-    for group in known:
-        left = every = (1 << group.count) - 1
-        told = packed.get(group.name)
-        if told is not None:
-            named += 1
-            if len(told) != -(-group.count // 8):
-                raise DecodeError(f"{len(told)} bytes for the units of {group.name!r:.100}")
-            left = int.from_bytes(told, "little") & every
-            if not left:
-                raise DecodeError(f"{group.name}: at least one unit has to stay")
-        found[group.name] = left
-    if named < len(packed):
-        raise DecodeError(
-            f"units of groups that are not there: {', '.join(sorted(packed.keys() - found.keys()))[:100]}"
-        )
-    return found
 
 
 def pack_scores(scores: Scores) -> dict[str, bytes]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from coordinator.core.planning.pruned import fault
 from edge_daemon.training import loop
 from edge_daemon.training import pruner as pruning_loop
 from edge_daemon.training.control import PipeClosed, Stopped
@@ -20,6 +21,7 @@ from edge_daemon.training.pruner import Pruner, gradient_scores, magnitude_score
 from shared import adapter, units
 from shared.errors import DecodeError
 from shared.jobs import Bits, TaskSpec
+from shared.messages import UpdateFacts
 from shared.modeling import base_model, lora, pruning
 from shared.modeling.checkpoint import load_checkpoint
 from shared.modeling.data import tokenize
@@ -223,8 +225,11 @@ def test_the_fleets_scores_come_with_the_adapter_and_bring_a_late_device_to_its_
     assert late.pruner.kept == units.best(whole.known, rising, 0.25)
     late.loop.run()
     assert units.ratio_of(late.known, late.pruner.kept) == 0.5
-    left = units.bits(late.known, units.pack(late.known, late.pruner.kept))
-    assert not units.astray(late.known, left, units.bits(late.known, {}), 0.25, 0.5)
+    told = UpdateFacts(
+        samples=4, steps=2, batch=2, bits=32, loss_first=1.0, loss_last=1.0, step_s=1.0, train_s=2.0, cores_used=1.0,
+        kept=units.pack(late.known, late.pruner.kept),
+    )  # fmt: skip
+    assert not fault(late.known, late.pruner.order, told)
     with pytest.raises(DecodeError, match="3 scores for the units of '0.heads'"):
         Work(bert, colours, tmp_path, Pruning(ratio=0.5), steps=2, scores={"0.heads": b"abc"})
 

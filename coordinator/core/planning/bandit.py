@@ -161,7 +161,10 @@ class Pulls:
         told = self._known > 0
         self._estimates = np.divide(near @ (pulls * means), self._known, out=np.zeros_like(self._known), where=told)
         self._places = np.arange(len(bandit.regions))
-        self._within: dict[tuple[float, float], npt.NDArray[np.bool_]] = {}
+        edges = [region.edges for region in bandit.regions]
+        self._left, self._right = np.array([left for left, *_ in edges]), np.array([right for _, right, *_ in edges])
+        self._within: dict[tuple[float, float], npt.NDArray[np.bool_] | None] = {}
+        """By span, the regions that meet it; None: all."""
 
     def choose(
         self, draw: tuple[float, float, float], holds: Callable[[float], bool], span: tuple[float, float] = (0.0, 1.0)
@@ -173,8 +176,11 @@ class Pulls:
         """
         bonuses = self._bonuses()
         if span not in self._within:  # most devices share one
-            self._within[span] = np.array([region.meets(span) for region in self._regions])
-        sums = np.where(self._within[span], self._estimates + bonuses, -math.inf)
+            meet = (self._left <= span[1]) & (self._right > span[0])
+            self._within[span] = None if meet.all() else meet
+        within, sums = self._within[span], self._estimates + bonuses
+        if within is not None:
+            sums = np.where(within, sums, -math.inf)
         for place in self._order(sums, draw[2]):
             at = self._regions[place].point(draw, holds, span)
             if at is not None:
@@ -194,9 +200,9 @@ class Pulls:
 
     def _bonuses(self) -> npt.NDArray[np.float64]:
         curious = CURIOSITY * math.sqrt(math.log(1 + self._count))
-        bonuses: npt.NDArray[np.float64] = np.where(
-            self._known > _NEAR, curious / np.sqrt(np.maximum(self._known, _NEAR)), math.inf
-        )
+        bonuses: npt.NDArray[np.float64] = curious / np.sqrt(np.maximum(self._known, _NEAR))
+        if self._known.min() <= _NEAR:
+            bonuses[self._known <= _NEAR] = math.inf
         return bonuses
 
     def _near(self, at: Point) -> npt.NDArray[np.float64]:

@@ -28,10 +28,11 @@ weights).
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -263,10 +264,15 @@ def _gain(facts: UpdateFacts) -> float:
     return min(1.0, max(0.0, (first - last) / first)) if first > 0 else 0.0
 
 
-def _of_most(value: float, seen: Sequence[float]) -> float:
+def _of_most(value: float, seen: tuple[float, ...]) -> float:
     """`value` over the quantile of those seen, at most 1."""
-    quantile = sorted(seen)[math.ceil(QUANTILE * len(seen)) - 1] if seen else 0.0
+    quantile = _quantile(seen)
     return min(1.0, value / quantile) if quantile > 0 else 0.0
+
+
+@functools.lru_cache(maxsize=4)  # the same for all devices of a round
+def _quantile(seen: tuple[float, ...]) -> float:
+    return sorted(seen)[math.ceil(QUANTILE * len(seen)) - 1] if seen else 0.0
 
 
 def _alone(candidate: Candidate) -> Candidate:

@@ -9,9 +9,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from coordinator.core.facts import ModelFacts
+from coordinator.core.planning.unit_table import UnitTable
 from shared import units
 from shared.adapter import Adapter
-from shared.errors import DecodeError
 from shared.messages import DeviceInfo, UpdateFacts, Work
 from shared.pruning_order import Pruning
 from shared.units import Group
@@ -37,8 +37,8 @@ def facts_at(facts: ModelFacts, ratio: float) -> ModelFacts:
 
 
 def begun(groups: Sequence[Group], order: Pruning) -> float:
-    """The ratio of a model when its device begins such work."""
-    return max(ratio_of(groups, order.kept), order.begin)
+    """The ratio of a model when its device begins such work: an order that tells one goes beyond what is gone."""
+    return order.begin or ratio_of(groups, order.kept)
 
 
 def middle(groups: Sequence[Group], order: Pruning) -> float:
@@ -58,12 +58,6 @@ def ratio_of(groups: Sequence[Group], packed: Mapping[str, bytes]) -> float:
     return max(gone, default=0.0)
 
 
-def fault(groups: Sequence[Group], order: Pruning, facts: UpdateFacts) -> str:
-    """Why what a device tells of its units is not what its order can leave, or "": it is its own claim."""
-    found = _held_against(groups, order, facts)
-    return found if isinstance(found, str) else ""
-
-
 class Sound(NamedTuple):
     """What a device told of a round in which it pruned."""
 
@@ -73,32 +67,56 @@ class Sound(NamedTuple):
     ratio: float
 
 
+def fault(groups: Sequence[Group], order: Pruning, facts: UpdateFacts) -> str:
+    """Why what a device tells of its units is not what its order can leave, or "": it is its own claim."""
+    (found,) = held_against(groups, [(order, facts)])
+    return found if isinstance(found, str) else ""
+
+
 def sound(groups: Sequence[Group], works: Mapping[str, Work], results: Mapping[str, UpdateFacts]) -> dict[str, Sound]:
-    """Those that trained, and tell of their units what their orders can leave."""
-    found = {}
-    for device, facts in sorted(results.items()):
-        order = works[device].prune if device in works else None
-        if order is not None and facts.samples:
-            one = _held_against(groups, order, facts)
-            if not isinstance(one, str):
-                found[device] = one
+    """Those that trained, and tell of their units what their orders can leave, by their names."""
+    told = {
+        device: (order, facts)
+        for device, facts in sorted(results.items())
+        if facts.samples and device in works and (order := works[device].prune) is not None
+    }
+    found = zip(told, held_against(groups, list(told.values())), strict=True)
+    return {device: one for device, one in found if not isinstance(one, str)}
+
+
+def held_against(groups: Sequence[Group], told: Sequence[tuple[Pruning, UpdateFacts]]) -> list[Sound | str]:
+    """What each of these orders and facts comes to, or why the facts are not what the order can leave.
+
+    All at once: lists of units took 1.8 ms for a device, and a round may have ten thousand.
+    """
+    if not groups:
+        return ["it has no units to prune" if facts.kept else Sound(facts, order.begin, 0.0) for order, facts in told]
+    table = UnitTable(groups)
+    found: list[Sound | str] = [
+        table.misfit(facts.kept) or (table.misfit(order.kept) if order.kept else "") for order, facts in told
+    ]
+    fit = [place for place, misfit in enumerate(found) if not misfit]
+    if not fit:
+        return found
+    orders, facts = zip(*(told[place] for place in fit), strict=True)
+    left, there = table.rows(one.kept for one in facts), table.rows(order.kept for order in orders)
+    counts, before = table.count(left), table.count(there)
+    back = table.count(left & ~there)
+    least = table.left_at([order.ratio for order in orders], before)
+    most = table.left_at([order.begin for order in orders], before)
+    astray = (back > 0) | (counts < least) | (counts > most)
+    ratios, begun = table.ratios(counts).tolist(), table.ratios(before).tolist()
+    for row, place in enumerate(fit):
+        found[place] = Sound(facts[row], max(begun[row], orders[row].begin), ratios[row])
+    for row in np.flatnonzero(astray.any(axis=1)):
+        at = int(astray[row].argmax())
+        why = f"{counts[row, at]} units are left, {least[row, at]} to {most[row, at]} were asked for"
+        if not counts[row, at]:
+            why = "at least one unit has to stay"
+        if back[row, at]:
+            why = "it kept units that were gone before"
+        found[fit[row]] = f"{groups[at].name}: {why}"
     return found
-
-
-def _held_against(groups: Sequence[Group], order: Pruning, facts: UpdateFacts) -> Sound | str:
-    if len(facts.kept) != len(groups) or any(group.name not in facts.kept for group in groups):
-        return "it does not tell which units of each group are left"
-    try:
-        kept, within = units.bits(groups, facts.kept), units.bits(groups, order.kept)
-    except DecodeError as error:
-        return str(error)
-    astray = units.astray(groups, kept, within, order.begin, order.ratio)
-    return astray or Sound(facts, max(_gone(groups, within), order.begin), _gone(groups, kept))
-
-
-def _gone(groups: Sequence[Group], bits: units.Bits) -> float:
-    """As `ratio_of`."""
-    return max((1.0 - bits[group.name].bit_count() / group.count for group in groups), default=0.0)
 
 
 class Told(NamedTuple):

@@ -108,7 +108,7 @@ def held_against(groups: Sequence[Group], told: Sequence[tuple[Pruning, UpdateFa
     ratios, begun = table.ratios(counts).tolist(), table.ratios(before).tolist()
     for row, place in enumerate(fit):
         found[place] = Sound(facts[row], max(begun[row], orders[row].begin), ratios[row])
-    for row in np.flatnonzero(astray.any(axis=1)):
+    for row in np.flatnonzero(astray.any(axis=1)).tolist():
         at = int(astray[row].argmax())
         why = f"{counts[row, at]} units are left, {least[row, at]} to {most[row, at]} were asked for"
         if not counts[row, at]:

@@ -51,7 +51,8 @@ class UnitTable:
     def left_at(self, ratios: Sequence[float], there: Counts) -> Counts:
         """`shared.units.count_left` of each group, for devices that are at a ratio each."""
         gone = np.floor(np.array(ratios)[:, None] * self._units + 1e-9).astype(np.int64)
-        return np.maximum(1, np.minimum(self._units - gone, there))
+        found: Counts = np.maximum(1, np.minimum(self._units - gone, there))
+        return found
 
     def ratios(self, counts: Counts) -> npt.NDArray[np.float64]:
         """`shared.units.ratio_of` of each device: the largest share that is gone of a group."""

@@ -14,7 +14,7 @@ from coordinator.core.planning import registry
 from coordinator.core.planning.bandit import Bandit
 from coordinator.core.planning.base import Candidate, FleetView, Plan, RoundReport
 from coordinator.core.planning.cost_model import CostModel
-from coordinator.core.planning.fedspine import FedSpinePlanner, _point, _rank
+from coordinator.core.planning.fedspine import FedSpinePlanner, Left, _point, _rank
 from coordinator.core.planning.pruned import Told, class_of, cut_to, facts_at, fault, merged, model_left, ratio_of
 from coordinator.core.planning.reasons import PATTERN
 from shared import units
@@ -69,6 +69,11 @@ def told(
         result(batch=16, step_s=step_s), loss_first=loss[0], loss_last=loss[1], change=change,
         kept=units.pack(GROUPS, kept),
     )  # fmt: skip
+
+
+def left(ratio: float) -> Left:
+    """What is left of its model, as the planner knows it."""
+    return Left(told(ratio).kept, ratio_of(GROUPS, told(ratio).kept))
 
 
 def ordered(plan: Plan, ratio: float | None = None) -> dict[str, Work]:
@@ -148,7 +153,7 @@ def test_the_ratio_of_a_class_never_falls_and_late_devices_begin_there() -> None
     after = planner.learn(report(plan, later, given, {"late": told(0.25)}))
     assert after.ratios["Orin"] == pytest.approx(0.25)
     # A device whose own model is larger than its class's is brought there, by its own units that are left.
-    behind = replace(planner, kept={"a": told(0.1).kept}).plan(later, given).participants["a"].prune
+    behind = replace(planner, kept={"a": left(0.1)}).plan(later, given).participants["a"].prune
     assert behind is not None and (behind.kept, behind.begin) == (told(0.1).kept, 0.25)
 
 
@@ -168,12 +173,12 @@ def test_the_reward_by_hand() -> None:
     tenths = tuple(i / 10 for i in range(1, 11))
     planner = FedSpinePlanner(gains=tenths, norms=tuple(2 * one for one in tenths))
     # dF = 0.45 over the quantile 0.9; Q = 0.9 over 1.8; 10 s against a median of 8 s.
-    found = planner.reward(told(0.1, loss=(1.0, 0.55), step_s=1.0, change=0.9), 0.6, 8.0)
+    found = planner.reward(told(0.1, loss=(1.0, 0.55), step_s=1.0, change=0.9), 0.6, 8.0, planner.most())
     assert found == pytest.approx((0.5 * 0.5 + 0.3 * 0.6 + 0.2 * 0.5) / (1 + 2 * 0.25))
-    assert planner.reward(told(0.1, loss=(1.0, 1.5), change=0.9), 0.0, 10.0) == pytest.approx(0.2 * 0.5)
-    assert planner.reward(replace(told(0.1, loss=(1.0, 1.0), change=0.9), norm=1e6), 0.0, 10.0) == pytest.approx(0.1), (
-        "the norm of the factors, which grows with the rank, is no reward"
-    )
+    assert planner.reward(told(0.1, loss=(1.0, 1.5), change=0.9), 0.0, 10.0, planner.most()) == pytest.approx(0.2 * 0.5)
+    assert planner.reward(
+        replace(told(0.1, loss=(1.0, 1.0), change=0.9), norm=1e6), 0.0, 10.0, planner.most()
+    ) == pytest.approx(0.1), "the norm of the factors, which grows with the rank, is no reward"
 
 
 def test_one_claim_moves_no_reference() -> None:
@@ -185,7 +190,9 @@ def test_one_claim_moves_no_reference() -> None:
     liar = replace(told(0.1, change=1e15), train_s=1e15)
     after = planner.learn(report(plan, at, given, {**honest, "d0": liar}, ratio=0.1))
     calm = planner.learn(report(plan, at, given, honest, ratio=0.1))
-    assert after.reward(honest["d1"], 0.5, 10.0) == pytest.approx(calm.reward(honest["d1"], 0.5, 10.0))
+    assert after.reward(honest["d1"], 0.5, 10.0, after.most()) == pytest.approx(
+        calm.reward(honest["d1"], 0.5, 10.0, calm.most())
+    )
     rewards = [sorted(r.mean for r in one.bandits["Orin"].regions if r.pulls)[-3:] for one in (after, calm)]
     assert rewards[0] == pytest.approx(rewards[1], rel=0.15), "the others are not late because one says that it was"
 
@@ -319,7 +326,7 @@ def test_the_rivals_prune_as_their_papers_do(name: str, ratios: tuple[float, flo
     assert {max(work.ranks.values()) for work in works} == {rank}
     if name != "fedspine-fixed":
         assert len({work.batch for work in works}) == 1, "one batch, as in their papers"
-    known = FedSpinePlanner(name=name, ratios={"Orin": 0.25}, kept={"a": told(0.25).kept})
+    known = FedSpinePlanner(name=name, ratios={"Orin": 0.25}, kept={"a": left(0.25)})
     order = known.plan(seen(machine("a"), round=5), given).participants["a"].prune
     assert order is not None and order.ratio == pytest.approx(ratios[1], abs=1e-6)
 
@@ -402,7 +409,7 @@ def test_the_model_of_a_round_is_as_small_as_its_devices_and_never_grows() -> No
 )
 def test_what_a_device_says_of_its_units_is_its_own_claim(kept: dict[str, bytes], reason: str) -> None:
     given = spec(prune_step=0.2)
-    planner = FedSpinePlanner(ratios={"Orin": 1 / 6}, kept={"a": told(1 / 6).kept, "b": told(1 / 6).kept})
+    planner = FedSpinePlanner(ratios={"Orin": 1 / 6}, kept={"a": left(1 / 6), "b": left(1 / 6)})
     at = seen(machine("a"), machine("b"))
     plan = planner.plan(at, given)
     order = ordered(plan, 1 / 3)["b"].prune

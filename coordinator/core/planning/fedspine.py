@@ -28,11 +28,10 @@ weights).
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
@@ -45,7 +44,7 @@ from coordinator.core.planning.common import global_rank, nobody
 from coordinator.core.planning.cost_model import CostModel
 from coordinator.core.planning.demand import demand
 from coordinator.core.planning.drafts import Draft, batches_to_the_jobs
-from coordinator.core.planning.pruned import Sound, class_of, facts_at, ratio_of, sound
+from coordinator.core.planning.pruned import Sound, class_of, facts_at, sound
 from coordinator.core.planning.ranks import LEAST, Ranked, of_modules
 from coordinator.core.planning.reasons import word
 from coordinator.core.planning.sizing import Seat, choose_bits, seat
@@ -74,6 +73,16 @@ class Arm(NamedTuple):
     choice: Choice | None
 
 
+class Left(NamedTuple):
+    """The units of a device's model that are left, and the share that is gone."""
+
+    units: dict[str, bytes]
+    ratio: float
+
+
+_WHOLE = Left({}, 0.0)
+
+
 class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
     """See the module."""
 
@@ -83,8 +92,8 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
     """Class -> what is known of its arms."""
     ratios: dict[str, float] = {}
     """Class -> the share that is gone."""
-    kept: dict[str, dict[str, bytes]] = {}
-    """Device -> the units that are left, as it told last."""
+    kept: dict[str, Left] = {}
+    """Device -> what is left of its model, as it told last."""
     gains: tuple[float, ...] = ()
     norms: tuple[float, ...] = ()
     """Of what updates changed."""
@@ -113,8 +122,9 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
             mean = statistics.fmean(told[device].ratio for device in devices)
             ratios[kind] = max(ratios.get(kind, 0.0), min(mean, most))
         last = [one.facts for one in told.values()][-SEEN:]
+        left = {device: Left(one.facts.kept, one.ratio) for device, one in told.items()}
         return replace(
-            self, ratios=ratios, kept={**self.kept, **{device: one.facts.kept for device, one in told.items()}},
+            self, ratios=ratios, kept={**self.kept, **left},
             gains=(*self.gains, *map(_gain, last))[-SEEN:], norms=(*self.norms, *(one.change for one in last))[-SEEN:],
         )  # fmt: skip
 
@@ -123,7 +133,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
     ) -> dict[str, Bandit]:
         """All bandits a round later: those whose devices took no part forget as fast as the others."""
         assert report.job is not None
-        step = report.job.strategy.prune_step
+        step, most = report.job.strategy.prune_step, self.most()
         median_s = statistics.median(one.facts.train_s for one in told.values())
         bandits = {}
         for kind in sorted(self.bandits.keys() | by_class.keys()):
@@ -133,18 +143,21 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
                 assert work.prune is not None  # or what it told would not be sound
                 at = _point(report.job, work.prune.ratio - one.begun, max(work.ranks.values(), default=1))
                 done = min(1.0, max(0.0, (one.ratio - one.begun) / step))
-                seen.append((at, self.reward(one.facts, done, median_s) if report.accepted else 0.0))
+                seen.append((at, self.reward(one.facts, done, median_s, most) if report.accepted else 0.0))
             bandits[kind] = self.bandits.get(kind, Bandit()).learn(seen)
         return bandits
 
-    def reward(self, facts: UpdateFacts, progress: float, median_s: float) -> float:
+    def most(self) -> tuple[float, float]:
+        """The quantiles of the gains and of the norms that were seen."""
+        return _quantile(self.gains), _quantile(self.norms)
+
+    @staticmethod
+    def reward(facts: UpdateFacts, progress: float, median_s: float, most: tuple[float, float]) -> float:
         """In [0, 1]; `progress`: share of the largest pruning; `median_s`: seconds of training of the round's
-        devices."""
+        devices; `most`: gain and norm that count as 1."""
         lateness = abs(facts.train_s - median_s) / median_s if median_s > 0 else 0.0
-        told = (
-            GAIN * _of_most(_gain(facts), self.gains) + PROGRESS * progress + NORM * _of_most(facts.change, self.norms)
-        )
-        return told / (1.0 + LATENESS * lateness)
+        gain, change = _of_most(_gain(facts), most[0]), _of_most(facts.change, most[1])
+        return (GAIN * gain + PROGRESS * progress + NORM * change) / (1.0 + LATENESS * lateness)
 
     # ---- planning
 
@@ -177,7 +190,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
     ) -> tuple[Arm, Seated] | str:  # fmt: skip
         """A participant with its arm; a text: why it takes no part. `sizes`: batches up to the job's."""
         kind = class_of(candidate.info)
-        own = ratio_of(view.facts.groups, self.kept.get(place.device, {}))
+        own = self.kept.get(place.device, _WHOLE).ratio
         # By the smallest weights every device prunes the same units by itself.
         before = own if self.name == "magprune" else max(own, self.ratios.get(kind, 0.0))
         least = min((sizes[-1] if self.name in _ONE_BATCH else sizes[0]), place.rows)
@@ -226,7 +239,7 @@ class FedSpinePlanner(msgspec.Struct, frozen=True, kw_only=True):
         """`work` with what it prunes."""
         every = job.rounds.local_steps if self.name in _AT_ONCE else job.strategy.prune_every
         order = Pruning(
-            ratio=round(arm.ratio, 6), kept=self.kept.get(device, {}),
+            ratio=round(arm.ratio, 6), kept=self.kept.get(device, _WHOLE).units,
             begin=round(arm.before, 6) if arm.before > arm.own else 0.0, every=every,
             criterion="magnitude" if self.name == "magprune" else "lora", heads=job.strategy.prune_heads,
         )  # fmt: skip
@@ -264,14 +277,12 @@ def _gain(facts: UpdateFacts) -> float:
     return min(1.0, max(0.0, (first - last) / first)) if first > 0 else 0.0
 
 
-def _of_most(value: float, seen: tuple[float, ...]) -> float:
-    """`value` over the quantile of those seen, at most 1."""
-    quantile = _quantile(seen)
-    return min(1.0, value / quantile) if quantile > 0 else 0.0
+def _of_most(value: float, most: float) -> float:
+    """`value` over `most`, at most 1."""
+    return min(1.0, value / most) if most > 0 else 0.0
 
 
-@functools.lru_cache(maxsize=4)  # the same for all devices of a round
-def _quantile(seen: tuple[float, ...]) -> float:
+def _quantile(seen: Sequence[float]) -> float:
     return sorted(seen)[math.ceil(QUANTILE * len(seen)) - 1] if seen else 0.0
 
 

@@ -9,9 +9,10 @@ import numpy as np
 from msgspec.structs import replace
 
 from coordinator.core.facts import ModelFacts
-from coordinator.core.planning.unit_table import UnitTable
+from coordinator.core.planning.unit_table import Rows, UnitTable
 from shared import units
 from shared.adapter import Adapter
+from shared.errors import DecodeError
 from shared.messages import DeviceInfo, UpdateFacts, Work
 from shared.pruning_order import Pruning
 from shared.units import Group
@@ -92,30 +93,45 @@ def held_against(groups: Sequence[Group], told: Sequence[tuple[Pruning, UpdateFa
     if not groups:
         return ["it has no units to prune" if facts.kept else Sound(facts, order.begin, 0.0) for order, facts in told]
     table = UnitTable(groups)
-    found: list[Sound | str] = [
-        table.misfit(facts.kept) or (table.misfit(order.kept) if order.kept else "") for order, facts in told
-    ]
-    fit = [place for place, misfit in enumerate(found) if not misfit]
-    if not fit:
-        return found
-    orders, facts = zip(*(told[place] for place in fit), strict=True)
-    left, there = table.rows(one.kept for one in facts), table.rows(order.kept for order in orders)
-    counts, before = table.count(left), table.count(there)
-    back = table.count(left & ~there)
-    least = table.left_at([order.ratio for order in orders], before)
-    most = table.left_at([order.begin for order in orders], before)
-    astray = (back > 0) | (counts < least) | (counts > most)
-    ratios, begun = table.ratios(counts).tolist(), table.ratios(before).tolist()
-    for row, place in enumerate(fit):
-        found[place] = Sound(facts[row], max(begun[row], orders[row].begin), ratios[row])
+    found: list[Sound | str] = ["" for _ in told]
+    fit: list[int] = []
+    rows: list[tuple[bytes, bytes]] = []
+    for place, (order, facts) in enumerate(told):
+        try:
+            rows.append((table.row(facts.kept), table.row(order.kept) if order.kept else table.every))
+            fit.append(place)
+        except DecodeError as error:
+            found[place] = str(error)
+    if fit:
+        left, there = (table.rows(side) for side in zip(*rows, strict=True))
+        for place, one in zip(fit, _compared(groups, table, [told[place] for place in fit], left, there), strict=True):
+            found[place] = one
+    return found
+
+
+def _compared(
+    groups: Sequence[Group], table: UnitTable, told: Sequence[tuple[Pruning, UpdateFacts]], left: Rows, there: Rows
+) -> list[Sound | str]:
+    """`held_against` where all fit: what is `left`, of what was `there`."""
+    after, before = table.count(left), table.count(there)
+    back = left & ~there
+    least, most = (
+        table.left_at(ratios, before)
+        for ratios in ([order.ratio for order, _ in told], [order.begin for order, _ in told])
+    )
+    astray = (after < least) | (after > most)
+    if back.any():
+        astray |= table.count(back) > 0
+    ends = zip(told, table.ratios(before), table.ratios(after), strict=True)
+    found: list[Sound | str] = [Sound(facts, max(begun, order.begin), ratio) for (order, facts), begun, ratio in ends]
     for row in np.flatnonzero(astray.any(axis=1)).tolist():
         at = int(astray[row].argmax())
-        why = f"{counts[row, at]} units are left, {least[row, at]} to {most[row, at]} were asked for"
-        if not counts[row, at]:
+        why = f"{after[row, at]} units are left, {least[row, at]} to {most[row, at]} were asked for"
+        if not after[row, at]:
             why = "at least one unit has to stay"
-        if back[row, at]:
+        if table.count(back[row : row + 1])[0, at]:
             why = "it kept units that were gone before"
-        found[fit[row]] = f"{groups[at].name}: {why}"
+        found[row] = f"{groups[at].name}: {why}"
     return found
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
 
+from shared.errors import DecodeError
 from shared.units import Group
 
 Rows = npt.NDArray[np.uint8]
@@ -20,32 +22,39 @@ class UnitTable:
     """The groups of one model; at least one. Rows are made of `shared.units.pack`'s bits."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
-        self._names = [group.name for group in groups]
-        self._whole = [((1 << group.count) - 1).to_bytes(-(-group.count // 8), "little") for group in groups]
-        self._sizes = [len(bits) for bits in self._whole]
+        whole = {group.name: ((1 << group.count) - 1).to_bytes(-(-group.count // 8), "little") for group in groups}
+        self._names, self._sizes = list(whole), [len(bits) for bits in whole.values()]
+        self._pick = itemgetter(*whole) if len(whole) > 1 else lambda packed: (packed[self._names[0]],)
+        self.every = b"".join(whole.values())
+        """The row of a model of which nothing is gone."""
         self._starts = np.cumsum([0, *self._sizes[:-1]])
         self._units = np.array([group.count for group in groups], dtype=np.int64)
 
-    def misfit(self, packed: Mapping[str, bytes]) -> str:
-        """Why these are not the bits of all groups and no other, or ""."""
-        sizes = [len(packed.get(name, b"")) for name in self._names]
-        if len(packed) == len(self._names) and sizes == self._sizes:
-            return ""
-        if packed.keys() != set(self._names):
-            return "it does not tell which units of each group are left"
-        at = next(place for place, (size, right) in enumerate(zip(sizes, self._sizes, strict=True)) if size != right)
-        return f"{sizes[at]} bytes for the units of {self._names[at]!r:.100}"
+    def row(self, packed: Mapping[str, bytes]) -> bytes:
+        """The bits of all groups. Raises `DecodeError` where one is missing, or another there, or of another length."""
+        missing = "it does not tell which units of each group are left"
+        try:
+            bits = self._pick(packed)
+        except KeyError:
+            raise DecodeError(missing) from None
+        if len(bits) != len(packed):
+            raise DecodeError(missing)
+        sizes = [len(one) for one in bits]
+        if sizes != self._sizes:
+            at = next(
+                place for place, (size, right) in enumerate(zip(sizes, self._sizes, strict=True)) if size != right
+            )
+            raise DecodeError(f"{sizes[at]} bytes for the units of {self._names[at]!r:.100}")
+        return b"".join(bits)
 
-    def rows(self, packed: Iterable[Mapping[str, bytes]]) -> Rows:
-        """A row for each of these, which fit; where one is empty, all units are there."""
-        every = b"".join(self._whole)
-        joined = b"".join(b"".join([one[name] for name in self._names]) if one else every for one in packed)
-        found: Rows = np.frombuffer(joined, np.uint8).reshape(-1, len(every)) & np.frombuffer(every, np.uint8)
-        return found
+    def rows(self, rows: Sequence[bytes]) -> Rows:
+        """What `row` made of some devices, as one array."""
+        found: Rows = np.frombuffer(b"".join(rows), np.uint8).reshape(-1, len(self.every))
+        return found & np.frombuffer(self.every, np.uint8)
 
     def count(self, rows: Rows) -> Counts:
         """How many units there are."""
-        found: Counts = np.add.reduceat(_ONES[rows], self._starts, axis=1, dtype=np.int64)
+        found: Counts = np.add.reduceat(_ones(rows), self._starts, axis=1, dtype=np.int64)
         return found
 
     def left_at(self, ratios: Sequence[float], there: Counts) -> Counts:
@@ -54,6 +63,15 @@ class UnitTable:
         found: Counts = np.maximum(1, np.minimum(self._units - gone, there))
         return found
 
-    def ratios(self, counts: Counts) -> npt.NDArray[np.float64]:
+    def ratios(self, counts: Counts) -> list[float]:
         """`shared.units.ratio_of` of each device: the largest share that is gone of a group."""
-        return np.asarray((1.0 - counts / self._units).max(axis=1))
+        found: list[float] = (1.0 - counts / self._units).max(axis=1).tolist()
+        return found
+
+
+def _ones(rows: Rows) -> Rows:
+    """The bits that are set in each byte."""
+    if hasattr(np, "bitwise_count"):  # numpy 2
+        found: Rows = np.bitwise_count(rows)
+        return found
+    return _ONES[rows]

@@ -173,10 +173,11 @@ def choose_batch(
     """
     held, note = held_batches(place, need, bits, model, sizes, largest)
     pace = pace or model.pace(place.device, need, bits, place.free)
-    in_time = [size for size in held if target.steps * pace.step_s(size) <= target.seconds]
-    batch = in_time[-1] if in_time else held[0]
+    # A larger batch takes longer: the sizes in time are the first ones.
+    in_time = bisect(held, target.seconds, key=lambda size: target.steps * pace.step_s(size))
+    batch = held[max(in_time, 1) - 1]
     if batch < held[-1]:
-        above = held[held.index(batch) + 1]
+        above = held[max(in_time, 1)]
         note = f"{above} would take {seconds(target.steps * pace.step_s(above))}"
     notes = [note]
     if place.caution:
@@ -236,10 +237,10 @@ def held_batches(
     def holds(size: int) -> bool:
         return fits(place, need, bits, size, footprint.bytes(size), model)
 
-    # The smallest is held as it is; what holds a batch holds a smaller one.
-    most = 1 + bisect(range(1, allowed), 0, key=lambda index: not holds(sizes[index]))
-    if most == allowed:
+    # The smallest is held as it is; what holds a batch holds a smaller one, and most devices hold the largest.
+    if allowed == 1 or holds(sizes[allowed - 1]):
         return list(sizes[:allowed]), note
+    most = 1 + bisect(range(1, allowed), 0, key=lambda index: not holds(sizes[index]))
     taken = footprint.bytes(sizes[most])
     over = f"{sizes[most]} would take {mebibytes(taken)} of {mebibytes(place.budget.bytes)} memory"
     return list(sizes[:most]), over

@@ -32,7 +32,7 @@ from muster.testbed.virtual_device import Base, Clockwork, VirtualDevice
 from shared.jobs import BaseSpec, JobSpec, RoundsSpec, StrategySpec, TaskSpec
 from shared.messages import Assignment, BlobRef, DatasetFacts, DeviceInfo, DeviceState, UpdateFacts
 from shared.pruning_order import Pruning
-from shared.units import Group, Slice, count_left
+from shared.units import Group, Slice, count_left, pack
 
 DATASET, CLASSES, ROWS, TOKENS = "texts", 20, 2000, 32
 LOCAL_STEPS = 8
@@ -214,10 +214,8 @@ def _kept(device: VirtualDevice, order: Pruning, groups: Sequence[Group]) -> dic
     for group in groups:
         before = np.frombuffer(order.kept.get(group.name, b"\xff" * -(-group.count // 8)), np.uint8)
         there = np.flatnonzero(np.unpackbits(before, bitorder="little")[: group.count])
-        bits = np.zeros(group.count, np.uint8)
-        bits[chance.permutation(there)[: count_left(group, order.ratio, len(there))]] = 1
-        found[group.name] = np.packbits(bits, bitorder="little").tobytes()
-    return found
+        found[group.name] = chance.permutation(there)[: count_left(group, order.ratio, len(there))].tolist()
+    return pack(groups, found)
 
 
 def _importance(device: VirtualDevice, asked: Assignment) -> dict[str, float]:

@@ -31,9 +31,9 @@ def closing(statuses: Mapping[str, Status], quorum: float, now: float, deadline_
     tally = f"{done} of {total} updates, {need} needed ({quorum:.0%} of {total})"
     enough = done >= need
     away = sum(status == "gone" for status in statuses.values())
-    if not waited_for and done < need <= done + away and now < deadline_at:
-        return "wait", f"{away} left and may be back: {tally}"
     if not waited_for:
+        if not enough and need <= done + away and now < deadline_at:
+            return "wait", f"{away} left and may be back: {tally}"
         lost = _lost(statuses)
         why = f"all participants are done: {tally}" if not lost else f"nobody is waited for any more: {tally}; {lost}"
         return ("close" if enough else "repeat"), why

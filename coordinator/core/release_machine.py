@@ -327,7 +327,9 @@ def _entered(turn: Turn, event: ev.AnyEvent) -> None:
 def _hears(state: State, now: float) -> bool:
     """Whether the fleet is known as it is: after a start or an outage the devices tell us anew that they are there,
     some after a will that is not to be believed."""
-    since, gather = state.hearing_since(now), state.waits.gather_s
+    if state.cut_off:
+        return False
+    since, gather = state.restarted_at, state.waits.gather_s
     if now - since >= state.waits.patience * gather:
         return True
     lost = (known for known in state.fleet.values() if known.state is not None and known.state.s == "lost")

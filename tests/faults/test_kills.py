@@ -207,7 +207,7 @@ def test_broker_restarted_while_devices_train(tmp_path: Path, reference: str) ->
             while {device.state for device in scene.fleet.client.devices()} != {"lost"}:
                 assert time.monotonic() < until, "the wills are not there"
                 time.sleep(0.05)
-            time.sleep(WILL_S + 0.5)
+            time.sleep(WILL_S + 0.5)  # until they are doubted for the new connection alone
         finally:
             for pid in daemons:
                 os.kill(pid, signal.SIGCONT)
@@ -232,7 +232,7 @@ def test_daemon_restarted_while_the_other_device_delivers(tmp_path: Path) -> Non
             assert time.monotonic() < until, view
             time.sleep(0.05)
         assert view.rounds[0].participants[0].status == "gone"
-        time.sleep(1.0)
+        time.sleep(1.0)  # in which the coordinator decides over the round some times
 
     view = scene.run(act)
     check_counted(scene, view)

@@ -176,7 +176,7 @@ class Pulls:
         """
         bonuses = self._bonuses()
         if span not in self._within:  # most devices share one
-            meet = (self._left <= span[1]) & (self._right > span[0])
+            meet = (self._left <= span[1]) & (self._right > span[0])  # `Region.meets`, of all
             self._within[span] = None if meet.all() else meet
         within, sums = self._within[span], self._estimates + bonuses
         if within is not None:

@@ -115,10 +115,8 @@ def _compared(
     """`held_against` where all fit: what is `left`, of what was `there`."""
     after, before = table.count(left), table.count(there)
     back = left & ~there
-    least, most = (
-        table.left_at(ratios, before)
-        for ratios in ([order.ratio for order, _ in told], [order.begin for order, _ in told])
-    )
+    least = table.left_at([order.ratio for order, _ in told], before)
+    most = table.left_at([order.begin for order, _ in told], before)
     astray = (after < least) | (after > most)
     if back.any():
         astray |= table.count(back) > 0

@@ -174,10 +174,10 @@ def choose_batch(
     held, note = held_batches(place, need, bits, model, sizes, largest)
     pace = pace or model.pace(place.device, need, bits, place.free)
     # A larger batch takes longer: the sizes in time are the first ones.
-    in_time = bisect(held, target.seconds, key=lambda size: target.steps * pace.step_s(size))
-    batch = held[max(in_time, 1) - 1]
+    in_time = max(1, bisect(held, target.seconds, key=lambda size: target.steps * pace.step_s(size)))
+    batch = held[in_time - 1]
     if batch < held[-1]:
-        above = held[max(in_time, 1)]
+        above = held[in_time]
         note = f"{above} would take {seconds(target.steps * pace.step_s(above))}"
     notes = [note]
     if place.caution:
